@@ -1,0 +1,144 @@
+"""The contract of the project: what one product is, and what a batch of them is as tensors.
+
+Raw rows are `Item` and `Example`; tensors are `Items` and `Batch`. A query is an `Item` that has only some modalities:
+a typed text, a photo, a brand and a price, or all of them take one path through data, model and index.
+
+NamedTuples, because Lightning moves them to the device (`None` fields included) and torch pins them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+if TYPE_CHECKING:  # preparing a catalogue reads items too, and must start without torch
+    from torch import Tensor
+
+Side = Literal["query", "product"]
+
+MODALITIES = ("text", "image", "attribute")
+"""The order of the modality axis M everywhere: features, `present`, gate shares."""
+
+RELATIONS = ("product", "group", "family", "title", "picture")
+"""The order of the relation axis R of `Batch.query_keys` and `Batch.product_keys`."""
+
+NO_KEY = -1
+"""In `Batch.query_keys` and `Batch.product_keys`: this row has no such key, and equals no other row."""
+
+
+class Item(NamedTuple):
+    """One product or one query, raw. Absent facts are left out: no None, no empty strings.
+
+    Attributes:
+        text: field -> text: `{"title": ..., "description": ...}`; a typed query is `{"query": ...}`.
+        images: encoded pictures (JPEG, PNG, ...); those of one product are pooled.
+        attributes: name -> number (float), category (str), category path or multi-valued set (sequence of str).
+    """
+
+    text: Mapping[str, str] = {}
+    images: Sequence[bytes] = ()
+    attributes: Mapping[str, str | float | Sequence[str]] = {}
+
+
+class Example(NamedTuple):
+    """One training row: a query and the product that answers it.
+
+    Attributes:
+        query: what is asked.
+        product: what answers.
+        product_id: opaque, returned verbatim.
+        group: the same thing (other seller, other picture): a positive, never a negative.
+        family: variants of one style.
+        weight: graded relevance (click < cart < buy); 1 by default.
+        label: for labelled pairs, how similar they are; None elsewhere.
+    """
+
+    query: Item
+    product: Item
+    product_id: str
+    group: str | None = None
+    family: str | None = None
+    weight: float = 1.0
+    label: float | None = None
+
+
+class AttributeTensors(NamedTuple):
+    """The attributes of B items.
+
+    Attributes:
+        number: (B, A_number) float32 raw values, NaN where missing.
+        category: (B, A_category, V) int64 hashes of values (of every level for a path), 0 where padded; a row of zeros
+            is a missing attribute.
+    """
+
+    number: Tensor
+    category: Tensor
+
+
+class Items(NamedTuple):
+    """B items as tensors. A modality that no item has is None, and its tower does not run.
+
+    `text` and `image` may hold features in place of tokens and pixels: a float matrix is features already (see
+    `towers.cache`).
+
+    Attributes:
+        text: (B, L) int64 token ids, or (B, F) float32 features.
+        image: (N, 3, H, W) float32 pixels, or (N, F) float32 features; all pictures of the batch.
+        image_row: (N,) int64, ascending: the item a picture belongs to.
+        attribute: see `AttributeTensors`.
+        present: (B, M) bool, True = there; every row has at least one True.
+    """
+
+    text: Tensor | None
+    image: Tensor | None
+    image_row: Tensor | None
+    attribute: AttributeTensors | None
+    present: Tensor
+
+    def rows(self, start: int, stop: int) -> Items:
+        """Items `start` to `stop` (exclusive) as views of the same tensors."""
+        image, image_row = self.image, self.image_row
+        if image is not None and image_row is not None:
+            first, last = ((image_row < edge).sum().item() for edge in (start, stop))
+            image, image_row = image[first:last], image_row[first:last] - start
+            if first == last:
+                image = image_row = None
+        return Items(
+            text=None if self.text is None else self.text[start:stop],
+            image=image,
+            image_row=image_row,
+            attribute=None if self.attribute is None else AttributeTensors(*(t[start:stop] for t in self.attribute)),
+            present=self.present[start:stop],
+        )
+
+
+class Batch(NamedTuple):
+    """B queries and P >= B products: product row i < B answers query i, the rest are extra negatives.
+
+    Attributes:
+        query: B items.
+        product: P items.
+        query_keys: (B, R) int64, one column per relation of `RELATIONS`; -1 = none.
+        product_keys: (P, R) int64; the loss turns equal keys into positive, ignored or negative by its configuration.
+        weight: (B,) float32 graded relevance.
+        label: (B,) float32 or None.
+    """
+
+    query: Items
+    product: Items
+    query_keys: Tensor
+    product_keys: Tensor
+    weight: Tensor
+    label: Tensor | None = None
+
+
+class NumberedItems(NamedTuple):
+    """Items on their way to embeddings: which row of their table each one is.
+
+    Attributes:
+        items: B items.
+        row: (B,) int64 row numbers.
+    """
+
+    items: Items
+    row: Tensor

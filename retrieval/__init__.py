@@ -1,0 +1,1 @@
+"""From embeddings to hits: artefact folders, the index, metrics and reports. Needs no torch."""
