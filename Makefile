@@ -1,0 +1,54 @@
+# Everything a fresh machine needs: `make demo` and `make test`. Each installs into .venv once, then works offline.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: help setup demo test lint clean
+
+help:  ## Show the targets.
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(INSTALLED)  ## Create .venv and install everything into it, pinned by constraints.txt.
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@[[ -n "$(PYTHON)" ]] || { echo "error: no Python >= 3.11 found. Install one (Debian: apt-get install python3" \
+		"python3-venv) or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "error: $(PYTHON) cannot create virtual" \
+		"environments: ensurepip is missing. Debian keeps it in a package of its own: apt-get install" \
+		"python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv --clear .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,hf]'
+	@touch $@
+
+# Each line of the walk is shown before it runs and is what a user would type.
+demo: export PATH := $(CURDIR)/$(BIN):$(PATH)
+demo: $(INSTALLED)  ## From a made-up catalogue to recall figures and a page with pictures, in demo/.
+	rm -rf demo
+	python -m datamodules.samples --output demo/raw
+	python -m datamodules.prepare demo/raw/products.csv --queries demo/raw/queries.csv --qrels demo/raw/qrels.csv \
+		--output demo/catalogue
+	python train.py fit --config configs/demo.yaml
+	python index.py embed --model demo/model --catalogue demo/catalogue --output demo/embeddings
+	python index.py build --embeddings demo/embeddings/products --output demo/index
+	python index.py evaluate --index demo/index --embeddings demo/embeddings --catalogue demo/catalogue \
+		--output demo/report
+	python index.py search --index demo/index --model demo/model --catalogue demo/catalogue \
+		--text "red running shoe" --html demo/search.html
+
+test: $(INSTALLED) lint  ## Format check, lint and all tests; skipped ones say why.
+	$(BIN)/pytest -q -rs --durations=15
+
+lint: $(INSTALLED)  ## Format check and lint only.
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+
+clean:  ## Remove the demo, caches and build leftovers; .venv stays.
+	rm -rf demo build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,59 @@
+"""What all tests share: fixed seeds, no network, and skips that say what is missing."""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+# Before any library reads them: a test that would download fails at once instead of waiting for a network.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["WANDB_MODE"] = "offline"
+
+
+@pytest.fixture(autouse=True)
+def seed() -> int:
+    """Seeds Python, numpy and torch before every test; torch only where the test has imported it already."""
+    random.seed(0)
+    np.random.seed(0)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
+    return 0
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips tests marked `gpu` where torch sees none."""
+    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if not on_gpu:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in on_gpu:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU, and torch sees none"))
+
+
+def _folder(variable: str, what: str) -> Path:
+    """The folder that an environment variable names; skips when it is unset, fails when it is wrong."""
+    value = os.environ.get(variable)
+    if not value:
+        pytest.skip(f"{variable} is not set; it names the folder with {what}")
+    if not Path(value).is_dir():
+        pytest.fail(f"{variable}={value} is not a folder; it should hold {what}")
+    return Path(value)
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of real catalogues, from TRITOWER_DATA."""
+    return _folder("TRITOWER_DATA", "the real catalogues (docs/data.md)")
+
+
+@pytest.fixture(scope="session")
+def weights_dir() -> Path:
+    """The folder of pretrained weights, from TRITOWER_WEIGHTS."""
+    return _folder("TRITOWER_WEIGHTS", "the pretrained weights (docs/data.md)")
