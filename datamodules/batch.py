@@ -15,12 +15,17 @@ if TYPE_CHECKING:  # preparing a catalogue reads items too, and must start witho
     from torch import Tensor
 
 Side = Literal["query", "product"]
+Relation = Literal["product", "group", "family", "title", "picture", "query"]
 
 MODALITIES = ("text", "image", "attribute")
 """The order of the modality axis M everywhere: features, `present`, gate shares."""
 
-RELATIONS = ("product", "group", "family", "title", "picture")
-"""The order of the relation axis R of `Batch.query_keys` and `Batch.product_keys`."""
+RELATIONS = ("product", "group", "family", "title", "picture", "query")
+"""The order of the relation axis R of `Batch.query_keys` and `Batch.product_keys`.
+
+Equal keys mean: the same product, the same thing (another seller's), variants of one style, the same normalised title,
+the same picture bytes, an answer to the same query.
+"""
 
 NO_KEY = -1
 """In `Batch.query_keys` and `Batch.product_keys`: this row has no such key, and equals no other row."""
@@ -44,20 +49,18 @@ class Example(NamedTuple):
     """One training row: a query and the product that answers it.
 
     Attributes:
-        query: what is asked.
+        query: what is asked; often a view of a product, with some of its facts left out.
         product: what answers.
-        product_id: opaque, returned verbatim.
-        group: the same thing (other seller, other picture): a positive, never a negative.
-        family: variants of one style.
-        weight: graded relevance (click < cart < buy); 1 by default.
+        query_keys: R keys, one for each of `RELATIONS`; those of the whole product, whatever its view leaves out.
+        product_keys: R keys.
+        weight: graded relevance, 0 to 1 (click < cart < buy); 1 by default.
         label: for labelled pairs, how similar they are; None elsewhere.
     """
 
     query: Item
     product: Item
-    product_id: str
-    group: str | None = None
-    family: str | None = None
+    query_keys: Sequence[int]
+    product_keys: Sequence[int]
     weight: float = 1.0
     label: float | None = None
 
@@ -83,10 +86,10 @@ class Items(NamedTuple):
 
     Attributes:
         text: (B, L) int64 token ids, or (B, F) float32 features.
-        image: (N, 3, H, W) float32 pixels, or (N, F) float32 features; all pictures of the batch.
+        image: (N, 3, H, W) uint8 pixels, or (N, F) float32 features; all pictures of the batch.
         image_row: (N,) int64, ascending: the item a picture belongs to.
         attribute: see `AttributeTensors`.
-        present: (B, M) bool, True = there; every row has at least one True.
+        present: (B, M) bool, True = there. A row without a True is an item of which this model knows no modality.
     """
 
     text: Tensor | None

@@ -1,0 +1,92 @@
+"""list[Item] -> Items, with the towers' own preprocessing. Picklable: loader workers run it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from datamodules.batch import AttributeTensors, Item, Items, Side
+
+
+def stable_hash(text: str | bytes) -> int:
+    """A positive 63-bit hash that is the same in every process and release; never 0."""
+    data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
+    digest = hashlib.blake2b(data, digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1 or 1
+
+
+class TextPreprocess(Protocol):
+    """What a text tower asks of its input."""
+
+    def render(self, item: Item, side: Side) -> str:
+        """The text that stands for this item on this side; empty where it has none."""
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """(B, L) int64 token ids, or (B, F) float32 features; an empty text is a row like any other."""
+
+
+class ImagePreprocess(Protocol):
+    """What an image tower asks of its input."""
+
+    def __call__(self, images: Sequence[bytes], rng: np.random.Generator | None = None) -> Tensor:
+        """(N, 3, H, W) uint8 pixels, or (N, F) float32 features; `rng` given = training, pictures may be varied."""
+
+
+class AttributePreprocess(Protocol):
+    """What an attribute tower asks of its input."""
+
+    def __call__(self, attributes: Sequence[Mapping[str, str | float | Sequence[str]]]) -> AttributeTensors:
+        """The attributes of B items."""
+
+
+@dataclass(frozen=True)
+class ItemPreprocess:
+    """The preprocessing of one encoder on one side; a modality without a tower is None and stays absent."""
+
+    side: Side
+    text: TextPreprocess | None = None
+    image: ImagePreprocess | None = None
+    attribute: AttributePreprocess | None = None
+
+    def __call__(self, items: Sequence[Item], rng: np.random.Generator | None = None) -> Items:
+        """B items as tensors.
+
+        Args:
+            items: B items. One of which this encoder knows no modality gets a row of `present` without a True.
+            rng: given in training only: pictures may be varied with it.
+        """
+        present = np.zeros((len(items), 3), bool)
+        text = image = image_row = attribute = None
+        if self.text is not None:
+            texts = [self.text.render(item, self.side) for item in items]
+            present[:, 0] = [text != "" for text in texts]
+            if present[:, 0].any():
+                text = self.text(texts)
+        if self.image is not None:
+            counts = [len(item.images) for item in items]
+            present[:, 1] = [count > 0 for count in counts]
+            if present[:, 1].any():
+                image = self.image([picture for item in items for picture in item.images], rng)
+                image_row = torch.from_numpy(np.repeat(np.arange(len(items)), counts))
+        if self.attribute is not None:
+            attribute = self.attribute([item.attributes for item in items])
+            number, category = attribute
+            known = ~number.isnan().all(1) if number.shape[1] else torch.zeros(len(items), dtype=torch.bool)
+            present[:, 2] = (known | (category != 0).flatten(1).any(1)).numpy()
+            if not present[:, 2].any():
+                attribute = None
+        return Items(text, image, image_row, attribute, torch.from_numpy(present))
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """The preprocessing of a two-tower model: one per side."""
+
+    query: ItemPreprocess
+    product: ItemPreprocess

@@ -1,0 +1,98 @@
+"""Which examples are in which batch: a pure function of (seed, epoch, step).
+
+The number of loader workers and of ranks never changes the global batch, and a resumed run goes on at its step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from torch.utils.data import Sampler
+
+
+class Draw(NamedTuple):
+    """The examples of one step on one rank.
+
+    Attributes:
+        epoch: also seeds what is random about each example.
+        examples: (B,) int64 example numbers.
+    """
+
+    epoch: int
+    examples: np.ndarray
+
+
+class BatchStream(Sampler[Draw]):
+    """Shuffled batches in bounded memory: blocks of neighbouring examples are permuted, windows of blocks are shuffled.
+
+    A reader that caches one window of rows reads every row once per epoch. The short last batch is filled from the
+    start of the next epoch's order, so that all batches of all ranks have the same size.
+
+    Args:
+        num_examples: E > 0.
+        batch_size: of the global batch; divisible by `num_ranks`.
+        seed: of all orders.
+        block_size: neighbouring examples that move together.
+        window_blocks: blocks that are shuffled together.
+        rank: this process takes the `rank`-th slice of each global batch.
+        num_ranks: processes.
+        start: first step of the first epoch that is iterated, for resuming in the middle of an epoch.
+    """
+
+    def __init__(
+        self,
+        num_examples: int,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        block_size: int = 256,
+        window_blocks: int = 32,
+        rank: int = 0,
+        num_ranks: int = 1,
+        start: int = 0,
+    ) -> None:
+        if num_examples < 1:
+            raise ValueError("num_examples=0: there is nothing to train on.")
+        if batch_size % num_ranks:
+            raise ValueError(f"batch_size={batch_size} is not divisible by the {num_ranks} processes of this run.")
+        self.num_examples, self.batch_size, self.seed = num_examples, batch_size, seed
+        self.block_size, self.window_blocks = block_size, window_blocks
+        self.rank, self.num_ranks, self.start = rank, num_ranks, start
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by Lightning before each epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return -(-self.num_examples // self.batch_size)
+
+    def order(self, epoch: int) -> Iterator[np.ndarray]:
+        """All example numbers of an epoch, window by window."""
+        num_blocks = -(-self.num_examples // self.block_size)
+        blocks = np.random.default_rng((self.seed, epoch)).permutation(num_blocks)
+        for first in range(0, num_blocks, self.window_blocks):
+            window = [self._block(block) for block in blocks[first : first + self.window_blocks]]
+            yield np.random.default_rng((self.seed, epoch, first + 1)).permutation(np.concatenate(window))
+
+    def _block(self, number: int) -> np.ndarray:
+        start = int(number) * self.block_size
+        return np.arange(start, min(start + self.block_size, self.num_examples), dtype=np.int64)
+
+    def _endless(self, epoch: int) -> Iterator[np.ndarray]:
+        while True:
+            yield from self.order(epoch)
+            epoch += 1
+
+    def __iter__(self) -> Iterator[Draw]:
+        start, self.start = self.start, 0
+        windows, pending = self._endless(self.epoch), np.empty(0, np.int64)
+        share = self.batch_size // self.num_ranks
+        for step in range(len(self)):
+            while len(pending) < self.batch_size:
+                pending = np.concatenate([pending, next(windows)])
+            batch, pending = pending[: self.batch_size], pending[self.batch_size :]
+            if step >= start:
+                yield Draw(self.epoch, batch[self.rank * share : (self.rank + 1) * share])
