@@ -1,0 +1,73 @@
+"""The shipped source as syntax trees, for the tests that check rules on it."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("configs", "datamodules", "retrieval", "towers")
+COMMANDS = ("train", "index")
+
+
+class Import(NamedTuple):
+    """One imported module.
+
+    Attributes:
+        module: its full dotted name; for `from a import b` that is `a.b` where this is a module of ours, else `a`.
+        line: 1-based.
+        lazy: stands inside a function, so importing the file does not run it.
+    """
+
+    module: str
+    line: int
+    lazy: bool
+
+
+def shipped_files() -> list[Path]:
+    """Every Python file that the distribution holds."""
+    commands = [ROOT / f"{name}.py" for name in COMMANDS]
+    return sorted([*(p for name in PACKAGES for p in (ROOT / name).rglob("*.py")), *commands])
+
+
+def module_name(path: Path) -> str:
+    """`towers/text.py` -> `towers.text`."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+@cache
+def tree(path: Path) -> ast.Module:
+    """The syntax tree of one file."""
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+def imports(path: Path) -> list[Import]:
+    """What a file imports when it runs; imports for type checkers only are left out."""
+    return list(_imports(tree(path), lazy=False))
+
+
+def _imports(node: ast.AST, *, lazy: bool) -> Iterator[Import]:
+    for child in ast.iter_child_nodes(node):
+        match child:
+            case ast.Import(names=names):
+                yield from (Import(alias.name, child.lineno, lazy) for alias in names)
+            case ast.ImportFrom(module=str(module), names=names, level=0):
+                yield from (Import(_imported(module, alias.name), child.lineno, lazy) for alias in names)
+            case ast.ImportFrom():
+                raise ValueError(f"line {child.lineno}: relative import; write the full name")
+            case ast.If(test=ast.Name("TYPE_CHECKING")):
+                for statement in child.orelse:
+                    yield from _imports(statement, lazy=lazy)
+            case ast.FunctionDef() | ast.AsyncFunctionDef():
+                yield from _imports(child, lazy=True)
+            case _:
+                yield from _imports(child, lazy=lazy)
+
+
+def _imported(module: str, name: str) -> str:
+    """`from towers import text` names the module `towers.text`; `from towers.text import pool` names `towers.text`."""
+    file = ROOT.joinpath(*module.split("."), f"{name}.py")
+    return f"{module}.{name}" if file.exists() else module
