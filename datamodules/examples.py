@@ -20,7 +20,7 @@ from datamodules.views import Views
 MateRelation = Literal["none", "group", "family"]
 
 ITSELF = -1
-"""In `ExampleRows.query` and `ExampleRows.source`: the query is a view of the product itself, or of one of its mates."""
+"""In `ExampleRows.query` and `.source`: the query is a view of the product itself, or of one of its mates."""
 
 
 @dataclass(frozen=True)
@@ -154,8 +154,8 @@ class TrainingBatches(Dataset[Batch]):
                 "run with trainer.use_distributed_sampler=false."
             )
         examples = [self.example(draw.epoch, int(number)) for number in draw.examples]
-        rng = np.random.default_rng((self.seed, draw.epoch, int(draw.examples[0]), 1))
-        return collate(examples, self.preprocess, rng)
+        rngs = [np.random.default_rng((self.seed, draw.epoch, int(number), 1)) for number in draw.examples]
+        return collate(examples, self.preprocess, rngs)
 
     def example(self, epoch: int, number: int) -> Example:
         """Example `number` as it looks in this epoch."""
@@ -190,8 +190,10 @@ class TrainingBatches(Dataset[Batch]):
         return row
 
 
-def collate(examples: Sequence[Example], preprocess: Preprocess, rng: np.random.Generator | None = None) -> Batch:
-    """B examples as tensors.
+def collate(
+    examples: Sequence[Example], preprocess: Preprocess, rngs: Sequence[np.random.Generator] | None = None
+) -> Batch:
+    """B examples as tensors; with B `rngs` their pictures are varied.
 
     Raises:
         ValueError: some examples have a label and others have none.
@@ -201,8 +203,8 @@ def collate(examples: Sequence[Example], preprocess: Preprocess, rng: np.random.
         raise ValueError(
             f"{sum(label is None for label in labels)} of {len(labels)} examples of a batch have no label."
         )
-    query = preprocess.query([example.query for example in examples], rng)
-    product = preprocess.product([example.product for example in examples], rng)
+    query = preprocess.query([example.query for example in examples], rngs)
+    product = preprocess.product([example.product for example in examples], rngs)
     known = query.present.any(1) & product.present.any(1)  # a pair of which the model sees nothing teaches nothing
     return Batch(
         query=query,

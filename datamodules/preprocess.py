@@ -34,8 +34,8 @@ class TextPreprocess(Protocol):
 class ImagePreprocess(Protocol):
     """What an image tower asks of its input."""
 
-    def __call__(self, images: Sequence[bytes], rng: np.random.Generator | None = None) -> Tensor:
-        """(N, 3, H, W) uint8 pixels, or (N, F) float32 features; `rng` given = training, pictures may be varied."""
+    def __call__(self, images: Sequence[bytes], rngs: Sequence[np.random.Generator] | None = None) -> Tensor:
+        """(N, 3, H, W) uint8 pixels, or (N, F) float32 features; N `rngs` given = training, pictures may be varied."""
 
 
 class AttributePreprocess(Protocol):
@@ -54,12 +54,12 @@ class ItemPreprocess:
     image: ImagePreprocess | None = None
     attribute: AttributePreprocess | None = None
 
-    def __call__(self, items: Sequence[Item], rng: np.random.Generator | None = None) -> Items:
+    def __call__(self, items: Sequence[Item], rngs: Sequence[np.random.Generator] | None = None) -> Items:
         """B items as tensors.
 
         Args:
             items: B items. One of which this encoder knows no modality gets a row of `present` without a True.
-            rng: given in training only: pictures may be varied with it.
+            rngs: B of them in training: pictures may be varied with them.
         """
         present = np.zeros((len(items), 3), bool)
         text = image = image_row = attribute = None
@@ -72,8 +72,9 @@ class ItemPreprocess:
             counts = [len(item.images) for item in items]
             present[:, 1] = [count > 0 for count in counts]
             if present[:, 1].any():
-                image = self.image([picture for item in items for picture in item.images], rng)
                 image_row = torch.from_numpy(np.repeat(np.arange(len(items)), counts))
+                picture_rngs = None if rngs is None else [rngs[row] for row in image_row.tolist()]
+                image = self.image([picture for item in items for picture in item.images], picture_rngs)
         if self.attribute is not None:
             attribute = self.attribute([item.attributes for item in items])
             number, category = attribute

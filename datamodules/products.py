@@ -1,0 +1,193 @@
+"""The data of a training run: batches of a prepared catalogue, and held-out queries to choose the best model by."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import lightning as L
+import numpy as np
+import pyarrow.parquet as pq
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from datamodules.batch import Batch, Item, NumberedItems
+from datamodules.examples import (
+    ExampleRows,
+    MateRelation,
+    Mates,
+    TrainingBatches,
+    catalogue_examples,
+    is_split,
+    pair_examples,
+)
+from datamodules.heldout import HeldOut, ProductRows, QueryRows, RowBatches, held_out
+from datamodules.parquet import Table, product_item, query_item
+from datamodules.preprocess import Preprocess
+from datamodules.schema import Schema
+from datamodules.stream import BatchStream
+from datamodules.views import Views
+
+logger = logging.getLogger(__name__)
+
+
+class ProductDataModule(L.LightningDataModule):
+    """A prepared catalogue as training batches and held-out queries.
+
+    Args:
+        catalogue: folder made by `python -m datamodules.prepare`.
+        batch_size: examples per step over all processes.
+        sources: what training examples are made of: `catalogue` (two views of a product, or of it and a mate), `pairs`
+            (the judgements of the train split).
+        mates: whose views may ask for a product: `group` (the same thing), `family` (variants too), or `none`.
+        mate_share: chance, 0 to 1, that a product is asked for by a mate's view and not its own.
+        views: what is left out of queries and products in training.
+        num_workers: loader processes; 0 loads in the training process.
+        window_groups: row groups that are shuffled together, and that a loader process keeps in memory.
+        max_val_queries: held-out queries that are asked at each validation.
+        max_val_products: products they are searched among.
+        val_split: split that the best model is chosen by.
+        test_split: split of `train.py test`.
+        seed: of the order and of everything random about the examples.
+    """
+
+    def __init__(
+        self,
+        catalogue: Path,
+        batch_size: int = 256,
+        sources: list[Literal["catalogue", "pairs"]] | None = None,
+        mates: MateRelation = "family",
+        mate_share: float = 0.5,
+        views: Views | None = None,
+        num_workers: int = 0,
+        window_groups: int = 64,
+        max_val_queries: int = 2000,
+        max_val_products: int = 20_000,
+        val_split: str = "val",
+        test_split: str = "test",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.catalogue, self.batch_size = Path(catalogue), batch_size
+        self.sources = sources if sources is not None else ["catalogue", "pairs"]
+        self.mates, self.mate_share, self.views = mates, mate_share, views if views is not None else Views()
+        self.num_workers, self.window_groups, self.seed = num_workers, window_groups, seed
+        self.max_val_queries, self.max_val_products = max_val_queries, max_val_products
+        self.val_split, self.test_split = val_split, test_split
+        self.preprocess: Preprocess | None = None  # the model hands it over when a run is set up
+        self.held_out: dict[str, HeldOut] = {}
+
+    def prepare_data(self) -> None:
+        """Refuse a folder that is no prepared catalogue before any process starts."""
+        if not (self.catalogue / "schema.json").is_file():
+            raise FileNotFoundError(
+                f"{self.catalogue} is not a prepared catalogue (it has no schema.json). "
+                f"Make it with: python -m datamodules.prepare products.csv --output {self.catalogue}"
+            )
+
+    def setup(self, stage: str) -> None:
+        """Open the catalogue and decide which examples and held-out queries there are."""
+        self.schema = Schema.load(self.catalogue / "schema.json")
+        self.products = Table(self.catalogue / "products", self.window_groups)
+        has_queries = (self.catalogue / "queries").is_dir()
+        self.queries = Table(self.catalogue / "queries", self.window_groups) if has_queries else None
+        qrels = self.catalogue / "qrels.parquet"
+        self.qrels = pq.read_table(qrels) if qrels.is_file() else None
+        if stage == "fit":
+            self.rows = self._examples()
+            logger.info("%d training examples from %d products", len(self.rows), len(self.products))
+        for split in {"fit": [self.val_split], "validate": [self.val_split], "test": [self.test_split]}[stage]:
+            self.held_out[split] = held_out(
+                self.products,
+                self.queries,
+                self.qrels,
+                split=split,
+                mates=self.mates,
+                max_queries=self.max_val_queries,
+                max_products=self.max_val_products,
+                seed=self.seed,
+            )
+            logger.info(
+                "%d %s queries over %d products", len(self.held_out[split]), split, len(self.held_out[split].gallery)
+            )
+
+    def _examples(self) -> ExampleRows:
+        self.train_rows = np.flatnonzero(is_split(self.products, "train"))
+        parts = []
+        if "catalogue" in self.sources:
+            parts.append(catalogue_examples(self.train_rows))
+        if "pairs" in self.sources and self.queries is not None and self.qrels is not None:
+            parts.append(pair_examples(self.qrels, self.products, self.queries, "train"))
+        if not sum(map(len, parts)):
+            raise ValueError(
+                f"No training examples: {self.catalogue} has {len(self.train_rows)} products of the train split, and "
+                f"data.sources={self.sources}."
+            )
+        return ExampleRows.join(parts)
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """The rest of the current epoch, from the step after the last one that was trained."""
+        stream = BatchStream(
+            len(self.rows),
+            self.batch_size,
+            seed=self.seed,
+            window_blocks=max(1, self.window_groups // 2),  # two windows overlap in a batch
+            rank=self.trainer.global_rank,
+            num_ranks=self.trainer.world_size,
+            start=self.trainer.fit_loop.epoch_loop.batch_progress.current.completed,
+        )
+        mates = Mates(self.products, self.mates, self.train_rows)
+        batches = TrainingBatches(
+            self.products, self.queries, self.rows, mates, self.mate_share, self.views, self._preprocess, self.seed
+        )
+        return self._loader(batches, stream)
+
+    def val_dataloader(self) -> list[DataLoader[NumberedItems]]:
+        """Held-out queries of the validation split, and the products they are searched among."""
+        return self._held_out_loaders(self.val_split)
+
+    def test_dataloader(self) -> list[DataLoader[NumberedItems]]:
+        """Held-out queries of the test split, and the products they are searched among."""
+        return self._held_out_loaders(self.test_split)
+
+    def all_items(self) -> Iterator[Item]:
+        """Every product and every query of the catalogue, in order: what frozen towers encode once."""
+        for row in range(len(self.products)):
+            yield product_item(self.products.row(row))
+        for row in range(len(self.queries) if self.queries is not None else 0):
+            yield query_item(self.queries.row(row))
+
+    @property
+    def _preprocess(self) -> Preprocess:
+        if self.preprocess is None:
+            raise RuntimeError(
+                "The model has not handed over its preprocessing: run through a Trainer with a TwoTower."
+            )
+        return self.preprocess
+
+    def _held_out_loaders(self, split: str) -> list[DataLoader[NumberedItems]]:
+        asked = self.held_out[split]
+        ranks = (self.trainer.global_rank, self.trainer.world_size)
+        queries = QueryRows(self.products, self.queries, asked, self._preprocess.query)
+        products = ProductRows(self.products, asked.gallery, self._preprocess.product)
+        return [
+            self._loader(queries, RowBatches(len(asked), self.batch_size, *ranks)),
+            self._loader(products, RowBatches(len(asked.gallery), self.batch_size, *ranks)),
+        ]
+
+    def _loader(self, dataset: Dataset, sampler: Sampler) -> DataLoader:
+        return DataLoader(
+            dataset,
+            batch_size=None,  # the sampler draws whole batches
+            sampler=sampler,
+            num_workers=self.num_workers,
+            collate_fn=_as_is,
+            pin_memory=self.trainer.accelerator.__class__.__name__ == "CUDAAccelerator",
+            persistent_workers=self.num_workers > 0,
+            multiprocessing_context="spawn" if self.num_workers else None,  # forked children of threads may hang
+        )
+
+
+def _as_is(batch: object) -> object:
+    return batch

@@ -1,0 +1,188 @@
+"""The attribute tower: numbers, categories, category paths and multi-valued sets as features."""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from datamodules.batch import AttributeTensors
+from datamodules.preprocess import stable_hash
+from datamodules.schema import Attribute, Schema
+from towers.tower import Tower
+
+Value = str | float | Sequence[str]
+
+
+@lru_cache(maxsize=1 << 20)
+def value_hash(name: str, value: str) -> int:
+    """Hash of one value of one attribute; case, width and surrounding space do not matter."""
+    return stable_hash(f"{name}={unicodedata.normalize('NFKC', value).casefold().strip()}")
+
+
+def levels(attribute: Attribute, value: Value) -> list[str]:
+    """The values that stand for an attribute: for a path one for each level, so that relatives share the upper ones."""
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        return [str(value)]
+    if attribute.kind == "path":
+        return [" > ".join(value[: depth + 1]) for depth in range(len(value))]
+    return list(value)
+
+
+@dataclass(frozen=True)
+class AttributePreprocess:
+    """Attributes to raw numbers and hashes of values. Attributes that the schema does not know are left out."""
+
+    schema: Schema
+
+    def __call__(self, attributes: Sequence[Mapping[str, Value]]) -> AttributeTensors:
+        """The attributes of B items."""
+        numbers, categories = self.schema.numbers, self.schema.categories
+        number = torch.full((len(attributes), len(numbers)), math.nan)
+        hashes: list[tuple[int, int, list[int]]] = []
+        for row, facts in enumerate(attributes):
+            for column, attribute in enumerate(numbers):
+                number[row, column] = as_number(facts.get(attribute.name))
+            for column, attribute in enumerate(categories):
+                if (value := facts.get(attribute.name)) is not None:
+                    hashes.append((row, column, [value_hash(attribute.name, v) for v in levels(attribute, value)]))
+        width = max((len(values) for _, _, values in hashes), default=1)
+        category = torch.zeros(len(attributes), len(categories), width, dtype=torch.int64)
+        for row, column, values in hashes:
+            category[row, column, : len(values)] = torch.tensor(values)
+        return AttributeTensors(number, category)
+
+
+def as_number(value: Value | None) -> float:
+    """A finite number, or NaN for what is none: text where numbers were learned is a missing value, not a zero."""
+    if isinstance(value, (int, float)) and math.isfinite(value):
+        return float(value)
+    return math.nan
+
+
+class AttributeTower(Tower):
+    """Attributes as features: one learned vector for each attribute, joined by a small network.
+
+    Numbers are standardised by the statistics of the catalogue (after a logarithm where they are skewed) and take
+    periodic embeddings (PLR, arXiv:2203.05556). Values of categories share one table of hash embeddings
+    (arXiv:1709.03933), so that values never seen in training work; a path is the mean over its levels, a set the mean
+    over its members. Each attribute has a learned vector for "missing".
+
+    Args:
+        out_dim: size of the features.
+        value_dim: size of the vector of one attribute.
+        num_buckets: rows of the table of hash embeddings, a power of two.
+        num_hashes: rows of the table that are summed for one value.
+        num_frequencies: of the periodic embeddings of a number.
+        frequency_scale: standard deviation of the initial frequencies; higher tells closer numbers apart.
+        dropout: of the vectors of attributes, 0 to 1.
+    """
+
+    def __init__(
+        self,
+        out_dim: int = 256,
+        value_dim: int = 32,
+        num_buckets: int = 1 << 14,
+        num_hashes: int = 2,
+        num_frequencies: int = 16,
+        frequency_scale: float = 0.3,
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__()
+        if num_buckets < 2 or num_buckets & (num_buckets - 1):
+            raise ValueError(f"num_buckets={num_buckets} is not a power of two, e.g. {1 << 14}.")
+        if not 1 <= num_hashes <= 4:
+            raise ValueError(f"num_hashes={num_hashes}: choose 1 to 4.")
+        self.out_dim, self.value_dim = out_dim, value_dim
+        self.num_buckets, self.num_hashes = num_buckets, num_hashes
+        self.num_frequencies, self.frequency_scale = num_frequencies, frequency_scale
+        self.dropout = nn.Dropout(dropout)
+        self.schema: Schema | None = None
+
+    @property
+    def preprocess(self) -> AttributePreprocess:
+        """Needs the schema."""
+        if self.schema is None:
+            raise RuntimeError("The attribute tower has no schema yet: call set_schema first.")
+        return AttributePreprocess(self.schema)
+
+    def set_schema(self, schema: Schema) -> None:
+        """Make the parameters for the attributes of this catalogue.
+
+        Raises:
+            ValueError: the catalogue has no attributes.
+        """
+        if not schema.attributes:
+            raise ValueError("The catalogue has no attributes: leave the attribute tower out (attribute: null).")
+        self.schema = schema
+        numbers, dim = schema.numbers, self.value_dim
+        self.register_buffer("log", torch.tensor([a.log for a in numbers], dtype=torch.bool), persistent=False)
+        self.register_buffer("mean", torch.tensor([a.mean for a in numbers]), persistent=False)
+        self.register_buffer("std", torch.tensor([a.std for a in numbers]), persistent=False)
+        frequencies = 2 * self.num_frequencies
+        self.frequency = nn.Parameter(torch.randn(len(numbers), self.num_frequencies) * self.frequency_scale)
+        self.number_weight = nn.Parameter(torch.randn(len(numbers), frequencies, dim) / math.sqrt(frequencies))
+        self.number_bias = nn.Parameter(torch.zeros(len(numbers), dim))
+        self.buckets = nn.Embedding(self.num_buckets, dim)
+        nn.init.normal_(self.buckets.weight, std=1 / math.sqrt(self.num_hashes))
+        self.missing = nn.Parameter(torch.randn(len(schema.attributes), dim))
+        joined = dim * len(schema.attributes)
+        self.join = nn.Sequential(nn.LayerNorm(joined), nn.Linear(joined, self.out_dim))
+        self.refine = nn.Sequential(nn.GELU(), nn.Linear(self.out_dim, self.out_dim))
+
+    def forward(self, attributes: AttributeTensors) -> Tensor:
+        """The attributes of B items -> (B, F)."""
+        number, category = attributes
+        missing = torch.cat([number.isnan(), (category == 0).all(-1)], 1).unsqueeze(-1)  # (B, A, 1)
+        values = torch.cat([self.number_vectors(number), self.category_vectors(category)], 1)  # (B, A, d)
+        values = torch.where(missing, self.missing, values)
+        features = self.join(self.dropout(values).flatten(1))
+        return features + self.refine(features)
+
+    def number_vectors(self, number: Tensor) -> Tensor:
+        """(B, A) raw values -> (B, A, d); those of NaN are arbitrary but finite."""
+        value = number.nan_to_num(0.0)
+        value = torch.where(self.log, value.clamp(min=0).log1p(), value)
+        value = ((value - self.mean) / self.std).clamp(-8, 8)  # far outside of what was learned is "far outside"
+        angle = 2 * math.pi * self.frequency * value.unsqueeze(-1)  # (B, A, k)
+        periodic = torch.cat([angle.sin(), angle.cos()], -1)
+        return torch.einsum("baf,afd->bad", periodic, self.number_weight).add(self.number_bias).relu()
+
+    def category_vectors(self, category: Tensor) -> Tensor:
+        """(B, A, V) hashes -> (B, A, d), the mean over values that are there."""
+        there = (category != 0).unsqueeze(-1)  # (B, A, V, 1)
+        rows = torch.stack([bucket(category, i, self.num_buckets) for i in range(self.num_hashes)], -1)
+        vectors = self.buckets(rows).sum(-2) * there  # (B, A, V, d)
+        return vectors.sum(2) / there.sum(2).clamp(min=1)
+
+    def architecture(self) -> dict[str, Any]:
+        """See `Tower.architecture`."""
+        return {
+            "out_dim": self.out_dim,
+            "value_dim": self.value_dim,
+            "num_buckets": self.num_buckets,
+            "num_hashes": self.num_hashes,
+            "num_frequencies": self.num_frequencies,
+            "frequency_scale": self.frequency_scale,
+            "dropout": self.dropout.p,
+        }
+
+    def save_assets(self, folder: Path) -> None:
+        """Nothing: the model folder carries the schema."""
+
+
+MULTIPLIERS = (0x1E3779B97F4A7C15, 0x3C6EF372FE94F82B, 0x5A5A6B2D1F3C9E77, 0x7F4A7C159E3779B9)
+"""Odd, and far apart: one independent hash function each."""
+
+
+def bucket(value: Tensor, number: int, num_buckets: int) -> Tensor:
+    """The row that hash function `number` gives a 63-bit value: multiply-shift, with overflow wanted."""
+    bits = num_buckets.bit_length() - 1
+    return (value * MULTIPLIERS[number] >> (62 - bits)) & (num_buckets - 1)

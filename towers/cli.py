@@ -1,0 +1,179 @@
+"""The command line of training: configuration, one folder per run, logs, checkpoints, resuming, export."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, Logger
+
+import configs
+from datamodules.products import ProductDataModule
+from retrieval.storage import ArtefactError
+from towers.model_folder import save_model
+from towers.tracking import wandb_logger
+from towers.two_tower import TwoTower
+
+logger = logging.getLogger(__name__)
+
+USER_ERRORS = (OSError, ValueError, ArtefactError, FloatingPointError, ImportError)
+
+
+class TrainingCLI(LightningCLI):
+    """`fit`, `validate` and `test` of a TwoTower on a ProductDataModule."""
+
+    @classmethod
+    def launch(cls, args: list[str] | None = None) -> int:
+        """Run a command; returns the exit code. Errors of the user are one line, without a traceback."""
+        logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+        if args is None:
+            sys.argv[1:] = configs.resolve(sys.argv[1:])  # where the processes of other devices find them, too
+        else:
+            args = configs.resolve(args)
+        try:
+            cls(
+                TwoTower,
+                ProductDataModule,
+                args=args,
+                seed_everything_default=0,
+                trainer_defaults={
+                    "max_epochs": 10,
+                    "log_every_n_steps": 10,
+                    "num_sanity_val_steps": 0,
+                    "use_distributed_sampler": False,  # batches are drawn and shared out by BatchStream
+                },
+                save_config_kwargs={"overwrite": True},
+                auto_configure_optimizers=False,
+                parser_kwargs={"allow_abbrev": False},
+            )
+        except USER_ERRORS as error:
+            if os.environ.get("TRITOWER_TRACEBACK"):
+                raise
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+        return 0
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Embedding is a command of index.py, so there is no `predict`."""
+        skipped = {"model", "datamodule"}
+        return {
+            "fit": skipped | {"train_dataloaders", "val_dataloaders", "ckpt_path", "weights_only"},
+            "validate": skipped | {"dataloaders", "weights_only"},
+            "test": skipped | {"dataloaders", "weights_only"},
+        }
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """What a run needs beside trainer, model and data."""
+        parser.add_argument(
+            "--run", type=Path, default=Path("runs/default"), help="Folder of checkpoints, logs and the exported model."
+        )
+        parser.add_argument("--resume", type=bool, default=False, help="Go on from the run's newest valid checkpoint.")
+        parser.add_argument(
+            "--wandb", type=Literal["off", "online", "offline"], default="off", help="Log to Weights & Biases too."
+        )
+        parser.add_argument("--wandb_project", type=str, default="tritower", help="Project in Weights & Biases.")
+        parser.add_lightning_class_args(EarlyStopping, "early_stopping")
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.set_defaults(
+            {
+                "early_stopping.monitor": "val/hit@10",
+                "early_stopping.mode": "max",
+                "early_stopping.patience": 5,
+                "checkpoint.monitor": "val/hit@10",
+                "checkpoint.mode": "max",
+                "checkpoint.filename": "best",
+                "checkpoint.auto_insert_metric_name": False,
+                "checkpoint.enable_version_counter": False,
+            }
+        )
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """A trainer that writes into the run's folder."""
+        self.run_folder: Path = self._get(self.config_init, "run")
+        loggers: list[Logger] = [CSVLogger(self.run_folder, name="logs")]
+        mode = self._get(self.config_init, "wandb")
+        if mode != "off":
+            project = self._get(self.config_init, "wandb_project")
+            loggers += wandb_logger(self.run_folder, project, offline=mode == "offline")
+        trainer = super().instantiate_trainer(logger=loggers, default_root_dir=self.run_folder, **kwargs)
+        best = trainer.checkpoint_callback
+        assert isinstance(best, ModelCheckpoint)
+        best.dirpath = str(self.checkpoints)
+        trainer.callbacks.insert(-1, self._last_checkpoint(best))
+        trainer.callbacks.insert(0, LearningRateMonitor("step"))
+        return trainer
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the run's checkpoints."""
+        return self.run_folder / "checkpoints"
+
+    def _last_checkpoint(self, best: ModelCheckpoint) -> ModelCheckpoint:
+        return ModelCheckpoint(
+            dirpath=self.checkpoints,
+            filename="last-{step}",
+            save_top_k=2,  # one to fall back to
+            monitor="step",
+            mode="max",
+        )
+
+    def fit(self, **kwargs: Any) -> None:
+        """Train, then export the best model."""
+        path = self._checkpoint_to_resume()
+        self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=path, weights_only=True)
+        self._export()
+
+    def _checkpoint_to_resume(self) -> Path | None:
+        there = sorted(self.checkpoints.glob("*.ckpt")) if self.checkpoints.is_dir() else []
+        if not self._get(self.config_init, "resume"):
+            if there:
+                raise ValueError(
+                    f"{self.run_folder} holds a run already ({len(there)} checkpoints). "
+                    "Go on with --resume true, or choose another folder with --run."
+                )
+            return None
+        path = newest_valid_checkpoint(there)
+        logger.info("resuming from %s", path) if path else logger.info(
+            "no checkpoint in %s: starting", self.checkpoints
+        )
+        return path
+
+    def _export(self) -> None:
+        best = self.trainer.checkpoint_callback
+        assert isinstance(best, ModelCheckpoint)
+        if not best.best_model_path:
+            logger.warning("No validation was run, so no best model is known: exporting the last weights.")
+        else:
+            state = torch.load(best.best_model_path, weights_only=True, map_location="cpu")["state_dict"]
+            self.model.load_state_dict(state)
+        if self.trainer.is_global_zero:
+            meta = {} if best.best_model_score is None else {str(best.monitor): float(best.best_model_score)}
+            save_model(self.model, self.run_folder / "model", meta=meta, overwrite=True)
+            logger.info("exported the best model to %s", self.run_folder / "model")
+
+
+def newest_valid_checkpoint(paths: list[Path]) -> Path | None:
+    """The checkpoint with the most steps that can be read; damaged ones are named and skipped.
+
+    Raises:
+        ValueError: there are checkpoints, but none can be read.
+    """
+    steps: dict[Path, int] = {}
+    for path in paths:
+        try:
+            steps[path] = int(torch.load(path, weights_only=True, map_location="cpu", mmap=True)["global_step"])
+        except Exception as error:  # a torn file raises whatever its first wrong byte leads to
+            logger.warning(
+                "skipped %s: it cannot be read (%s)", path, str(error).splitlines()[0] if str(error) else error
+            )
+    if paths and not steps:
+        raise ValueError(f"None of the {len(paths)} checkpoints in {paths[0].parent} can be read; start afresh.")
+    return max(steps, key=lambda path: (steps[path], path.name)) if steps else None

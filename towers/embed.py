@@ -1,0 +1,258 @@
+"""Embed a prepared catalogue with a model folder: products and queries, resumable per shard."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning as L
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from datamodules.batch import Item, NumberedItems
+from datamodules.examples import index_in
+from datamodules.parquet import Table, product_item, query_item
+from datamodules.preprocess import ItemPreprocess
+from retrieval import storage
+from retrieval.embeddings import EmbeddingWriter
+from towers.cache import cached
+from towers.encoder import Encoder
+from towers.model_folder import load_model
+
+logger = logging.getLogger(__name__)
+
+KINDS = ("text", "image", "fused", "product:text", "product:image", "product:attribute")
+"""Kinds of query: a typed text, a photo, several modalities at once or a whole product, and a product of which only one
+modality is shown."""
+
+
+def embed(
+    model: Path,
+    catalogue: Path,
+    output: Path,
+    *,
+    batch_size: int = 256,
+    num_workers: int = 0,
+    accelerator: str = "auto",
+    devices: int | str = "auto",
+    precision: Any = "32-true",
+    feature_cache: Path | None = None,
+) -> None:
+    """Write `output/products` and, where the catalogue has queries, `output/queries`.
+
+    Shards that are finished are skipped; folders that were begun with another model or catalogue are refused.
+
+    Args:
+        model: model folder.
+        catalogue: prepared catalogue.
+        output: folder of the two embeddings folders.
+        batch_size: items at a time.
+        num_workers: loader processes.
+        accelerator: as Lightning's: `auto`, `cpu`, `gpu`.
+        devices: as Lightning's; every device takes shards of its own.
+        precision: as Lightning's: `32-true`, `bf16-mixed`.
+        feature_cache: folder of features of frozen towers that training made.
+    """
+    two_tower = load_model(model)
+    storage.read_manifest(catalogue, kind="catalogue")
+    tables = {side: Table(catalogue / side) for side in ("products", "queries") if (catalogue / side).is_dir()}
+    if feature_cache is None:
+        preprocess = two_tower.preprocess
+    else:
+        every_item = (
+            read(table.row(row))
+            for side, read in (("products", product_item), ("queries", query_item))
+            if (table := tables.get(side)) is not None
+            for row in range(len(table))
+        )
+        preprocess = cached(
+            two_tower.preprocess,
+            two_tower.product,
+            two_tower.query,
+            every_item,
+            feature_cache,
+            every_view=False,
+            device=two_tower.device,
+        )
+    for side, table in tables.items():
+        folder = output / side
+        if (folder / storage.MANIFEST).is_file():
+            storage.verify(folder, kind="embeddings")
+        writer = EmbeddingWriter(
+            folder,
+            dim=two_tower.embed_dim,
+            model=storage.fingerprint(model),
+            catalogue=storage.fingerprint(catalogue),
+            id_column="product_id" if side == "products" else "query_id",
+        )
+        missing = [shard for shard in range(len(table.shards)) if not writer.done(table.shards[shard].stem)]
+        logger.info("%s: %d of %d shards to embed", side, len(missing), len(table.shards))
+        rows: Dataset[NumberedItems]
+        if side == "products":
+            rows, encoder = ProductTable(table, preprocess.product), two_tower.product
+        else:
+            rows, encoder = QueryTable(table, tables["products"], preprocess.query), two_tower.query
+        trainer = L.Trainer(
+            accelerator=accelerator,
+            devices=devices,
+            precision=precision,
+            callbacks=[ShardWriter(writer, table, missing)],
+            logger=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+        )
+        if missing:
+            loaders = ShardLoaders(rows, table, missing, batch_size, num_workers)
+            trainer.predict(_Encode(encoder), datamodule=loaders, return_predictions=False)
+        if trainer.is_global_zero:
+            hints = {"model": str(model), "catalogue": str(catalogue)}
+            writer.finish([shard.stem for shard in table.shards], hints)
+
+
+class ProductTable(Dataset[NumberedItems]):
+    """Products by row number."""
+
+    def __init__(self, products: Table, preprocess: ItemPreprocess) -> None:
+        self.products, self.preprocess = products, preprocess
+
+    def __getitem__(self, rows: np.ndarray) -> NumberedItems:
+        items = [product_item(self.products.row(int(row))) for row in rows]
+        return NumberedItems(self.preprocess(items), torch.from_numpy(rows))
+
+
+class QueryTable(Dataset[NumberedItems]):
+    """Queries by row number, once for each kind that the row can be asked as; numbered row * kinds + kind."""
+
+    def __init__(self, queries: Table, products: Table, preprocess: ItemPreprocess) -> None:
+        self.queries, self.products, self.preprocess = queries, products, preprocess
+        self.source = index_in(queries.column("source_product_id"), products.column("product_id"))
+
+    def __getitem__(self, rows: np.ndarray) -> NumberedItems:
+        asked = [
+            (int(row) * len(KINDS) + KINDS.index(kind), item) for row in rows for kind, item in self.kinds(int(row))
+        ]
+        tensors = self.preprocess([item for _, item in asked])
+        return NumberedItems(tensors, torch.tensor([number for number, _ in asked], dtype=torch.int64))
+
+    def kinds(self, row: int) -> Iterator[tuple[str, Item]]:
+        """The kinds that a query can be asked as, and what each shows."""
+        if self.source[row] < 0:
+            item = query_item(self.queries.row(row))
+            yield ("fused" if item.text and item.images else "image" if item.images else "text"), item
+            return
+        item = product_item(self.products.row(int(self.source[row])))
+        yield "fused", item
+        yield "product:text", Item(text=item.text)
+        yield "product:image", Item(images=item.images)
+        yield "product:attribute", Item(attributes=item.attributes)
+
+
+class ShardBatches(Sampler[np.ndarray]):
+    """Row numbers in batches that never cross shards."""
+
+    def __init__(self, table: Table, shards: list[int], batch_size: int) -> None:
+        bounds = [(table.shard_starts[shard], table.shard_starts[shard + 1]) for shard in shards]
+        self.batches = [
+            (s, min(s + batch_size, stop)) for start, stop in bounds for s in range(start, stop, batch_size)
+        ]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        for start, stop in self.batches:
+            yield np.arange(start, stop)
+
+
+class ShardLoaders(L.LightningDataModule):
+    """Each process embeds shards of its own."""
+
+    def __init__(
+        self, rows: Dataset[NumberedItems], table: Table, shards: list[int], batch_size: int, num_workers: int
+    ) -> None:
+        super().__init__()
+        self.rows, self.table, self.shards = rows, table, shards
+        self.batch_size, self.num_workers = batch_size, num_workers
+
+    def predict_dataloader(self) -> DataLoader[NumberedItems]:
+        """The rows of this process's shards, in order."""
+        assert self.trainer is not None
+        own = self.shards[self.trainer.global_rank :: self.trainer.world_size]
+        return DataLoader(
+            self.rows,
+            batch_size=None,
+            sampler=ShardBatches(self.table, own, self.batch_size),
+            num_workers=self.num_workers,
+            multiprocessing_context="spawn" if self.num_workers else None,
+        )
+
+
+class Prediction(NamedTuple):
+    """What is known of a batch after encoding.
+
+    Attributes:
+        row: (B,) int64.
+        embedding: (B, D) float32.
+        known: (B,) bool: the model reads something of the item.
+    """
+
+    row: np.ndarray
+    embedding: np.ndarray
+    known: np.ndarray
+
+
+class _Encode(L.LightningModule):
+    def __init__(self, encoder: Encoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def predict_step(self, batch: NumberedItems, batch_idx: int) -> Prediction:
+        present = batch.items.present
+        known = present[:, self.encoder.columns].any(1)
+        embedding = self.encoder(batch.items).embedding.float()
+        return Prediction(batch.row.cpu().numpy(), embedding.cpu().numpy(), known.cpu().numpy())
+
+
+class ShardWriter(L.Callback):
+    """Writes a shard as soon as its last row is encoded."""
+
+    def __init__(self, writer: EmbeddingWriter, table: Table, shards: list[int]) -> None:
+        self.writer, self.table, self.shards = writer, table, shards
+        self.pending: list[Prediction] = []
+        self.unknown = 0
+
+    def on_predict_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, _: int = 0
+    ) -> None:
+        """Collect; write what is complete."""
+        self.pending.append(outputs)
+        is_query = self.writer.id_column == "query_id"
+        last_row = int(outputs.row[-1]) // (len(KINDS) if is_query else 1)
+        shard = int(np.searchsorted(self.table.shard_starts, last_row, side="right")) - 1
+        if last_row + 1 == self.table.shard_starts[shard + 1]:
+            self.write(shard, is_query)
+
+    def write(self, shard: int, is_query: bool) -> None:
+        """Write what was collected as a shard. Queries of which the model reads nothing are left out."""
+        row, embedding, known = (np.concatenate(parts) for parts in zip(*self.pending, strict=True))
+        self.pending = []
+        self.unknown += int((~known).sum())
+        start, stop = self.table.shard_starts[shard : shard + 2]
+        ids = self.table.column(self.writer.id_column)[start:stop].to_pylist()
+        name = self.table.shards[shard].stem
+        if is_query:
+            row, embedding = row[known], embedding[known]
+            kinds = [KINDS[number % len(KINDS)] for number in row]
+            self.writer.write(name, [ids[number // len(KINDS) - start] for number in row], embedding, kinds)
+        else:
+            self.writer.write(name, [ids[number - start] for number in row], embedding)
+
+    def on_predict_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Say what the model could not read."""
+        if self.unknown and self.writer.id_column == "query_id":
+            logger.info("%d queries show nothing that this model reads and were left out", self.unknown)
+        elif self.unknown:
+            logger.warning("%d products have nothing that this model reads; they share one embedding", self.unknown)

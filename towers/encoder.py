@@ -1,0 +1,118 @@
+"""Encoder: towers -> projections -> fusion -> one unit-length embedding per item."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from datamodules.batch import MODALITIES, Items, Side
+from datamodules.preprocess import ItemPreprocess
+from datamodules.schema import Schema
+from towers.attribute import AttributeTower
+from towers.fusion import FUSIONS, FusionName
+from towers.image import ImageTower
+from towers.text import TextTower
+from towers.tower import Tower
+
+
+class Encoded(NamedTuple):
+    """B items, encoded.
+
+    Attributes:
+        embedding: (B, D), rows of unit length.
+        shares: (B, M) share of each of the encoder's modalities in the embedding; a row adds up to 1.
+    """
+
+    embedding: Tensor
+    shares: Tensor
+
+
+class Encoder(nn.Module):
+    """One side of a two-tower model.
+
+    Args:
+        embed_dim: D, the size of an embedding; chosen here and nowhere else.
+        text: tower of titles, descriptions and typed queries; null leaves text out.
+        image: tower of pictures; null leaves pictures out.
+        attribute: tower of brand, category, price and the like; null leaves attributes out.
+        fusion: `gated` (default), `mean`, or `transformer` (one layer).
+    """
+
+    def __init__(
+        self,
+        embed_dim: int = 256,
+        text: TextTower | None = None,
+        image: ImageTower | None = None,
+        attribute: AttributeTower | None = None,
+        fusion: FusionName = "gated",
+    ) -> None:
+        super().__init__()
+        towers: dict[str, Tower | None] = {"text": text, "image": image, "attribute": attribute}
+        self.towers = nn.ModuleDict({name: tower for name in MODALITIES if (tower := towers[name]) is not None})
+        if not self.towers:
+            raise ValueError("An encoder needs at least one tower: text, image or attribute.")
+        if fusion not in FUSIONS:
+            raise ValueError(f"fusion={fusion!r}: choose one of {', '.join(FUSIONS)}.")
+        self.embed_dim, self.fusion_name = embed_dim, fusion
+        self.columns = [MODALITIES.index(name) for name in self.towers]
+        self.projections = nn.ModuleDict(
+            {name: projection(tower.out_dim, embed_dim) for name, tower in self.towers.items()}
+        )
+        self.absent = nn.Parameter(torch.randn(len(self.towers), embed_dim) * embed_dim**-0.5)
+        self.fusion = FUSIONS[fusion](len(self.towers), embed_dim)
+
+    def set_schema(self, schema: Schema) -> None:
+        """Tell the attribute tower what the catalogue holds."""
+        if "attribute" in self.towers:
+            self.towers["attribute"].set_schema(schema)
+
+    def preprocess(self, side: Side) -> ItemPreprocess:
+        """The towers' own preprocessing, for queries or for products."""
+        return ItemPreprocess(side, **{name: tower.preprocess for name, tower in self.towers.items()})
+
+    def forward(self, items: Items) -> Encoded:
+        """B items as tensors -> their embeddings."""
+        present = items.present[:, self.columns]  # (B, M)
+        z = torch.stack([self.project(name, items) for name in self.towers], 1)  # (B, M, D)
+        z = torch.where(present.unsqueeze(-1), z, self.absent.to(z.dtype))
+        fused, shares = self.fusion(z, present)
+        return Encoded(F.normalize(fused.float(), dim=-1), shares.float())
+
+    def project(self, name: str, items: Items) -> Tensor:
+        """(B, D) unit vectors of one modality; those of items without it are arbitrary but finite."""
+        inputs = getattr(items, name)
+        if inputs is None:
+            return self.absent.new_zeros(len(items.present), self.embed_dim)
+        features = features_of(self.towers[name], inputs)
+        if name == "image":
+            features = mean_by_row(features, items.image_row, len(items.present))
+        return F.normalize(self.projections[name](features), dim=-1)
+
+
+def features_of(tower: nn.Module, inputs: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """(n, F) features; a float matrix is features already (cached ones of a frozen tower)."""
+    if isinstance(inputs, Tensor) and inputs.ndim == 2 and inputs.is_floating_point():
+        return inputs
+    return tower(inputs)
+
+
+def mean_by_row(features: Tensor, row: Tensor, num_rows: int) -> Tensor:
+    """(N, F), (N,) -> (num_rows, F): the mean over the pictures of each item, zeros where it has none."""
+    total = features.new_zeros(num_rows, features.shape[1]).index_add_(0, row, features)
+    count = features.new_zeros(num_rows).index_add_(0, row, torch.ones_like(row, dtype=features.dtype))
+    return total / count.clamp(min=1).unsqueeze(-1)
+
+
+def projection(in_dim: int, out_dim: int) -> nn.Linear:
+    """A linear layer that changes nothing at first where sizes agree.
+
+    So two sides of one CLIP model start as aligned as they were trained.
+    """
+    layer = nn.Linear(in_dim, out_dim)
+    nn.init.zeros_(layer.bias)
+    if in_dim == out_dim:
+        nn.init.eye_(layer.weight)
+    return layer

@@ -1,0 +1,76 @@
+"""Fusion: one vector for each modality, and which of them are there, to one embedding.
+
+All take z (B, M, D) and present (B, M) and return the fused (B, D) and the share (B, M) that each modality had in it;
+shares of a row add up to 1. A modality that is absent is replaced by a learned token before fusion (see
+`towers.encoder`), so what stood in its place never matters.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+FusionName = Literal["gated", "mean", "transformer"]
+
+
+class MeanFusion(nn.Module):
+    """The sum of the modalities' vectors, absent tokens included."""
+
+    def __init__(self, num_modalities: int, dim: int) -> None:
+        super().__init__()
+
+    def forward(self, z: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, M, D), (B, M) bool -> (B, D), (B, M)."""
+        there = present.to(z.dtype)
+        return z.sum(1), there / there.sum(1, keepdim=True).clamp(min=1)
+
+
+class GatedFusion(nn.Module):
+    """A weighted mean of the modalities that are there, plus what only their combination tells.
+
+    The gates see all vectors and the mask; the residual is a small network over the concatenation. Both start as
+    nothing, so training starts from the mean.
+    """
+
+    def __init__(self, num_modalities: int, dim: int) -> None:
+        super().__init__()
+        joined = num_modalities * dim + num_modalities
+        self.gate = nn.Linear(joined, num_modalities)
+        self.residual = nn.Sequential(nn.Linear(joined, dim), nn.GELU(), nn.Linear(dim, dim))
+        for layer in (self.gate, self.residual[-1]):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, z: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, M, D), (B, M) bool -> (B, D), (B, M)."""
+        joined = torch.cat([z.flatten(1), present.to(z.dtype)], 1)
+        nothing = ~present.any(1, keepdim=True)  # a row of absent tokens alone: the mean of them
+        shares = self.gate(joined).masked_fill(~present & ~nothing, float("-inf")).softmax(1)
+        return (shares.unsqueeze(-1) * z).sum(1) + self.residual(joined), shares
+
+
+class TransformerFusion(nn.Module):
+    """One transformer layer over the modalities; a learned token attends to them (as ItemSage, arXiv:2205.11728)."""
+
+    def __init__(self, num_modalities: int, dim: int) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.randn(dim) * dim**-0.5)
+        self.position = nn.Parameter(torch.randn(num_modalities + 1, dim) * dim**-0.5)
+        heads = max(h for h in (1, 2, 4, 8) if dim % h == 0)
+        self.norm = nn.LayerNorm(dim)
+        self.attention = nn.MultiheadAttention(dim, heads, batch_first=True)
+        self.mlp = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+
+    def forward(self, z: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, M, D), (B, M) bool -> (B, D), (B, M)."""
+        tokens = torch.cat([self.token.expand(len(z), 1, -1), z], 1) + self.position  # (B, 1 + M, D)
+        normed = self.norm(tokens)
+        attended, weights = self.attention(normed[:, :1], normed, normed)
+        fused = tokens[:, 0] + attended[:, 0] + z.mean(1)
+        shares = weights[:, 0, 1:]
+        return fused + self.mlp(fused), shares / shares.sum(1, keepdim=True)
+
+
+FUSIONS: dict[str, type[nn.Module]] = {"gated": GatedFusion, "mean": MeanFusion, "transformer": TransformerFusion}

@@ -1,0 +1,172 @@
+"""Image towers: pictures as features. Several pictures of one product are pooled by the encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import timm
+import torch
+from PIL import Image
+from torch import Tensor
+
+from datamodules.images import decode
+from towers.tower import Tower
+
+Resize = Literal["pad", "crop", "squash"]
+FILTERS = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+
+
+@dataclass(frozen=True)
+class PicturePreprocess:
+    """Encoded pictures to square pixels.
+
+    Attributes:
+        size: S, pixels of a side.
+        resize: `pad` keeps the whole picture on white, `crop` takes the middle, `squash` changes the aspect ratio.
+        interpolation: `nearest`, `bilinear`, `bicubic` or `lanczos`.
+        augment: in training, take a random part of 70 to 100 % of the area, mirrored half of the time. Colour stays: it
+            is a fact about the product.
+    """
+
+    size: int
+    resize: Resize = "pad"
+    interpolation: str = "bicubic"
+    augment: bool = False
+
+    def __call__(self, images: Sequence[bytes], rngs: Sequence[np.random.Generator] | None = None) -> Tensor:
+        """(N, 3, S, S) uint8; varied where `rngs` are given."""
+        vary = rngs if rngs is not None and self.augment else [None] * len(images)
+        pixels = [np.asarray(self.square(decode(data), rng)) for data, rng in zip(images, vary, strict=True)]
+        return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
+
+    def square(self, picture: Image.Image, rng: np.random.Generator | None) -> Image.Image:
+        """An RGB picture of S x S."""
+        box = (0.0, 0.0, float(picture.width), float(picture.height))
+        mirror = False
+        if rng is not None:
+            box, mirror = part_of(box, float(rng.uniform(0.7, 1.0)), rng), bool(rng.random() < 0.5)
+        left, top, right, bottom = box
+        width, height = right - left, bottom - top
+        side = min(width, height)
+        if self.resize == "crop":
+            left, top = left + (width - side) / 2, top + (height - side) / 2
+            box = (left, top, left + side, top + side)
+        if self.resize == "pad" and width != height:
+            scale = self.size / max(width, height)
+            inner = (max(1, round(width * scale)), max(1, round(height * scale)))
+            result = Image.new("RGB", (self.size, self.size), "white")
+            offset = ((self.size - inner[0]) // 2, (self.size - inner[1]) // 2)
+            result.paste(picture.resize(inner, FILTERS[self.interpolation], box), offset)
+        elif picture.size == (self.size, self.size) and box == (0, 0, *picture.size):
+            result = picture
+        else:
+            result = picture.resize((self.size, self.size), FILTERS[self.interpolation], box)
+        return result.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirror else result
+
+
+Box = tuple[float, float, float, float]
+
+
+def part_of(box: Box, area: float, rng: np.random.Generator) -> Box:
+    """A random part of a box with this share of its area and its aspect ratio."""
+    left, top, right, bottom = box
+    width, height = (right - left) * area**0.5, (bottom - top) * area**0.5
+    left, top = left + rng.random() * (right - left - width), top + rng.random() * (bottom - top - height)
+    return left, top, left + width, top + height
+
+
+class ImageTower(Tower):
+    """Base of the image towers.
+
+    Args:
+        preprocess: of this tower.
+        mean: of each colour channel, 0 to 1.
+        std: of each colour channel.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, preprocess: PicturePreprocess, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.preprocess = preprocess
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """(N, 3, S, S) uint8 -> float32 with the model's mean and standard deviation; done where the pixels are."""
+        return (pixels.to(self.mean.dtype) / 255 - self.mean) / self.std
+
+
+class TimmImage(ImageTower):
+    """Any backbone of the timm library.
+
+    Args:
+        model: name in timm, e.g. `vit_base_patch16_224` or `tf_efficientnet_lite0`.
+        pretrained: true loads timm's weights by the model's name; a path loads a local weights file.
+        model_args: further arguments of the timm model, e.g. `{depths: [1, 1, 2, 1]}`.
+        image_size: pixels of a side; null takes the model's own.
+        resize: `pad` keeps the whole picture on white, `crop` takes the middle, `squash` changes the aspect ratio.
+        mean: of each colour channel, 0 to 1; null takes the model's own.
+        std: of each colour channel; null takes the model's own.
+        augment: vary the pictures in training (crops of 70 to 100 %, mirrored at random).
+        freeze: keep the weights as they are; their features can then be cached.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        pretrained: bool | Path = False,
+        model_args: dict[str, Any] | None = None,
+        image_size: int | None = None,
+        resize: Resize = "pad",
+        mean: list[float] | None = None,
+        std: list[float] | None = None,
+        augment: bool = False,
+        freeze: bool = False,
+    ) -> None:
+        if isinstance(pretrained, Path) and not pretrained.is_file():
+            raise FileNotFoundError(f"pretrained={pretrained}: no such weights file.")
+        overlay = {"file": str(pretrained)} if isinstance(pretrained, Path) else None
+        backbone = timm.create_model(
+            model,
+            pretrained=bool(pretrained),
+            pretrained_cfg_overlay=overlay,
+            num_classes=0,
+            **(model_args or {}),
+        )
+        own = timm.data.resolve_model_data_config(backbone)
+        size = image_size if image_size is not None else own["input_size"][-1]
+        mean, std = (list(given or own[name]) for name, given in (("mean", mean), ("std", std)))
+        super().__init__(PicturePreprocess(size, resize, own["interpolation"], augment), mean, std)
+        self.name, self.model_args = model, dict(model_args or {})
+        self.model = backbone
+        self.pretrained = bool(pretrained)
+        self.out_dim = backbone.num_features
+        if freeze:
+            self.freeze()
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """(N, 3, S, S) uint8 -> (N, F)."""
+        return self.model(self.normalise(pixels))
+
+    def architecture(self) -> dict[str, Any]:
+        """See `Tower.architecture`."""
+        return {
+            "model": self.name,
+            "model_args": self.model_args,
+            "image_size": self.preprocess.size,
+            "resize": self.preprocess.resize,
+            "mean": self.mean.flatten().tolist(),
+            "std": self.std.flatten().tolist(),
+            "augment": self.preprocess.augment,
+        }

@@ -1,0 +1,108 @@
+"""The model folder: what everything but training reads. Weights, architecture, tokenizers and schema; no code.
+
+model.safetensors   all weights
+config.json         class names and plain constructor arguments of towers; looked up among our own, never imported
+schema.json         of the catalogue it was trained on
+product/text/ ...   files that a tower needs beside its weights, e.g. of its tokenizer
+manifest.json       size and digest of every file, and the fingerprint that an index stores
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+
+from datamodules.schema import Schema
+from retrieval.storage import ArtefactError, new_folder, verify
+from towers.attribute import AttributeTower
+from towers.encoder import Encoder
+from towers.hugging_face import HuggingFaceText
+from towers.image import TimmImage
+from towers.open_clip_models import OpenClipImage, OpenClipText
+from towers.text import BiLSTM
+from towers.tower import Tower
+from towers.two_tower import TwoTower
+
+FORMAT = 1
+TOWERS: dict[str, type[Tower]] = {
+    tower.__name__: tower for tower in (BiLSTM, HuggingFaceText, OpenClipText, TimmImage, OpenClipImage, AttributeTower)
+}
+
+
+def save_model(model: TwoTower, folder: Path, *, meta: dict[str, Any] | None = None, overwrite: bool = False) -> None:
+    """Export a trained model.
+
+    Args:
+        model: with a schema.
+        folder: to be made.
+        meta: more plain data for the manifest, e.g. where the model comes from.
+        overwrite: replace a model folder that is there.
+
+    Raises:
+        ValueError: a tower that `load_model` could not rebuild.
+        ArtefactError: the folder exists.
+    """
+    if model.schema is None:
+        raise ValueError("The model has no schema: train it first, or call set_schema.")
+    about = {"metric": "cosine", "embed_dim": model.embed_dim, **(meta or {})}
+    with new_folder(folder, kind="model", meta=about, overwrite=overwrite) as new:
+        encoders = {"product": model.product} | ({} if model.own_query is None else {"query": model.own_query})
+        config = {
+            "format": FORMAT,
+            "encoders": {side: _describe(encoder, new / side) for side, encoder in encoders.items()},
+        }
+        (new / "config.json").write_text(json.dumps(config, indent=1, ensure_ascii=False), encoding="utf-8")
+        model.schema.save(new / "schema.json")
+        weights = {f"{s}.{k}": v.cpu().contiguous() for s, e in encoders.items() for k, v in e.state_dict().items()}
+        save_file(weights, new / "model.safetensors")
+
+
+def load_model(folder: Path | str) -> TwoTower:
+    """A model from its folder, ready to encode: needs neither the catalogue nor pretrained weights nor a network.
+
+    Raises:
+        ArtefactError: no model folder, a damaged one, or one of a newer release.
+    """
+    folder = Path(folder)
+    verify(folder, kind="model")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if config["format"] > FORMAT:
+        raise ArtefactError(
+            f"{folder} has model format {config['format']}; this release reads up to {FORMAT}: upgrade."
+        )
+    schema = Schema.load(folder / "schema.json")
+    encoders = {side: _rebuild(parts, folder / side, folder) for side, parts in config["encoders"].items()}
+    model = TwoTower(encoders["product"], encoders.get("query"))
+    model.set_schema(schema)
+    weights = load_file(folder / "model.safetensors")
+    for side, encoder in encoders.items():
+        own = {k.removeprefix(f"{side}."): v for k, v in weights.items() if k.startswith(f"{side}.")}
+        encoder.load_state_dict(own)
+    return model.eval()
+
+
+def _describe(encoder: Encoder, folder: Path) -> dict[str, Any]:
+    towers = {}
+    for name, tower in encoder.towers.items():
+        kind = type(tower).__name__
+        if TOWERS.get(kind) is not type(tower):
+            raise ValueError(f"A model folder cannot hold a {kind} tower. It can hold: {', '.join(TOWERS)}.")
+        (folder / name).mkdir(parents=True)
+        tower.save_assets(folder / name)
+        towers[name] = {"class": kind, "arguments": tower.architecture(), "frozen": tower.frozen}
+    return {"embed_dim": encoder.embed_dim, "fusion": encoder.fusion_name, "towers": towers}
+
+
+def _rebuild(parts: dict[str, Any], assets: Path, folder: Path) -> Encoder:
+    towers = {}
+    for name, tower in parts["towers"].items():
+        if tower["class"] not in TOWERS:
+            raise ArtefactError(
+                f"{folder / 'config.json'} names the tower {tower['class']!r}. Known towers: {', '.join(TOWERS)}."
+            )
+        towers[name] = TOWERS[tower["class"]].rebuild(tower["arguments"], assets / name)
+        towers[name].frozen = tower["frozen"]
+    return Encoder(parts["embed_dim"], **towers, fusion=parts["fusion"])

@@ -1,0 +1,183 @@
+"""Both sides of open_clip's models, each usable alone: a text tower and an image tower."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import open_clip
+from torch import Tensor, nn
+
+from towers.hugging_face import HuggingFaceTokenizer
+from towers.image import ImageTower, PicturePreprocess
+from towers.text import Template, TextPreprocess, TextTower
+
+
+@dataclass(frozen=True)
+class OpenClipTokenizer:
+    """A tokenizer of the open_clip library; its fixed length is trimmed where the model allows it."""
+
+    tokenizer: Any
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """(B, L) int64 token ids; the end token stays where a text is cut."""
+        return self.tokenizer(list(texts))
+
+    def lengths_and_fallbacks(self, text: str) -> tuple[int, int, int]:
+        """Unknown are the unknown token and single bytes of a character."""
+        inner = getattr(self.tokenizer, "tokenizer", None)
+        length = self.tokenizer.context_length
+        if inner is not None:
+            return HuggingFaceTokenizer(inner, length).lengths_and_fallbacks(text)
+        ids = self.tokenizer.encode(text)
+        # ids below 512 are the 256 bytes, alone and at the end of a word; ASCII letters are words of their own
+        unknown = sum(i < 512 and not self.tokenizer.decoder[i].removesuffix("</w>").isascii() for i in ids)
+        return len(ids) + 2, min(len(ids) + 2, length), unknown
+
+
+def open_clip_config(model: str) -> dict[str, Any]:
+    """`open_clip_config.json` of a model of open_clip: `model_cfg` and `preprocess_cfg`.
+
+    Args:
+        model: a built-in name, `hf-hub:org/repo`, or `local-dir:/path`.
+
+    Raises:
+        ValueError: no such built-in model.
+    """
+    if model.startswith("local-dir:"):
+        path = Path(model.removeprefix("local-dir:")) / "open_clip_config.json"
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    if model.startswith("hf-hub:"):
+        from open_clip.factory import _get_hf_config  # open_clip offers no public way to the raw configuration
+
+        return dict(_get_hf_config(model.removeprefix("hf-hub:")))
+    config = open_clip.get_model_config(model)
+    if config is None:
+        raise ValueError(f"open_clip has no model {model!r}. Its names: {', '.join(open_clip.list_models()[:8])}, ...")
+    return {"model_cfg": config, "preprocess_cfg": {}}
+
+
+def create_open_clip(model: str, pretrained: str | None, load_weights: bool) -> nn.Module:
+    """A model of open_clip whose text side is a module of its own (`.text` beside `.visual`)."""
+    return open_clip.create_model(
+        model,
+        pretrained=pretrained if load_weights else None,
+        load_weights=load_weights,
+        pretrained_text=False,
+        force_custom_text=True,
+    )
+
+
+def is_pretrained(model: str, pretrained: str | None) -> bool:
+    """Whether open_clip loads weights for this name."""
+    return pretrained is not None or model.startswith(("hf-hub:", "local-dir:"))
+
+
+class OpenClipText(TextTower):
+    """The text transformer of an open_clip model, with its projection.
+
+    Args:
+        model: a built-in name (`ViT-B-16`), `hf-hub:org/repo`, or `local-dir:/path`.
+        pretrained: tag of open_clip's weights (`laion2b_s34b_b88k`) or a weights file; null trains from scratch.
+        template: how text fields are joined; fields that a product lacks are left out.
+        query_prefix: put in front of queries.
+        product_prefix: put in front of products.
+        freeze: keep the weights as they are; their features can then be cached.
+        load_weights: false builds the architecture alone, untrained.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        pretrained: str | None = None,
+        template: str = "{title}. {description}",
+        query_prefix: str = "",
+        product_prefix: str = "",
+        freeze: bool = False,
+        load_weights: bool = True,
+    ) -> None:
+        self.config = open_clip_config(model)
+        tokenizer = OpenClipTokenizer(open_clip.get_tokenizer(model))
+        super().__init__(TextPreprocess(tokenizer, Template(template), query_prefix, product_prefix))
+        self.model = create_open_clip(model, pretrained, load_weights).text
+        self.pretrained = load_weights and is_pretrained(model, pretrained)
+        self.out_dim = self.config["model_cfg"]["embed_dim"]
+        if freeze:
+            self.freeze()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, L) int64 -> (B, F)."""
+        return self.model(tokens)
+
+    def architecture(self) -> dict[str, Any]:
+        """See `Tower.architecture`."""
+        return dict(self.wording())
+
+    def save_assets(self, folder: Path) -> None:
+        """The model's configuration and the tokenizer's files."""
+        (folder / "open_clip_config.json").write_text(json.dumps(self.config), encoding="utf-8")
+        if hasattr(self.preprocess.tokenizer.tokenizer, "save_pretrained"):
+            self.preprocess.tokenizer.tokenizer.save_pretrained(folder)
+
+    @classmethod
+    def rebuild(cls, architecture: dict[str, Any], assets: Path) -> OpenClipText:
+        """See `Tower.rebuild`."""
+        return cls(model=f"local-dir:{assets}", load_weights=False, **architecture)
+
+
+RESIZE = {"shortest": "crop", "longest": "pad", "squash": "squash"}
+"""open_clip's names of the ways to make a picture square, and ours."""
+
+
+class OpenClipImage(ImageTower):
+    """The visual tower of an open_clip model, with its projection.
+
+    Args:
+        model: a built-in name (`ViT-B-16`), `hf-hub:org/repo`, or `local-dir:/path`.
+        pretrained: tag of open_clip's weights (`laion2b_s34b_b88k`) or a weights file; null trains from scratch.
+        augment: vary the pictures in training (crops of 70 to 100 %, mirrored at random).
+        freeze: keep the weights as they are; their features can then be cached.
+        load_weights: false builds the architecture alone, untrained.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        pretrained: str | None = None,
+        augment: bool = False,
+        freeze: bool = False,
+        load_weights: bool = True,
+    ) -> None:
+        self_config = open_clip_config(model)
+        visual = create_open_clip(model, pretrained, load_weights).visual
+        cfg = {**self_config.get("preprocess_cfg", {}), **visual.preprocess_cfg}
+        size = cfg["size"] if isinstance(cfg["size"], int) else cfg["size"][0]
+        resize = RESIZE[cfg.get("resize_mode", "shortest")]
+        preprocess = PicturePreprocess(size, resize, cfg.get("interpolation", "bicubic"), augment)
+        super().__init__(preprocess, mean=cfg["mean"], std=cfg["std"])
+        self.config = {**self_config, "preprocess_cfg": cfg}
+        self.model = visual
+        self.pretrained = load_weights and is_pretrained(model, pretrained)
+        self.out_dim = self_config["model_cfg"]["embed_dim"]
+        if freeze:
+            self.freeze()
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """(N, 3, H, W) uint8 -> (N, F)."""
+        return self.model(self.normalise(pixels))
+
+    def architecture(self) -> dict[str, Any]:
+        """See `Tower.architecture`."""
+        return {"augment": self.preprocess.augment}
+
+    def save_assets(self, folder: Path) -> None:
+        """The model's configuration."""
+        (folder / "open_clip_config.json").write_text(json.dumps(self.config), encoding="utf-8")
+
+    @classmethod
+    def rebuild(cls, architecture: dict[str, Any], assets: Path) -> OpenClipImage:
+        """See `Tower.rebuild`."""
+        return cls(model=f"local-dir:{assets}", load_weights=False, **architecture)

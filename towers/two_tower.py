@@ -1,0 +1,332 @@
+"""The model: a product encoder and a query encoder, trained so that a query lies next to what answers it."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from datamodules.batch import Batch, Item, Items, NumberedItems, Side
+from datamodules.preprocess import Preprocess
+from datamodules.schema import Schema
+from retrieval.metrics import hit_at_k, mrr, recall_at_k
+from towers.cache import cached
+from towers.encoder import Encoded, Encoder
+from towers.gather import num_processes
+from towers.loss import ContrastiveLoss, InfoNCE
+from towers.text import TextTower
+
+logger = logging.getLogger(__name__)
+
+
+class TwoTower(L.LightningModule):
+    """A product encoder and a query encoder with a contrastive loss.
+
+    Args:
+        product: encoder of products.
+        query: encoder of queries; null shares the product encoder's weights.
+        loss: null takes InfoNCE.
+        lr: learning rate of new parts (projections, fusion, towers trained from scratch).
+        pretrained_lr: learning rate of pretrained towers.
+        weight_decay: of AdamW; norms, biases and the temperature have none.
+        warmup: share of all steps in which the learning rate rises, 0 to 1; then it falls as a cosine to zero.
+        chunk_size: items that are encoded at once; null encodes the whole batch. Smaller needs less memory and more
+            time: each chunk's forward pass runs again in the backward pass (as GradCache, arXiv:2101.06983).
+        feature_cache: folder where features of frozen towers are kept; null runs frozen towers every time.
+        seed: of dropout; with it every step follows from its number, also after resuming.
+    """
+
+    def __init__(
+        self,
+        product: Encoder,
+        query: Encoder | None = None,
+        loss: ContrastiveLoss | None = None,
+        lr: float = 1e-3,
+        pretrained_lr: float = 1e-5,
+        weight_decay: float = 0.05,
+        warmup: float = 0.05,
+        chunk_size: int | None = None,
+        feature_cache: Path | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if query is not None and query.embed_dim != product.embed_dim:
+            raise ValueError(
+                f"The query encoder's embed_dim={query.embed_dim} differs from the product encoder's "
+                f"embed_dim={product.embed_dim}: their embeddings could not be compared."
+            )
+        if not 0 <= warmup < 1:
+            raise ValueError(f"warmup={warmup} is a share of all steps: choose 0 <= warmup < 1.")
+        if chunk_size is not None and chunk_size < 1:
+            raise ValueError(f"chunk_size={chunk_size}: choose at least 1, or null for the whole batch.")
+        self.product = product
+        self.own_query = query
+        self.loss = loss if loss is not None else InfoNCE()
+        self.lr, self.pretrained_lr, self.weight_decay, self.warmup = lr, pretrained_lr, weight_decay, warmup
+        self.chunk_size, self.feature_cache, self.seed = chunk_size, feature_cache, seed
+        self.schema: Schema | None = None
+
+    # ------------------------------------------------------------------ encoding
+
+    @property
+    def query(self) -> Encoder:
+        """The encoder of queries."""
+        return self.product if self.own_query is None else self.own_query
+
+    @property
+    def embed_dim(self) -> int:
+        """D."""
+        return self.product.embed_dim
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """The towers' own preprocessing of both sides."""
+        return Preprocess(self.query.preprocess("query"), self.product.preprocess("product"))
+
+    def set_schema(self, schema: Schema) -> None:
+        """Tell both encoders what the catalogue holds; makes the attribute towers' parameters."""
+        self.schema = schema
+        for encoder in {id(e): e for e in (self.product, self.query)}.values():
+            encoder.set_schema(schema)
+
+    def encode_chunks(self, encoder: Encoder, items: Items) -> Encoded:
+        """As `encoder(items)`, chunk by chunk; in training with a memory of one chunk's activations."""
+        count = len(items.present)
+        if self.chunk_size is None or count <= self.chunk_size:
+            return encoder(items)
+        chunks = [items.rows(start, min(start + self.chunk_size, count)) for start in range(0, count, self.chunk_size)]
+        if torch.is_grad_enabled():
+            parts = [checkpoint(encoder, chunk, use_reentrant=False) for chunk in chunks]
+        else:
+            parts = [encoder(chunk) for chunk in chunks]
+        return Encoded(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+
+    @torch.inference_mode()
+    def encode(self, items: Sequence[Item], side: Side = "query") -> np.ndarray:
+        """Embeddings of raw items.
+
+        Args:
+            items: B products or queries.
+            side: `query` or `product`.
+
+        Returns:
+            (B, D) float32, rows of unit length.
+
+        Raises:
+            ValueError: an item of which this model knows no modality.
+        """
+        self.eval()
+        encoder = self.query if side == "query" else self.product
+        tensors = encoder.preprocess(side)(items)
+        if nothing := (~tensors.present.any(1)).nonzero().flatten().tolist():
+            raise ValueError(
+                f"Item {nothing[0]} of {len(items)} has nothing that this model reads "
+                f"({', '.join(encoder.towers)}): {_outline(items[nothing[0]])}."
+            )
+        return encoder(to_device(tensors, self.device)).embedding.float().cpu().numpy()
+
+    # ------------------------------------------------------------------ training
+
+    def setup(self, stage: str) -> None:
+        """The one exchange with the data: its schema comes in, the preprocessing goes out."""
+        data = self.trainer.datamodule
+        if self.schema is None:
+            self.set_schema(data.schema)
+        elif self.schema != data.schema:
+            raise ValueError(f"This model was made for another catalogue than {data.catalogue}: their schemas differ.")
+        data.preprocess = self.preprocess
+        if stage == "fit":
+            self._check_texts(data)
+        if self.feature_cache is not None:
+            data.preprocess = self._cached_preprocess(data)
+
+    def _check_texts(self, data: Any) -> None:
+        tower = self.product.towers["text"] if "text" in self.product.towers else None
+        if isinstance(tower, TextTower):
+            items = (item for item, _ in zip(data.all_items(), range(1000), strict=False))
+            tower.preprocess.check([text for item in items if (text := tower.preprocess.render(item, "product"))])
+
+    def _cached_preprocess(self, data: Any) -> Preprocess:
+        assert self.feature_cache is not None
+        make = {
+            "every_view": data.views.field_dropout > 0,
+            "device": self.trainer.strategy.root_device,
+        }
+        for write in (True, False):  # the first process writes, then all read
+            if write == (self.trainer.global_rank == 0):
+                result = cached(
+                    self.preprocess, self.product, self.query, data.all_items(), self.feature_cache, write=write, **make
+                )
+            self.trainer.strategy.barrier()
+        return result
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Dropout of a step follows from its number, so a resumed run equals one that was never stopped."""
+        torch.manual_seed((self.seed * 1_000_003 + self.global_step) * 1_000 + self.global_rank)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The loss of one batch."""
+        query = self.encode_chunks(self.query, batch.query)
+        product = self.encode_chunks(self.product, batch.product)
+        with torch.autocast(self.device.type, enabled=False):
+            loss = self.loss(query.embedding, product.embedding, batch)
+        if not torch.isfinite(loss):
+            raise FloatingPointError(
+                f"The loss is {loss.item()} at step {self.global_step} (temperature {1 / self.loss.scale.item():.4f}). "
+                "Lower model.lr, or train with trainer.precision=bf16-mixed or 32. Checkpoints so far are untouched."
+            )
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch.weight), sync_dist=True)
+        self.log("train/temperature", 1 / self.loss.scale, batch_size=len(batch.weight))
+        for side, encoder, encoded in (("query", self.query, query), ("product", self.product, product)):
+            for name, share in zip(encoder.towers, encoded.shares.detach().mean(0), strict=True):
+                self.log(f"train/{side}_share_{name}", share, batch_size=len(batch.weight))
+        return loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Keep the temperature within its bounds."""
+        self.loss.clamp()
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """AdamW with one learning rate for new parts and one for pretrained towers; warm-up, then a cosine."""
+        optimizer = torch.optim.AdamW(self.parameter_groups())
+        steps = max(1, int(self.trainer.estimated_stepping_batches))
+        warmup = max(1, round(self.warmup * steps))
+
+        def factor(step: int) -> float:
+            if step < warmup:
+                return (step + 1) / warmup
+            return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Trained parameters by learning rate and decay: matrices decay; vectors and scalars do not."""
+        pretrained = {
+            id(parameter)
+            for encoder in (self.product, self.query)
+            for tower in encoder.towers.values()
+            if tower.pretrained
+            for parameter in tower.parameters()
+        }
+        groups: dict[tuple[float, float], list[Tensor]] = {}
+        for parameter in self.parameters():
+            if parameter.requires_grad:
+                lr = self.pretrained_lr if id(parameter) in pretrained else self.lr
+                decay = self.weight_decay if parameter.ndim > 1 else 0.0
+                groups.setdefault((lr, decay), []).append(parameter)
+        return [{"params": params, "lr": lr, "weight_decay": decay} for (lr, decay), params in groups.items()]
+
+    # ------------------------------------------------------------------ held-out queries
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the embeddings of the last validation."""
+        self.held_out: tuple[list[Any], list[Any]] = ([], [])
+
+    def validation_step(self, batch: NumberedItems, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Encode held-out queries (loader 0) and the products they are searched among (loader 1)."""
+        encoded = self.encode_chunks(self.query if dataloader_idx == 0 else self.product, batch.items)
+        self.held_out[dataloader_idx].append((batch.row.cpu().numpy(), encoded.embedding.float().cpu().numpy()))
+
+    def on_validation_epoch_end(self) -> None:
+        """Exact search of the held-out queries."""
+        self.log_dict(self._held_out_metrics("val", self.trainer.datamodule.val_split), prog_bar=True)
+
+    def on_test_epoch_start(self) -> None:
+        """As `on_validation_epoch_start`."""
+        self.on_validation_epoch_start()
+
+    def test_step(self, batch: NumberedItems, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """As `validation_step`."""
+        self.validation_step(batch, batch_idx, dataloader_idx)
+
+    def on_test_epoch_end(self) -> None:
+        """As `on_validation_epoch_end`."""
+        self.log_dict(self._held_out_metrics("test", self.trainer.datamodule.test_split))
+
+    def _held_out_metrics(self, name: str, split: str) -> dict[str, float]:
+        asked = self.trainer.datamodule.held_out[split]
+        query = self._all_rows(self.held_out[0], len(asked))
+        product = self._all_rows(self.held_out[1], len(asked.gallery))
+        searched = (query.any(1)) & (asked.relevant >= 0).any(1)  # the sanity check encodes the first batches alone
+        retrieved = exact_search(query[searched], product, asked.own[searched], k=10)
+        relevant = asked.relevant[searched]
+        return {
+            f"{name}/hit@1": hit_at_k(retrieved, relevant, 1),
+            f"{name}/hit@10": hit_at_k(retrieved, relevant, 10),
+            f"{name}/recall@10": recall_at_k(retrieved, relevant, 10),
+            f"{name}/mrr@10": mrr(retrieved, relevant),
+        }
+
+    def _all_rows(self, parts: list[Any], num_rows: int) -> np.ndarray:
+        """(num_rows, D) of all processes; zeros where no process encoded a row."""
+        gathered: list[Any] = [parts]
+        if num_processes() > 1:
+            gathered = [None] * num_processes()
+            torch.distributed.all_gather_object(gathered, parts)
+        result = np.zeros((num_rows, self.embed_dim), np.float32)
+        for process in gathered:
+            for rows, embeddings in process:
+                result[rows] = embeddings
+        return result
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Plain data only, so that checkpoints load in torch's safe mode."""
+        assert self.schema is not None
+        checkpoint["schema"] = asdict(self.schema)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Parameters of attributes must exist before their weights come."""
+        schema = Schema.from_dict(checkpoint["schema"])
+        if self.schema is None:
+            self.set_schema(schema)
+        elif self.schema != schema:
+            raise ValueError("The checkpoint was trained on another catalogue: its schema differs from this one's.")
+
+
+def exact_search(query: np.ndarray, product: np.ndarray, own: np.ndarray, k: int, block: int = 1024) -> np.ndarray:
+    """The k products with the highest cosine, best first, never the query's own product.
+
+    Args:
+        query: (Q, D) float32 unit vectors.
+        product: (G, D) float32 unit vectors.
+        own: (Q,) int64 position of the product that is asked; -1 = none.
+        k: results.
+        block: queries at a time.
+
+    Returns:
+        (Q, k) int64 positions, -1 where the gallery has fewer.
+    """
+    result = np.full((len(query), k), -1, np.int64)
+    products = torch.from_numpy(product)
+    for start in range(0, len(query), block):
+        scores = torch.from_numpy(query[start : start + block]) @ products.T
+        mine = torch.from_numpy(own[start : start + block])
+        asked = (mine >= 0).nonzero().flatten()
+        scores[asked, mine[asked]] = float("-inf")
+        best = scores.topk(min(k, scores.shape[1]), 1)
+        found = torch.where(best.values > float("-inf"), best.indices, -1).numpy()
+        result[start : start + block, : found.shape[1]] = found
+    return result
+
+
+def to_device(items: Items, device: torch.device) -> Items:
+    """As Lightning does it for batches."""
+    from lightning.fabric.utilities import move_data_to_device
+
+    return move_data_to_device(items, device)
+
+
+def _outline(item: Item) -> str:
+    return f"text {list(item.text)}, {len(item.images)} pictures, attributes {list(item.attributes)}"
