@@ -186,13 +186,12 @@ def test_importing_the_dependencies_opens_no_connection():
 import sys
 events = []
 def record(event, details):
-    if event in ("socket.connect", "socket.getaddrinfo", "os.system", "os.exec", "os.posix_spawn", "subprocess.Popen"):
+    if event in ("socket.connect", "socket.bind", "socket.getaddrinfo"):
         events.append(f"{event} {details}")
 sys.addaudithook(record)
 for name in sys.argv[1:]:
     __import__(name)
-# ctypes asks ldconfig where a library lies
-print(*(event for event in events if "ldconfig" not in event), sep="\\n", end="")
+print(*events, sep="\\n", end="")
 """
     command = [sys.executable, "-c", code, *modules.split(), "lightning", "wandb", "transformers"]
     assert subprocess.run(command, check=True, capture_output=True, text=True, timeout=240).stdout == ""
