@@ -10,6 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -45,7 +46,7 @@ class AttributePreprocess:
     def __call__(self, attributes: Sequence[Mapping[str, Value]]) -> AttributeTensors:
         """The attributes of B items."""
         numbers, categories = self.schema.numbers, self.schema.categories
-        number = torch.full((len(attributes), len(numbers)), math.nan)
+        number = np.full((len(attributes), len(numbers)), math.nan, np.float32)
         hashes: list[tuple[int, int, list[int]]] = []
         for row, facts in enumerate(attributes):
             for column, attribute in enumerate(numbers):
@@ -54,10 +55,10 @@ class AttributePreprocess:
                 if (value := facts.get(attribute.name)) is not None:
                     hashes.append((row, column, [value_hash(attribute.name, v) for v in levels(attribute, value)]))
         width = max((len(values) for _, _, values in hashes), default=1)
-        category = torch.zeros(len(attributes), len(categories), width, dtype=torch.int64)
+        category = np.zeros((len(attributes), len(categories), width), np.int64)
         for row, column, values in hashes:
-            category[row, column, : len(values)] = torch.tensor(values)
-        return AttributeTensors(number, category)
+            category[row, column, : len(values)] = values
+        return AttributeTensors(torch.from_numpy(number), torch.from_numpy(category))
 
 
 def as_number(value: Value | None) -> float:

@@ -10,7 +10,7 @@ import hashlib
 import io
 import json
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, islice
 from pathlib import Path
@@ -155,7 +155,7 @@ def cached(
     preprocess: Preprocess,
     product: Encoder,
     query: Encoder,
-    items: Iterable[Item],
+    items: Callable[[], Iterable[Item]],
     folder: Path,
     *,
     every_view: bool,
@@ -169,14 +169,13 @@ def cached(
         preprocess: of the model.
         product: product encoder.
         query: query encoder; the same one where weights are shared.
-        items: everything that will be asked for.
+        items: gives everything that will be asked for; called once for each frozen tower.
         folder: of all caches.
         every_view: texts may lose fields in training.
         device: where towers run.
         batch_size: contents per step.
         write: make what is missing (one process does).
     """
-    items = list(items) if query is not product else items
     sides = {"query": query, "product": product}
     result = {"query": preprocess.query, "product": preprocess.product}
     for encoder in {id(e): e for e in sides.values()}.values():
@@ -187,7 +186,7 @@ def cached(
             cache = FeatureCache(folder / f"{name}-{fingerprint(tower)}")
             if write:
                 plain = [getattr(preprocess, side) for side in own]
-                fill(cache, tower, contents(items, plain, name, every_view), device, batch_size)
+                fill(cache, tower, contents(items(), plain, name, every_view), device, batch_size)
             for side in own:
                 inner = CachedText(tower.preprocess, cache) if name == "text" else CachedImage(cache)
                 result[side] = replace(result[side], **{name: inner})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,24 +60,11 @@ def embed(
     two_tower = load_model(model)
     storage.read_manifest(catalogue, kind="catalogue")
     tables = {side: Table(catalogue / side) for side in ("products", "queries") if (catalogue / side).is_dir()}
-    if feature_cache is None:
-        preprocess = two_tower.preprocess
-    else:
-        every_item = (
-            read(table.row(row))
-            for side, read in (("products", product_item), ("queries", query_item))
-            if (table := tables.get(side)) is not None
-            for row in range(len(table))
-        )
-        preprocess = cached(
-            two_tower.preprocess,
-            two_tower.product,
-            two_tower.query,
-            every_item,
-            feature_cache,
-            every_view=False,
-            device=two_tower.device,
-        )
+    preprocess = two_tower.preprocess
+    if feature_cache is not None:
+        items = partial(all_items, tables)
+        encoders, device = (two_tower.product, two_tower.query), two_tower.device
+        preprocess = cached(preprocess, *encoders, items, feature_cache, every_view=False, device=device)
     for side, table in tables.items():
         folder = output / side
         if (folder / storage.MANIFEST).is_file():
@@ -110,6 +98,13 @@ def embed(
         if trainer.is_global_zero:
             hints = {"model": str(model), "catalogue": str(catalogue)}
             writer.finish([shard.stem for shard in table.shards], hints)
+
+
+def all_items(tables: dict[str, Table]) -> Iterator[Item]:
+    """Every product and every query of a catalogue."""
+    for side, read in (("products", product_item), ("queries", query_item)):
+        if (table := tables.get(side)) is not None:
+            yield from (read(table.row(row)) for row in range(len(table)))
 
 
 class ProductTable(Dataset[NumberedItems]):

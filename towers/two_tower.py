@@ -164,7 +164,7 @@ class TwoTower(L.LightningModule):
         for write in (True, False):  # the first process writes, then all read
             if write == (self.trainer.global_rank == 0):
                 result = cached(
-                    self.preprocess, self.product, self.query, data.all_items(), self.feature_cache, write=write, **make
+                    self.preprocess, self.product, self.query, data.all_items, self.feature_cache, write=write, **make
                 )
             self.trainer.strategy.barrier()
         return result
