@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
+from jsonargparse.typing import PositiveInt
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger
@@ -77,6 +78,12 @@ class TrainingCLI(LightningCLI):
         )
         parser.add_argument("--resume", type=bool, default=False, help="Go on from the run's newest valid checkpoint.")
         parser.add_argument(
+            "--checkpoint_every_steps",
+            type=PositiveInt | None,
+            default=None,
+            help="Steps between the checkpoints that a run is resumed from; null saves at each validation.",
+        )
+        parser.add_argument(
             "--wandb", type=Literal["off", "online", "offline"], default="off", help="Log to Weights & Biases too."
         )
         parser.add_argument("--wandb_project", type=str, default="tritower", help="Project in Weights & Biases.")
@@ -107,7 +114,7 @@ class TrainingCLI(LightningCLI):
         best = trainer.checkpoint_callback
         assert isinstance(best, ModelCheckpoint)
         best.dirpath = str(self.checkpoints)
-        trainer.callbacks.insert(-1, self._last_checkpoint(best))
+        trainer.callbacks.append(self._last_checkpoint())  # the first one is `trainer.checkpoint_callback`
         trainer.callbacks.insert(0, LearningRateMonitor("step"))
         return trainer
 
@@ -116,13 +123,14 @@ class TrainingCLI(LightningCLI):
         """Folder of the run's checkpoints."""
         return self.run_folder / "checkpoints"
 
-    def _last_checkpoint(self, best: ModelCheckpoint) -> ModelCheckpoint:
+    def _last_checkpoint(self) -> ModelCheckpoint:
         return ModelCheckpoint(
             dirpath=self.checkpoints,
             filename="last-{step}",
             save_top_k=2,  # one to fall back to
             monitor="step",
             mode="max",
+            every_n_train_steps=self._get(self.config_init, "checkpoint_every_steps"),
         )
 
     def fit(self, **kwargs: Any) -> None:
@@ -130,6 +138,17 @@ class TrainingCLI(LightningCLI):
         path = self._checkpoint_to_resume()
         self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=path, weights_only=True)
         self._export()
+
+    def validate(self, **kwargs: Any) -> None:
+        """Held-out queries of the validation split."""
+        self.trainer.validate(weights_only=True, **kwargs)
+
+    def test(self, **kwargs: Any) -> None:
+        """Held-out queries of the test split."""
+        self.trainer.test(weights_only=True, **kwargs)
+
+    def _parse_ckpt_path(self) -> None:
+        """Our checkpoints hold no configuration; Lightning would import whatever class a foreign one names."""
 
     def _checkpoint_to_resume(self) -> Path | None:
         there = sorted(self.checkpoints.glob("*.ckpt")) if self.checkpoints.is_dir() else []
@@ -152,8 +171,8 @@ class TrainingCLI(LightningCLI):
         if not best.best_model_path:
             logger.warning("No validation was run, so no best model is known: exporting the last weights.")
         else:
-            state = torch.load(best.best_model_path, weights_only=True, map_location="cpu")["state_dict"]
-            self.model.load_state_dict(state)
+            path = self.checkpoints / Path(best.best_model_path).name  # the run's folder may have been moved
+            self.model.load_state_dict(torch.load(path, weights_only=True, map_location="cpu")["state_dict"])
         if self.trainer.is_global_zero:
             meta = {} if best.best_model_score is None else {str(best.monitor): float(best.best_model_score)}
             save_model(self.model, self.run_folder / "model", meta=meta, overwrite=True)
@@ -169,7 +188,7 @@ def newest_valid_checkpoint(paths: list[Path]) -> Path | None:
     steps: dict[Path, int] = {}
     for path in paths:
         try:
-            steps[path] = int(torch.load(path, weights_only=True, map_location="cpu", mmap=True)["global_step"])
+            steps[path] = int(torch.load(path, weights_only=True, map_location="cpu")["global_step"])
         except Exception as error:  # a torn file raises whatever its first wrong byte leads to
             logger.warning(
                 "skipped %s: it cannot be read (%s)", path, str(error).splitlines()[0] if str(error) else error
