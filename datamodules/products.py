@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -77,6 +78,7 @@ class ProductDataModule(L.LightningDataModule):
         self.val_split, self.test_split = val_split, test_split
         self.preprocess: Preprocess | None = None  # the model hands it over when a run is set up
         self.held_out: dict[str, HeldOut] = {}
+        self.progress = {"epoch": 0, "step": 0}
 
     def prepare_data(self) -> None:
         """Refuse a folder that is no prepared catalogue before any process starts."""
@@ -127,7 +129,7 @@ class ProductDataModule(L.LightningDataModule):
         return ExampleRows.join(parts)
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        """The rest of the current epoch, from the step after the last one that was trained."""
+        """Epochs of the train split; the first one begins where a resumed run stopped."""
         stream = BatchStream(
             len(self.rows),
             self.batch_size,
@@ -135,13 +137,25 @@ class ProductDataModule(L.LightningDataModule):
             window_blocks=max(1, self.window_groups // 2),  # two windows overlap in a batch
             rank=self.trainer.global_rank,
             num_ranks=self.trainer.world_size,
-            start=self.trainer.fit_loop.epoch_loop.batch_progress.current.completed,
+            epoch=self.progress["epoch"],
+            start=self.progress["step"],
         )
         mates = Mates(self.products, self.mates, self.train_rows)
         batches = TrainingBatches(
             self.products, self.queries, self.rows, mates, self.mate_share, self.views, self._preprocess, self.seed
         )
         return self._loader(batches, stream)
+
+    def state_dict(self) -> dict[str, int]:
+        """Where training stands, for its checkpoints: the epoch, and its steps that are done."""
+        done = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
+        epoch, step = divmod(done, self.trainer.num_training_batches)
+        return {"epoch": epoch, "step": step}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Called before the loaders are made, which may read ahead."""
+        self.progress = state_dict
+        warnings.filterwarnings("ignore", message=".*your dataloader is not resumable")  # it is: by its stream
 
     def val_dataloader(self) -> list[DataLoader[NumberedItems]]:
         """Held-out queries of the validation split, and the products they are searched among."""

@@ -38,7 +38,8 @@ class BatchStream(Sampler[Draw]):
         window_blocks: blocks that are shuffled together.
         rank: this process takes the `rank`-th slice of each global batch.
         num_ranks: processes.
-        start: first step of the first epoch that is iterated, for resuming in the middle of an epoch.
+        epoch: the first epoch that is iterated, for resuming.
+        start: its first step, for resuming in the middle of it.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class BatchStream(Sampler[Draw]):
         window_blocks: int = 32,
         rank: int = 0,
         num_ranks: int = 1,
+        epoch: int = 0,
         start: int = 0,
     ) -> None:
         if num_examples < 1:
@@ -59,8 +61,7 @@ class BatchStream(Sampler[Draw]):
             raise ValueError(f"batch_size={batch_size} is not divisible by the {num_ranks} processes of this run.")
         self.num_examples, self.batch_size, self.seed = num_examples, batch_size, seed
         self.block_size, self.window_blocks = block_size, window_blocks
-        self.rank, self.num_ranks, self.start = rank, num_ranks, start
-        self.epoch = 0
+        self.rank, self.num_ranks, self.epoch, self.start = rank, num_ranks, epoch, start
 
     def set_epoch(self, epoch: int) -> None:
         """Called by Lightning before each epoch."""
