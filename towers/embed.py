@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +30,14 @@ KINDS = ("text", "image", "fused", "product:text", "product:image", "product:att
 modality is shown."""
 
 
+ItemView = Callable[[Item], Item]
+
+
+def as_it_is(item: Item) -> Item:
+    """All of an item."""
+    return item
+
+
 def embed(
     model: Path,
     catalogue: Path,
@@ -41,6 +49,8 @@ def embed(
     devices: int | str = "auto",
     precision: Any = "32-true",
     feature_cache: Path | None = None,
+    product_view: ItemView = as_it_is,
+    query_view: ItemView = as_it_is,
 ) -> None:
     """Write `output/products` and, where the catalogue has queries, `output/queries`.
 
@@ -56,6 +66,8 @@ def embed(
         devices: as Lightning's; every device takes shards of its own.
         precision: as Lightning's: `32-true`, `bf16-mixed`.
         feature_cache: folder of features of frozen towers that training made.
+        product_view: what of a product is shown, e.g. to measure what happens without its pictures.
+        query_view: what of a query is shown; what a kind of query leaves out stays out.
     """
     two_tower = load_model(model)
     storage.read_manifest(catalogue, kind="catalogue")
@@ -80,9 +92,9 @@ def embed(
         logger.info("%s: %d of %d shards to embed", side, len(missing), len(table.shards))
         rows: Dataset[NumberedItems]
         if side == "products":
-            rows, encoder = ProductTable(table, preprocess.product), two_tower.product
+            rows, encoder = ProductTable(table, preprocess.product, product_view), two_tower.product
         else:
-            rows, encoder = QueryTable(table, tables["products"], preprocess.query), two_tower.query
+            rows, encoder = QueryTable(table, tables["products"], preprocess.query, query_view), two_tower.query
         trainer = L.Trainer(
             accelerator=accelerator,
             devices=devices,
@@ -110,26 +122,26 @@ def all_items(tables: dict[str, Table]) -> Iterator[Item]:
 class ProductTable(Dataset[NumberedItems]):
     """Products by row number."""
 
-    def __init__(self, products: Table, preprocess: ItemPreprocess) -> None:
-        self.products, self.preprocess = products, preprocess
+    def __init__(self, products: Table, preprocess: ItemPreprocess, view: ItemView) -> None:
+        self.products, self.preprocess, self.view = products, preprocess, view
 
     def __getitem__(self, rows: np.ndarray) -> NumberedItems:
-        items = [product_item(self.products.row(int(row))) for row in rows]
+        items = [self.view(product_item(self.products.row(int(row)))) for row in rows]
         return NumberedItems(self.preprocess(items), torch.from_numpy(rows))
 
 
 class QueryTable(Dataset[NumberedItems]):
     """Queries by row number, once for each kind that the row can be asked as; numbered row * kinds + kind."""
 
-    def __init__(self, queries: Table, products: Table, preprocess: ItemPreprocess) -> None:
-        self.queries, self.products, self.preprocess = queries, products, preprocess
+    def __init__(self, queries: Table, products: Table, preprocess: ItemPreprocess, view: ItemView) -> None:
+        self.queries, self.products, self.preprocess, self.view = queries, products, preprocess, view
         self.source = index_in(queries.column("source_product_id"), products.column("product_id"))
 
     def __getitem__(self, rows: np.ndarray) -> NumberedItems:
         asked = [
             (int(row) * len(KINDS) + KINDS.index(kind), item) for row in rows for kind, item in self.kinds(int(row))
         ]
-        tensors = self.preprocess([item for _, item in asked])
+        tensors = self.preprocess([self.view(item) for _, item in asked])
         return NumberedItems(tensors, torch.tensor([number for number, _ in asked], dtype=torch.int64))
 
     def kinds(self, row: int) -> Iterator[tuple[str, Item]]:
