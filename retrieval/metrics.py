@@ -61,7 +61,7 @@ def hit_at_k_per_query(retrieved: ArrayLike, relevant: ArrayLike, k: int) -> NDA
         ValueError: k > K, a query without relevant products, an id twice in a row (the row number is in the message).
     """
     found = _found(retrieved, relevant)
-    return found[:, : _checked_k(k, found.shape[1])].any(axis=1).astype(np.float64)
+    return np.asarray(found[:, : _checked_k(k, found.shape[1])].any(axis=1), np.float64)
 
 
 def recall_at_k_per_query(retrieved: ArrayLike, relevant: ArrayLike, k: int) -> NDArray[np.float64]:
@@ -74,7 +74,7 @@ def recall_at_k_per_query(retrieved: ArrayLike, relevant: ArrayLike, k: int) -> 
 def best_recall_at_k_per_query(relevant: ArrayLike, k: int) -> NDArray[np.float64]:
     """The recall@k of a perfect ranking, for each query: min(k, relevant) / relevant."""
     count = _num_relevant(relevant)
-    return np.minimum(_checked_k(k, None), count) / count
+    return np.asarray(np.minimum(_checked_k(k, None), count) / count)
 
 
 def mrr_per_query(retrieved: ArrayLike, relevant: ArrayLike) -> NDArray[np.float64]:

@@ -1,0 +1,89 @@
+"""Checks in front of FAISS, which takes a wrong dimension, NaN or an unnormalised vector without a word."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Metric = Literal["cosine", "inner_product"]
+"""Cosine compares unit vectors; inner product takes vectors as they are, longer ones score higher."""
+
+NORM_TOLERANCE = 0.01
+"""Lengths this close to 1 count as rounding (float16) and are made exact; others are refused or normalised if asked."""
+
+
+def checked_metric(metric: str) -> Metric:
+    """The metric by its name.
+
+    Raises:
+        ValueError: not one of those that exist.
+    """
+    if metric not in get_args(Metric):
+        raise ValueError(f"metric {metric!r}; expected one of {', '.join(get_args(Metric))}")
+    return metric  # type: ignore[return-value]
+
+
+def checked_vectors(
+    vectors: ArrayLike,
+    *,
+    dim: int | None = None,
+    metric: Metric = "cosine",
+    normalize: bool = False,
+    names: Sequence[str] | None = None,
+    where: str = "vectors",
+    first_row: int = 0,
+) -> NDArray[np.float32]:
+    """Vectors as FAISS needs them: (B, D) float32, C-contiguous, finite, and of unit length for cosine.
+
+    Args:
+        vectors: (B, D) numbers: float16, float32, float64 or nested lists, in any memory order.
+        dim: the D that is expected; None for any.
+        metric: what the vectors are compared by.
+        normalize: divide vectors of any length by it; without, lengths far from 1 are refused under cosine.
+        names: (B,) ids, to name the faulty row.
+        where: what the vectors are, for the messages.
+        first_row: number of the first row there, for the messages.
+
+    Raises:
+        ValueError: wrong shape or dtype, NaN, infinity, a zero vector, or a vector that is not of unit length.
+    """
+    array = np.asarray(vectors)
+    if array.dtype.kind not in "f" and not (isinstance(vectors, list | tuple) and array.dtype.kind in "iu"):
+        raise ValueError(f"{where}: dtype {array.dtype}; expected float16, float32 or float64")
+    if array.ndim != 2 or (dim is not None and array.shape[1] != dim) or not array.shape[1]:
+        expected = "(B, D)" if dim is None else f"(B, {dim})"
+        raise ValueError(f"{where}: shape {array.shape}; expected {expected}, one vector per row")
+    with np.errstate(over="ignore"):
+        array = np.ascontiguousarray(array, dtype=np.float32)
+
+    def refuse(bad: NDArray[np.bool_], problem: str) -> None:
+        if bad.any():
+            row = int(bad.argmax())
+            name = "" if names is None else f" (id {names[row]!r})"
+            raise ValueError(
+                f"{where}: row {first_row + row}{name} {problem}; {int(bad.sum())} of {len(bad)} rows are like this"
+            )
+
+    refuse(~np.isfinite(array).all(axis=1), "holds NaN or infinity")
+    length = _lengths(array)
+    refuse(length == 0, "is a zero vector, which is similar to nothing")
+    if metric == "inner_product" and not normalize:
+        return array
+    if not normalize:
+        bad = np.abs(length - 1) > NORM_TOLERANCE
+        worst = length[bad.argmax()] if len(length) else 1.0
+        refuse(bad, f"has length {worst:.4g}, cosine needs 1: normalise (--normalize) or name metric inner_product")
+    return np.divide(array, length[:, None], out=np.empty_like(array), casting="same_kind")
+
+
+def _lengths(array: NDArray[np.float32]) -> NDArray[np.float64]:
+    """(B,) Euclidean lengths; squares outside float32's range are taken in float64."""
+    square = np.einsum("ij,ij->i", array, array).astype(np.float64)
+    extreme = ~((square > 1e-30) & (square < 1e30))
+    if extreme.any():
+        square[extreme] = np.square(array[extreme], dtype=np.float64).sum(axis=1)
+    length: NDArray[np.float64] = np.sqrt(square)
+    return length
