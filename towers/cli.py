@@ -17,7 +17,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 
 import configs
 from datamodules.products import ProductDataModule
-from retrieval.storage import ArtefactError
+from retrieval.storage import ArtefactError, write_json
 from towers.model_folder import save_model
 from towers.tracking import wandb_logger
 from towers.two_tower import TwoTower
@@ -84,6 +84,9 @@ class TrainingCLI(LightningCLI):
             help="Steps between the checkpoints that a run is resumed from; null saves at each validation.",
         )
         parser.add_argument(
+            "--then_test", type=bool, default=False, help="After fit: the best model's figures on the test split."
+        )
+        parser.add_argument(
             "--wandb", type=Literal["off", "online", "offline"], default="off", help="Log to Weights & Biases too."
         )
         parser.add_argument("--wandb_project", type=str, default="tritower", help="Project in Weights & Biases.")
@@ -134,10 +137,13 @@ class TrainingCLI(LightningCLI):
         )
 
     def fit(self, **kwargs: Any) -> None:
-        """Train, then export the best model."""
+        """Train, then export the best model and, if asked, measure it."""
         path = self._checkpoint_to_resume()
         self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=path, weights_only=True)
         self._export()
+        if self._get(self.config_init, "then_test"):
+            (figures,) = self.trainer.test(self.model, datamodule=self.datamodule)
+            write_json(self.run_folder / "test.json", {name: float(value) for name, value in figures.items()})
 
     def validate(self, **kwargs: Any) -> None:
         """Held-out queries of the validation split."""
