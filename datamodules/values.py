@@ -102,6 +102,15 @@ def parse_number(text: str, decimal: Decimal = "auto", kind: Literal["number", "
     return value
 
 
+def is_number(text: str) -> bool:
+    """Whether a cell is a number of some kind, perhaps with a currency sign, perhaps an ambiguous one."""
+    try:
+        parse_number(text)
+    except BadValue as error:
+        return error.code != "NUMBER_UNPARSEABLE"
+    return True
+
+
 def _read_number(text: str, decimal: Decimal, prefix: str) -> float:
     if _NOT_FINITE.fullmatch(text):
         return math.nan
