@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from numpy.typing import ArrayLike, NDArray
 
 from retrieval import storage
-from retrieval.shards import ShardFolder
+from retrieval.shards import BEGUN, ShardFolder
 from retrieval.sources import Part, find_parts
 from retrieval.storage import JSON, Manifest
 from retrieval.vectors import Metric, checked_metric, checked_vectors
@@ -133,7 +133,7 @@ class EmbeddingReader:
         self.meta: Mapping[str, Any] = {}
         self.fingerprint: str | None = None
         files: list[Path] | None = None
-        if (self.source / storage.MANIFEST).exists():
+        if any((self.source / name).exists() for name in (storage.MANIFEST, BEGUN)):
             manifest = storage.verify(self.source, KIND)
             self.meta, self.fingerprint = manifest.meta, manifest.fingerprint
             files = [self.source / name for name in manifest.files if name.endswith(".parquet")]

@@ -143,7 +143,9 @@ def read_manifest(path: Path | str, kind: str | None = None) -> Manifest:
     try:
         data = (path / MANIFEST).read_bytes()
     except FileNotFoundError:
-        raise ArtefactError(f"{path} has no {MANIFEST}, so it is not {wanted} (a run that stopped half-way?)") from None
+        raise ArtefactError(
+            f"{path} has no {MANIFEST}, so it is not {wanted}: was a run stopped half-way? Run it again"
+        ) from None
     manifest = decode(data, path / MANIFEST)
     if kind is not None and manifest.kind != kind:
         raise ArtefactError(f"{path} is a folder of kind {manifest.kind!r}; expected {kind!r}")

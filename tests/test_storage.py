@@ -1,0 +1,298 @@
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from retrieval import storage
+from retrieval.shards import ShardFolder
+from retrieval.storage import ArtefactError
+
+
+def make(path, content=b"content", kind="thing", **options):
+    with storage.new_folder(path, kind=kind, **options) as folder:
+        (folder / "sub").mkdir()
+        (folder / "sub" / "数据.bin").write_bytes(content)
+        (folder / "empty").touch()
+    return path
+
+
+def test_new_folder_is_complete_with_size_and_digest_of_every_file(tmp_path):
+    meta = {"count": 0}
+    with storage.new_folder(tmp_path / "a" / "b", kind="thing", meta=meta) as folder:
+        assert not (tmp_path / "a" / "b").exists()
+        (folder / "x").write_bytes(b"abc")
+        meta["count"] = 3  # facts may be filled in until the end
+    manifest = storage.verify(tmp_path / "a" / "b", "thing")
+    assert manifest.meta == {"count": 3}
+    assert manifest.files["x"].bytes == 3
+    assert os.listdir(tmp_path / "a") == ["b"]
+    assert storage.fingerprint(tmp_path / "a" / "b") == manifest.fingerprint
+
+
+def test_fingerprint_follows_the_content_and_not_the_meta(tmp_path):
+    first, same, other = (
+        make(tmp_path / "1", meta={"made": "monday"}),
+        make(tmp_path / "2"),
+        make(tmp_path / "3", b"Content"),
+    )
+    assert storage.fingerprint(first) == storage.fingerprint(same) != storage.fingerprint(other)
+
+
+def test_an_exception_leaves_nothing(tmp_path):
+    with pytest.raises(RuntimeError, match="stop"), storage.new_folder(tmp_path / "a", kind="thing") as folder:
+        (folder / "x").touch()
+        raise RuntimeError("stop")
+    assert os.listdir(tmp_path) == []
+
+
+def test_existing_folder_is_kept_unless_overwritten(tmp_path):
+    path = make(tmp_path / "a", b"old")
+    with pytest.raises(ArtefactError, match=r"a already exists"):
+        make(path)
+    with pytest.raises(RuntimeError), storage.new_folder(path, kind="thing", overwrite=True):
+        raise RuntimeError
+    assert (path / "sub" / "数据.bin").read_bytes() == b"old"
+    make(path, b"new", overwrite=True)
+    assert (path / "sub" / "数据.bin").read_bytes() == b"new"
+    storage.verify(path)
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_overwrite_works_where_the_system_cannot_swap_names(tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "_exchange", lambda one, other: False)
+    path = make(make(tmp_path / "a", b"old"), b"new", overwrite=True)
+    assert (path / "sub" / "数据.bin").read_bytes() == b"new"
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_overwrite_never_replaces_a_foreign_folder(tmp_path):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.tex").touch()
+    with pytest.raises(ArtefactError, match=r"home has no manifest\.json"):
+        make(tmp_path / "home", overwrite=True)
+    make(tmp_path / "catalogue", kind="catalogue")
+    with pytest.raises(ArtefactError, match="not a folder of kind 'thing'"):
+        make(tmp_path / "catalogue", overwrite=True)
+
+
+def test_of_two_writers_one_wins(tmp_path):
+    with pytest.raises(ArtefactError, match="already exists"), storage.new_folder(tmp_path / "a", kind="t") as late:
+        (late / "x").write_text("late")
+        with storage.new_folder(tmp_path / "a", kind="t") as early:
+            (early / "x").write_text("early")
+    assert (tmp_path / "a" / "x").read_text() == "early"
+    assert os.listdir(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize("prepare", ["nothing", "no_manifest", "other_kind"])
+def test_reading_says_what_is_wrong_with_the_folder(tmp_path, prepare):
+    path, message = tmp_path / "a", "no such folder; expected a finished index folder"
+    if prepare == "no_manifest":
+        path.mkdir()
+        message = r"no manifest\.json, so it is not a finished index"
+    elif prepare == "other_kind":
+        make(path, kind="model")
+        message = "kind 'model'; expected 'index'"
+    with pytest.raises(ArtefactError, match=message):
+        storage.read_manifest(path, "index")
+
+
+def test_every_flipped_byte_of_every_file_is_noticed(tmp_path):
+    path = make(tmp_path / "a", meta={"n": 1.5, "名": ["x"]})
+    for name in ("sub/数据.bin", storage.MANIFEST):
+        data = (path / name).read_bytes()
+        for offset in range(len(data)):
+            (path / name).write_bytes(data[:offset] + bytes([data[offset] ^ (1 << offset % 8)]) + data[offset + 1 :])
+            with pytest.raises(ArtefactError, match=r"damaged|missing|version"):
+                storage.verify(path)
+        (path / name).write_bytes(data)
+    storage.verify(path)
+
+
+@pytest.mark.parametrize("damage", ["cut", "longer", "missing", "zero", "swapped"])
+def test_cut_longer_missing_and_swapped_files_are_named(tmp_path, damage):
+    path, other = make(tmp_path / "a"), make(tmp_path / "b", b"Content")
+    file = path / "sub" / "数据.bin"
+    if damage == "missing":
+        file.unlink()
+    elif damage == "swapped":
+        shutil.copy(other / "sub" / "数据.bin", file)
+    else:
+        file.write_bytes({"cut": b"conten", "longer": b"content!", "zero": b""}[damage])
+    message = {"missing": "is missing", "swapped": r"is damaged: expected sha256 \w{64}, found \w{64}"}
+    with pytest.raises(ArtefactError, match=r"数据\.bin " + message.get(damage, "is damaged: expected 7 bytes, found")):
+        storage.verify(path)
+
+
+def test_a_manifest_of_the_future_is_refused(tmp_path):
+    path = make(tmp_path / "a")
+    body = json.loads((path / storage.MANIFEST).read_text())
+    (path / storage.MANIFEST).write_text(json.dumps({**body, "version": 2}))
+    with pytest.raises(ArtefactError, match="version 2, this program reads up to 1"):
+        storage.read_manifest(path)
+
+
+def test_a_manifest_cannot_point_outside_its_folder(tmp_path):
+    from retrieval.manifest import FileEntry, Manifest, encode, fingerprint_of
+
+    path = make(tmp_path / "a")
+    files = {"../secret": FileEntry(0, "0" * 64)}
+    (path / storage.MANIFEST).write_bytes(encode(Manifest("thing", {}, files, fingerprint_of(files))))
+    with pytest.raises(ArtefactError, match=r"outside its folder: '\.\./secret'"):
+        storage.verify(path)
+
+
+@given(st.binary(max_size=60))
+def test_garbage_is_never_taken_for_a_manifest(data):
+    from pathlib import Path
+
+    from retrieval.manifest import decode
+
+    with pytest.raises(ArtefactError):
+        decode(data, Path("manifest.json"))
+
+
+def test_killed_writers_leave_nothing_after_the_next_run(tmp_path):
+    program = (
+        "import sys, time; from retrieval import storage\n"
+        "with storage.new_folder(sys.argv[1], kind='t') as f:\n"
+        "    (f / 'x').write_text('half'); print('ready', flush=True); time.sleep(60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path / "a")], stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"ready\n"
+    (left,) = os.listdir(tmp_path)
+    with storage.new_folder(tmp_path / "b", kind="t"):
+        pass
+    with pytest.raises(RuntimeError), storage.new_folder(tmp_path / "a", kind="t"):
+        raise RuntimeError
+    assert left in os.listdir(tmp_path)  # its writer lives
+    process.kill()
+    process.wait()
+    make(tmp_path / "a")
+    assert sorted(os.listdir(tmp_path)) == ["a", "b"]
+
+
+def count_calls(monkeypatch, fail_at=None, error=errno.ENOSPC):
+    """Count the file system calls of storage; let the one numbered `fail_at` fail."""
+    calls = []
+
+    def wrap(name):
+        original = getattr(os, name)
+
+        def wrapped(*arguments, **options):
+            calls.append(name)
+            if len(calls) == fail_at:
+                raise OSError(error, os.strerror(error), str(arguments[0]))
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(storage.os, name, wrapped)
+
+    for name in ("open", "fsync", "rename", "replace", "close"):
+        wrap(name)
+    return calls
+
+
+def test_whichever_file_operation_fails_the_old_folder_stays_or_the_new_one_is_complete(tmp_path, monkeypatch):
+    path = make(tmp_path / "a", b"old")
+    with monkeypatch.context() as patch:
+        steps = len(count_calls(patch))
+        calls = count_calls(patch)
+        make(path, b"new", overwrite=True)
+        steps = len(calls)
+    assert steps > 10
+    for step in range(1, steps + 1):
+        shutil.rmtree(path)
+        make(path, b"old")
+        with monkeypatch.context() as patch:
+            count_calls(patch, fail_at=step)
+            try:
+                make(path, b"new", overwrite=True)
+            except OSError as error:
+                assert error.errno == errno.ENOSPC
+        storage.verify(path)
+        assert (path / "sub" / "数据.bin").read_bytes() in (b"old", b"new")
+    make(path, b"last", overwrite=True)
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_every_file_and_folder_is_flushed_before_the_rename(tmp_path, monkeypatch):
+    events = []
+    fsync, rename = os.fsync, os.rename
+    monkeypatch.setattr(storage.os, "fsync", lambda fd: (events.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd)))
+    monkeypatch.setattr(storage.os, "rename", lambda *names: (events.append("rename"), rename(*names)))
+    make(tmp_path / "a")
+    renamed = events.index("rename")
+    flushed = {os.path.basename(event) for event in events[:renamed] if ".tmp" in event}
+    assert {"数据.bin", "empty", "sub"} < flushed
+    assert events[renamed + 1 :] == [str(tmp_path)]
+
+
+def test_write_file_replaces_in_one_step_and_an_exception_keeps_the_old(tmp_path):
+    storage.write_text(tmp_path / "x", "é")
+    with pytest.raises(RuntimeError), storage.write_file(tmp_path / "x") as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert (tmp_path / "x").read_bytes() == "é".encode()
+    with pytest.raises(ValueError, match="JSON"):
+        storage.write_json(tmp_path / "y", float("nan"))
+    assert os.listdir(tmp_path) == ["x"]
+
+
+def table(*values):
+    import pyarrow as pa
+
+    return pa.table({"x": list(values)})
+
+
+def test_shards_go_on_where_a_run_stopped(tmp_path):
+    folder = ShardFolder(tmp_path / "f", kind="hits", identity={"model": "m"})
+    folder.write("s-0", table(1, 2))
+    with pytest.raises(ArtefactError, match=r"lacks 1 of 2 shards: s-1\.parquet"):
+        folder.finish(["s-0", "s-1"])
+    again = ShardFolder(tmp_path / "f", kind="hits", identity={"model": "m"})
+    assert (again.done("s-0"), again.done("s-1")) == (True, False)
+    again.write("s-1", table(3))
+    assert again.finish(["s-0", "s-1"], {"hints": {}}).meta == {"hints": {}, "model": "m", "count": 3}
+    finished = ShardFolder(tmp_path / "f", kind="hits", identity={"model": "m"})
+    assert finished.finished
+    finished.finish(["s-0", "s-1"])
+    with pytest.raises(ArtefactError, match="is finished"):
+        finished.write("s-2", table(4))
+
+
+def test_shards_of_another_model_are_refused_with_both_shown(tmp_path):
+    begun = ShardFolder(tmp_path / "f", kind="hits", identity={"model": "one", "k": 3})
+    with pytest.raises(ArtefactError, match="model: there 'one', now 'two'"):
+        ShardFolder(tmp_path / "f", kind="hits", identity={"model": "two", "k": 3})
+    begun.finish([])
+    with pytest.raises(ArtefactError, match="model: there 'one', now 'two'"):
+        ShardFolder(tmp_path / "f", kind="hits", identity={"model": "two", "k": 3})
+    (tmp_path / "g").mkdir()
+    (tmp_path / "g" / "mine.txt").touch()
+    with pytest.raises(ArtefactError, match="was not begun by this program"):
+        ShardFolder(tmp_path / "g", kind="hits", identity={})
+
+
+def test_shards_that_nobody_named_are_refused(tmp_path):
+    folder = ShardFolder(tmp_path / "f", kind="hits", identity={})
+    folder.write("s-0", table(1))
+    folder.write("s-9", table(1))
+    with pytest.raises(ArtefactError, match=r"shards of something else: s-9\.parquet"):
+        folder.finish(["s-0"])
+    (tmp_path / "f" / "begun.json").write_text("{")
+    with pytest.raises(ArtefactError, match=r"begun\.json is damaged"):
+        ShardFolder(tmp_path / "f", kind="hits", identity={})
+
+
+def test_reading_a_fingerprint_needs_no_torch_and_is_quick():
+    started = time.perf_counter()
+    program = "import sys, retrieval.storage, retrieval.metrics; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+    assert time.perf_counter() - started < 10
