@@ -20,9 +20,7 @@ TEXT_ONLY = ("--model.product.image=null", "--model.product.attribute=null")
 
 def fit(catalogue: Path, run: Path, *arguments: str) -> int:
     """`train.py fit` with the tiny configuration; returns the exit code."""
-    return train.main(
-        ["fit", "--config", str(CONFIG), f"--data.catalogue={catalogue}", f"--run={run}"] + list(arguments)
-    )
+    return train.main(["fit", "--config", str(CONFIG), f"--data.catalogue={catalogue}", f"--run={run}", *arguments])
 
 
 class Diary(L.Callback):

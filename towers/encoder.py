@@ -65,9 +65,9 @@ class Encoder(nn.Module):
         self.fusion = FUSIONS[fusion](len(self.towers), embed_dim)
 
     def set_schema(self, schema: Schema) -> None:
-        """Tell the attribute tower what the catalogue holds."""
-        if "attribute" in self.towers:
-            self.towers["attribute"].set_schema(schema)
+        """Tell the towers what the catalogue holds."""
+        for tower in self.towers.values():
+            tower.set_schema(schema)
 
     def preprocess(self, side: Side) -> ItemPreprocess:
         """The towers' own preprocessing, for queries or for products."""

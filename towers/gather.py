@@ -19,7 +19,7 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        gradient = gradient.contiguous()
+        gradient = gradient.clone(memory_format=torch.contiguous_format)  # autograd may use the original elsewhere
         dist.all_reduce(gradient)  # every process has a share of the loss on these rows
         return gradient[ctx.rank * ctx.num_rows : (ctx.rank + 1) * ctx.num_rows]
 

@@ -43,7 +43,8 @@ class HuggingFaceText(TextTower):
     Args:
         pretrained: name on the Hugging Face hub, or a local folder (config.json, weights, tokenizer files).
         pooling: `mean` over a text's tokens, or the `cls` token.
-        template: how text fields are joined; fields that a product lacks are left out.
+        template: how text fields are joined, e.g. `"{title}. {description}"`; fields that a product lacks are left out.
+            Null joins all fields of the catalogue.
         query_prefix: put in front of queries, e.g. `"query: "` for E5 models.
         product_prefix: put in front of products, e.g. `"passage: "` for E5 models.
         max_length: tokens that are read, special tokens included.
@@ -55,7 +56,7 @@ class HuggingFaceText(TextTower):
         self,
         pretrained: str,
         pooling: Literal["mean", "cls"] = "mean",
-        template: str = "{title}. {description}",
+        template: str | None = None,
         query_prefix: str = "",
         product_prefix: str = "",
         max_length: int = 64,

@@ -82,7 +82,8 @@ class OpenClipText(TextTower):
     Args:
         model: a built-in name (`ViT-B-16`), `hf-hub:org/repo`, or `local-dir:/path`.
         pretrained: tag of open_clip's weights (`laion2b_s34b_b88k`) or a weights file; null trains from scratch.
-        template: how text fields are joined; fields that a product lacks are left out.
+        template: how text fields are joined, e.g. `"{title}. {description}"`; fields that a product lacks are left out.
+            Null joins all fields of the catalogue.
         query_prefix: put in front of queries.
         product_prefix: put in front of products.
         freeze: keep the weights as they are; their features can then be cached.
@@ -93,7 +94,7 @@ class OpenClipText(TextTower):
         self,
         model: str,
         pretrained: str | None = None,
-        template: str = "{title}. {description}",
+        template: str | None = None,
         query_prefix: str = "",
         product_prefix: str = "",
         freeze: bool = False,

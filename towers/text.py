@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import string
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from datamodules.batch import Item, Side
 from datamodules.preprocess import stable_hash
+from datamodules.schema import Schema
 from towers.tower import Tower
 
 logger = logging.getLogger(__name__)
@@ -21,26 +23,35 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Template:
-    """How the text fields of an item become one text: `"{title}. {description}"`.
+    """How the text fields of an item become one text: `"{title}. {description}"`; None joins all fields like that.
 
     A field that an item lacks takes the characters in front of it with it. A typed query (`{"query": ...}`) stands for
     itself, whatever the template says.
     """
 
-    template: str
+    template: str | None = None
 
     def __post_init__(self) -> None:
+        if self.template is None:
+            return
         try:
-            fields = [field for _, field, _, _ in string.Formatter().parse(self.template) if field is not None]
+            fields = self.fields
         except ValueError as error:
             raise ValueError(f"template={self.template!r} is not a template: {error}.") from None
         if not fields or "" in fields:
             raise ValueError(f"template={self.template!r} names no field. Example: '{{title}}. {{description}}'")
 
+    @property
+    def fields(self) -> list[str]:
+        """The fields that the template names."""
+        return [field for _, field, _, _ in string.Formatter().parse(self.template or "") if field is not None]
+
     def render(self, item: Item) -> str:
         """The text of an item; empty where it has none of the fields."""
         if query := item.text.get("query"):
             return query
+        if self.template is None:
+            return ". ".join(text for text in item.text.values() if text)
         text = ""
         for literal, field, _, _ in string.Formatter().parse(self.template):
             if field is None:
@@ -107,7 +118,20 @@ class TextTower(Tower):
         super().__init__()
         self.preprocess = preprocess
 
-    def wording(self) -> dict[str, str]:
+    def set_schema(self, schema: Schema) -> None:
+        """Refuse a template that would leave every product without text.
+
+        Raises:
+            ValueError: the catalogue has none of the template's fields.
+        """
+        template = self.preprocess.template
+        if template.template is not None and not set(template.fields) & set(schema.text):
+            raise ValueError(
+                f"template={template.template!r} names no text field of the catalogue, which has "
+                f"{', '.join(schema.text) or 'none'}. Name one of those, or leave the template out to join them all."
+            )
+
+    def wording(self) -> dict[str, str | None]:
         """The constructor arguments that all text towers share."""
         p = self.preprocess
         return {
@@ -119,16 +143,20 @@ class TextTower(Tower):
 
 @dataclass(frozen=True)
 class HashedWords:
-    """Words by hash; Chinese, Japanese and Korean by character. Needs no vocabulary and knows every language."""
+    """Words by hash; Chinese, Japanese and Korean by character. Needs no vocabulary and knows every language.
+
+    A text without any letter or digit is one word.
+    """
 
     num_buckets: int = 16_384
     max_length: int = 48
 
-    WORDS = re.compile(r"[぀-ヿ㐀-鿿가-힯豈-﫿]|[^\W_]+")
+    WORDS = re.compile(r"[぀-ヿ㐀-鿿가-힯豈-﫿]|[^\W_぀-ヿ㐀-鿿가-힯豈-﫿]+")
 
     def words(self, text: str) -> list[str]:
         """Lower-case words and single characters."""
-        return self.WORDS.findall(text.lower())
+        text = unicodedata.normalize("NFKC", text).lower()
+        return self.WORDS.findall(text) or [text]
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """(B, L) int64 token ids, 0 = padding; at least one column."""
@@ -148,7 +176,8 @@ class BiLSTM(TextTower):
     """A small bidirectional LSTM over hashed words: the baseline, trained from scratch.
 
     Args:
-        template: how text fields are joined; fields that a product lacks are left out.
+        template: how text fields are joined, e.g. `"{title}. {description}"`; fields that a product lacks are left out.
+            Null joins all fields of the catalogue.
         num_buckets: rows of the word table.
         word_dim: size of a word's embedding.
         hidden_dim: size of the LSTM's state in each direction; features have twice that.
@@ -160,7 +189,7 @@ class BiLSTM(TextTower):
 
     def __init__(
         self,
-        template: str = "{title}. {description}",
+        template: str | None = None,
         num_buckets: int = 16_384,
         word_dim: int = 128,
         hidden_dim: int = 128,

@@ -7,6 +7,8 @@ from typing import Any, Self
 
 from torch import nn
 
+from datamodules.schema import Schema
+
 NORMS_WITH_RUNNING_STATISTICS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
@@ -39,6 +41,9 @@ class Tower(nn.Module):
             if isinstance(module, NORMS_WITH_RUNNING_STATISTICS):
                 module.training = False
         return self
+
+    def set_schema(self, schema: Schema) -> None:
+        """Take what the tower needs to know of the catalogue; most need nothing."""
 
     def architecture(self) -> dict[str, Any]:
         """Plain constructor arguments that rebuild this tower without its weights; see `rebuild`."""
