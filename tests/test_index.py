@@ -1,0 +1,519 @@
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import textwrap
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import faiss
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from retrieval import build as build_module
+from retrieval import metrics, storage
+from retrieval.build import Recipe, build_index, uniform_sample
+from retrieval.embeddings import EmbeddingReader, EmbeddingWriter
+from retrieval.factory import choose_factory, default_nprobe, num_pieces
+from retrieval.index import ProductIndex
+from retrieval.storage import ArtefactError
+
+DIM = 32
+
+
+def unit(array):
+    return (array / np.linalg.norm(array, axis=1, keepdims=True)).astype(np.float32)
+
+
+def clustered(count, seed=0, dim=DIM, clusters=60):
+    generator = np.random.default_rng(seed)
+    centers = np.random.default_rng(99).standard_normal((clusters, dim))
+    return unit(centers[generator.integers(0, clusters, count)] + 0.6 * generator.standard_normal((count, dim)))
+
+
+def embed(folder, vectors, shards=3, ids=None, model="model-a"):
+    ids = ids or [f"p{i}" for i in range(len(vectors))]
+    writer = EmbeddingWriter(folder, dim=vectors.shape[1], model=model, catalogue="c")
+    names = [f"shard-{i}" for i in range(shards)]
+    for name, rows in zip(names, np.array_split(np.arange(len(vectors)), shards), strict=True):
+        writer.write(name, [ids[i] for i in rows], vectors[rows])
+    writer.finish(names)
+    return EmbeddingReader(folder)
+
+
+def exact(queries, vectors, k):
+    return np.argsort(-(queries @ vectors.T), axis=1, kind="stable")[:, :k]
+
+
+@pytest.fixture(scope="module")
+def vectors():
+    return clustered(6000)
+
+
+@pytest.fixture(scope="module")
+def queries():
+    return clustered(200, seed=1)
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory, vectors):
+    return embed(tmp_path_factory.mktemp("embeddings") / "e", vectors)
+
+
+@pytest.fixture(scope="module")
+def stored(reader):
+    """The vectors as they stand on disk."""
+    return np.concatenate([batch.vectors for batch in reader.batches()])
+
+
+@pytest.fixture(scope="module")
+def flat(tmp_path_factory, reader):
+    folder = tmp_path_factory.mktemp("flat") / "i"
+    build_index(reader, folder, Recipe("Flat"))
+    return ProductIndex.open(folder)
+
+
+@pytest.fixture(scope="module")
+def ivf(tmp_path_factory, reader):
+    folder = tmp_path_factory.mktemp("ivf") / "i"
+    build_index(reader, folder)
+    return ProductIndex.open(folder)
+
+
+def test_flat_is_brute_force(flat, stored, queries):
+    hits = flat.search(queries, 10)
+    assert np.array_equal(hits.rows, exact(queries, stored, 10))
+    assert np.allclose(hits.scores, np.take_along_axis(queries @ stored.T, hits.rows, 1), atol=1e-5)
+    assert flat.ids(hits.rows)[3, 4] == f"p{hits.rows[3, 4]}"
+
+
+def test_every_vector_finds_itself_first(flat, stored):
+    assert (flat.search(stored[:1000], 1).rows[:, 0] == np.arange(1000)).mean() > 0.999
+
+
+def test_the_default_index_stays_close_to_exact(ivf, stored, queries):
+    assert ivf.manifest.meta["factory"] == "IVF128,PQ16x4fsr,Refine(SQ8)"
+    assert "lists" in ivf.manifest.meta["reason"]
+    truth = exact(queries, stored, 10)
+    assert metrics.recall_at_k(ivf.search(queries, 10).rows, truth, 10) > 0.9
+    assert metrics.recall_at_k(ivf.search(queries, 10, nprobe=1).rows, truth, 10) < 0.9
+
+
+def test_the_manifest_says_what_the_index_is(ivf, reader):
+    meta = ivf.manifest.meta
+    assert (meta["model"], meta["metric"], meta["dim"], meta["count"]) == ("model-a", "cosine", DIM, 6000)
+    assert meta["training"] == {"seed": 0, "vectors": 6000, "per_list": 46.88, "device": "cpu"}
+    assert meta["embeddings"] == reader.fingerprint
+    assert (len(ivf), ivf.dim, ivf.model, ivf.num_lists) == (6000, DIM, "model-a", 128)
+    assert ivf.settings == (default_nprobe(128), 8.0)
+
+
+@pytest.mark.parametrize(
+    ("factory", "floor"),
+    [
+        ("IVF32,Flat", 0.999),
+        ("PCAR16,IVF32,Flat", 0.3),
+        ("PCAR16,IVF32,PQ8x4fs,Refine(SQ8)", 0.7),
+        ("IVF32,PQ16x4fsr,RFlat", 0.9),
+    ],
+)
+def test_nprobe_and_k_factor_reach_the_lists_through_every_wrapper(tmp_path, reader, stored, queries, factory, floor):
+    build_index(reader, tmp_path / "i", Recipe(factory))
+    index = ProductIndex.open(tmp_path / "i")
+    truth = exact(queries, stored, 10)
+
+    def recall(**settings):
+        return metrics.recall_at_k(index.search(queries, 10, **settings).rows, truth, 10)
+
+    full = recall(nprobe=32, k_factor=50)
+    assert full >= floor
+    assert recall(nprobe=1, k_factor=50) < full - 0.01
+    if "R" in factory.split(",")[-1]:
+        assert recall(nprobe=32, k_factor=1) < full - 0.01
+
+
+def test_all_lists_probed_is_exact(tmp_path, reader, stored, queries):
+    build_index(reader, tmp_path / "i", Recipe("IVF32,Flat"))
+    hits = ProductIndex.open(tmp_path / "i").search(queries, 20, nprobe=32)
+    assert np.array_equal(hits.rows, exact(queries, stored, 20))
+
+
+def test_settings_are_stored_and_read_back(tmp_path, reader):
+    build_index(reader, tmp_path / "i", Recipe("IVF32,Flat", nprobe=5, k_factor=3))
+    index = ProductIndex.open(tmp_path / "i")
+    assert index.settings == (5, 3)
+    assert index.resolve(nprobe=7) == (7, 3)
+
+
+def test_a_moved_folder_still_searches(tmp_path, ivf, queries):
+    shutil.copytree(ivf.path, tmp_path / "elsewhere")
+    moved = ProductIndex.open(tmp_path / "elsewhere")
+    assert np.array_equal(moved.search(queries, 5).rows, ivf.search(queries, 5).rows)
+
+
+def test_shards_and_batches_do_not_change_the_index(tmp_path, vectors, reader):
+    one = embed(tmp_path / "one", vectors, shards=1)
+    threads = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1)
+    for source, name in ((reader, "a"), (one, "b"), (reader, "c")):
+        build_index(source, tmp_path / name, Recipe("IVF32,PQ16x4fsr,Refine(SQ8)"))
+    faiss.omp_set_num_threads(threads)
+    fingerprints = {storage.fingerprint(tmp_path / name) for name in "ac"}
+    assert len(fingerprints) == 1  # one thread: the same bytes
+    file = storage.read_manifest(tmp_path / "a").files["index.faiss"]
+    assert storage.read_manifest(tmp_path / "b").files["index.faiss"] == file
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_more_results_than_products_give_each_product_once(tmp_path, number):
+    build_index(embed(tmp_path / "e", clustered(number), shards=1), tmp_path / "i")
+    index = ProductIndex.open(tmp_path / "i")
+    assert index.manifest.meta["factory"] == "Flat"
+    assert "fewer than the 624" in index.manifest.meta["reason"]
+    hits = index.search(clustered(2, seed=5), 10**9)
+    assert hits.rows.shape == (2, number)
+    assert sorted(index.ids(hits.rows[0])) == [f"p{i}" for i in range(number)]
+
+
+def test_too_few_probed_products_are_minus_one_and_have_no_id(tmp_path, reader, queries):
+    build_index(reader, tmp_path / "i", Recipe("IVF128,Flat"))
+    index = ProductIndex.open(tmp_path / "i")
+    hits = index.search(queries, 500, nprobe=1)
+    missing = hits.rows < 0
+    assert missing.any() and np.isneginf(hits.scores[missing]).all()
+    ids = index.ids(hits.rows)
+    assert (ids[missing] == None).all() and (ids[~missing] != None).all()  # noqa: E711
+    with pytest.raises(ValueError, match="rows from -2 to 0; expected -1 to 5999"):
+        index.ids(np.array([-2, 0]))
+    with pytest.raises(ValueError, match="rows from 6000 to 6000"):
+        index.ids(np.array([6000]))
+
+
+def bad_queries():
+    good = clustered(2, seed=3)
+    return {
+        "shape": (good[:, :16], r"queries: shape \(2, 16\); expected \(B, 32\)"),
+        "flat": (good[0], r"shape \(32,\)"),
+        "dtype": (np.ones((1, DIM), np.int64), r"dtype int64"),
+        "nan": (np.where(np.arange(DIM) == 3, np.nan, good), r"row 0 holds NaN or infinity; 2 of 2 rows"),
+        "zero": (good * [[1], [0]], r"row 1 is a zero vector"),
+        "norm": (good * 2, r"row 0 has length 2, cosine needs 1"),
+    }
+
+
+@pytest.mark.parametrize("case", bad_queries())
+def test_faulty_queries_never_reach_faiss(ivf, case):
+    wrong, message = bad_queries()[case]
+    with pytest.raises(ValueError, match=message):
+        ivf.search(wrong, 5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"k": 0}, r"k=0; expected an integer of at least 1"),
+        ({"k": -1}, r"k=-1"),
+        ({"k": 1.5}, r"k=1\.5"),
+        ({"k": "10"}, r"k='10'"),
+        ({"k": None}, r"k=None"),
+        ({"k": True}, r"k=True"),
+        ({"nprobe": 0}, r"nprobe=0; expected an integer from 1 to 128"),
+        ({"nprobe": 129}, r"nprobe=129; expected an integer from 1 to 128, the number of lists"),
+        ({"nprobe": 2.0}, r"nprobe=2\.0"),
+        ({"k_factor": 0.5}, r"k_factor=0\.5; expected a number of at least 1"),
+        ({"k_factor": float("nan")}, r"k_factor=nan"),
+    ],
+)
+def test_faulty_settings_are_refused(ivf, queries, options, message):
+    with pytest.raises(ValueError, match=message):
+        ivf.search(queries, **options)
+
+
+def test_probing_an_index_without_lists_is_an_error(flat, queries):
+    with pytest.raises(ValueError, match="nprobe=4, but this index has no lists"):
+        flat.search(queries, 5, nprobe=4)
+
+
+def test_queries_of_another_model_are_refused_with_both_shown(ivf, tmp_path):
+    ivf.check_model("model-a", "q")
+    ivf.check_model(None, "q")
+    with pytest.raises(ArtefactError, match=r"q is of model model-b, but .* embeddings of model-a"):
+        ivf.check_model("model-b", "q")
+    build_index(embed(tmp_path / "e", clustered(5), 1, model=None), tmp_path / "i")
+    with pytest.raises(ArtefactError, match="of an unknown model"):
+        ProductIndex.open(tmp_path / "i").check_model("model-a", "q")
+
+
+@pytest.mark.parametrize("factory", ["Flat", "IVF32,Flat", "IVF32,SQ8", "IVF32,PQ16x4fsr,Refine(SQ8)"])
+def test_the_vector_of_a_product_comes_back(tmp_path, reader, stored, factory):
+    build_index(reader, tmp_path / "i", Recipe(factory))
+    index = ProductIndex.open(tmp_path / "i")
+    for row in (0, 4321, 5999):
+        vector = index.vector_of(f"p{row}")
+        assert vector @ stored[row] > 0.999
+        assert np.linalg.norm(vector) == pytest.approx(1, abs=1e-6)
+    with pytest.raises(ValueError, match=r"no product 'p6000' among the 6,000"):
+        index.vector_of("p6000")
+
+
+def test_codes_that_give_no_vectors_back_say_so(tmp_path, reader):
+    build_index(reader, tmp_path / "i", Recipe("IVF32,PQ16x4fsr"))
+    with pytest.raises(ValueError, match=r'fast-scan codes .* build it with ",Refine\(SQ8\)"'):
+        ProductIndex.open(tmp_path / "i").vector_of("p1")
+
+
+def test_ids_that_appear_twice_stop_the_build_before_anything_is_there(tmp_path):
+    reader = embed(tmp_path / "e", clustered(10), ids=[f"p{i % 9}" for i in range(10)])
+    with pytest.raises(ValueError, match="'p0' 2 times"):
+        build_index(reader, tmp_path / "i")
+    assert os.listdir(tmp_path) == ["e"]
+
+
+@pytest.mark.parametrize(
+    ("factory", "message"),
+    [
+        ("IVF7000,Flat", r"needs at least 7000 training vectors and has 6000: at most IVF6000, well trained IVF153"),
+        ("IVF64,PQ16x13", r"needs at least 8192 training vectors for its 13-bit codes and has 6000: at most 12 bits"),
+        ("IVF64,PQ7x4fsr", r"does not fit 32 dimensions: .*PQ sizes that fit .*: 1, 2, 4, 8, 16, 32"),
+        ("IFV64,Flat", r"factory 'IFV64,Flat' does not fit"),
+        ("IDMap,Flat", r"leave IDMap out"),
+    ],
+)
+def test_factory_strings_that_do_not_fit_say_what_would(tmp_path, reader, factory, message):
+    with pytest.raises(ValueError, match=message):
+        build_index(reader, tmp_path / "i", Recipe(factory))
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_under_trained_index_is_reported_and_strict_refuses_it(tmp_path, caplog):
+    reader = embed(tmp_path / "e", clustered(300))
+    manifest = build_index(reader, tmp_path / "i", Recipe("IVF32,PQ8x4fsr"))
+    assert manifest.meta["training"]["per_list"] == 9.38
+    assert "under-trained: 300 training vectors for 32 lists, 9.4 each; 39 are wanted" in caplog.text
+    with pytest.raises(ValueError, match=r"under-trained: .*strict"):
+        build_index(reader, tmp_path / "j", Recipe("IVF32,PQ8x4fsr", strict=True))
+
+
+def test_training_sees_all_shards_alike(tmp_path):
+    count, size = 4000, 1000
+    angle = np.linspace(0, np.pi / 2, count)  # a sorted catalogue
+    reader = embed(tmp_path / "e", np.stack([np.cos(angle), np.sin(angle)], 1).astype(np.float32), shards=8)
+    sample = uniform_sample(reader, size, seed=3)
+    rows = np.arctan2(sample[:, 1], sample[:, 0]) / (np.pi / 2) * count
+    counts = np.histogram(rows, bins=8, range=(0, count))[0]
+    assert counts.sum() == size and (np.abs(counts - size / 8) < 5 * np.sqrt(size / 8)).all()
+    assert np.array_equal(sample, uniform_sample(reader, size, seed=3))
+    assert not np.array_equal(sample, uniform_sample(reader, size, seed=4))
+    assert len(np.unique(rows)) > 0.9 * size
+
+
+@given(st.integers(1, 10**9), st.integers(1, 2048))
+def test_the_default_factory_is_always_legal(count, dim):
+    choice = choose_factory(count, dim)
+    if choice.factory == "Flat":
+        assert count < 624
+        return
+    lists = int(choice.factory.split(",")[0][3:])
+    assert lists & (lists - 1) == 0 and lists * 39 <= count
+    assert 1 <= default_nprobe(lists) <= lists
+    pieces = num_pieces(dim)
+    assert pieces is None or dim % pieces == 0
+    if count < 10**5:
+        build_module.make_index(choice.factory, dim)
+
+
+def test_default_lists_by_size():
+    sizes = {624: 16, 3000: 64, 6000: 128, 10**5: 1024, 10**6: 4096, 10**7: 16384}
+    for count, lists in sizes.items():
+        assert choose_factory(count, 256).factory == f"IVF{lists},PQ128x4fsr,Refine(SQ8)"
+    assert choose_factory(10**4, 127).factory == "IVF256,SQ8"
+
+
+def test_every_damaged_file_is_refused_at_open(tmp_path, ivf):
+    shutil.copytree(ivf.path, tmp_path / "i")
+    generator = np.random.default_rng(0)
+    for file in sorted((tmp_path / "i").iterdir()):
+        data = file.read_bytes()
+        for offset in generator.integers(0, len(data), 25):
+            bit = 1 << int(generator.integers(8))
+            file.write_bytes(data[:offset] + bytes([data[offset] ^ bit]) + data[offset + 1 :])
+            with pytest.raises(ArtefactError, match=file.name):
+                ProductIndex.open(tmp_path / "i")
+        file.write_bytes(data)
+    ProductIndex.open(tmp_path / "i")
+
+
+class Marker:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (Path(self.path),)
+
+
+@pytest.mark.parametrize("name", ["index.faiss", "ids.arrow", "settings.json"])
+def test_no_code_runs_from_an_index_folder_even_with_right_digests(tmp_path, ivf, name):
+    shutil.copytree(ivf.path, tmp_path / "i")
+    (tmp_path / "i" / name).write_bytes(pickle.dumps(Marker(str(tmp_path / "marker"))))
+    (tmp_path / "i" / "manifest.json").unlink()
+    storage.seal(tmp_path / "i", kind="index", meta=ivf.manifest.meta)
+    with pytest.raises(ArtefactError, match="cannot be opened as an index"):
+        ProductIndex.open(tmp_path / "i")
+    assert not (tmp_path / "marker").exists()
+
+
+def test_files_of_two_indexes_do_not_mix(tmp_path, ivf):
+    build_index(embed(tmp_path / "e", clustered(50), 1), tmp_path / "i")
+    shutil.copy(ivf.path / "ids.arrow", tmp_path / "i" / "ids.arrow")
+    manifest = storage.read_manifest(tmp_path / "i")
+    (tmp_path / "i" / "manifest.json").unlink()
+    storage.seal(tmp_path / "i", kind="index", meta=manifest.meta)
+    with pytest.raises(ArtefactError, match=r"do not belong together: manifest 50 .* index 50 .* ids 6000"):
+        ProductIndex.open(tmp_path / "i")
+
+
+def test_a_full_disk_never_leaves_an_index(tmp_path, reader):
+    build_index(embed(tmp_path / "e", clustered(5), 1), tmp_path / "i", Recipe("Flat"))
+    before = storage.fingerprint(tmp_path / "i")
+    program = f"""
+        import resource
+        from retrieval.build import build_index, Recipe
+        from retrieval.embeddings import EmbeddingReader
+        import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        build_index(EmbeddingReader({str(reader.source)!r}), {str(tmp_path / "i")!r}, Recipe("Flat"), overwrite=True)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "could not be written" in done.stderr or "File too large" in done.stderr
+    assert sorted(os.listdir(tmp_path)) == ["e", "i"]
+    assert storage.fingerprint(tmp_path / "i") == before
+
+
+def test_an_index_that_faiss_lost_without_a_word_is_noticed(tmp_path, reader, monkeypatch):
+    monkeypatch.setattr(build_module.faiss, "write_index", lambda index, name: Path(name).touch())
+    with pytest.raises(ArtefactError, match=r"index\.faiss could not be written"):
+        build_index(reader, tmp_path / "i", Recipe("Flat"))
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_lists_and_finer_vectors_are_mapped_and_not_read_into_memory(tmp_path):
+    count, dim = 60_000, 64
+    generator = np.random.default_rng(0)
+    build_index(
+        embed(tmp_path / "e", unit(generator.standard_normal((count, dim))), 1),
+        tmp_path / "i",
+        Recipe("IVF64,PQ32x4fsr,RFlat", train_sample=4000),
+    )
+    program = f"""
+        import numpy as np
+        from retrieval.index import ProductIndex
+        def anonymous():
+            lines = open("/proc/self/status").read().splitlines()
+            return int(next(line for line in lines if line.startswith("RssAnon")).split()[1])
+        vector = np.full((1, {dim}), {dim} ** -0.5, np.float32)
+        small = ProductIndex.open({str(tmp_path / "i")!r})
+        small.search(vector)
+        before = anonymous()
+        index = ProductIndex.open({str(tmp_path / "i")!r})
+        index.search(vector, 100, nprobe=64)
+        print(anonymous() - before)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=True)
+    size_kb = (tmp_path / "i" / "index.faiss").stat().st_size / 1024
+    assert size_kb > 16_000
+    assert int(done.stdout) < size_kb / 4
+
+
+def test_threads_search_one_index_with_their_own_settings(ivf, queries):
+    wanted = {nprobe: ivf.search(queries, 5, nprobe=nprobe).rows for nprobe in (1, 4, 128)}
+    with ThreadPoolExecutor(3) as pool:
+        asked = [1, 4, 128] * 10
+        for nprobe, hits in zip(asked, pool.map(lambda n: ivf.search(queries, 5, nprobe=n), asked), strict=True):
+            assert np.array_equal(hits.rows, wanted[nprobe])
+
+
+def test_checks_do_not_depend_on_assertions(ivf):
+    program = f"""
+        import numpy as np
+        from retrieval.index import ProductIndex
+        from retrieval.storage import ArtefactError
+        assert False, "this runs with assertions off"
+        index = ProductIndex.open({str(ivf.path)!r})
+        good = np.full((1, {DIM}), {DIM} ** -0.5, np.float32)
+        for arguments in ((good[:, :16],), (good * 2,), (good * np.nan,), (good, 0), (good, 5)):
+            try:
+                index.search(*arguments)
+                print("passed")
+            except ValueError:
+                print("refused")
+        try:
+            index.search(good, nprobe=1000)
+        except ValueError:
+            print("refused")
+        open(index.path / "settings.json", "ab").write(b" ")
+        try:
+            ProductIndex.open(index.path)
+        except ArtefactError as error:
+            print("damaged" if "settings.json" in str(error) else error)
+    """
+    settings_file = ivf.path / "settings.json"
+    before = settings_file.read_bytes()
+    try:
+        done = subprocess.run([sys.executable, "-O", "-c", textwrap.dedent(program)], capture_output=True, text=True)
+    finally:
+        settings_file.write_bytes(before)
+    assert done.stdout.split() == ["refused"] * 4 + ["passed", "refused", "damaged"], done.stderr
+
+
+def test_build_and_search_by_vector_need_no_torch(tmp_path):
+    program = f"""
+        import sys, numpy as np
+        from retrieval.build import build_index
+        from retrieval.embeddings import EmbeddingReader, EmbeddingWriter
+        from retrieval.index import ProductIndex
+        writer = EmbeddingWriter({str(tmp_path / "e")!r}, dim=2)
+        writer.write("s", ["a"], np.array([[0.6, 0.8]])); writer.finish(["s"])
+        build_index(EmbeddingReader({str(tmp_path / "e")!r}), {str(tmp_path / "i")!r})
+        print(ProductIndex.open({str(tmp_path / "i")!r}).search([[1.0, 0.0]]).scores)
+        sys.exit("torch" in sys.modules)
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=True)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.text(min_size=1), unique=True, min_size=1, max_size=12))
+def test_any_text_is_an_id_and_comes_back_verbatim(tmp_path_factory, ids):
+    folder = tmp_path_factory.mktemp("ids")
+    angle = np.linspace(0, 1, len(ids))
+    vectors = np.stack([np.cos(angle), np.sin(angle)], 1).astype(np.float32)
+    build_index(embed(folder / "e", vectors, 1, ids), folder / "i")
+    index = ProductIndex.open(folder / "i")
+    assert index.ids(index.search(vectors, 1).rows[:, 0]).tolist() == ids
+    for product_id in ids:
+        assert ids[index.row_of(product_id)] == product_id
+    assert index.all_ids().to_pylist() == ids
+
+
+def test_inner_product_keeps_lengths(tmp_path):
+    writer = EmbeddingWriter(tmp_path / "e", dim=2, metric="inner_product")
+    writer.write("s", ["short", "long"], np.array([[1.0, 0.0], [3.0, 3.0]]))
+    writer.finish(["s"])
+    build_index(EmbeddingReader(tmp_path / "e"), tmp_path / "i")
+    index = ProductIndex.open(tmp_path / "i")
+    hits = index.search([[1.0, 0.0]])
+    assert index.ids(hits.rows[0]).tolist() == ["long", "short"]
+    assert index.vector_of("long").tolist() == [3.0, 3.0]
+
+
+def test_an_existing_index_is_not_replaced_unasked(tmp_path):
+    reader = embed(tmp_path / "e", clustered(4), 1)
+    build_index(reader, tmp_path / "i")
+    with pytest.raises(ArtefactError, match="already exists"):
+        build_index(reader, tmp_path / "i")
+    build_index(reader, tmp_path / "i", overwrite=True)
+    assert json.loads((tmp_path / "i" / "settings.json").read_text()) == {"nprobe": None, "k_factor": 8.0}
