@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,12 @@ from datamodules.preprocess import stable_hash
 from datamodules.schema import Attribute, Schema
 from towers.tower import Tower
 
+logger = logging.getLogger(__name__)
+
 Value = str | float | Sequence[str]
+
+LARGEST = 1e38
+"""Numbers are float32."""
 
 
 @lru_cache(maxsize=1 << 20)
@@ -29,12 +35,16 @@ def value_hash(name: str, value: str) -> int:
 
 
 def levels(attribute: Attribute, value: Value) -> list[str]:
-    """The values that stand for an attribute: for a path one for each level, so that relatives share the upper ones."""
-    if isinstance(value, str) or not isinstance(value, Sequence):
-        return [str(value)]
+    """The values that stand for an attribute: for a path one for each level, so that relatives share the upper ones.
+
+    A size may be 38 or 38.0, and is "38" in both cases. Empty values stand for nothing.
+    """
+    if not isinstance(value, Sequence):
+        return [] if math.isnan(value) else [f"{value:.15g}"]
+    values = [value] if isinstance(value, str) else list(value)
     if attribute.kind == "path":
-        return [" > ".join(value[: depth + 1]) for depth in range(len(value))]
-    return list(value)
+        values = [" > ".join(values[: depth + 1]) for depth in range(len(values))]
+    return [value for value in values if value.strip()]
 
 
 @dataclass(frozen=True)
@@ -50,22 +60,30 @@ class AttributePreprocess:
         hashes: list[tuple[int, int, list[int]]] = []
         for row, facts in enumerate(attributes):
             for column, attribute in enumerate(numbers):
-                number[row, column] = as_number(facts.get(attribute.name))
+                number[row, column] = as_number(attribute.name, facts.get(attribute.name))
             for column, attribute in enumerate(categories):
                 if (value := facts.get(attribute.name)) is not None:
                     hashes.append((row, column, [value_hash(attribute.name, v) for v in levels(attribute, value)]))
-        width = max((len(values) for _, _, values in hashes), default=1)
+        width = max([1, *(len(values) for _, _, values in hashes)])
         category = np.zeros((len(attributes), len(categories), width), np.int64)
         for row, column, values in hashes:
             category[row, column, : len(values)] = values
         return AttributeTensors(torch.from_numpy(number), torch.from_numpy(category))
 
 
-def as_number(value: Value | None) -> float:
+def as_number(name: str, value: Value | None) -> float:
     """A finite number, or NaN for what is none: text where numbers were learned is a missing value, not a zero."""
     if isinstance(value, (int, float)) and math.isfinite(value):
-        return float(value)
+        return max(-LARGEST, min(LARGEST, float(value)))
+    if value and not isinstance(value, float):
+        warn_of_text(name)
     return math.nan
+
+
+@lru_cache
+def warn_of_text(name: str) -> None:
+    """Once for each attribute."""
+    logger.warning("The attribute %r is a number for this model: what is given as text counts as missing", name)
 
 
 class AttributeTower(Tower):
