@@ -102,8 +102,9 @@ class Mates:
             keys = pa.nulls(len(products), pa.string())
         else:
             keys = products.column("group").combine_chunks()
-            if relation == "family":
-                keys = pa.compute.coalesce(products.column("family").combine_chunks(), keys)
+            if relation == "family":  # a family may have the name of another product's group
+                groups = pa.compute.binary_join_element_wise(keys, "group", "\0")
+                keys = pa.compute.coalesce(products.column("family").combine_chunks(), groups)
         codes = keys.take(pa.array(rows)).dictionary_encode().indices.fill_null(-1).to_numpy().astype(np.int64)
         order = np.argsort(codes, kind="stable")
         self.members = rows[order]

@@ -101,8 +101,9 @@ def _judged(
     relevance = qrels["relevance"].to_numpy()
     keep = (relevance == relevance.max()) & is_split(queries, split)[query] & (product >= 0) & (query >= 0)
     keep &= source[query] != product
-    rows, starts = np.unique(np.sort(query[keep]), return_index=True)
-    relevant = np.split(product[keep][np.argsort(query[keep], kind="stable")], starts[1:]) if len(rows) else []
+    pairs = np.unique(np.stack([query[keep], product[keep]], 1), axis=0)  # one judged twice counts once
+    rows, starts = np.unique(pairs[:, 0], return_index=True)
+    relevant = np.split(pairs[:, 1], starts[1:]) if len(rows) else []
     return np.where(source[rows] >= 0, ITSELF, rows), source[rows], relevant, False
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from datamodules.batch import Batch, Item, NumberedItems
+from datamodules.batch import RELATIONS, Batch, Item, NumberedItems
 from datamodules.examples import (
     ExampleRows,
     MateRelation,
@@ -25,7 +25,7 @@ from datamodules.examples import (
 )
 from datamodules.heldout import HeldOut, ProductRows, QueryRows, RowBatches, held_out
 from datamodules.parquet import Table, product_item, query_item
-from datamodules.preprocess import Preprocess
+from datamodules.preprocess import Preprocess, stable_hash
 from datamodules.schema import Schema
 from datamodules.stream import BatchStream
 from datamodules.views import Views
@@ -171,6 +171,12 @@ class ProductDataModule(L.LightningDataModule):
             yield product_item(self.products.row(row))
         for row in range(len(self.queries) if self.queries is not None else 0):
             yield query_item(self.queries.row(row))
+
+    def product_ids(self, batch: Batch) -> list[str]:
+        """The ids of the products of a batch, for messages."""
+        keys = set(batch.product_keys[:, RELATIONS.index("product")].tolist())
+        ids = self.products.column("product_id").to_pylist()
+        return [product_id for product_id in ids if stable_hash(product_id) in keys]
 
     @property
     def _preprocess(self) -> Preprocess:

@@ -75,6 +75,7 @@ class HuggingFaceText(TextTower):
             self.model = AutoModel.from_pretrained(pretrained)
         else:
             self.model = AutoModel.from_config(AutoConfig.from_pretrained(pretrained))
+        self.model.pooler = None  # of its output nothing is read
         self.pretrained = load_weights
         self.pad_id = tokenizer.pad_token_id
         if self.pad_id is None:

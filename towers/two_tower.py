@@ -12,7 +12,7 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from datamodules.batch import Batch, Item, Items, NumberedItems, Side
@@ -170,7 +170,8 @@ class TwoTower(L.LightningModule):
         return result
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Dropout of a step follows from its number, so a resumed run equals one that was never stopped."""
+        """What a step does follows from its number and the weights, so a resumed run equals one that never stopped."""
+        self.loss.clamp()
         torch.manual_seed((self.seed * 1_000_003 + self.global_step) * 1_000 + self.global_rank)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -180,10 +181,7 @@ class TwoTower(L.LightningModule):
         with torch.autocast(self.device.type, enabled=False):
             loss = self.loss(query.embedding, product.embedding, batch)
         if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"The loss is {loss.item()} at step {self.global_step} (temperature {1 / self.loss.scale.item():.4f}). "
-                "Lower model.lr, or train with trainer.precision=bf16-mixed or 32. Checkpoints so far are untouched."
-            )
+            raise self._not_finite(f"The loss is {loss.item()}", batch)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch.weight), sync_dist=True)
         self.log("train/temperature", 1 / self.loss.scale, batch_size=len(batch.weight))
         for side, encoder, encoded in (("query", self.query, query), ("product", self.product, product)):
@@ -191,9 +189,21 @@ class TwoTower(L.LightningModule):
                 self.log(f"train/{side}_share_{name}", share, batch_size=len(batch.weight))
         return loss
 
-    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Keep the temperature within its bounds."""
-        self.loss.clamp()
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """A step along gradients that are not finite would spoil the weights; the scaler of fp16 skips it instead."""
+        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+            return
+        norm = nn.utils.get_total_norm(p.grad for p in self.parameters() if p.grad is not None)
+        if not torch.isfinite(norm):
+            raise self._not_finite(f"The norm of the gradient is {norm.item()}")
+
+    def _not_finite(self, what: str, batch: Batch | None = None) -> FloatingPointError:
+        products = "" if batch is None else ", ".join(self.trainer.datamodule.product_ids(batch)[:8])
+        return FloatingPointError(
+            f"{what} at step {self.global_step} (temperature {1 / self.loss.scale.item():.4f}"
+            + (f", products {products}" if products else "")
+            + "). Lower model.lr, or train with trainer.precision=bf16-mixed or 32. Checkpoints so far are untouched."
+        )
 
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW with one learning rate for new parts and one for pretrained towers; warm-up, then a cosine."""
@@ -219,10 +229,10 @@ class TwoTower(L.LightningModule):
             for parameter in tower.parameters()
         }
         groups: dict[tuple[float, float], list[Tensor]] = {}
-        for parameter in self.parameters():
+        for name, parameter in self.named_parameters():
             if parameter.requires_grad:
                 lr = self.pretrained_lr if id(parameter) in pretrained else self.lr
-                decay = self.weight_decay if parameter.ndim > 1 else 0.0
+                decay = self.weight_decay if parameter.ndim > 1 and not name.endswith("bias") else 0.0
                 groups.setdefault((lr, decay), []).append(parameter)
         return [{"params": params, "lr": lr, "weight_decay": decay} for (lr, decay), params in groups.items()]
 
@@ -257,6 +267,8 @@ class TwoTower(L.LightningModule):
         asked = self.trainer.datamodule.held_out[split]
         query = self._all_rows(self.held_out[0], len(asked))
         product = self._all_rows(self.held_out[1], len(asked.gallery))
+        if not (np.isfinite(query).all() and np.isfinite(product).all()):
+            raise self._not_finite("Embeddings of held-out queries or products are not numbers")
         searched = (query.any(1)) & (asked.relevant >= 0).any(1)  # the sanity check encodes the first batches alone
         retrieved = exact_search(query[searched], product, asked.own[searched], k=10)
         relevant = asked.relevant[searched]
