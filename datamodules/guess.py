@@ -131,6 +131,8 @@ def _different(p: Profile) -> str:
 def _not_values(p: Profile, rows: int) -> Guess | None:
     if not p.filled:
         return "ignore", "empty"
+    if plain_name(p.name) in ("language", "lang", "locale"):
+        return "ignore", "of the listing, not of the thing"
     if p.objects > 0.5 * p.seen:
         return ("json", "each key is an attribute") if p.key is None else ("ignore", "nested")
     if p.key is not None and p.filled < RARE * rows:
@@ -171,7 +173,7 @@ def _number(p: Profile, name: str) -> Guess | None:
 
 
 def _by_values(p: Profile, name: str, rows: int) -> Guess | None:
-    if p.distinct == 1 and rows >= MANY_ROWS and (p.filled == rows or name in ("currency", "language", "lang")):
+    if p.distinct == 1 and rows >= MANY_ROWS and (p.filled == rows or name == "currency"):
         return "ignore", "always the same"
     if p.share(p.dates) > 0.9:
         return "ignore", "dates"

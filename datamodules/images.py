@@ -21,8 +21,9 @@ FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF")
 
 WHITE = (255, 255, 255)
 
-# Ours are stricter, raise instead of warn, and name the picture.
+# Our limits are stricter, raise instead of warn, and name the picture; damaged EXIF says nothing about pixels.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImagePlugin")
 
 
 class Limits(NamedTuple):
@@ -97,7 +98,8 @@ def downsize(
     if fits and _orientation(image) == 1:
         return data
     buffer = io.BytesIO()
-    pixels.save(buffer, "JPEG", quality=quality, subsampling=0)  # 4:4:4: small coloured details survive
+    # 4:4:4: small coloured details survive. Pillow would copy the comment, which may be longer than the picture.
+    pixels.save(buffer, "JPEG", quality=quality, subsampling=0, comment=b"")
     return buffer.getvalue()
 
 
