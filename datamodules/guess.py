@@ -133,6 +133,8 @@ def _not_values(p: Profile, rows: int) -> Guess | None:
         return "ignore", "empty"
     if plain_name(p.name) in ("language", "lang", "locale"):
         return "ignore", "of the listing, not of the thing"
+    if re.fullmatch(r"(?:column|unnamed)_\d+", plain_name(p.name)):
+        return "ignore", "has no name"
     if p.objects > 0.5 * p.seen:
         return ("json", "each key is an attribute") if p.key is None else ("ignore", "nested")
     if p.key is not None and p.filled < RARE * rows:
