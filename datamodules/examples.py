@@ -66,7 +66,8 @@ def pair_examples(qrels: pa.Table, products: Table, queries: Table, split: str) 
     source = index_in(queries.column("source_product_id"), product_ids)[query]
     relevance = qrels["relevance"].to_numpy().astype(np.float32)
     of_split = is_split(products, split)
-    keep = of_split[product] & is_split(queries, split)[query] & (relevance > 0)
+    keep = (product >= 0) & (query >= 0) & (relevance > 0)  # first: -1 would look up the last row
+    keep &= of_split[product] & is_split(queries, split)[query]
     keep &= np.where(source >= 0, of_split[source], True) & (source != product)
     weight = relevance / max(float(relevance.max(initial=0.0)), 1e-9)
     return ExampleRows(

@@ -1,0 +1,189 @@
+"""Training examples: which query goes with which product."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from datamodules.batch import RELATIONS, Example, Item
+from datamodules.examples import (
+    ITSELF,
+    ExampleRows,
+    Mates,
+    TrainingBatches,
+    catalogue_examples,
+    collate,
+    pair_examples,
+)
+from datamodules.parquet import Table, product_item
+from datamodules.preprocess import ItemPreprocess, Preprocess
+from datamodules.stream import Draw
+from datamodules.views import Views
+from towers.text import HashedWords, Template, TextPreprocess
+
+PRODUCTS = [  # id, group, family, split
+    ("p0", "g0", "f0", "train"),
+    ("p1", "g0", "f0", "train"),
+    ("p2", "g1", "f0", "train"),
+    ("p3", "g2", None, "train"),
+    ("p4", "g2", None, "val"),
+    ("p5", None, "g2", "train"),  # a family with the name of a group
+    ("p6", None, None, "train"),
+]
+QUERIES = [  # id, split, text, source
+    ("q0", "train", "a text", None),
+    ("q1", "val", "another", None),
+    ("q2", "train", None, "p0"),
+    ("q3", "train", None, "p4"),
+    ("q4", "train", "lost source", "gone"),
+]
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory: pytest.TempPathFactory) -> tuple[Table, Table]:
+    folder = tmp_path_factory.mktemp("tables")
+    products = [
+        {"product_id": i, "group": g, "family": f, "split": s, "text": {"title": i, "brand": "b"}, "images": []}
+        for i, g, f, s in PRODUCTS
+    ]
+    queries = [{"query_id": i, "split": s, "text": t, "images": [], "source_product_id": p} for i, s, t, p in QUERIES]
+    for name, rows in (("products", products), ("queries", queries)):
+        (folder / name).mkdir()
+        pq.write_table(pa.Table.from_pylist(rows), folder / name / "shard-00000.parquet", row_group_size=3)
+    return Table(folder / "products"), Table(folder / "queries")
+
+
+def judgements(*rows: tuple[str, str, float]) -> pa.Table:
+    return pa.table(dict(zip(("query_id", "product_id", "relevance"), map(list, zip(*rows, strict=True)), strict=True)))
+
+
+def test_pairs_have_both_ends_in_the_split_and_scaled_weights(tables: tuple[Table, Table]) -> None:
+    qrels = judgements(
+        ("q0", "p0", 3.0),
+        ("q0", "p1", 1.0),
+        ("q0", "p4", 3.0),  # product of another split
+        ("q1", "p0", 3.0),  # query of another split
+        ("q2", "p1", 2.0),  # a product asks
+        ("q2", "p0", 3.0),  # for itself
+        ("q3", "p0", 3.0),  # a product of another split asks
+        ("q0", "p2", 0.0),  # not relevant at all
+        ("gone", "p0", 3.0),
+        ("q0", "gone", 3.0),
+    )
+    rows = pair_examples(qrels, *tables, "train")
+    found = {(p, q, s): w for p, q, s, w in zip(rows.product, rows.query, rows.source, rows.weight, strict=True)}
+    assert found == {(0, 0, ITSELF): 1.0, (1, 0, ITSELF): pytest.approx(1 / 3), (1, ITSELF, 0): pytest.approx(2 / 3)}
+
+
+def test_a_query_whose_source_is_gone_is_a_query_of_its_own(tables: tuple[Table, Table]) -> None:
+    rows = pair_examples(judgements(("q4", "p0", 1.0)), *tables, "train")
+    assert (rows.product.tolist(), rows.query.tolist(), rows.source.tolist()) == ([0], [4], [ITSELF])
+
+
+def test_no_judgements_are_no_examples(tables: tuple[Table, Table]) -> None:
+    assert len(pair_examples(judgements(("q1", "p4", 1.0)), *tables, "train")) == 0
+
+
+def test_joined_examples_are_ordered_by_product() -> None:
+    joined = ExampleRows.join([catalogue_examples(np.array([1, 4])), catalogue_examples(np.array([0, 2, 4]))])
+    assert joined.product.tolist() == [0, 1, 2, 4, 4]
+    assert len(joined) == 5
+
+
+@pytest.mark.parametrize(
+    ("relation", "mates"),
+    [
+        ("none", [[], [], [], [], [], []]),
+        ("group", [[1], [0], [], [], [], []]),
+        ("family", [[1, 2], [0, 2], [0, 1], [], [], []]),
+    ],
+)
+def test_mates_are_of_the_split_and_never_the_product_itself(
+    tables: tuple[Table, Table], relation: str, mates: list[list[int]]
+) -> None:
+    train = np.array([0, 1, 2, 3, 5, 6])
+    found = Mates(tables[0], relation, train)
+    assert [found.of(int(row)).tolist() for row in train] == mates
+
+
+def test_mates_of_a_group_whose_families_are_unknown(tables: tuple[Table, Table]) -> None:
+    found = Mates(tables[0], "family", np.arange(7))
+    assert found.of(3).tolist() == [4]
+    assert found.of(5).tolist() == []  # its family is called like their group
+
+
+def text_preprocess() -> Preprocess:
+    text = TextPreprocess(HashedWords(), Template(None))
+    return Preprocess(ItemPreprocess("query", text), ItemPreprocess("product", text))
+
+
+def batches(tables: tuple[Table, Table], rows: ExampleRows, mate_share: float, views: Views | None = None):
+    mates = Mates(tables[0], "group", np.arange(7))
+    return TrainingBatches(*tables, rows, mates, mate_share, views or Views(0, 0, 0), text_preprocess(), seed=0)
+
+
+PRODUCT, QUERY = RELATIONS.index("product"), RELATIONS.index("query")
+
+
+def test_a_product_is_asked_for_by_itself_or_a_mate(tables: tuple[Table, Table]) -> None:
+    rows = catalogue_examples(np.arange(7))
+    alone, mates = batches(tables, rows, 0.0), batches(tables, rows, 1.0)
+    items = [product_item(tables[0].row(row)) for row in range(7)]
+    assert [alone.example(0, n).query for n in range(7)] == items
+    asked = [mates.example(0, n) for n in range(7)]
+    assert [example.query for example in asked] == [items[1], items[0], items[2], items[4], items[3], *items[5:]]
+    assert asked[0].query_keys[PRODUCT] != asked[0].product_keys[PRODUCT]
+    assert asked[0].query_keys[1] == asked[0].product_keys[1]
+
+
+def test_a_judged_query_shows_itself_and_shares_all_keys_with_its_product(tables: tuple[Table, Table]) -> None:
+    rows = pair_examples(judgements(("q0", "p0", 3.0), ("q0", "p1", 1.5), ("q2", "p1", 3.0)), *tables, "train")
+    data = batches(tables, rows, 1.0)
+    typed, other, source = (data.example(0, n) for n in range(3))
+    assert typed.query == Item(text={"query": "a text"})
+    assert typed.query_keys == typed.product_keys
+    assert typed.query_keys[QUERY] == other.product_keys[QUERY] != source.query_keys[QUERY]
+    assert (typed.weight, other.weight) == (1.0, 0.5)
+    assert source.query == product_item(tables[0].row(0))
+
+
+def test_an_example_follows_from_seed_epoch_and_number(tables: tuple[Table, Table]) -> None:
+    rows = catalogue_examples(np.arange(7))
+    data, again = (batches(tables, rows, 0.5, Views(0.5, 0.5)) for _ in range(2))
+    for epoch in range(3):
+        assert [data.example(epoch, n) for n in range(7)] == [again.example(epoch, n) for n in reversed(range(7))][::-1]
+    assert any(data.example(0, n) != data.example(1, n) for n in range(7))
+
+
+def test_a_batch_holds_its_examples_in_the_order_of_the_draw(tables: tuple[Table, Table]) -> None:
+    data = batches(tables, catalogue_examples(np.arange(7)), 0.0)
+    batch = data[Draw(0, np.array([3, 0, 3]))]
+    keys = [data.example(0, n).product_keys for n in (3, 0, 3)]
+    assert batch.product_keys.tolist() == keys
+    assert batch.query.text.shape[0] == len(batch.weight) == 3
+    assert batch.label is None
+
+
+def test_a_draw_of_anything_else_is_refused(tables: tuple[Table, Table]) -> None:
+    with pytest.raises(TypeError, match="use_distributed_sampler=false"):
+        batches(tables, catalogue_examples(np.arange(7)), 0.0)[3]
+
+
+def example(text: str, label: float | None = None, weight: float = 0.5) -> Example:
+    item = Item({"title": text} if text else {}, (b"unread",))
+    return Example(item, Item({"title": "x"}), [1] * len(RELATIONS), [2] * len(RELATIONS), weight, label)
+
+
+def test_a_pair_of_which_the_model_sees_nothing_weighs_nothing() -> None:
+    batch = collate([example("mug"), example("")], text_preprocess())
+    assert batch.weight.tolist() == [0.5, 0.0]
+
+
+def test_labels_are_kept_and_never_mixed() -> None:
+    batch = collate([example("mug", 0.2), example("lamp", 1.0)], text_preprocess())
+    torch.testing.assert_close(batch.label, torch.tensor([0.2, 1.0]))
+    with pytest.raises(ValueError, match="1 of 2 examples of a batch have no label"):
+        collate([example("mug", 0.2), example("lamp")], text_preprocess())
