@@ -115,4 +115,6 @@ def projection(in_dim: int, out_dim: int) -> nn.Linear:
     nn.init.zeros_(layer.bias)
     if in_dim == out_dim:
         nn.init.eye_(layer.weight)
+    else:
+        nn.init.orthogonal_(layer.weight)
     return layer
