@@ -1,0 +1,177 @@
+"""Held-out queries: what they are, where they are searched, what answers them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from datamodules.batch import Item
+from datamodules.examples import ITSELF
+from datamodules.heldout import HeldOut, ProductRows, QueryRows, RowBatches, held_out
+from datamodules.parquet import Table, product_item
+from datamodules.preprocess import ItemPreprocess
+from towers.text import HashedWords, Template, TextPreprocess
+
+NUM_PRODUCTS, NUM_QUERIES = 60, 30
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A random catalogue with judgements, as rows and as tables."""
+    rng = np.random.default_rng(0)
+    splits = np.array(["train", "val", "test"])
+    products = [
+        {
+            "product_id": f"p{i}",
+            "group": f"g{rng.integers(25)}" if rng.random() < 0.8 else None,
+            "family": f"f{rng.integers(15)}" if rng.random() < 0.6 else None,
+            "split": str(rng.choice(splits)),
+            "text": {"title": f"title {i}", "description": "long"},
+            "images": [],
+        }
+        for i in range(NUM_PRODUCTS)
+    ]
+    queries = [
+        {
+            "query_id": f"q{i}",
+            "split": str(rng.choice(splits)),
+            "text": None if i % 3 == 0 else f"text {i}",
+            "images": [],
+            "source_product_id": f"p{rng.integers(NUM_PRODUCTS)}" if i % 3 == 0 else None,
+        }
+        for i in range(NUM_QUERIES)
+    ]
+    judged = [
+        (f"q{rng.integers(NUM_QUERIES + 2)}", f"p{rng.integers(NUM_PRODUCTS + 3)}", float(rng.choice([1.0, 2.0, 3.0])))
+        for _ in range(300)
+    ]
+    judged += judged[:20]  # judged twice
+    folder = tmp_path_factory.mktemp("world")
+    for name, rows in (("products", products), ("queries", queries)):
+        (folder / name).mkdir()
+        pq.write_table(pa.Table.from_pylist(rows), folder / name / "shard-00000.parquet", row_group_size=16)
+    columns = dict(zip(("query_id", "product_id", "relevance"), map(list, zip(*judged, strict=True)), strict=True))
+    return {
+        "products": products,
+        "queries": queries,
+        "judged": judged,
+        "tables": (Table(folder / "products"), Table(folder / "queries"), pa.table(columns)),
+    }
+
+
+def ask(world: dict[str, Any], judged: bool = True, **settings: Any) -> HeldOut:
+    products, queries, qrels = world["tables"]
+    defaults = {"split": "val", "mates": "family", "max_queries": 1000, "max_products": 1000}
+    return held_out(products, *((queries, qrels) if judged else (None, None)), **{**defaults, **settings})
+
+
+def answers(found: HeldOut) -> list[tuple[int, int, int, frozenset[int]]]:
+    """Query, source, own product and relevant products, as row numbers."""
+    gallery = found.gallery
+    return [
+        (q, s, int(gallery[own]) if own >= 0 else -1, frozenset(gallery[r[r >= 0]].tolist()))
+        for q, s, own, r in zip(
+            found.query.tolist(), found.source.tolist(), found.own.tolist(), found.relevant, strict=True
+        )
+    ]
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_judged_queries_match_brute_force(world: dict[str, Any], split: str) -> None:
+    expected = []
+    for number, query in enumerate(world["queries"]):
+        source = int(query["source_product_id"][1:]) if query["source_product_id"] else ITSELF
+        relevant = {int(p[1:]) for q, p, grade in world["judged"] if q == query["query_id"] and grade == 3.0}
+        relevant = {p for p in relevant if p < NUM_PRODUCTS} - {source}
+        if query["split"] == split and relevant:
+            expected.append((ITSELF if source >= 0 else number, source, source, frozenset(relevant)))
+    found = ask(world, split=split)
+    assert answers(found) == expected
+    assert len(expected) > 3
+    assert found.gallery.tolist() == list(range(NUM_PRODUCTS))
+    assert all(len(set(row[row >= 0])) == (row >= 0).sum() >= 1 for row in found.relevant)
+
+
+def mates_by_brute_force(world: dict[str, Any], row: int, relation: str, split: str) -> frozenset[int]:
+    products = world["products"]
+
+    def key(product: dict[str, Any]) -> tuple[str, str] | None:
+        if relation == "family" and product["family"] is not None:
+            return ("family", product["family"])
+        return None if product["group"] is None else ("group", product["group"])
+
+    mine = key(products[row])
+    return frozenset(
+        i for i, p in enumerate(products) if i != row and p["split"] == split and mine is not None and key(p) == mine
+    )
+
+
+@pytest.mark.parametrize("relation", ["group", "family"])
+def test_without_judgements_products_ask_for_their_mates(world: dict[str, Any], relation: str) -> None:
+    found = ask(world, judged=False, mates=relation)
+    rows = [i for i, p in enumerate(world["products"]) if p["split"] == "val"]
+    expected = [(ITSELF, i, i, m) for i in rows if (m := mates_by_brute_force(world, i, relation, "val"))]
+    assert answers(found) == expected
+    assert not found.title_only and len(expected) > 3
+
+
+def test_without_mates_titles_ask_for_their_products(world: dict[str, Any]) -> None:
+    found = ask(world, judged=False, mates="none")
+    rows = [i for i, p in enumerate(world["products"]) if p["split"] == "val"]
+    assert answers(found) == [(ITSELF, i, -1, frozenset({i})) for i in rows]
+    assert found.title_only
+    queries = QueryRows(world["tables"][0], None, found, ItemPreprocess("query"))
+    assert queries.item(0) == Item(text={"title": f"title {rows[0]}"})
+
+
+def test_a_sampled_gallery_keeps_what_is_asked_and_relevant(world: dict[str, Any]) -> None:
+    whole = ask(world)
+    needed = {p for _, source, _, relevant in answers(whole) for p in (*relevant, source)} - {ITSELF}
+    for room in (0, 3):
+        sampled = ask(world, max_products=len(needed) + room)
+        assert answers(sampled) == answers(whole)
+        assert len(sampled.gallery) == len(needed) + room
+        assert needed <= set(sampled.gallery.tolist())
+    assert len(ask(world, max_products=1).gallery) == len(needed)
+
+
+def test_sampled_queries_are_some_of_all_and_the_same_every_time(world: dict[str, Any]) -> None:
+    some = answers(ask(world, max_queries=4))
+    assert len(some) == 4
+    assert set(some) <= set(answers(ask(world)))
+    assert some == answers(ask(world, max_queries=4))
+    assert some != answers(ask(world, max_queries=4, seed=5))
+
+
+def test_a_split_of_nothing_is_refused(world: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="The holdout split has no products and no queries"):
+        ask(world, split="holdout")
+
+
+def test_queries_and_products_are_read_as_they_are_asked(world: dict[str, Any]) -> None:
+    products, queries, _ = world["tables"]
+    found = ask(world)
+    preprocess = ItemPreprocess("query", TextPreprocess(HashedWords(), Template(None)))
+    rows = QueryRows(products, queries, found, preprocess)
+    for position, (query, source, _, _) in enumerate(answers(found)):
+        text = {"query": world["queries"][query]["text"]} if query >= 0 else products.row(source)["text"]
+        assert rows.item(position) == Item(text=text)
+    batch = rows[np.array([2, 0])]
+    assert batch.row.tolist() == [2, 0]
+    assert batch.items.present[:, 0].all()
+    gallery = ProductRows(products, found.gallery[::-1].copy(), preprocess)
+    own = preprocess([product_item(products.row(NUM_PRODUCTS - 1))])
+    assert gallery[np.array([0])].items.text.tolist() == own.text.tolist()
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+@pytest.mark.parametrize("num_rows", [0, 1, 16, 21, 33])
+def test_every_row_comes_once_over_all_ranks(num_rows: int, num_ranks: int) -> None:
+    ranks = [RowBatches(num_rows, 8, rank, num_ranks) for rank in range(num_ranks)]
+    rows = [row for batches in ranks for batch in batches for row in batch.tolist()]
+    assert sorted(rows) == list(range(num_rows))
+    assert all(len(list(batches)) == len(batches) for batches in ranks)

@@ -1,0 +1,138 @@
+"""The data module: batches of a prepared catalogue, and its held-out queries."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from catalogues import SCHEMA, write_catalogue
+
+from datamodules.batch import Batch
+from datamodules.preprocess import ItemPreprocess, Preprocess, stable_hash
+from datamodules.products import ProductDataModule
+from towers.attribute import AttributePreprocess
+from towers.image import PicturePreprocess
+from towers.text import HashedWords, Template, TextPreprocess
+
+
+def data_module(catalogue: Path, rank: int = 0, num_ranks: int = 1, **settings: Any) -> ProductDataModule:
+    """A data module as a Trainer would set it up."""
+    data = ProductDataModule(catalogue, **{"batch_size": 16, **settings})
+    data.trainer = SimpleNamespace(global_rank=rank, world_size=num_ranks, accelerator=None)
+    sides = [
+        ItemPreprocess(
+            side,
+            TextPreprocess(HashedWords(), Template(None)),
+            PicturePreprocess(8, augment=True),
+            AttributePreprocess(SCHEMA),
+        )
+        for side in ("query", "product")
+    ]
+    data.preprocess = Preprocess(*sides)
+    data.prepare_data()
+    data.setup("fit")
+    return data
+
+
+def flat(batch: Batch) -> list[torch.Tensor]:
+    """All tensors of a batch."""
+    tensors: list[torch.Tensor] = []
+    stack: list[Any] = [batch]
+    while stack:
+        part = stack.pop()
+        if isinstance(part, torch.Tensor):
+            tensors.append(part)
+        elif isinstance(part, tuple):
+            stack += part
+    return tensors
+
+
+def same(one: Batch, other: Batch) -> bool:
+    return all(torch.equal(a.nan_to_num(-7), b.nan_to_num(-7)) for a, b in zip(flat(one), flat(other), strict=True))
+
+
+def test_examples_are_products_and_judgements_of_the_train_split(tiny_catalogue: Path) -> None:
+    both = data_module(tiny_catalogue)
+    products, pairs = (data_module(tiny_catalogue, sources=[source]) for source in ("catalogue", "pairs"))
+    assert len(products.rows) == 72
+    assert len(pairs.rows) > 30
+    assert len(both.rows) == len(products.rows) + len(pairs.rows)
+    assert set(both.products.row(int(row))["split"] for row in both.rows.product) == {"train"}
+
+
+def test_batches_are_the_same_every_time_and_pictures_vary_by_epoch(tiny_catalogue: Path) -> None:
+    loaders = [data_module(tiny_catalogue).train_dataloader() for _ in range(2)]
+    first, again = (list(loader) for loader in loaders)
+    assert len(first) == len(loaders[0])
+    assert all(map(same, first, again))
+    loaders[0].sampler.set_epoch(1)
+    assert not any(map(same, loaders[0], again))
+
+
+def test_ranks_share_the_batch_of_one_process(tiny_catalogue: Path) -> None:
+    whole = next(iter(data_module(tiny_catalogue).train_dataloader()))
+    halves = [next(iter(data_module(tiny_catalogue, rank, 2).train_dataloader())) for rank in range(2)]
+    assert torch.equal(torch.cat([half.product_keys for half in halves]), whole.product_keys)
+    assert torch.equal(torch.cat([half.query.present for half in halves]), whole.query.present)
+    assert torch.equal(torch.cat([half.product.image for half in halves]), whole.product.image)
+
+
+def test_a_restored_place_is_where_the_next_loader_starts(tiny_catalogue: Path) -> None:
+    whole, resumed = data_module(tiny_catalogue), data_module(tiny_catalogue)
+    loader = whole.train_dataloader()
+    loader.sampler.set_epoch(2)
+    resumed.load_state_dict({"epoch": 2, "step": 3})
+    assert all(map(same, list(loader)[3:], list(resumed.train_dataloader())))
+
+
+def test_validation_asks_every_query_and_searches_every_product(tiny_catalogue: Path) -> None:
+    data = data_module(tiny_catalogue)
+    queries, products = data.val_dataloader()
+    assert torch.cat([batch.row for batch in queries]).tolist() == list(range(len(data.held_out["val"])))
+    assert torch.cat([batch.row for batch in products]).tolist() == list(range(120))
+
+
+def test_all_items_can_be_read_more_than_once(tiny_catalogue: Path) -> None:
+    data = data_module(tiny_catalogue)
+    assert len(list(data.all_items())) == len(list(data.all_items())) == 120 + len(data.queries)
+
+
+def test_products_of_a_batch_have_names(tiny_catalogue: Path) -> None:
+    data = data_module(tiny_catalogue)
+    batch = next(iter(data.train_dataloader()))
+    names = data.product_ids(batch)
+    assert {stable_hash(name) for name in names} == set(batch.product_keys[:, 0].tolist())
+
+
+def test_a_catalogue_without_queries_trains_and_validates_on_mates(tmp_path: Path) -> None:
+    data = data_module(write_catalogue(tmp_path / "C", num_groups=20, queries=False), mates="group")
+    assert len(data.rows) == 24
+    assert len(data.held_out["val"]) == 8
+    assert (data.held_out["val"].own >= 0).all()
+
+
+def test_a_folder_that_is_no_catalogue_says_how_to_make_one(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no schema\.json.*datamodules\.prepare"):
+        ProductDataModule(tmp_path).prepare_data()
+
+
+def test_sources_without_examples_are_refused(tmp_path: Path) -> None:
+    catalogue = write_catalogue(tmp_path / "C", num_groups=5, queries=False)
+    with pytest.raises(ValueError, match=r"6 products of the train split, and data\.sources=\['pairs'\]"):
+        data_module(catalogue, sources=["pairs"])
+
+
+def test_the_share_of_mates_is_as_set(tiny_catalogue: Path) -> None:
+    data = data_module(tiny_catalogue, sources=["catalogue"], mates="group", mate_share=0.3, batch_size=72)
+    loader = data.train_dataloader()
+    shares = []
+    for epoch in range(8):
+        loader.sampler.set_epoch(epoch)
+        [batch] = loader
+        shares.append((batch.query_keys[:, 0] != batch.product_keys[:, 0]).float().mean().item())
+        assert torch.equal(batch.query_keys[:, 1], batch.product_keys[:, 1])  # all mates are of the group
+    assert np.mean(shares) == pytest.approx(0.3, abs=0.06)
