@@ -1,0 +1,140 @@
+"""Search for many queries at once, such as every product of a catalogue: streamed, and resumed where it stopped."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from retrieval import storage
+from retrieval.embeddings import EmbeddingBatch, EmbeddingReader
+from retrieval.index import ProductIndex
+from retrieval.progress import counted
+from retrieval.shards import ShardFolder
+from retrieval.storage import ArtefactError
+
+KIND = "hits"
+BLOCK = 16_384
+
+
+class BulkResult(NamedTuple):
+    """How a bulk search ended.
+
+    Attributes:
+        queries: number of queries.
+        hits: number of rows written.
+        searched: queries searched in this run; an earlier run did the others.
+    """
+
+    queries: int
+    hits: int
+    searched: int
+
+
+def bulk_search(
+    index: ProductIndex,
+    queries: EmbeddingReader,
+    output: Path | str,
+    *,
+    k: int = 100,
+    nprobe: int | None = None,
+    exclude_self: bool = False,
+) -> BulkResult:
+    """Write the nearest products of every query: query_id, product_id, rank (from 1), score, and kind if queries have.
+
+    Each block of queries is written as a shard of its own; the same call goes on after a kill.
+
+    Args:
+        index: what is searched.
+        queries: the query embeddings; the products' own for "similar items".
+        output: a folder of shards, or a single file when its name ends with .parquet.
+        k: results per query; fewer where the index holds or finds fewer.
+        nprobe: lists visited; None for the index's setting.
+        exclude_self: leave out the product with the query's own id.
+
+    Raises:
+        ValueError: k < 1, or settings or vectors that do not suit the index.
+        ArtefactError: queries of another model, or `output` holds something else.
+    """
+    output = Path(output)
+    index.check_model(queries.meta.get("model"), str(queries.source))
+    if k < 1:
+        raise ValueError(f"k={k}; expected an integer of at least 1")
+    single = output.suffix == ".parquet"
+    if single and output.exists():
+        raise ArtefactError(f"{output} already exists: choose another place")
+    settings = index.resolve(nprobe)
+    identity = {
+        "index": index.manifest.fingerprint,
+        "queries": queries.fingerprint or _stamp(queries),
+        "k": k,
+        "nprobe": settings.nprobe,
+        "k_factor": settings.k_factor,
+        "exclude_self": exclude_self,
+    }
+    folder = ShardFolder(output.with_name(f"{output.name}.parts") if single else output, kind=KIND, identity=identity)
+    names, searched = [], 0
+    blocks = counted(_blocks(queries), queries.count, lambda block: len(block[1].ids), "search", "queries")
+    for name, batch in blocks:
+        names.append(name)
+        if not folder.done(name):
+            folder.write(name, _search(index, batch, k, nprobe, exclude_self), row_group_size=131_072)
+            searched += len(batch.ids)
+    hits = folder.finish(names).meta["count"]
+    if single:
+        _join(folder.path, output)
+    return BulkResult(queries.count, hits, searched)
+
+
+def _blocks(queries: EmbeddingReader) -> Iterator[tuple[str, EmbeddingBatch]]:
+    """Batches with a name each, the same in every run."""
+    for part in queries.parts:
+        row = 0
+        for batch in queries.part_batches(part, BLOCK):
+            yield f"{Path(part.name).stem}-{row:010d}", batch
+            row += len(batch.ids)
+
+
+def _search(index: ProductIndex, batch: EmbeddingBatch, k: int, nprobe: int | None, exclude_self: bool) -> pa.Table:
+    hits = index.search(batch.vectors, k + exclude_self, nprobe=nprobe)
+    query, place = np.nonzero(hits.rows >= 0)  # -1 never reaches the table of ids
+    product_ids = index.all_ids().take(pa.array(hits.rows[query, place]))
+    query_ids = batch.ids.take(pa.array(query)).cast(pa.string())
+    keep = np.ones(len(query), bool)
+    if exclude_self:
+        keep = ~pc.equal(product_ids, query_ids).to_numpy()
+    first_of_query = np.searchsorted(query, query)
+    kept_before = np.concatenate([[0], np.cumsum(keep)])
+    rank = kept_before[1:] - kept_before[first_of_query]
+    keep &= rank <= k
+    columns = {"query_id": query_ids}
+    if batch.kinds is not None:
+        columns["kind"] = batch.kinds.take(pa.array(query)).cast(pa.string())
+    columns |= {
+        "product_id": product_ids,
+        "rank": pa.array(rank.astype(np.int32)),
+        "score": pa.array(hits.scores[query, place]),
+    }
+    return pa.table(columns).filter(pa.array(keep))
+
+
+def _stamp(queries: EmbeddingReader) -> list[list[str | int]]:
+    """What tells files of unknown origin apart: name, size and time of change."""
+    files = [Path(part.name) for part in queries.parts]
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+
+def _join(parts: Path, output: Path) -> None:
+    """All shards as one file; the shards go when it stands."""
+    files = sorted(parts.glob("*.parquet"))
+    with storage.write_file(output) as temporary, pq.ParquetWriter(temporary, pq.read_schema(files[0])) as writer:
+        for file in files:
+            for batch in pq.ParquetFile(file).iter_batches(131_072):
+                writer.write_batch(batch)
+    shutil.rmtree(parts)

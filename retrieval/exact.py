@@ -1,0 +1,85 @@
+"""Exact search over shards of embeddings: the truth that an approximate index is measured against."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import faiss
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from retrieval.embeddings import EmbeddingBatch, EmbeddingReader
+from retrieval.index import Hits, ProductIndex
+from retrieval.progress import counted
+from retrieval.storage import ArtefactError
+
+
+class Exact(NamedTuple):
+    """What an exact search saw.
+
+    Attributes:
+        hits: (Q, K) as of `ProductIndex.search`, in the row numbers of the index.
+        content: (N,) uint64 by row number: products with equal vectors have equal values.
+    """
+
+    hits: Hits
+    content: NDArray[np.uint64]
+
+
+def exact_search(
+    products: EmbeddingReader, index: ProductIndex, queries: NDArray[np.float32], k: int, block: int = 16_384
+) -> Exact:
+    """The k nearest products by brute force, in memory bounded by a block of vectors.
+
+    Args:
+        products: all embeddings of the index's products.
+        index: whose row numbers are used.
+        queries: (Q, D) float32, checked.
+        k: results per query.
+        block: vectors at a time.
+
+    Raises:
+        ArtefactError: the index and the embeddings hold different products.
+    """
+    k = min(k, products.count)
+    best = faiss.ResultHeap(len(queries), k, keep_max=True)
+    content = np.empty(products.count, np.uint64)
+    ids: list[pa.Array] = []
+    first = 0
+    for batch in _shown(products, block):
+        scores, rows = faiss.knn(queries, batch.vectors, min(k, len(batch.ids)), metric=faiss.METRIC_INNER_PRODUCT)
+        best.add_result(scores, rows + first)
+        content[first : first + len(batch.ids)] = _content(batch.vectors)
+        ids.append(batch.ids)
+        first += len(batch.ids)
+    best.finalize()
+    row_of = _index_rows(pa.chunked_array(ids), index)
+    by_row = np.empty_like(content)
+    by_row[row_of] = content
+    return Exact(Hits(best.D, row_of[best.I]), by_row)
+
+
+def _index_rows(ids: pa.ChunkedArray, index: ProductIndex) -> NDArray[np.int64]:
+    """(N,) row numbers in the index of products in the reader's order: joined by id, not by order."""
+    all_ids = index.all_ids().cast(pa.large_string()).combine_chunks()
+    rows = pc.index_in(ids, value_set=all_ids)
+    if rows.null_count or len(ids) != len(index):
+        raise ArtefactError(
+            f"{index.path} holds {len(index):,} products, the embeddings {len(ids):,}, of which {rows.null_count:,} "
+            "are not in the index: build the index from these embeddings"
+        )
+    return np.asarray(rows.to_numpy(), np.int64)
+
+
+def _content(vectors: NDArray[np.float32]) -> NDArray[np.uint64]:
+    """(B,) uint64 hash of each vector's bytes."""
+    factors = np.random.default_rng(0).integers(0, 2**63, vectors.shape[1], dtype=np.uint64) | np.uint64(1)
+    hashes: NDArray[np.uint64] = (vectors.view(np.uint32).astype(np.uint64) * factors).sum(axis=1, dtype=np.uint64)
+    return hashes
+
+
+def _shown(products: EmbeddingReader, block: int) -> Iterator[EmbeddingBatch]:
+    return counted(products.batches(block), products.count, lambda batch: len(batch.ids), "exact search", "vectors")

@@ -1,0 +1,180 @@
+"""The questions of an evaluation: queries as embedded, with the products that answer them as rows of the index."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from retrieval.embeddings import EmbeddingReader
+from retrieval.index import ProductIndex
+from retrieval.metrics import NONE
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Q embedded queries that have relevant products; one query may be asked in several kinds.
+
+    Attributes:
+        ids: (Q,) query ids.
+        kinds: (Q,) "text", "image", "fused", "product:text", ...
+        vectors: (Q, D) float32.
+        source: (Q,) row of the product that is asked as a query, -1 for others.
+        relevant: (Q, R) rows of products that are relevant: grade >= threshold.
+        judged: (Q, J) rows of all products with a grade above 0.
+        grades: (Q, J) float64, aligned with `judged`.
+        threshold: the lowest grade that counts as relevant.
+        dropped: kind -> number of queries left out because no product is relevant for them.
+        unknown: judged products that the index does not hold; they count as relevant and are never found.
+    """
+
+    ids: NDArray[np.object_]
+    kinds: NDArray[np.object_]
+    vectors: NDArray[np.float32]
+    source: NDArray[np.int64]
+    relevant: NDArray[np.int64]
+    judged: NDArray[np.int64]
+    grades: NDArray[np.float64]
+    threshold: float
+    dropped: Mapping[str, int] = field(default_factory=dict)
+    unknown: int = 0
+
+    def of_kind(self, kind: str) -> NDArray[np.int64]:
+        """Positions of the questions of one kind."""
+        return np.flatnonzero(self.kinds == kind)
+
+    @property
+    def all_kinds(self) -> list[str]:
+        """The kinds there are, in the order of their first question."""
+        return list(dict.fromkeys(self.kinds.tolist()))
+
+
+def make_questions(
+    reader: EmbeddingReader,
+    qrels: pa.Table,
+    index: ProductIndex,
+    *,
+    queries: pa.Table | None = None,
+    split: str | None = None,
+    threshold: float | None = None,
+) -> Questions:
+    """Join embedded queries with judgements and products, by id.
+
+    A query never counts its own source product. Queries without relevant products are dropped and counted.
+
+    Args:
+        reader: embedded queries; without kinds they are all of kind "query".
+        qrels: columns query_id, product_id, relevance.
+        index: whose row numbers are used.
+        queries: columns query_id, split, source_product_id; None where nothing is known of them.
+        split: the queries to ask; None for all.
+        threshold: the lowest relevant grade; None for the highest grade in `qrels`.
+
+    Raises:
+        ValueError: a query appears twice in one kind, or none is left.
+    """
+    ids, kinds, vectors = _read(reader)
+    facts = _facts(queries, split)
+    chosen = np.array([queries is None or query_id in facts for query_id in ids], bool)
+    if threshold is None:
+        threshold = pc.max(qrels.column("relevance")).as_py() or 1.0
+    answers, unknown = _answers(qrels, index, set(ids[chosen]))
+    source_rows = rows_of([facts.get(query_id) or "" for query_id in ids], index)
+    keep, judged, grades, dropped = [], [], [], dict.fromkeys(dict.fromkeys(kinds.tolist()), 0)
+    for i in np.flatnonzero(chosen):
+        rows, values = answers.get(ids[i], _NO_ANSWERS)
+        other = rows != source_rows[i] if source_rows[i] >= 0 else np.ones(len(rows), bool)
+        if (values[other] >= threshold).any():
+            keep.append(i)
+            judged.append(rows[other])
+            grades.append(values[other])
+        else:
+            dropped[kinds[i]] += 1
+    if not keep:
+        raise ValueError(
+            f"{reader.source}: none of {len(ids):,} queries is left: {int(chosen.sum()):,} are of split {split!r}, "
+            f"{sum(dropped.values()):,} of them have no product with a grade of {threshold:g} or more"
+        )
+    relevant = [rows[values >= threshold] for rows, values in zip(judged, grades, strict=True)]
+    return Questions(
+        ids[keep],
+        kinds[keep],
+        vectors[keep],
+        source_rows[keep],
+        _padded(relevant, NONE),
+        _padded(judged, NONE),
+        _padded(grades, 0.0),
+        threshold,
+        dropped,
+        unknown,
+    )
+
+
+_NO_ANSWERS = (np.zeros(0, np.int64), np.zeros(0))
+
+
+def _read(reader: EmbeddingReader) -> tuple[NDArray[np.object_], NDArray[np.object_], NDArray[np.float32]]:
+    batches = list(reader.batches())
+    ids = np.array([i for batch in batches for i in batch.ids.to_pylist()], dtype=object)
+    kinds = [k for b in batches for k in (["query"] * len(b.ids) if b.kinds is None else b.kinds.to_pylist())]
+    if len(set(zip(ids, kinds, strict=True))) < len(ids):
+        seen: set[tuple[str, str]] = set()
+        twice = next(pair for pair in zip(ids, kinds, strict=True) if pair in seen or seen.add(pair))  # type: ignore[func-returns-value]
+        raise ValueError(f"{reader.source}: query {twice[0]!r} appears twice in kind {twice[1]!r}")
+    return ids, np.array(kinds, dtype=object), np.concatenate([batch.vectors for batch in batches])
+
+
+def _facts(queries: pa.Table | None, split: str | None) -> dict[str, str | None]:
+    """Query id -> its source product, for the queries of a split."""
+    if queries is None:
+        return {}
+    if split is not None:
+        queries = queries.filter(pc.equal(queries.column("split"), split))
+    names = queries.column("query_id").to_pylist()
+    return dict(zip(names, queries.column("source_product_id").to_pylist(), strict=True))
+
+
+def _answers(
+    qrels: pa.Table, index: ProductIndex, asked: set[str]
+) -> tuple[dict[str, tuple[NDArray[np.int64], NDArray[np.float64]]], int]:
+    """Query id -> rows and grades of its judged products; and how many products the index does not hold."""
+    qrels = qrels.filter(
+        pc.and_(
+            pc.greater(qrels.column("relevance"), 0),
+            pc.is_in(qrels.column("query_id"), value_set=pa.array(sorted(asked), pa.string())),
+        )
+    )
+    products = pc.unique(qrels.column("product_id"))
+    rows = rows_of(products.to_pylist(), index)
+    unknown = rows < 0
+    rows[unknown] = len(index) + np.arange(unknown.sum())  # relevant all the same, and never found
+    row = rows[pc.index_in(qrels.column("product_id"), value_set=products).to_numpy()]
+    grade = qrels.column("relevance").to_numpy()
+    grouped: dict[str, dict[int, float]] = {}
+    for query_id, r, g in zip(qrels.column("query_id").to_pylist(), row.tolist(), grade.tolist(), strict=True):
+        grades = grouped.setdefault(query_id, {})
+        grades[r] = max(g, grades.get(r, 0.0))
+    answers = {
+        query_id: (np.fromiter(grades, np.int64, len(grades)), np.fromiter(grades.values(), np.float64, len(grades)))
+        for query_id, grades in grouped.items()
+    }
+    return answers, int(unknown.sum())
+
+
+def rows_of(product_ids: list[str], index: ProductIndex) -> NDArray[np.int64]:
+    """(N,) rows of products, -1 for those that the index does not hold."""
+    all_ids = index.all_ids().cast(pa.large_string()).combine_chunks()
+    rows = pc.index_in(pa.array(product_ids, pa.large_string()), value_set=all_ids)
+    return np.asarray(pc.fill_null(rows, NONE).to_numpy(zero_copy_only=False)).astype(np.int64)
+
+
+def _padded(rows: list[NDArray], fill: float) -> NDArray:
+    width = max(map(len, rows))
+    padded = np.full((len(rows), width), fill, dtype=rows[0].dtype)
+    for i, row in enumerate(rows):
+        padded[i, : len(row)] = row
+    return padded

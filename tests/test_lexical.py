@@ -1,0 +1,89 @@
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from retrieval.lexical import LEXICAL, bm25, jaccard, tf_idf, tokenize
+
+TEXTS = ["Red shoe", "red red hat", "blue hat", "", "女士连衣裙 red", "連衣裙 blue"]
+
+
+def test_tokens_of_english_and_chinese():
+    assert tokenize("Tom & Jerry's MUG №5, 12oz") == ["tom", "jerry", "s", "mug", "no5", "12oz"]
+    assert tokenize("连衣裙 XL") == ["连", "衣", "裙", "连衣", "衣裙", "xl"]
+    assert tokenize("a_b　Ｗｉｄｅ") == ["a", "b", "wide"]
+    assert tokenize("…") == []
+
+
+@pytest.mark.parametrize("name", LEXICAL)
+def test_products_without_a_word_of_the_query_are_not_found(name):
+    rank = LEXICAL[name](TEXTS)
+    rows = rank(["hat", "連衣裙", "green", "", "RED red shoe"], 6)
+    assert sorted(rows[0][rows[0] >= 0]) == [1, 2]
+    assert rows[1][0] == 5 and 4 in rows[1]  # shared characters
+    assert (rows[2] == -1).all() and (rows[3] == -1).all()
+    assert rows[4][0] == 0
+    assert rows.shape == (5, 6)
+
+
+@pytest.mark.parametrize("name", LEXICAL)
+def test_no_words_at_all(name):
+    assert (LEXICAL[name](["", "!"])(["a"], 2) == -1).all()
+
+
+def test_equal_scores_stand_in_the_order_of_rows():
+    for make in LEXICAL.values():
+        assert make(["b", "a", "a", "a"])(["a"], 2).tolist() == [[1, 2]]
+
+
+def by_definition(texts, queries, score):
+    tokens = [tokenize(text) for text in texts]
+    rows = []
+    for query in queries:
+        scores = [score(tokenize(query), document, tokens) for document in tokens]
+        order = sorted((i for i in range(len(texts)) if scores[i] > 1e-12), key=lambda i: (-round(scores[i], 9), i))
+        rows.append((order + [-1] * len(texts))[: len(texts)])
+    return np.array(rows)
+
+
+def jaccard_score(query, document, _):
+    union = set(query) | set(document)
+    return len(set(query) & set(document)) / len(union) if union else 0.0
+
+
+def tf_idf_score(query, document, corpus):
+    def vector(tokens):
+        return {
+            t: (1 + math.log(n)) * (math.log((1 + len(corpus)) / (1 + sum(t in d for d in corpus))) + 1)
+            for t, n in Counter(tokens).items()
+            if any(t in d for d in corpus)
+        }
+
+    a, b = vector(query), vector(document)
+    norm = math.sqrt(sum(v * v for v in a.values()) * sum(v * v for v in b.values()))
+    return sum(v * b.get(t, 0) for t, v in a.items()) / norm if norm else 0.0
+
+
+def bm25_score(query, document, corpus):
+    average = sum(map(len, corpus)) / len(corpus)
+    total = 0.0
+    for token in query:
+        n, tf = sum(token in d for d in corpus), document.count(token)
+        idf = math.log(1 + (len(corpus) - n + 0.5) / (n + 0.5))
+        total += idf * tf / (tf + 1.5 * (1 - 0.75 + 0.75 * len(document) / average))
+    return total
+
+
+@pytest.mark.parametrize(
+    ("make", "score"), [(jaccard, jaccard_score), (tf_idf, tf_idf_score), (bm25, bm25_score)], ids=lambda f: f.__name__
+)
+def test_rankings_equal_the_definitions(make, score):
+    generator = np.random.default_rng(0)
+    words = [f"w{i}" for i in range(15)]
+    texts = [" ".join(generator.choice(words, generator.integers(0, 9))) for _ in range(40)]
+    queries = [" ".join(generator.choice([*words, "unknown"], 4)) for _ in range(300)]  # more than a block
+    got, want = make(texts)(queries, len(texts)), by_definition(texts, queries, score)
+    agree = (got == want).mean()
+    assert agree > 0.97  # near-ties may swap
+    assert np.array_equal(np.sort(got, axis=1), np.sort(want, axis=1))
