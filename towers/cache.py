@@ -33,8 +33,10 @@ logger = logging.getLogger(__name__)
 
 Content = TypeVar("Content", str, bytes)
 
-CONTENTS_PER_PART = 65_536
+CONTENTS_PER_PART = 4_096
 MAX_TEXT_FIELDS = 4
+NOT_OF_CONTENT = ("template", "query_prefix", "product_prefix", "augment")
+"""Constructor arguments of towers that change which contents are asked for, and not their features."""
 
 
 class FeatureCache:
@@ -128,9 +130,8 @@ class CachedImage:
 
 def fingerprint(tower: Tower) -> str:
     """Of a tower's class, architecture and weights: what its features depend on beside the content."""
-    digest = hashlib.sha256(
-        json.dumps([type(tower).__name__, tower.architecture()], sort_keys=True, default=str).encode()
-    )
+    architecture = {name: value for name, value in tower.architecture().items() if name not in NOT_OF_CONTENT}
+    digest = hashlib.sha256(json.dumps([type(tower).__name__, architecture], sort_keys=True, default=str).encode())
     for name, tensor in sorted(tower.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
