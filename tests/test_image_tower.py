@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from tiny_models import TIMM, TIMM_ARGS, write_timm
+from tiny_models import TIMM, TIMM_ARGS, write_timm, write_timm_hub
 from torch import nn
 
 from datamodules.batch import Item
@@ -147,6 +147,23 @@ def test_a_local_weights_file_with_its_classifier_gives_the_features_of_its_sour
     expected = source.forward_head(source.forward_features(tower.normalise(pixels)), pre_logits=True)
     torch.testing.assert_close(tower(pixels), expected)
     assert tower.pretrained and not tower.frozen
+
+
+def test_a_model_of_the_hub_is_rebuilt_without_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_timm_hub(tmp_path / "hub", "me/tiny")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    tower = TimmImage("hf-hub:me/tiny", pretrained=True).eval()
+    assert (tower.preprocess.size, tower.preprocess.interpolation) == (32, "bilinear")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "gone"))
+    again = TimmImage.rebuild(tower.architecture(), tmp_path).eval()
+    again.load_state_dict(tower.state_dict())
+    assert again.preprocess == tower.preprocess
+    torch.testing.assert_close(again(again.preprocess(pictures(2))), tower(tower.preprocess(pictures(2))))
+
+
+def test_an_unknown_interpolation_is_refused() -> None:
+    with pytest.raises(ValueError, match="interpolation='cubic': choose one of nearest, bilinear"):
+        TimmImage(TIMM, model_args=TIMM_ARGS, interpolation="cubic")
 
 
 def test_pixels_are_normalised_with_the_models_own_mean(tower: TimmImage) -> None:

@@ -92,3 +92,17 @@ def write_timm(path: Path, seed: int = 0) -> torch.nn.Module:
     else:
         torch.save(model.state_dict(), path)
     return model
+
+
+def write_timm_hub(cache: Path, repo: str, seed: int = 0) -> None:
+    """What the Hugging Face hub client would have kept of a small timm model after downloading it."""
+    folder = cache / f"models--{repo.replace('/', '--')}"
+    snapshot = folder / "snapshots" / "1"
+    snapshot.mkdir(parents=True)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("1", encoding="utf-8")
+    write_timm(snapshot / "model.safetensors", seed)
+    own = {"input_size": [3, 32, 32], "interpolation": "bilinear", "mean": [0.1, 0.2, 0.3], "std": [0.5, 0.6, 0.7]}
+    own |= {"classifier": "head.fc", "first_conv": "stem.0"}
+    config = {"architecture": TIMM, "num_classes": 7, "model_args": TIMM_ARGS, "pretrained_cfg": own}
+    (snapshot / "config.json").write_text(json.dumps(config), encoding="utf-8")

@@ -111,11 +111,12 @@ class TimmImage(ImageTower):
     """Any backbone of the timm library.
 
     Args:
-        model: name in timm, e.g. `vit_base_patch16_224` or `tf_efficientnet_lite0`.
+        model: name in timm, e.g. `vit_base_patch16_224` or `tf_efficientnet_lite0`, or `hf-hub:org/repo`.
         pretrained: true loads timm's weights by the model's name; a path loads a local weights file.
         model_args: further arguments of the timm model, e.g. `{depths: [1, 1, 2, 1]}`.
         image_size: pixels of a side; null takes the model's own.
         resize: `pad` keeps the whole picture on white, `crop` takes the middle, `squash` changes the aspect ratio.
+        interpolation: `nearest`, `bilinear`, `bicubic` or `lanczos`; null takes the model's own.
         mean: of each colour channel, 0 to 1; null takes the model's own.
         std: of each colour channel; null takes the model's own.
         augment: vary the pictures in training (crops of 70 to 100 %, mirrored at random).
@@ -129,6 +130,7 @@ class TimmImage(ImageTower):
         model_args: dict[str, Any] | None = None,
         image_size: int | None = None,
         resize: Resize = "pad",
+        interpolation: str | None = None,
         mean: list[float] | None = None,
         std: list[float] | None = None,
         augment: bool = False,
@@ -136,6 +138,8 @@ class TimmImage(ImageTower):
     ) -> None:
         if isinstance(pretrained, Path) and not pretrained.is_file():
             raise FileNotFoundError(f"pretrained={pretrained}: no such weights file.")
+        if interpolation is not None and interpolation not in FILTERS:
+            raise ValueError(f"interpolation={interpolation!r}: choose one of {', '.join(FILTERS)}.")
         overlay = {"file": str(pretrained)} if isinstance(pretrained, Path) else None
         backbone = timm.create_model(
             model,
@@ -147,8 +151,11 @@ class TimmImage(ImageTower):
         own = timm.data.resolve_model_data_config(backbone)
         size = image_size if image_size is not None else own["input_size"][-1]
         mean, std = (list(given or own[name]) for name, given in (("mean", mean), ("std", std)))
-        super().__init__(PicturePreprocess(size, resize, own["interpolation"], augment), mean, std)
+        super().__init__(PicturePreprocess(size, resize, interpolation or own["interpolation"], augment), mean, std)
         self.name, self.model_args = model, dict(model_args or {})
+        if model.startswith("hf-hub:"):  # the model folder must not need the hub again
+            _, self.name, hub_args = timm.models.load_model_config_from_hf(model.removeprefix("hf-hub:"))
+            self.model_args = {**hub_args, **self.model_args}
         self.model = backbone
         self.pretrained = bool(pretrained)
         self.out_dim = backbone.num_features
@@ -166,6 +173,7 @@ class TimmImage(ImageTower):
             "model_args": self.model_args,
             "image_size": self.preprocess.size,
             "resize": self.preprocess.resize,
+            "interpolation": self.preprocess.interpolation,
             "mean": self.mean.flatten().tolist(),
             "std": self.std.flatten().tolist(),
             "augment": self.preprocess.augment,
