@@ -56,7 +56,7 @@ def guess_columns(table: Table, profiles: Sequence[Profile], rows: int, override
     found = {profile.name: profile for profile in profiles}
     missing = [name for name in override.roles if name not in found]
     if missing:
-        raise _column_missing(table, f"{missing} of --columns", found)
+        raise _column_missing(table, f"column {missing}, which --columns names", found)
     roles: dict[str, Guess] = {name: (role, "as you say") for name, role in override.roles.items()}
     others = [profile for profile in profiles if profile.name not in roles]
     for role in SINGLE:
@@ -64,9 +64,7 @@ def guess_columns(table: Table, profiles: Sequence[Profile], rows: int, override
         if best is not None:
             roles[best[0].name] = (role, best[1])
     if all(role != "id" for role, _ in roles.values()):
-        raise _column_missing(
-            table, "a column for the id (id, product_id, sku, or one that differs in every row)", found
-        )
+        raise _column_missing(table, "column for the id (id, product_id, sku, or one that differs in every row)", found)
     for profile in others:
         if profile.name not in roles:
             role, why = _guess(profile, rows)
@@ -80,7 +78,7 @@ def guess_columns(table: Table, profiles: Sequence[Profile], rows: int, override
 
 
 def _column_missing(table: Table, what: str, found: Iterable[str]) -> CatalogueError:
-    return CatalogueError(f"COLUMN_MISSING: {table} has not {what}; its columns are {list(found)}")
+    return CatalogueError(f"COLUMN_MISSING: {table} has no {what}; its columns are {list(found)}")
 
 
 def plain_name(name: str) -> str:

@@ -130,8 +130,12 @@ class Table:
 
     def _json_columns(self) -> list[str]:
         columns: dict[str, None] = {}
+        fault = None
         for record in self.records():
             columns.update(dict.fromkeys(record.cells))
+            fault = fault or record.fault
+        if not columns and fault is not None:
+            raise CatalogueError(f"{self.path}: no line can be read; the first one: {fault}")
         return list(columns)
 
 

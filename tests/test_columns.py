@@ -189,7 +189,7 @@ def test_written_columns_are_read_back_the_same(tmp_path: Path) -> None:
         ("title: x", r"unknown role 'title'; known are id, text, image"),
         (
             "text: [gone]",
-            r"COLUMN_MISSING: products.csv \(delimiter ',', utf-8\) has not \['gone'\] of --columns; its columns are",
+            r"COLUMN_MISSING: products.csv \(delimiter ',', utf-8\) has no column \['gone'\], which --columns names",
         ),
         ("text: notes\nimage: notes", "'notes' is both text and image"),
         ("id: [ean, zip]", r"id is one column, not \['ean', 'zip'\]"),

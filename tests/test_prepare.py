@@ -479,7 +479,7 @@ def test_command_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None
         (["--background", "no"], "--background 'no' is no colour"),
         (["--qrels", "products.csv"], "need different names"),
         (["--val-share", "1"], "must sum to less than 1"),
-        (["--delimiter", "\t"], "COLUMN_MISSING: products.csv (delimiter '\\t', utf-8) has not a column for the id"),
+        (["--delimiter", "\t"], "COLUMN_MISSING: products.csv (delimiter '\\t', utf-8) has no column for the id"),
         (["--columns", "gone.yaml"], "gone.yaml: cannot be read"),
     ],
 )

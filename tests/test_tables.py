@@ -176,6 +176,7 @@ def test_megabyte_cells_are_read_and_endless_ones_are_not(tmp_path: Path) -> Non
         ("p.csv", b"id\n", {"delimiter": ",,"}, "--delimiter ',,' must be one character"),
         ("p.csv", "idé\n".encode("latin-1"), {}, "ENCODING_ERROR: the header"),
         ("p.parquet", b"PAR1junk", {}, "UNREADABLE_FILE"),
+        ("p.jsonl", b"[1]\n{", {}, r"no line can be read; the first one: UNREADABLE_ROW"),
     ],
 )
 def test_files_that_cannot_be_read(
