@@ -110,9 +110,9 @@ class ContrastiveLoss(nn.Module):
         return self.logit_scale.clamp(max=self.max_logit_scale).exp()
 
     def clamp(self) -> None:
-        """Keep the learned scale where its gradient is alive; called after every step."""
-        with torch.no_grad():
-            self.logit_scale.clamp_(max=self.max_logit_scale)
+        """Keep the learned scale where its gradient is alive; called before every step."""
+        with torch.no_grad():  # float32 rounds the bound itself to above it, where it could never rise again
+            self.logit_scale.clamp_(max=self.max_logit_scale - 1e-6)
 
     def forward(self, query: Tensor, product: Tensor, batch: Batch) -> Tensor:
         """The loss of this process's rows.

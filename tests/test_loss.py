@@ -1,0 +1,273 @@
+"""Contrastive losses against values worked out by hand and by loops in float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+from datamodules.batch import NO_KEY, RELATIONS, Batch, Items
+from towers.loss import ContrastiveLoss, InfoNCE, SigmoidLoss, targets
+
+NOTHING = Items(None, None, None, None, torch.ones(0, 3, dtype=torch.bool))
+PRODUCT, GROUP, FAMILY = (RELATIONS.index(name) for name in ("product", "group", "family"))
+
+
+def keys(rows: int, **columns: list[int]) -> Tensor:
+    """(rows, R) keys; those of relations that are not named are none."""
+    result = torch.full((rows, len(RELATIONS)), NO_KEY)
+    for name, values in columns.items():
+        result[:, RELATIONS.index(name)] = torch.tensor(values)
+    return result
+
+
+def make_batch(query_keys: Tensor, product_keys: Tensor | None = None, weight: list[float] | None = None) -> Batch:
+    product_keys = query_keys if product_keys is None else product_keys
+    weights = torch.ones(len(query_keys)) if weight is None else torch.tensor(weight)
+    return Batch(NOTHING, NOTHING, query_keys, product_keys, weights)
+
+
+def unit(rows: int, dim: int = 5, dtype: torch.dtype = torch.float32) -> Tensor:
+    return F.normalize(torch.randn(rows, dim, dtype=dtype), dim=1)
+
+
+def reference(loss: ContrastiveLoss, query: Tensor, product: Tensor, batch: Batch) -> float:
+    """The loss by loops over pairs, in float64."""
+    query, product = query.double(), product.double()
+    scale = min(math.exp(loss.logit_scale.item()), math.exp(loss.max_logit_scale))
+    total_weight = batch.weight.double().sum().item()
+
+    def kind(q: Tensor, p: Tensor, answer: bool) -> float | None:
+        """Weight of a positive, 0 for a negative, None for a pair that is left out."""
+        equal = {name: q[i] == p[i] != NO_KEY for i, name in enumerate(RELATIONS)}
+        weight = max([1.0 if answer else 0.0] + [w for name, w in loss.positives.items() if equal[name]])
+        return None if not weight and any(equal[name] for name in loss.ignored) else weight
+
+    def direction(rows: Tensor, columns: Tensor, row_keys: Tensor, column_keys: Tensor) -> float:
+        total = 0.0
+        for i in range(len(rows)):
+            kinds = [kind(row_keys[i], column_keys[j], i == j) for j in range(len(columns))]
+            logits = [scale * float(rows[i] @ columns[j]) for j in range(len(columns))]
+            log_sum = math.log(sum(math.exp(x) for x, k in zip(logits, kinds, strict=True) if k is not None))
+            attract = sum(k * (x - log_sum) for x, k in zip(logits, kinds, strict=True) if k)
+            total -= batch.weight[i].item() * attract / sum(k for k in kinds if k)
+        return total / total_weight
+
+    if isinstance(loss, SigmoidLoss):
+        total = 0.0
+        for i in range(len(query)):
+            for j in range(len(product)):
+                weight = kind(batch.query_keys[i], batch.product_keys[j], i == j)
+                logit = scale * float(query[i] @ product[j]) + loss.bias.item()
+                if weight is not None:
+                    total += batch.weight[i].item() * (weight or 1) * math.log1p(math.exp(-logit if weight else logit))
+        return total / total_weight
+    rows = len(query)
+    forth = direction(query, product, batch.query_keys, batch.product_keys)
+    back = direction(product[:rows], query, batch.product_keys[:rows], batch.query_keys)
+    return (forth + back) / 2
+
+
+@pytest.mark.parametrize("rows", [1, 2, 8])
+def test_zero_embeddings_lose_log_of_the_batch(rows: int) -> None:
+    batch = make_batch(keys(rows, product=list(range(rows))))
+    zeros = torch.zeros(rows, 4)
+    assert InfoNCE()(zeros, zeros, batch).item() == pytest.approx(math.log(rows), abs=1e-6)
+
+
+def test_two_by_two_by_hand() -> None:
+    query, product = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[1.0, 0.0], [0.6, 0.8]])
+    loss = InfoNCE(temperature=0.5)
+    first, second = math.log(1 + math.exp(2 * 0.6 - 2)), math.log(1 + math.exp(0 - 2 * 0.8))
+    back_first, back_second = math.log(1 + math.exp(0 - 2)), math.log(1 + math.exp(2 * 0.6 - 2 * 0.8))
+    expected = (first + second + back_first + back_second) / 4
+    assert loss(query, product, make_batch(keys(2, product=[1, 2]))).item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_several_positives_share_the_target_by_hand() -> None:
+    """Rows 0 and 1 are of one group, of weight 1/2: the target of row 0 is 2/3, 1/3, 0."""
+    similarity = torch.tensor([[0.9, 0.5, -0.2], [0.4, 0.8, 0.0], [0.1, 0.3, 0.7]])
+    loss = InfoNCE(temperature=1.0, positives={"product": 1.0, "group": 0.5}, ignored=[])
+    batch = make_batch(keys(3, product=[1, 2, 3], group=[7, 7, 8]))
+    target = torch.tensor([[2, 1, 0], [1, 2, 0], [0, 0, 3]]) / 3
+    forth = -(target * similarity.log_softmax(1)).sum(1).mean()
+    back = -(target * similarity.T.log_softmax(1)).sum(1).mean()
+    value = loss(similarity, torch.eye(3), batch)  # embeddings of any length: their products are the matrix
+    assert value.item() == pytest.approx(((forth + back) / 2).item(), abs=1e-6)
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> tuple[int, int, list[list[int]], list[list[int]], list[float]]:
+    rows = draw(st.integers(1, 6))
+    extra = draw(st.integers(0, 3))
+    key = st.lists(st.integers(-1, 3), min_size=len(RELATIONS), max_size=len(RELATIONS))
+    weight = st.sampled_from([0.0, 0.3, 1.0])
+    return (
+        rows,
+        extra,
+        draw(st.lists(key, min_size=rows, max_size=rows)),
+        draw(st.lists(key, min_size=rows + extra, max_size=rows + extra)),
+        [1.0, *draw(st.lists(weight, min_size=rows - 1, max_size=rows - 1))],
+    )
+
+
+@given(drawn=batches(), sigmoid=st.booleans(), seed=st.integers(0, 9))
+@settings(max_examples=100, deadline=None)
+def test_losses_equal_loops_in_float64(drawn: tuple, sigmoid: bool, seed: int) -> None:
+    rows, extra, query_keys, product_keys, weight = drawn
+    torch.manual_seed(seed)
+    relations = {"positives": {"product": 1.0, "group": 0.4, "query": 1.0}, "ignored": ["family", "title"]}
+    loss = SigmoidLoss(bias=-2.0, **relations) if sigmoid else InfoNCE(**relations)
+    batch = make_batch(torch.tensor(query_keys), torch.tensor(product_keys), weight)
+    query, product = unit(rows), unit(rows + extra)
+    value = loss(query, product, batch).item()
+    assert value == pytest.approx(reference(loss, query, product, batch), abs=1e-5, rel=1e-5)
+
+
+def test_swapping_query_and_product_leaves_the_loss() -> None:
+    query, product = unit(6), unit(6)
+    query_keys, product_keys = torch.randint(-1, 3, (6, 6)), torch.randint(-1, 3, (6, 6))
+    weight = [1.0, 0.5, 1.0, 0.2, 1.0, 0.0]
+    for loss in (InfoNCE(), SigmoidLoss()):
+        one = loss(query, product, make_batch(query_keys, product_keys, weight))
+        other = loss(product, query, make_batch(product_keys, query_keys, weight))
+        if isinstance(loss, InfoNCE):
+            torch.testing.assert_close(one, other)
+        else:  # its rows carry the weights, so it is the same with equal ones
+            even = [
+                loss(a, b, make_batch(c, d))
+                for a, b, c, d in (
+                    (query, product, query_keys, product_keys),
+                    (product, query, product_keys, query_keys),
+                )
+            ]
+            torch.testing.assert_close(*even)
+
+
+def test_ignored_pairs_do_not_matter() -> None:
+    batch = make_batch(keys(3, product=[1, 2, 3], family=[5, 5, 6]))
+    query, product = unit(3), unit(3)
+    for loss in (InfoNCE(), SigmoidLoss()):
+        moved = query.clone().requires_grad_()
+        similarity = moved @ product.T
+        similarity.retain_grad()
+        value = loss(similarity, torch.eye(3), batch)  # similarities themselves as queries
+        value.backward()
+        assert similarity.grad[0, 1] == similarity.grad[1, 0] == 0
+        assert (similarity.grad != 0).sum() == 7
+
+
+@pytest.mark.parametrize("loss", [InfoNCE(), SigmoidLoss(), InfoNCE(positives={}, ignored=["product"])])
+def test_the_same_product_twice_in_a_batch_is_never_pushed_apart(loss: ContrastiveLoss) -> None:
+    """Eight rows, of which 2 and 5 are one product with one vector."""
+    vectors = unit(8)
+    vectors[5] = vectors[2]
+    batch = make_batch(keys(8, product=[0, 1, 2, 3, 4, 2, 6, 7]))
+    similarity = (vectors @ vectors.T).requires_grad_()
+    loss(similarity, torch.eye(8), batch).backward()
+    assert similarity.grad[2, 5] <= 0 and similarity.grad[5, 2] <= 0  # a step raises the similarity, or leaves it
+    assert similarity.grad[2, 3] > 0
+
+
+def test_without_keys_duplicates_would_be_pushed_apart() -> None:
+    vectors = unit(8)
+    vectors[5] = vectors[2]
+    similarity = (vectors @ vectors.T).requires_grad_()
+    InfoNCE()(similarity, torch.eye(8), make_batch(keys(8))).backward()
+    assert similarity.grad[2, 5] > 0
+
+
+def test_weights_are_shares_of_the_rows() -> None:
+    query, product, some = unit(4), unit(4), keys(4, product=[0, 1, 2, 3])
+    for loss in (InfoNCE(), SigmoidLoss()):
+        value = loss(query, product, make_batch(some, weight=[1.0, 0.5, 0.0, 0.0])).item()
+        single = [loss(query, product, make_batch(some, weight=w)).item() for w in ([1.0, 0, 0, 0], [0, 1.0, 0, 0])]
+        assert value == pytest.approx((single[0] + 0.5 * single[1]) / 1.5, rel=1e-5)
+
+
+def test_a_batch_without_weight_loses_nothing() -> None:
+    query = unit(3).requires_grad_()
+    for loss in (InfoNCE(), SigmoidLoss()):
+        value = loss(query, unit(3), make_batch(keys(3, product=[0, 1, 2]), weight=[0.0, 0.0, 0.0]))
+        value.backward()
+        assert value.item() == 0 and query.grad.abs().max() == 0
+
+
+def test_a_batch_of_one_is_finite() -> None:
+    query = unit(1).requires_grad_()
+    for loss in (InfoNCE(), SigmoidLoss()):
+        value = loss(query, unit(1), make_batch(keys(1, product=[4])))
+        value.backward()
+        assert value.isfinite() and query.grad.isfinite().all()
+    assert InfoNCE()(unit(1), unit(1), make_batch(keys(1, product=[4]))).item() == 0
+
+
+def test_mined_negatives_count_against_the_queries_alone() -> None:
+    query, product = unit(2), unit(5)
+    batch = make_batch(keys(2, product=[0, 1]), keys(5, product=[0, 1, 2, 3, 0]))
+    value = InfoNCE()(query, product, batch).item()
+    assert value == pytest.approx(reference(InfoNCE(), query, product, batch), rel=1e-5)
+
+
+def test_half_precision_inputs_are_compared_in_full() -> None:
+    query, product, batch = unit(4), unit(4), make_batch(keys(4, product=[0, 1, 2, 3]))
+    half = InfoNCE()(query.bfloat16(), product.bfloat16(), batch)
+    assert half.dtype == torch.float32
+    assert half.item() == pytest.approx(InfoNCE()(query, product, batch).item(), rel=0.05)
+
+
+@pytest.mark.parametrize("loss", [InfoNCE(), SigmoidLoss()])
+def test_the_temperature_never_falls_below_its_bound(loss: ContrastiveLoss) -> None:
+    loss.load_state_dict({**loss.state_dict(), "logit_scale": torch.tensor(math.log(1000))})
+    assert loss.scale.item() == pytest.approx(100, rel=1e-5)
+    optimizer = torch.optim.SGD(loss.parameters(), lr=1.0)
+    batch = make_batch(keys(4, product=[0, 1, 2, 3]))
+    for _ in range(50):
+        loss.clamp()
+        optimizer.zero_grad()
+        vectors = unit(4)
+        loss(vectors, vectors, batch).backward()  # perfect answers want an ever lower temperature
+        optimizer.step()
+        assert loss.scale.item() <= 100 * (1 + 1e-5)
+
+
+def test_a_clamped_temperature_can_rise_again() -> None:
+    loss = InfoNCE()
+    loss.load_state_dict({"logit_scale": torch.tensor(math.log(1000))})
+    loss.clamp()
+    query = unit(4)
+    loss(query, query.flip(0), make_batch(keys(4, product=[0, 1, 2, 3]))).backward()
+    assert loss.logit_scale.grad > 0
+
+
+def test_targets_prefer_positive_to_ignored_to_negative() -> None:
+    query, product = keys(1, product=[1], group=[2], family=[3]), keys(4, product=[1, 5, 6, 7], group=[9, 2, 9, 9])
+    product[:, FAMILY] = torch.tensor([3, 3, 3, 4])
+    found = targets(query, product, torch.tensor([3]), {"product": 1.0, "group": 0.5}, ["family"])
+    assert found.positive.tolist() == [[1.0, 0.5, 0.0, 1.0]]
+    assert found.counts.tolist() == [[True, True, False, True]]
+
+
+def test_no_key_equals_nothing() -> None:
+    found = targets(keys(2), keys(2), torch.tensor([0, 1]), {"product": 1.0}, ["group", "family", "title"])
+    assert found.positive.tolist() == [[1, 0], [0, 1]]
+    assert found.counts.all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"temperature": 0.005}, r"temperature=0\.005 must be at least min_temperature=0\.01"),
+        ({"min_temperature": 0.0}, r"min_temperature=0\.0 > 0"),
+        ({"positives": {"colour": 1.0}}, "'colour' is no relation: choose from product, group"),
+        ({"ignored": ["style"]}, "'style' is no relation"),
+    ],
+)
+def test_impossible_settings_are_refused(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        InfoNCE(**arguments)
