@@ -270,7 +270,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> ArgumentParser:
     """Options, types and help are those of `prepare`."""
-    parser = ArgumentParser(prog="python -m datamodules.prepare", description=__doc__, allow_abbrev=False)
+    first, _, last = (__doc__ or "").split("\n\n")
+    parser = ArgumentParser(prog="python -m datamodules.prepare", description=f"{first} {last}", allow_abbrev=False)
     types = get_type_hints(prepare)
     helps = {param.arg_name: param.description for param in docstring_parser.parse(prepare.__doc__ or "").params}
     for name, parameter in inspect.signature(prepare).parameters.items():

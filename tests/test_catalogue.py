@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import unicodedata
 from pathlib import Path
@@ -306,3 +307,13 @@ def test_attribute_typed_by_a_person(kind: str, text: str, value: object) -> Non
 def test_attribute_that_cannot_be_meant(attribute: Attribute, text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse_attribute(attribute, text)
+
+
+def test_guide_names_every_code() -> None:
+    root = Path(__file__).parent.parent
+    guide = (root / "docs/catalogue.md").read_text(encoding="utf-8")
+    names = ("values", "images", "records", "tables", "pictures", "catalogue", "queries", "guess")
+    source = "".join((root / f"datamodules/{name}.py").read_text(encoding="utf-8") for name in names)
+    codes = set(re.findall(r'(?:BadValue|ImageError|rejected)\(\s*"([A-Z_]+)"', source))
+    assert {"EMPTY_FILE", "ID_MISSING", "UNKNOWN_QUERY"} <= codes
+    assert {code for code in codes if f"`{code}`" not in guide} == set()
