@@ -42,6 +42,13 @@ class Hits(NamedTuple):
     scores: NDArray[np.float32]
     rows: NDArray[np.int64]
 
+    def without(self, row: int, k: int) -> Hits:
+        """The first k hits other than one product."""
+        order = np.argsort(self.rows == row, axis=1, kind="stable")[:, :k]
+        rows = np.take_along_axis(self.rows, order, axis=1)
+        scores = np.take_along_axis(self.scores, order, axis=1)
+        return Hits(np.where(rows == row, np.float32(-np.inf), scores), np.where(rows == row, -1, rows))
+
 
 class Settings(NamedTuple):
     """How an index is searched.

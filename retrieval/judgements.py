@@ -15,6 +15,10 @@ from retrieval.index import ProductIndex
 from retrieval.metrics import NONE
 
 
+KINDS = ("text", "image", "fused", "product:text", "product:image", "product:attribute")
+"""Kinds of query as `embed` writes them: typed text, photo, several modalities or a whole product, one of its parts."""
+
+
 @dataclass(frozen=True)
 class Questions:
     """Q embedded queries that have relevant products; one query may be asked in several kinds.
@@ -49,8 +53,8 @@ class Questions:
 
     @property
     def all_kinds(self) -> list[str]:
-        """The kinds there are, in the order of their first question."""
-        return list(dict.fromkeys(self.kinds.tolist()))
+        """The kinds there are: those of ours in a fixed order, then others by name."""
+        return sorted(set(self.kinds.tolist()), key=lambda kind: (KINDS.index(kind) if kind in KINDS else 99, kind))
 
 
 def make_questions(

@@ -5,6 +5,7 @@ Products without a word of the query are not found, so a row of results may end 
 
 from __future__ import annotations
 
+import logging
 import re
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,8 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from retrieval.metrics import NONE
+
+logging.getLogger("bm25s").setLevel(logging.WARNING)  # it asks for debugging
 
 _HAN_AND_KANA = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002fa1f"
 _WORDS = re.compile(rf"[{_HAN_AND_KANA}]+|[^\W_{_HAN_AND_KANA}]+")

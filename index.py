@@ -1,0 +1,359 @@
+"""From a model and a catalogue to search results: `python index.py embed | build | search | evaluate`.
+
+Each command explains its options: `python index.py search --help`. docs/index.md is the guide.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from retrieval.commands import make_parser, run
+from retrieval.storage import ArtefactError
+
+if TYPE_CHECKING:  # each command imports what it needs: help is there at once, building and searching need no torch
+    import numpy as np
+
+    from retrieval.catalogue import Card, PreparedCatalogue
+    from retrieval.index import ProductIndex
+
+
+def embed(
+    model: Path,
+    catalogue: Path,
+    output: Path,
+    batch_size: int = 256,
+    num_workers: int = 0,
+    accelerator: str = "auto",
+    devices: int | str = "auto",
+    precision: str = "32-true",
+    feature_cache: Path | None = None,
+) -> int:
+    """Embed a prepared catalogue: products and, where it has them, queries. Goes on where a killed run stopped.
+
+    Args:
+        model: model folder, as training exports it.
+        catalogue: prepared catalogue.
+        output: folder to make, with products/ and queries/ in it.
+        batch_size: items at a time.
+        num_workers: processes that read and decode.
+        accelerator: auto, cpu or gpu.
+        devices: number of devices, or auto.
+        precision: 32-true, or bf16-mixed on a GPU.
+        feature_cache: folder of features of frozen towers that training made.
+    """
+    from towers.embed import embed as embed_catalogue
+
+    embed_catalogue(
+        model,
+        catalogue,
+        output,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        accelerator=accelerator,
+        devices=devices,
+        precision=precision,
+        feature_cache=feature_cache,
+    )
+    print(f"embeddings: {output}")
+    return 0
+
+
+def build(
+    embeddings: Path,
+    output: Path,
+    ids: Path | None = None,
+    id_column: str | None = None,
+    embedding_column: str | None = None,
+    metric: Literal["cosine", "inner_product"] | None = None,
+    normalize: bool = False,
+    factory: str = "auto",
+    seed: int = 0,
+    train_sample: int | None = None,
+    strict: bool = False,
+    nprobe: int | None = None,
+    k_factor: float = 8.0,
+    overwrite: bool = False,
+) -> int:
+    """Build an index folder from embeddings of ours or of anyone's, in bounded memory.
+
+    Args:
+        embeddings: embeddings folder, folder of .parquet or .npy files, or one such file.
+        output: the index folder to make.
+        ids: for .npy, the ids: .txt, .npy, .csv or .parquet, one file or a folder of them.
+        id_column: column of ids in Parquet; guessed when not given.
+        embedding_column: column of vectors in Parquet; guessed when not given.
+        metric: what vectors are compared by; what the embeddings say, else cosine.
+        normalize: bring vectors of any length to length 1; without, they are refused.
+        factory: FAISS factory string such as IVF1024,PQ64x4fsr,Refine(SQ8) or Flat; auto chooses by the number of
+            vectors and says why.
+        seed: of the training sample and of k-means.
+        train_sample: number of training vectors; chosen by the number of lists when not given.
+        strict: refuse to build an under-trained index.
+        nprobe: lists a search visits unless told otherwise; chosen by their number when not given.
+        k_factor: candidates re-ranked per result, where the index keeps finer vectors.
+        overwrite: replace an index that is there.
+    """
+    from retrieval.build import Recipe, build_index
+    from retrieval.embeddings import EmbeddingReader
+    from retrieval.present import describe_index, show
+
+    reader = EmbeddingReader(
+        _side(embeddings, "products"),
+        ids=ids,
+        id_column=id_column,
+        embedding_column=embedding_column,
+        metric=metric,
+        normalize=normalize,
+    )
+    recipe = Recipe(factory, seed, train_sample, strict, nprobe, k_factor)
+    show(describe_index(output, build_index(reader, output, recipe, overwrite=overwrite)))
+    return 0
+
+
+def search(
+    index: Path,
+    model: Path | None = None,
+    catalogue: Path | None = None,
+    text: str = "",
+    image: list[Path] = [],  # noqa: B006  # nobody changes it, and None would mean the same as an empty list
+    attribute: list[str] = [],  # noqa: B006
+    like: str = "",
+    vector: Path | None = None,
+    k: int = 10,
+    nprobe: int | None = None,
+    json: bool = False,
+    html: Path | None = None,
+    queries: Path | None = None,
+    output: Path | None = None,
+    exclude_self: bool = False,
+    normalize: bool = False,
+) -> int:
+    """Search by any mix of text, pictures, attributes, a product to be like and a vector; or for many queries at once.
+
+    Text, pictures and attributes together are one query, which the model encodes. A product to be like and a vector
+    count as much as it: the query is the sum of the unit vectors.
+
+    Args:
+        index: index folder.
+        model: model folder; the one that made the embeddings when not given.
+        catalogue: prepared catalogue, for titles and pictures; the one that was embedded when not given.
+        text: what a customer types.
+        image: picture files, of one thing.
+        attribute: facts as name=value, e.g. brand=Acme price=59.9 "category=Shoes > Boots" "tags=red|wool".
+        like: id of a product; it is left out of its own hits.
+        vector: .npy file with one vector.
+        k: number of hits.
+        nprobe: lists to visit; more find more and take longer.
+        json: print JSON.
+        html: write a page with pictures to this file.
+        queries: embeddings of many queries (embeddings folder or Parquet files); needs output.
+        output: where the hits of many queries go: a .parquet file, or a folder of shards. Goes on where a killed run
+            stopped.
+        exclude_self: of many queries, leave out the product with the query's own id: similar items of a catalogue.
+        normalize: bring given vectors of any length to length 1.
+    """
+    from retrieval.index import ProductIndex
+    from retrieval.present import Found, combine, find_catalogue
+
+    opened = ProductIndex.open(index)
+    one = any((text, image, attribute, like, vector))
+    if queries is not None or output is not None:
+        if queries is None or output is None or one or json or html:
+            raise ValueError("queries and output go together, and with no single query, json or html")
+        return _search_many(opened, queries, output, k, nprobe, exclude_self, normalize)
+    if exclude_self:
+        raise ValueError("exclude_self is for many queries (queries, output)")
+    known = find_catalogue(opened, catalogue)
+    vectors, card = _encode(opened, model, text, image, attribute) if text or image or attribute else ([], None)
+    if like:
+        vectors.append(opened.vector_of(like))
+    if vector is not None:
+        vectors.append(_read_vector(vector, opened, normalize))
+    query = vectors[0] if vectors and len(vectors) == 1 else combine(vectors)
+    hits = opened.search(query.reshape(1, -1), k + bool(like), nprobe=nprobe)
+    if like:
+        hits = hits.without(opened.row_of(like), k)
+    found = Found(opened, card or _like_card(known, like), hits, k, opened.resolve(nprobe), known)
+    if html is not None:
+        found.write_html(html)
+    if json:
+        print(found.as_json())
+    else:
+        found.show()
+        if html is not None:
+            print(f"page: {html}")
+    return 0
+
+
+def evaluate(
+    index: Path,
+    embeddings: Path,
+    output: Path,
+    catalogue: Path | None = None,
+    queries_embeddings: Path | None = None,
+    qrels: Path | None = None,
+    split: str = "test",
+    threshold: float | None = None,
+    nprobe: int | None = None,
+    exclude_identical: bool = False,
+    lexical_fields: list[str] = [],  # noqa: B006
+    latency_queries: int = 1000,
+    examples: int = 2,
+    oracle: Path | None = None,
+    gate: list[str] = [],  # noqa: B006
+    normalize: bool = False,
+) -> int:
+    """Measure an index on judged queries: exact task, ANN task and ANN against exact, beside traditional search.
+
+    Writes report.json and report.html, and prints a table.
+
+    Args:
+        index: index folder.
+        embeddings: what `embed` made; or the products' embeddings alone, together with queries_embeddings.
+        output: folder of the report.
+        catalogue: prepared catalogue: judgements, splits and texts; the one that was embedded when not given.
+        queries_embeddings: embedded queries; EMBEDDINGS/queries when not given.
+        qrels: judgements as .csv or .parquet (query_id, product_id, relevance); the catalogue's when not given.
+        split: queries to ask: train, val, test or all.
+        threshold: lowest grade that is relevant; the highest there is when not given.
+        nprobe: lists to visit; the index's setting when not given.
+        exclude_identical: also leave out products whose vector equals that of the product asked.
+        lexical_fields: fields that traditional search reads; all text fields and all attributes but numbers when not
+            given.
+        latency_queries: timed searches; 0 for none.
+        examples: queries of each kind to show with their hits.
+        oracle: oracle.json of the sample catalogue, to show beside the figures.
+        gate: figures that must be reached, else the exit code is 1: ann_vs_exact.*.recall@10>=0.95
+        normalize: bring vectors of any length to length 1.
+    """
+    from retrieval import evaluate as measuring
+    from retrieval import report
+    from retrieval.embeddings import EmbeddingReader
+    from retrieval.index import ProductIndex
+    from retrieval.present import find_catalogue, show
+
+    opened = ProductIndex.open(index)
+    known = find_catalogue(opened, catalogue)
+    products, queries = (
+        EmbeddingReader(path, metric=opened.metric, normalize=normalize)
+        for path in (_side(embeddings, "products"), queries_embeddings or embeddings / "queries")
+    )
+    options = measuring.Options(
+        split=None if split == "all" else split,
+        threshold=threshold,
+        nprobe=nprobe,
+        exclude_identical=exclude_identical,
+        lexical_fields=lexical_fields or None,
+        latency_queries=latency_queries,
+    )
+    measured = measuring.evaluate(opened, products, queries, catalogue=known, qrels=qrels, options=options)
+    sections = report.examples(measured, opened, known, examples) if known and examples else []
+    report.write_report(output, measured, sections, measuring.read_oracle(oracle) if oracle else None)
+    show(report.terminal_table(measured.report))
+    print(report.summary(measured.report))
+    print(f"report: {output / 'report.json'}, page: {output / 'report.html'}")
+    failures = measuring.failed_gates(measured.report, gate)
+    for failure in failures:
+        print(f"error: gate not reached: {failure}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def _search_many(
+    index: ProductIndex,
+    queries: Path,
+    output: Path,
+    k: int,
+    nprobe: int | None,
+    exclude_self: bool,
+    normalize: bool,
+) -> int:
+    from retrieval.bulk import bulk_search
+    from retrieval.embeddings import EmbeddingReader
+
+    reader = EmbeddingReader(queries, metric=index.metric, normalize=normalize)
+    result = bulk_search(index, reader, output, k=k, nprobe=nprobe, exclude_self=exclude_self)
+    done_before = result.queries - result.searched
+    earlier = f", {done_before:,} of them in an earlier run" if done_before else ""
+    print(f"hits: {output}: {result.hits:,} for {result.queries:,} queries{earlier}")
+    if result.hits < result.queries * k:
+        print(f"fewer than {k} hits for some queries: the index holds {len(index):,} products", file=sys.stderr)
+    return 0
+
+
+def _encode(
+    index: ProductIndex, model: Path | None, text: str, image: list[Path], attribute: list[str]
+) -> tuple[list[np.ndarray], Card]:
+    """The vector of one query item, and what to show of it."""
+    from retrieval.catalogue import Card
+    from retrieval.present import find_model
+
+    folder = find_model(index, model)
+
+    from datamodules.batch import Item
+    from datamodules.catalogue import parse_attribute
+    from datamodules.schema import Schema
+    from towers.model_folder import load_model
+
+    known = {a.name: a for a in Schema.load(folder / "schema.json").attributes}
+    attributes = {}
+    for fact in attribute:
+        name, equals, value = fact.partition("=")
+        if not equals or name not in known:
+            raise ValueError(f"attribute {fact!r}; expected name=value with one of {', '.join(known) or 'none'}")
+        attributes[name] = parse_attribute(known[name], value)
+    item = Item({"query": text} if text else {}, [file.read_bytes() for file in image], attributes)
+    return list(load_model(folder).encode([item], side="query")), Card(*item[:1], item.attributes, item.images)
+
+
+def _like_card(catalogue: PreparedCatalogue | None, like: str) -> Card:
+    from retrieval.catalogue import Card
+
+    known = catalogue.products([like], images=True) if catalogue and like else {}
+    return known.get(like, Card({"query": f"like {like}"} if like else {"query": "a vector"}))
+
+
+def _read_vector(file: Path, index: ProductIndex, normalize: bool) -> np.ndarray:
+    import numpy as np
+
+    from retrieval.vectors import checked_vectors
+
+    try:
+        array = np.load(file, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{file} is not a .npy file of numbers: {error}") from None
+    array = array[None] if array.ndim == 1 else array
+    if array.ndim == 2 and len(array) != 1:
+        raise ValueError(f"{file} holds {len(array)} vectors: search for many with queries and output")
+    return checked_vectors(array, dim=index.dim, metric=index.metric, normalize=normalize, where=str(file))[0]
+
+
+def _side(embeddings: Path, side: str) -> Path:
+    """EMBEDDINGS/products where `embed` made both sides, else the folder itself."""
+    return embeddings / side if (embeddings / side).is_dir() else embeddings
+
+
+COMMANDS: dict[str, Callable[..., int]] = {"embed": embed, "build": build, "search": search, "evaluate": evaluate}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point of `tritower-index`; returns the exit code: 1 for a problem with what was given, 2 for usage."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    for name in ("retrieval", "towers"):
+        logging.getLogger(name).setLevel(logging.INFO)
+    parser = make_parser("index.py", __doc__ or "", COMMANDS)
+    try:
+        return int(run(parser, COMMANDS, arguments))
+    except (ArtefactError, ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,191 @@
+"""What the commands print: hits as a table, JSON or a page, and what was built."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from retrieval import storage
+from retrieval.catalogue import Card, PreparedCatalogue
+from retrieval.index import Hits, ProductIndex, Settings
+from retrieval.pages import Hit, Section, facts_of, write_sheet
+from retrieval.storage import ArtefactError, Manifest
+
+NARROWEST = 100
+"""Columns assumed where the output is no terminal."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """The hits of one query, ready to be shown.
+
+    Attributes:
+        index: what was searched.
+        query: what was asked.
+        hits: of this one query: (1, K).
+        wanted: the number of hits that were asked for.
+        settings: how it was searched.
+        catalogue: tells titles and pictures; None where it is not known.
+    """
+
+    index: ProductIndex
+    query: Card
+    hits: Hits
+    wanted: int
+    settings: Settings
+    catalogue: PreparedCatalogue | None
+
+    def scored(self) -> list[tuple[str, float]]:
+        """Product ids with their scores, best first; rows of -1 are no hits."""
+        found = self.hits.rows[0] >= 0
+        ids = self.index.ids(self.hits.rows[0][found])
+        return list(zip(ids.tolist(), self.hits.scores[0][found].tolist(), strict=True))
+
+    def note(self) -> str:
+        """Why there are fewer hits than were asked for; empty where there are not."""
+        count = len(self.scored())
+        if count >= self.wanted:
+            return ""
+        if len(self.index) <= self.wanted:
+            return f"{count} hits: the index holds {len(self.index)} products"
+        return f"{count} of {self.wanted} hits found in {self.settings.nprobe} lists: visit more with nprobe"
+
+    def hits_with_cards(self, images: bool = False) -> list[Hit]:
+        """The hits with what the catalogue knows of them."""
+        scored = self.scored()
+        cards = self.catalogue.products({i for i, _ in scored}, images=images) if self.catalogue else {}
+        return [Hit(product_id, score, cards.get(product_id, Card())) for product_id, score in scored]
+
+    def table(self) -> Table:
+        """Rank, score, id, and title and telling attributes where the catalogue is known."""
+        hits = self.hits_with_cards()
+        names = list(dict.fromkeys(name for hit in hits for name, _ in facts_of(hit.card.attributes, 3)))[:3]
+        table = Table()
+        for name in ("rank", "score"):
+            table.add_column(name, justify="right", no_wrap=True)
+        table.add_column("id", overflow="fold")
+        for name in ["title", *names] if self.catalogue else []:
+            table.add_column(Text(name), overflow="fold")
+        for rank, hit in enumerate(hits, 1):
+            facts = dict(facts_of(hit.card.attributes, len(hit.card.attributes)))
+            words = [hit.card.title, *(facts.get(name, "") for name in names)] if self.catalogue else []
+            table.add_row(str(rank), f"{hit.score:.4f}", *(Text(word) for word in (hit.product_id, *words)))
+        return table
+
+    def as_json(self) -> str:
+        """The hits and how they were found, as one JSON object."""
+        hits = [
+            {
+                "rank": rank,
+                "product_id": hit.product_id,
+                "score": hit.score,
+                "text": dict(hit.card.text),
+                "attributes": dict(hit.card.attributes),
+            }
+            for rank, hit in enumerate(self.hits_with_cards(), 1)
+        ]
+        report: dict[str, Any] = {
+            "query": {"text": dict(self.query.text), "attributes": dict(self.query.attributes)},
+            "wanted": self.wanted,
+            "returned": len(hits),
+            "settings": self.settings._asdict(),
+            "index": self.index.manifest.fingerprint,
+            "hits": hits,
+        }
+        return json.dumps(report, indent=1, ensure_ascii=False)
+
+    def write_html(self, file: Path) -> None:
+        """A page with the query and its hits as pictures."""
+        note = self.note() or f"{len(self.scored())} hits among {len(self.index):,} products"
+        write_sheet(file, [Section(self.query, self.hits_with_cards(images=True))], note)
+
+    def show(self) -> None:
+        """Print the table, and on stderr why it is shorter than asked for."""
+        show(self.table())
+        if note := self.note():
+            print(note, file=sys.stderr)
+
+
+def find_catalogue(index: ProductIndex, path: Path | None) -> PreparedCatalogue | None:
+    """The catalogue that is named, else the one the index remembers, provided that it is still the same.
+
+    Raises:
+        ArtefactError: the named folder is no catalogue.
+    """
+    if path is not None:
+        return PreparedCatalogue(path)
+    hint = index.manifest.meta.get("hints", {}).get("catalogue")
+    try:
+        catalogue = PreparedCatalogue(hint) if hint else None
+    except ArtefactError:
+        return None
+    return catalogue if catalogue and catalogue.fingerprint == index.manifest.meta["catalogue"] else None
+
+
+def find_model(index: ProductIndex, path: Path | None) -> Path:
+    """The model that is named, else the one the index remembers; checked against the index.
+
+    Raises:
+        ArtefactError: no model is known, or the embeddings are of another one.
+    """
+    hint = index.manifest.meta.get("hints", {}).get("model")
+    if path is None and (hint is None or not Path(hint).is_dir()):
+        raise ArtefactError(f"no model at hand to encode the query with (the index names {hint}): name it with --model")
+    path = Path(hint) if path is None else path
+    index.check_model(storage.read_manifest(path, "model").fingerprint, str(path))
+    return path
+
+
+def combine(vectors: list[np.ndarray]) -> np.ndarray:
+    """(1, D) sum of unit vectors, of unit length.
+
+    Raises:
+        ValueError: none was given, or they cancel each other out.
+    """
+    if not vectors:
+        raise ValueError("nothing to search for: give text, image, attribute, like or vector, or queries")
+    total = np.sum([vector.ravel() / np.linalg.norm(vector) for vector in vectors], axis=0)
+    length = np.linalg.norm(total)
+    if length < 1e-6:
+        raise ValueError("the parts of the query point in opposite directions and leave nothing to search for")
+    return (total / length)[None].astype(np.float32)
+
+
+def describe_index(path: Path, manifest: Manifest) -> Table:
+    """What an index is, as a table of two columns."""
+    meta = manifest.meta
+    size = sum(entry.bytes for entry in manifest.files.values())
+    training = meta["training"]
+    facts = {
+        "index": str(path),
+        "products": f"{meta['count']:,} of {meta['dim']} dimensions, {meta['metric']}",
+        "factory": meta["factory"],
+        "reason": meta["reason"],
+        "size": f"{size / 1e6:,.1f} MB, {size / meta['count']:,.0f} bytes a product",
+        "model": meta["model"] or "unknown",
+    }
+    if training["vectors"]:
+        per_list = f", {training['per_list']:g} for each list" if "per_list" in training else ""
+        facts["trained"] = (
+            f"on {training['vectors']:,} vectors (seed {training['seed']}){per_list}, {training['device']}"
+        )
+    table = Table(show_header=False, box=None)
+    for name, fact in facts.items():
+        table.add_row(name, Text(fact))
+    return table
+
+
+def show(table: Table) -> None:
+    """Print a table; wide enough to be read from a file too."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=max(console.width, NARROWEST))
+    console.print(table)

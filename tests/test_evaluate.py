@@ -1,0 +1,400 @@
+import base64
+import json
+import re
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+
+from retrieval import metrics, report, storage
+from retrieval.build import Recipe, build_index
+from retrieval.catalogue import Card, PreparedCatalogue, read_qrels
+from retrieval.embeddings import EmbeddingReader, EmbeddingWriter
+from retrieval.evaluate import CUTS, Options, compare, evaluate, failed_gates
+from retrieval.exact import exact_search
+from retrieval.index import ProductIndex
+from retrieval.judgements import make_questions
+from retrieval.pages import Hit, Section, data_url, facts_of, shown, write_sheet
+from retrieval.storage import ArtefactError
+from tests.catalogues import write_catalogue
+from tests.embedded import DIM, unit, write_embeddings
+
+QUICK = Options(split="test", latency_queries=20)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("evaluate")
+    write_catalogue(root / "catalogue", num_groups=200)
+    write_embeddings(root / "catalogue", root / "embeddings")
+    build_index(EmbeddingReader(root / "embeddings" / "products"), root / "flat", Recipe("Flat"))
+    build_index(
+        EmbeddingReader(root / "embeddings" / "products"),
+        root / "ivf",
+        Recipe("IVF8,PQ8x4fsr,Refine(SQ8)", nprobe=2),
+    )
+    return root
+
+
+def measured(folders, index="ivf", options=QUICK, **changes):
+    parts = {
+        "index": ProductIndex.open(folders / index),
+        "products": EmbeddingReader(folders / "embeddings" / "products"),
+        "queries": EmbeddingReader(folders / "embeddings" / "queries"),
+        "catalogue": PreparedCatalogue(folders / "catalogue"),
+    }
+    return evaluate(**{**parts, **changes}, options=options)
+
+
+def by_hand(folders, kind):
+    """hit@10, recall@10 and nDCG@10 of exact search for one kind, in plain Python."""
+    products = {}
+    for batch in EmbeddingReader(folders / "embeddings" / "products").batches():
+        products.update(zip(batch.ids.to_pylist(), batch.vectors, strict=True))
+    catalogue = PreparedCatalogue(folders / "catalogue")
+    table = catalogue.queries().filter(pc.equal(catalogue.queries()["split"], "test")).to_pylist()
+    source = {row["query_id"]: row["source_product_id"] for row in table}
+    grades = {}
+    for row in catalogue.qrels().to_pylist():
+        grades.setdefault(row["query_id"], {})[row["product_id"]] = row["relevance"]
+    figures = []
+    (batch,) = EmbeddingReader(folders / "embeddings" / "queries").batches()
+    for query_id, its_kind, vector in zip(batch.ids.to_pylist(), batch.kinds.to_pylist(), batch.vectors, strict=True):
+        if its_kind != kind or query_id not in source:
+            continue
+        judged = {p: g for p, g in grades[query_id].items() if p != source[query_id]}
+        ranked = sorted((p for p in products if p != source[query_id]), key=lambda p: -float(products[p] @ vector))
+        relevant = {p for p, g in judged.items() if g >= 3}
+        found = len(relevant & set(ranked[:10]))
+        discounts = 1 / np.log2(np.arange(2, 12))
+        gains = np.array([judged.get(p, 0.0) for p in ranked[:10]])
+        ideal = np.array((sorted(judged.values(), reverse=True) + [0.0] * 10)[:10])
+        figures.append((found > 0, found / len(relevant), gains @ discounts / (ideal @ discounts)))
+    return np.mean(figures, axis=0), len(figures)
+
+
+def test_the_figures_are_those_computed_by_hand(folders):
+    result = measured(folders).report
+    assert list(result["queries"]) == ["text", "image", "fused", "product:text", "product:image", "product:attribute"]
+    for kind in result["queries"]:
+        wanted, count = by_hand(folders, kind)
+        figures = result["tasks"]["exact"][kind]
+        got = [figures[name]["value"] for name in ("hit@10", "recall@10", "ndcg@10")]
+        assert np.allclose(got, wanted, atol=1e-9), kind
+        assert result["queries"][kind] == {"count": count, "dropped": 0}
+        for figure in figures.values():
+            assert figure.get("low", 0) <= figure["value"] <= figure.get("high", 1)
+    assert "hit@100" in figures and "map" in figures and "best_recall@1" in figures
+
+
+def test_a_flat_index_equals_the_exact_side(folders):
+    result = measured(folders, "flat").report
+    assert result["tasks"]["exact"] == result["tasks"]["ann"]
+    for figures in result["tasks"]["ann_vs_exact"].values():
+        assert all(figures[f"recall@{k}"]["value"] == 1 for k in CUTS)
+        assert figures["mrr"]["value"] == figures["map"]["value"] == figures["ndcg@10"]["value"] == 1
+    assert result["settings"]["nprobe"] is None
+
+
+def test_an_approximate_index_is_compared_with_exact_search(folders):
+    result = measured(folders).report
+    assert result["settings"]["nprobe"] == 2
+    assert 0.1 < result["tasks"]["ann_vs_exact"]["text"]["recall@10"]["value"] < 1
+    more = measured(folders, options=Options(nprobe=8, latency_queries=0)).report
+    for kind in result["queries"]:
+        few, all_lists = (r["tasks"]["ann_vs_exact"][kind]["recall@10"]["value"] for r in (result, more))
+        assert few <= all_lists
+    assert "latency" not in more
+    assert more["settings"]["nprobe"] == 8
+
+
+def test_compare_takes_the_first_k_of_exact_search_as_relevant():
+    figures = compare(np.array([[1, 9, 3] + [-1] * 97]), np.array([[1, 2, 3, *range(10, 107)]]))
+    assert figures["recall@1"]["value"] == 1
+    assert figures["recall@10"]["value"] == pytest.approx(2 / 10)
+    assert figures["recall@100"]["value"] == pytest.approx(2 / 100)
+    assert figures["mrr"]["value"] == 1
+
+
+def test_a_product_never_finds_itself(folders):
+    result = measured(folders)
+    asked = result.questions.source >= 0
+    for rows in result.found.values():
+        assert rows.shape[1] == 100
+        assert not (rows[asked] == result.questions.source[asked, None]).any()
+        assert (rows[:, :50] >= 0).mean() > 0.9
+
+
+def test_products_with_the_same_vector_are_reported_and_left_out_on_request(folders, tmp_path):
+    twins = EmbeddingWriter(tmp_path / "products", dim=DIM)
+    vectors = unit(np.random.default_rng(0).standard_normal((20, DIM)))
+    vectors[10:15] = vectors[0]
+    twins.write("s", [f"p{i}" for i in range(20)], vectors)
+    twins.finish(["s"])
+    queries = EmbeddingWriter(tmp_path / "queries", dim=DIM, id_column="query_id")
+    queries.write("s", ["q0", "q1"], vectors[:2], ["fused", "fused"])
+    queries.finish(["s"])
+    products = EmbeddingReader(tmp_path / "products")
+    build_index(products, tmp_path / "index", Recipe("Flat"))
+
+    class Stub:
+        fingerprint, text_fields = "c", ("title",)
+
+        def queries(self):
+            return pa.table({"query_id": ["q0", "q1"], "split": ["test"] * 2, "source_product_id": ["p0", "p1"]})
+
+        def qrels(self):
+            relevance = pa.array([1.0] * 3)
+            return pa.table({"query_id": ["q0", "q0", "q1"], "product_id": ["p5", "p0", "p6"], "relevance": relevance})
+
+    def run(exclude):
+        options = Options(exclude_identical=exclude, lexical=False, latency_queries=0)
+        index, reader = ProductIndex.open(tmp_path / "index"), EmbeddingReader(tmp_path / "queries")
+        return evaluate(index, products, reader, catalogue=Stub(), options=options)
+
+    counted, left_out = run(False), run(True)
+    assert counted.report["identical_to_source"] == left_out.report["identical_to_source"] == 1
+    assert set(range(10, 15)) <= set(counted.found["exact"][0].tolist())
+    for rows in left_out.found.values():
+        assert not set(range(10, 15)) & set(rows[0].tolist())
+        assert set(range(1, 10)) <= set(rows[0].tolist())
+    assert left_out.report["settings"]["exclude_identical"] is True
+
+
+def test_queries_without_relevant_products_are_dropped_and_counted(folders, tmp_path):
+    qrels = PreparedCatalogue(folders / "catalogue").qrels()
+    texts = pc.starts_with(qrels["query_id"], "text")
+    kept = qrels.filter(pc.invert(texts))
+    pq.write_table(kept, tmp_path / "qrels.parquet")
+    result = measured(folders, qrels=tmp_path / "qrels.parquet").report
+    full = measured(folders).report
+    assert "text" not in result["tasks"]["exact"]
+    assert result["queries"]["image"] == full["queries"]["image"]
+    with pytest.raises(ValueError, match=r"none of \d+ queries is left: 40 are of split|none of .* split 'nope'"):
+        measured(folders, options=Options(split="nope"))
+
+
+def test_judged_products_that_the_index_lacks_count_as_never_found(folders, tmp_path):
+    qrels = PreparedCatalogue(folders / "catalogue").qrels()
+    ids = qrels["query_id"].unique()
+    gone = pa.table({"query_id": ids, "product_id": ["gone"] * len(ids), "relevance": pa.array([3.0] * len(ids))})
+    pq.write_table(pa.concat_tables([qrels, gone]), tmp_path / "qrels.parquet")
+    before, after = measured(folders, "flat").report, measured(folders, "flat", qrels=tmp_path / "qrels.parquet").report
+    assert after["judged_products_not_in_index"] == 1
+    recall = [r["tasks"]["exact"]["fused"]["recall@100"]["value"] for r in (before, after)]
+    assert recall[1] == pytest.approx(recall[0] / 2)
+
+
+def test_lexical_rows_stand_beside_text_and_product_queries(folders):
+    baselines = measured(folders).report["baselines"]
+    assert list(baselines) == ["bm25", "tf-idf", "jaccard"]
+    for kinds in baselines.values():
+        assert set(kinds) == {"text", "product:text"}
+        assert kinds["text"]["hit@10"]["value"] == 1  # the query is the title of a product
+    with pytest.raises(ValueError, match=r"no field 'colour'.*title, description, price, brand"):
+        measured(folders, options=Options(lexical_fields=["colour"]))
+
+
+def test_the_order_of_shards_does_not_matter(folders, tmp_path):
+    """Embeddings in another order than the index are joined by id."""
+    reader = EmbeddingReader(folders / "embeddings" / "products")
+    batches = list(reader.batches())
+    ids = [i for b in batches for i in b.ids.to_pylist()][::-1]
+    writer = EmbeddingWriter(tmp_path / "reversed", dim=DIM)
+    writer.write("s", ids, np.concatenate([b.vectors for b in batches])[::-1])
+    writer.finish(["s"])
+    result = measured(folders, products=EmbeddingReader(tmp_path / "reversed")).report
+    assert result["tasks"] == measured(folders).report["tasks"]
+
+
+def test_embeddings_of_other_products_or_models_are_refused(folders, tmp_path):
+    writer = EmbeddingWriter(tmp_path / "other", dim=DIM)
+    writer.write("s", ["x", "000-0"], unit(np.ones((2, DIM))))
+    writer.finish(["s"])
+    with pytest.raises(ArtefactError, match="holds 400 products, the embeddings 2, of which 1 are not in the index"):
+        measured(folders, products=EmbeddingReader(tmp_path / "other"))
+    other = write_embeddings(folders / "catalogue", tmp_path / "model-b", model="model-b")
+    with pytest.raises(ArtefactError, match=r"model model-b, but .* embeddings of model-a"):
+        measured(folders, queries=EmbeddingReader(other / "queries"))
+    with pytest.raises(ValueError, match="give a catalogue with judgements, or qrels"):
+        measured(folders, catalogue=None)
+
+
+def test_anyones_vectors_with_qrels_as_csv(folders, tmp_path):
+    generator = np.random.default_rng(0)
+    vectors = unit(generator.standard_normal((50, 8)))
+    pq.write_table(pa.table({"id": [f"p{i}" for i in range(50)], "v": list(vectors)}), tmp_path / "p.parquet")
+    pq.write_table(pa.table({"id": [f"q{i}" for i in range(5)], "v": list(vectors[:5])}), tmp_path / "q.parquet")
+    (tmp_path / "qrels.csv").write_text("query_id,product_id\n" + "".join(f"q{i},p{i}\n" for i in range(4)))
+    products = EmbeddingReader(tmp_path / "p.parquet")
+    build_index(products, tmp_path / "i")
+    index, queries = ProductIndex.open(tmp_path / "i"), EmbeddingReader(tmp_path / "q.parquet")
+    result = evaluate(index, products, queries, qrels=tmp_path / "qrels.csv", options=QUICK).report
+    assert result["queries"] == {"query": {"count": 4, "dropped": 1}}
+    assert result["tasks"]["exact"]["query"]["hit@1"]["value"] == 1
+    assert result["settings"]["split"] is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("query,product_id\na,b\n", r"no column 'query_id' among query, product_id"),
+        ("query_id,product_id,relevance\na,b,high\n", r"relevance is not a number"),
+        ("query_id,product_id,relevance\na,b,1\na,c,-2\n", r"row 1: relevance -2\.0; expected a number >= 0"),
+    ],
+)
+def test_faulty_judgements_are_named(tmp_path, text, message):
+    (tmp_path / "qrels.csv").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_qrels(tmp_path / "qrels.csv")
+
+
+def test_a_query_twice_in_one_kind_is_refused(folders, tmp_path):
+    writer = EmbeddingWriter(tmp_path / "q", dim=DIM, id_column="query_id")
+    writer.write("s", ["a", "a"], unit(np.ones((2, DIM))), ["text", "text"])
+    writer.finish(["s"])
+    with pytest.raises(ValueError, match="query 'a' appears twice in kind 'text'"):
+        make_questions(
+            EmbeddingReader(tmp_path / "q"),
+            pa.table({"query_id": ["a"], "product_id": ["b"], "relevance": [1.0]}),
+            ProductIndex.open(folders / "flat"),
+        )
+
+
+def test_random_and_constant_embeddings_find_no_more_than_chance(tmp_path):
+    count, asked = 1000, 400
+    generator = np.random.default_rng(0)
+    for name, vectors in (
+        ("random", unit(generator.standard_normal((count + asked, 8)))),
+        ("constant", unit(np.ones((count + asked, 8)))),
+    ):
+        root = tmp_path / name
+        root.mkdir()
+        ids = [f"p{i}" for i in range(count)]
+        pq.write_table(pa.table({"product_id": ids, "v": list(vectors[:count])}), root / "p.parquet")
+        pq.write_table(
+            pa.table({"query_id": [f"q{i}" for i in range(asked)], "v": list(vectors[count:])}), root / "q.parquet"
+        )
+        answer = generator.integers(0, count, asked)
+        (root / "qrels.csv").write_text("query_id,product_id\n" + "".join(f"q{i},p{a}\n" for i, a in enumerate(answer)))
+        products = EmbeddingReader(root / "p.parquet")
+        build_index(products, root / "i", Recipe("Flat"))
+        result = evaluate(
+            ProductIndex.open(root / "i"),
+            products,
+            EmbeddingReader(root / "q.parquet"),
+            qrels=root / "qrels.csv",
+            options=Options(latency_queries=0),
+        ).report
+        chance = 10 / count
+        spread = (chance * (1 - chance) / asked) ** 0.5
+        assert abs(result["tasks"]["exact"]["query"]["hit@10"]["value"] - chance) < 4 * spread
+
+
+def test_exact_search_does_not_depend_on_the_size_of_blocks(folders):
+    index = ProductIndex.open(folders / "flat")
+    products = EmbeddingReader(folders / "embeddings" / "products")
+    (batch,) = EmbeddingReader(folders / "embeddings" / "queries").batches()
+    small, large = (exact_search(products, index, batch.vectors, 20, block) for block in (7, 10**5))
+    assert np.array_equal(small.hits.rows, large.hits.rows)
+    assert np.allclose(small.hits.scores, large.hits.scores, atol=1e-6)
+    assert np.array_equal(small.hits.rows, index.search(batch.vectors, 20).rows)
+    assert np.array_equal(small.content, large.content)
+
+
+def test_gates_name_what_falls_short(folders):
+    result = measured(folders).report
+    assert failed_gates(result, ["exact.fused.hit@10>=0.01", "ann_vs_exact.*.recall@10 >= 0"]) == []
+    failures = failed_gates(result, ["ann_vs_exact.*.recall@10>=1.01"])
+    assert len(failures) == 6
+    assert re.fullmatch(r"ann_vs_exact\.text\.recall@10 is 0\.\d{4}, below 1\.01", failures[0])
+    with pytest.raises(ValueError, match=r"gate 'recall>0\.9'; expected for example ann_vs_exact"):
+        failed_gates(result, ["recall>0.9"])
+    with pytest.raises(ValueError, match=r"no fused\.recall@7 in task ann"):
+        failed_gates(result, ["ann.fused.recall@7>=0.5"])
+
+
+def test_the_page_stands_alone_and_the_json_reads_back(folders, tmp_path):
+    result = measured(folders)
+    index, catalogue = ProductIndex.open(folders / "ivf"), PreparedCatalogue(folders / "catalogue")
+    sections = report.examples(result, index, catalogue, per_kind=2)
+    assert [s.heading for s in sections].count("kind: text") == 2
+    assert all(s.hits for s in sections)
+    image_query = next(s for s in sections if s.heading == "kind: product:image")
+    assert not image_query.query.text and not image_query.query.attributes
+    oracle = {"recall@10": {"text": 0.5, "text+image+attribute": 0.9, "text+image": 0.8}}
+    report.write_report(tmp_path / "r", result, sections, oracle)
+    stored = json.loads((tmp_path / "r" / "report.json").read_text())
+    assert stored["tasks"] == result.report["tasks"] and stored["oracle"] == oracle
+    page = (tmp_path / "r" / "report.html").read_text(encoding="utf-8")
+    assert not re.search(r"(src|href)=\"(?!data:)", page)
+    plots = re.findall(r"data:image/png;base64,([A-Za-z0-9+/=]+)", page)
+    assert len(plots) == 2 and all(base64.b64decode(plot).startswith(b"\x89PNG") for plot in plots)
+    assert page.count("data:image/jpeg") > 20
+    assert 'class="card relevant"' in page
+    rows = {
+        (kind, name): figures
+        for kind in result.report["queries"]
+        for name, figures in report._rows_of_kind(result.report, kind)
+    }
+    assert rows["fused", "oracle"] == {"recall@10": {"value": 0.9}}
+    assert rows["product:text", "oracle"] == {"recall@10": {"value": 0.5}}
+    assert ("text", "oracle") not in rows
+    assert report.terminal_table(result.report).row_count == len(rows)
+
+
+def test_pages_escape_what_comes_from_catalogues(tmp_path):
+    card = Card({"title": "<script>alert(1)</script> 连衣裙"}, {"brand": "A&B"}, (b"\x89PNG...",))
+    write_sheet(tmp_path / "s.html", [Section(card, [Hit("<p1>", 0.5, card, True)])], "note")
+    page = (tmp_path / "s.html").read_text(encoding="utf-8")
+    assert "<script>" not in page and "&lt;script&gt;" in page and "连衣裙" in page and "&lt;p1&gt;" in page
+    assert "A&amp;B" in page
+
+
+def test_values_are_shown_as_people_write_them():
+    assert shown(59.9) == "59.9" and shown(40.0) == "40" and shown(0.0) == "0" and shown(1299.5) == "1299.5"
+    assert shown(["Shoes", "Boots"]) == "Shoes > Boots"
+    assert [name for name, _ in facts_of({"size": "M", "price": 3.0, "brand": "Acme"})] == ["brand", "price", "size"]
+    assert data_url(b"\xff\xd8abc").startswith("data:image/jpeg;base64,")
+
+
+def test_the_catalogue_gives_cards_by_id(folders):
+    catalogue = PreparedCatalogue(folders / "catalogue")
+    cards = catalogue.products(["001-1", "199-0", "nope"], images=True)
+    assert set(cards) == {"001-1", "199-0"}
+    assert cards["001-1"].title.endswith("no 1") and len(cards["001-1"].images) == 2
+    assert cards["001-1"].attributes["category"][0] == "home"
+    assert catalogue.products(["001-1"])["001-1"].images == ()
+    assert catalogue.products([]) == {}
+    (product, typed) = ("product-0", "text-1")
+    queries = catalogue.query_cards([product, typed], images=True)
+    assert queries[product] == catalogue.products(["000-0"], images=True)["000-0"]
+    assert list(queries[typed].text) == ["query"]
+    with pytest.raises(ArtefactError, match="no such folder"):
+        PreparedCatalogue(folders / "nowhere")
+
+
+def test_a_catalogue_without_judgements_says_so(tmp_path):
+    write_catalogue(tmp_path / "c", num_groups=5, queries=False)
+    catalogue = PreparedCatalogue(tmp_path / "c")
+    assert len(catalogue.queries()) == 0
+    with pytest.raises(ArtefactError, match="has no judgements"):
+        catalogue.qrels()
+
+
+def test_metrics_of_a_perfect_ranking_reach_the_best_recall(folders):
+    questions = measured(folders).questions
+    width = questions.relevant.shape[1]
+    perfect = np.concatenate([questions.relevant, np.full((len(questions.ids), 100 - width), -1)], axis=1)
+    for k in CUTS:
+        assert metrics.recall_at_k(perfect, questions.relevant, k) == metrics.best_recall_at_k(questions.relevant, k)
+
+
+def test_the_report_names_the_index_by_its_fingerprint(folders):
+    result = measured(folders).report
+    assert result["index"]["fingerprint"] == storage.fingerprint(folders / "ivf")
+    assert result["index"]["bytes_per_product"] > 8
+    assert result["catalogue_is_that_of_the_index"] is True
+    assert result["latency"]["queries"] == 20 and result["latency"]["p99_ms"] >= result["latency"]["p50_ms"] > 0
