@@ -10,8 +10,8 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import chain, islice
 
-from datamodules.catalogue import Row
 from datamodules.records import Record
+from datamodules.rows import Row
 from datamodules.tables import CatalogueError
 
 CHUNK = 32

@@ -15,12 +15,14 @@ import pyarrow.parquet as pq
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from datamodules.catalogue import ProductParser, Reading, Row
+from datamodules.catalogue import ProductParser, Reading
 from datamodules.columns import ATTRIBUTES, Columns
+from datamodules.judgements import Judgements, query_splits
 from datamodules.parallel import parse_records
 from datamodules.pictures import digest
-from datamodules.queries import ASKED, Judgements, QueryParser, QuerySet, find_parts, query_splits
+from datamodules.queries import ASKED, QueryParser, QuerySet, find_parts
 from datamodules.report import ProblemLog, console
+from datamodules.rows import Row
 from datamodules.schema import Schema
 from datamodules.shards import ShardWriter, Spool, product_columns, query_columns
 from datamodules.splits import SPLIT_NAMES, Arrangement, Members, SplitPolicy, arrange

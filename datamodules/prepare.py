@@ -12,7 +12,6 @@ import inspect
 import shutil
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +22,7 @@ from jsonargparse import ArgumentParser
 from PIL import ImageColor
 
 from datamodules.catalogue import Reading
-from datamodules.columns import ATTRIBUTES, Columns, Override
+from datamodules.columns import Override
 from datamodules.guess import guess_columns
 from datamodules.images import LIMITS
 from datamodules.pictures import PictureReader
@@ -38,12 +37,11 @@ from datamodules.report import (
     problems_grid,
     summary_grid,
 )
-from datamodules.splits import SPLIT_NAMES, Arrangement, SplitPolicy, leaks, product_leaks
+from datamodules.splits import SplitPolicy
+from datamodules.summary import Report, make_report, summary
 from datamodules.tables import CatalogueError, Table
 from datamodules.values import Decimal
 from retrieval.storage import ArtefactError, new_folder, write_json
-
-Report = dict[str, Any]
 
 
 def prepare(
@@ -139,11 +137,11 @@ def prepare(
             splits = run.asked(arrangement.splits, *asked)
             if threshold is not None:
                 log.check(threshold)
-        report = _report(run, roles, arrangement, splits) | {"settings": settings}
+        report = make_report(run, roles, arrangement, splits) | {"settings": settings}
         write_json(folder / "report.json", report)
         meta |= {name: report[name] for name in ("rows", "accepted", "rejected", "splits")}
         meta["seconds"] = round(time.monotonic() - start, 1)  # not in a file: equal input gives an equal fingerprint
-    _show_summary(report, meta["seconds"], output)
+    _show(summary_grid(summary(report, meta["seconds"], output)))
     return report
 
 
@@ -190,70 +188,6 @@ def _colour(name: str) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def _report(run: Preparation, columns: Columns, arrangement: Arrangement, query_splits: list[str]) -> Report:
-    """What report.json says; it depends on nothing but the input and the settings."""
-    members, counts = run.members, next(iter(run.log.files.values()))
-    moved = sum(own != family for own, family in zip(members.families, arrangement.families, strict=True))
-    queries = zip(run.queries.contents, query_splits, run.queries.ids, strict=True)
-    return {
-        "rows": counts.rows,
-        "accepted": counts.accepted,
-        "rejected": counts.rejected,
-        "files": {name: file.to_dict() for name, file in run.log.files.items()},
-        "problems": dict(sorted(run.log.codes.items())),
-        "columns": {role: [c.name for c in columns.of(role)] for role in ("text", "image", *ATTRIBUTES)},
-        "products": {name.replace(" ", "_"): number for name, number in sorted(run.counts.items())},
-        "splits": _count_splits(arrangement.splits),
-        "groups": _of_two_or_more(members.groups),
-        "families": _of_two_or_more(arrangement.families),
-        "family_from_picture": moved,
-        "largest_set": arrangement.largest,
-        "placeholder_pictures": {picture.hex(): n for picture, n in sorted(arrangement.placeholders.items())},
-        "leaks": product_leaks(members, arrangement) | {"query": leaks(queries)},
-        "queries": {"count": len(run.queries), "splits": _count_splits(query_splits), "judgements": len(run.judgements),
-                    "irrelevant": run.judgements.irrelevant, "repeated": run.judgements.repeated},
-    }  # fmt: skip
-
-
-def _count_splits(splits: list[str]) -> dict[str, int]:
-    counts = Counter(splits)
-    return {name: counts[name] for name in SPLIT_NAMES}
-
-
-def _of_two_or_more(keys: list[str | None]) -> int:
-    """How many groups or families have two members or more."""
-    return sum(count > 1 for key, count in Counter(keys).items() if key is not None)
-
-
-def _show_summary(report: Report, seconds: float, output: Path) -> None:
-    products, queries = report["products"], report["queries"]
-    leaking = [f"{kind} {leak['count']:,}" for kind, leak in report["leaks"].items() if leak["count"]]
-    facts = {
-        "products": f"{report['accepted']:,}, with picture {products['with_picture']:,}, with text "
-        f"{products['with_text']:,}, with attributes {products['with_attributes']:,}",
-        "pictures": f"{products['pictures']:,}",
-        "splits": _numbers(report["splits"]),
-        "groups": f"{report['groups']:,} of two or more",
-        "families": f"{report['families']:,} of two or more; by picture {report['family_from_picture']:,} products",
-        "leaks": "none between splits"
-        if not leaking
-        else f"{', '.join(leaking)}: in more than one split, see report.json",
-    }
-    if report["placeholder_pictures"]:
-        most = max(report["placeholder_pictures"].values())
-        facts["placeholders"] = f"{len(report['placeholder_pictures'])} pictures that up to {most:,} products share"
-    if queries["count"]:
-        facts["queries"] = f"{queries['count']:,}: {_numbers(queries['splits'])}"
-        facts["judgements"] = f"{queries['judgements']:,}"
-    facts["time"] = f"{seconds:,.1f} s, {report['rows'] / max(seconds, 0.1):,.0f} rows/s"
-    facts["catalogue"] = str(output)
-    _show(summary_grid(facts))
-
-
-def _numbers(counts: dict[str, int]) -> str:
-    return ", ".join(f"{name} {count:,}" for name, count in counts.items())
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     options = _parser().parse_args(argv)
@@ -270,18 +204,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> ArgumentParser:
     """Options, types and help are those of `prepare`."""
-    first, _, last = (__doc__ or "").split("\n\n")
-    parser = ArgumentParser(prog="python -m datamodules.prepare", description=f"{first} {last}", allow_abbrev=False)
+    about = (__doc__ or "").split("\n\n")[0]
+    parser = ArgumentParser(prog="python -m datamodules.prepare", description=about, allow_abbrev=False)
     types = get_type_hints(prepare)
     helps = {param.arg_name: param.description for param in docstring_parser.parse(prepare.__doc__ or "").params}
     for name, parameter in inspect.signature(prepare).parameters.items():
         option = f"--{name.replace('_', '-')}"
         if parameter.default is inspect.Parameter.empty:
-            parser.add_argument(name, type=types[name], help=helps[name])
+            parser.add_argument(name, type=types[name], help=helps.get(name))
         elif parameter.default is False:
-            parser.add_argument(option, action="store_true", help=helps[name])
+            parser.add_argument(option, action="store_true", help=helps.get(name))
         else:
-            parser.add_argument(option, type=types[name], default=parameter.default, help=helps[name])
+            parser.add_argument(option, type=types[name], default=parameter.default, help=helps.get(name))
     return parser
 
 

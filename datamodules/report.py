@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text
 
-from datamodules.catalogue import NOTES, Problem, Row
 from datamodules.columns import Columns
+from datamodules.rows import NOTES, Problem, Row
 from datamodules.tables import CatalogueError
 
 

@@ -12,10 +12,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_images import encode, noise
 
-from datamodules.catalogue import ProductParser, Reading, Row, parse_attribute
+from datamodules.catalogue import ProductParser, Reading, parse_attribute
 from datamodules.columns import Column, Columns, Role
 from datamodules.pictures import PictureReader
 from datamodules.records import Record
+from datamodules.rows import Row
 from datamodules.schema import Attribute
 from datamodules.values import Cell, Number
 
@@ -312,7 +313,7 @@ def test_attribute_that_cannot_be_meant(attribute: Attribute, text: str, message
 def test_guide_names_every_code() -> None:
     root = Path(__file__).parent.parent
     guide = (root / "docs/catalogue.md").read_text(encoding="utf-8")
-    names = ("values", "images", "records", "tables", "pictures", "catalogue", "queries", "guess")
+    names = ("values", "images", "records", "tables", "pictures", "catalogue", "queries", "judgements")
     source = "".join((root / f"datamodules/{name}.py").read_text(encoding="utf-8") for name in names)
     codes = set(re.findall(r'(?:BadValue|ImageError|rejected)\(\s*"([A-Z_]+)"', source))
     assert {"EMPTY_FILE", "ID_MISSING", "UNKNOWN_QUERY"} <= codes

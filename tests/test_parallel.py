@@ -6,9 +6,9 @@ import os
 
 import pytest
 
-from datamodules.catalogue import Row
 from datamodules.parallel import CHUNK, parse_records
 from datamodules.records import Record
+from datamodules.rows import Row
 from datamodules.tables import CatalogueError
 
 RECORDS = [Record(row, row + 1, {"id": str(row)}) for row in range(1, 200)]
