@@ -33,9 +33,14 @@ def make_report(run: Preparation, columns: Columns, arrangement: Arrangement, qu
         "largest_set": arrangement.largest,
         "placeholder_pictures": {picture.hex(): n for picture, n in sorted(arrangement.placeholders.items())},
         "leaks": product_leaks(members, arrangement) | {"query": leaks(queries)},
-        "queries": {"count": len(run.queries), "splits": _count_splits(query_splits), "judgements": len(run.judgements),
-                    "irrelevant": run.judgements.irrelevant, "repeated": run.judgements.repeated},
-    }  # fmt: skip
+        "queries": {
+            "count": len(run.queries),
+            "splits": _count_splits(query_splits),
+            "judgements": len(run.judgements) - run.judgements.repeated,
+            "irrelevant": run.judgements.irrelevant,
+            "repeated": run.judgements.repeated,
+        },
+    }
 
 
 def _count_splits(splits: list[str]) -> dict[str, int]:

@@ -332,7 +332,7 @@ def test_pairs_that_ask_the_same_are_one_query(tmp_path: Path) -> None:
         ("p3", 2),
     ]
     assert report["queries"] == {
-        "count": 4, "splits": {"train": 2, "val": 1, "test": 1}, "judgements": 6, "irrelevant": 1, "repeated": 1
+        "count": 4, "splits": {"train": 2, "val": 1, "test": 1}, "judgements": 5, "irrelevant": 1, "repeated": 1
     }  # fmt: skip
     assert report["files"]["pairs.csv"] == {"rows": 7, "accepted": 7, "rejected": 0, "with_problem": 0}
 
