@@ -27,20 +27,19 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,hf]'
 	@touch $@
 
-# Each line of the walk is shown before it runs and is what a user would type.
+# Every line is shown before it runs and is what a user would type. The last one prints the figures and its page.
 demo: export PATH := $(CURDIR)/$(BIN):$(PATH)
 demo: $(INSTALLED)  ## From a made-up catalogue to recall figures and a page with pictures, in demo/.
 	rm -rf demo
 	python -m datamodules.samples --output demo/raw
 	python -m datamodules.prepare demo/raw/products.csv --queries demo/raw/queries.csv --qrels demo/raw/qrels.csv \
 		--output demo/catalogue
-	python train.py fit --config configs/demo.yaml
+	python train.py fit --config configs/demo.yaml --run demo
 	python index.py embed --model demo/model --catalogue demo/catalogue --output demo/embeddings
 	python index.py build --embeddings demo/embeddings/products --output demo/index
-	python index.py evaluate --index demo/index --embeddings demo/embeddings --catalogue demo/catalogue \
+	python index.py search --index demo/index --text "red striped mug" --html demo/search.html
+	python index.py evaluate --index demo/index --embeddings demo/embeddings --oracle demo/raw/oracle.json \
 		--output demo/report
-	python index.py search --index demo/index --model demo/model --catalogue demo/catalogue \
-		--text "red running shoe" --html demo/search.html
 
 test: $(INSTALLED) lint  ## Format check, lint and all tests; skipped ones say why.
 	$(BIN)/pytest -q -rs --durations=15
