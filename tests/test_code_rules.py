@@ -141,6 +141,18 @@ def test_modules_import_each_other_without_cycles():
         pytest.fail(" -> ".join(error.args[1]))
 
 
+def test_training_needs_no_faiss():
+    ours = {module_name(path): path for path in shipped_files()}
+    reached, todo = set(), ["train"]
+    while todo:
+        name = todo.pop()
+        if name in ours and name not in reached:
+            todo += [i.module for i in imports(ours[name]) if not i.lazy]
+        reached.add(name)
+    assert "towers.two_tower" in reached
+    assert "faiss" not in reached
+
+
 def test_searching_and_preparing_start_without_torch():
     light = [module_name(path) for path in (ROOT / "retrieval").glob("*.py")]
     light += [name for name in FORBIDDEN if name.startswith("datamodules.")]
