@@ -1,0 +1,157 @@
+"""Things, the listings that offer them, and what each listing shows of its thing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from datamodules.sample_facts import (
+    BRAND_SHARES,
+    BRANDS_PER_USE,
+    CHOICES,
+    FEATURES,
+    KINDS,
+    PRICE_NOISE,
+    PRICE_SPREAD,
+    Thing,
+    brand_name,
+)
+from datamodules.sample_oracle import SHARES, UNKNOWN, Evidence
+from datamodules.sample_text import STYLES, Text, write_text
+
+SELLERS_PER_THING = {1: 0.08, 2: 0.42, 3: 0.33, 4: 0.17}
+"""How many listings a thing has, and how often."""
+
+MISSING = {"picture": 0.04, "description": 0.12, "brand": 0.08, "price": 0.06, "features": 0.3}
+"""How often a listing lacks a field."""
+
+SECOND_VIEW = 0.25
+"""How often a listing with a picture has another one."""
+
+
+class Listing(NamedTuple):
+    """One row of the catalogue: one seller's offer of a thing.
+
+    Attributes:
+        product_id: opaque.
+        group: number of the thing; the listings of one thing are the same thing.
+        thing: what is offered.
+        seller: position in `sample_text.STYLES`.
+        text: title and description.
+        pictures: file names under `images/`, the main one first.
+        brand: None where the seller does not say.
+        price: USD; None where the seller does not say.
+        features: what the product is praised for, chosen from those of its use.
+    """
+
+    product_id: str
+    group: int
+    thing: Thing
+    seller: int
+    text: Text
+    pictures: tuple[str, ...]
+    brand: str | None
+    price: float | None
+    features: tuple[str, ...]
+
+    @property
+    def category(self) -> tuple[str, str, str]:
+        """Three levels, root first; the last one tells the use."""
+        kind = KINDS[self.thing.kind]
+        return (*kind.path, f"{kind.uses[self.thing.use].word.capitalize()} {kind.noun.word}s")
+
+
+class Offer(NamedTuple):
+    """Who sells which thing."""
+
+    group: int
+    thing: Thing
+    seller: int
+
+
+def draw_listings(products: int, seed: int) -> list[Listing]:
+    """That many listings in random order."""
+    rng = np.random.default_rng((seed, 0))
+    offers: list[Offer] = []
+    family = group = 0
+    while len(offers) < products:
+        for thing in draw_family(family, rng):
+            sellers = rng.choice(list(SELLERS_PER_THING), p=list(SELLERS_PER_THING.values()))
+            offers += [Offer(group, thing, int(seller)) for seller in rng.permutation(len(STYLES))[:sellers]]
+            group += 1
+        family += 1
+    order = rng.permutation(products)
+    return [_listing(f"p{number:05d}", offers[i], rng) for number, i in enumerate(order)]
+
+
+def draw_family(family: int, rng: np.random.Generator) -> list[Thing]:
+    """One to three variants of one style: they differ in colourway, or in size, and in price."""
+    kind, shape, material, use = (int(rng.integers(count)) for count in (len(KINDS), CHOICES, CHOICES, CHOICES))
+    brand = int(rng.choice(BRANDS_PER_USE, p=BRAND_SHARES))
+    colourways, sizes = rng.permutation(CHOICES).tolist(), rng.permutation(CHOICES).tolist()
+    if rng.random() < 0.6:
+        variants = [(colourway, sizes[0]) for colourway in colourways]
+    else:
+        variants = [(colourways[0], size) for size in sizes]
+    return [
+        Thing(family, kind, shape, colourway, material, size, use, brand, _log_price(kind, rng))
+        for colourway, size in variants[: rng.integers(1, len(variants) + 1)]
+    ]
+
+
+def _log_price(kind: int, rng: np.random.Generator) -> float:
+    return float(np.log(KINDS[kind].price) + PRICE_SPREAD * rng.standard_normal())
+
+
+def _listing(product_id: str, offer: Offer, rng: np.random.Generator) -> Listing:
+    thing = offer.thing
+    missing = {field for field, share in MISSING.items() if rng.random() < share}
+    use = KINDS[thing.kind].uses[thing.use].word
+    pictures = [f"{product_id}.jpg", *([f"{product_id}_2.jpg"] if rng.random() < SECOND_VIEW else [])]
+    price = round(float(np.exp(thing.log_price + PRICE_NOISE * rng.standard_normal())), 2)
+    features = rng.permutation(FEATURES[use])[: rng.integers(1, 3)].tolist()
+    return Listing(
+        product_id=product_id,
+        group=offer.group,
+        thing=thing,
+        seller=offer.seller,
+        text=write_text(thing.words(), offer.seller, "description" not in missing, rng),
+        pictures=() if "picture" in missing else tuple(pictures),
+        brand=None if "brand" in missing else brand_name(thing.kind, thing.use, thing.brand),
+        price=None if "price" in missing else price,
+        features=() if "features" in missing else tuple(features),
+    )
+
+
+def evidence(listings: Sequence[Listing]) -> dict[str, Evidence]:
+    """Modality -> what each listing shows there, as the oracle reads it."""
+    truth = {fact: np.array([getattr(listing.thing, fact) for listing in listings], np.int64) for fact in SHARES}
+    everywhere = np.ones(len(listings), bool)
+    pictured = np.array([bool(listing.pictures) for listing in listings])
+    branded = np.array([listing.brand is not None for listing in listings])
+    written = {fact: np.array([fact in listing.text.shown for listing in listings]) for fact in ("material", "size")}
+    shown = {
+        "text": {"kind": everywhere, **written},
+        "image": {"kind": pictured, "shape": pictured, "colourway": pictured},
+        "attribute": {"kind": everywhere, "use": everywhere, "brand": branded},
+    }
+    nothing = np.full(len(listings), np.nan)
+    return {
+        modality: Evidence(
+            {fact: np.where(facts.get(fact, ~everywhere), truth[fact], UNKNOWN) for fact in SHARES},
+            _prices(listings) if modality == "attribute" else nothing,
+        )
+        for modality, facts in shown.items()
+    }
+
+
+def _prices(listings: Sequence[Listing]) -> np.ndarray:
+    spread = np.hypot(PRICE_SPREAD, PRICE_NOISE)
+    return np.array(
+        [
+            np.nan if listing.price is None else np.log(listing.price / KINDS[listing.thing.kind].price) / spread
+            for listing in listings
+        ]
+    )

@@ -1,0 +1,131 @@
+"""What customers of the sample catalogue ask, and which listings answer how well.
+
+A query asks for the facts that it shows, and its judgements cover the whole catalogue, also facts that a listing holds
+without saying so. Grade 3 is an answer in full:
+
+* **text**: all asked facts hold. With five or six asked, 2 = all but one, 1 = all but two; the kind must hold.
+* **image**, a new photo: same shape and colourway; 2 = the shape alone.
+* **product**, one listing: the same thing from another seller; 2 = another variant of its style.
+
+A query belongs to the split of the thing that it was made from, and no two text queries have the same full answers:
+what test asks was never asked in training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from datamodules.sample_listings import Listing
+from datamodules.sample_text import write_query
+
+ASKED = {"hue": 0.3, "pattern": 0.2, "material": 0.2, "size": 0.15, "use": 0.15}
+"""Facts that people ask for besides the kind, and how often they come to mind."""
+
+ASKED_COUNT = {2: 0.3, 3: 0.4, 4: 0.2, 5: 0.1}
+"""How many of them a query names."""
+
+MOST_ANSWERS = 40
+"""A text query with more answers in full than that asks too little to be judged by its first hits."""
+
+CHINESE = 0.15
+"""How often somebody types Chinese."""
+
+
+class Query(NamedTuple):
+    """One query and its judgements.
+
+    Attributes:
+        query_id: opaque.
+        type: `text`, `image` or `product`.
+        split: `train`, `val` or `test`.
+        source: position of the listing whose thing it was made from.
+        text: what is typed, for text queries.
+        grades: (N,) int64 relevance of every listing, 0 to 3.
+    """
+
+    query_id: str
+    type: str
+    split: str
+    source: int
+    text: str
+    grades: np.ndarray
+
+
+def draw_queries(listings: Sequence[Listing], seed: int) -> list[Query]:
+    """Text queries for a sixth of the listings, and for val and test photos and one product query per thing."""
+    rng = np.random.default_rng((seed, 1))
+    return [
+        *text_queries(listings, len(listings) // 6, rng),
+        *image_queries(listings, len(listings) // 30, rng),
+        *product_queries(listings),
+    ]
+
+
+def text_queries(listings: Sequence[Listing], count: int, rng: np.random.Generator) -> list[Query]:
+    """Up to `count` combinations of facts, each of which some listing has, and each with answers of its own."""
+    words = [listing.thing.words() for listing in listings]
+    truth = {fact: np.array([w[fact].word for w in words]) for fact in ("kind", *ASKED)}
+    answered_before: set[bytes] = set()
+    queries: list[Query] = []
+    for _ in range(20 * count):  # small catalogues run out of combinations
+        if len(queries) == count:
+            break
+        source = int(rng.integers(len(listings)))
+        number = rng.choice(list(ASKED_COUNT), p=list(ASKED_COUNT.values()))
+        facts = ["kind", *rng.choice(list(ASKED), number, replace=False, p=list(ASKED.values())).tolist()]
+        grades = text_grades({fact: truth[fact] == words[source][fact].word for fact in facts})
+        answers = (grades == 3).tobytes()
+        if answers in answered_before or (grades == 3).sum() > MOST_ANSWERS:
+            continue
+        answered_before.add(answers)
+        language = "zh" if rng.random() < CHINESE else "en"
+        text = write_query({fact: words[source][fact] for fact in facts}, language, rng)
+        queries.append(Query(f"text-{len(queries):04d}", "text", listings[source].thing.split, source, text, grades))
+    return queries
+
+
+def text_grades(holds: dict[str, np.ndarray]) -> np.ndarray:
+    """(N,) grades from fact -> (N,) bool: whether the asked fact holds for each listing."""
+    matched = np.sum(list(holds.values()), axis=0)
+    grades = 3 - (len(holds) - matched)
+    return np.where(holds["kind"] & (matched >= min(len(holds), 4)), grades, 0).clip(0)
+
+
+def image_queries(listings: Sequence[Listing], count: int, rng: np.random.Generator) -> list[Query]:
+    """New photos of up to `count` things of val and test."""
+    shape = np.array([(listing.thing.kind, listing.thing.shape) for listing in listings])
+    colourway = np.array([listing.thing.colourway for listing in listings])
+    sources = rng.permutation(_one_per_thing(listings))[:count].tolist()
+    queries: list[Query] = []
+    for source in sources:
+        same_shape = (shape == shape[source]).all(axis=1)
+        grades = np.where(same_shape, np.where(colourway == colourway[source], 3, 2), 0)
+        split = listings[source].thing.split
+        queries.append(Query(f"photo-{len(queries):04d}", "image", split, source, "", grades))
+    return queries
+
+
+def product_queries(listings: Sequence[Listing]) -> list[Query]:
+    """One listing with a picture of every thing of val and test that has several sellers."""
+    group = np.array([listing.group for listing in listings])
+    family = np.array([listing.thing.family for listing in listings])
+    queries = []
+    for source in _one_per_thing(listings):
+        grades = np.where(group == group[source], 3, np.where(family == family[source], 2, 0))
+        grades[source] = 0
+        if 3 in grades:
+            listing = listings[source]
+            queries.append(Query(f"like-{listing.product_id}", "product", listing.thing.split, source, "", grades))
+    return queries
+
+
+def _one_per_thing(listings: Sequence[Listing]) -> list[int]:
+    """The first listing with a picture of every thing of val and test."""
+    first: dict[int, int] = {}
+    for position, listing in enumerate(listings):
+        if listing.pictures and listing.thing.split != "train":
+            first.setdefault(listing.group, position)
+    return list(first.values())

@@ -1,0 +1,255 @@
+"""The built-in sample catalogue: products drawn by code, brought as a shop would bring them.
+
+    python -m datamodules.samples --output DIR
+
+writes `products.csv`, `queries.csv`, `qrels.csv`, `images/` and `oracle.json`. What products are made of stands in
+`sample_facts`, how well they can be told apart in `sample_oracle`, both in words in docs/samples.md.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import multiprocessing
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jsonargparse import ArgumentParser
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from datamodules.sample_facts import HUES, KINDS, PATTERNS, Thing, colourway
+from datamodules.sample_listings import Listing, draw_listings, evidence
+from datamodules.sample_oracle import oracle
+from datamodules.sample_pictures import photograph
+from datamodules.sample_queries import Query, draw_queries
+from datamodules.sample_text import STYLES
+
+K = 10
+"""The oracle tells recall@K."""
+
+
+def write_samples(
+    output: Path,
+    *,
+    products: int = 3000,
+    seed: int = 0,
+    image_size: int = 64,
+    num_workers: int = 2,
+    overwrite: bool = False,
+) -> dict[str, float]:
+    """Write a sample catalogue; the same for the same arguments, whatever the number of workers.
+
+    Args:
+        output: a new folder.
+        products: how many listings; the facts are made for about 3000.
+        seed: of everything random.
+        image_size: side of the pictures in pixels.
+        num_workers: processes that draw pictures.
+        overwrite: replace a sample catalogue that stands there.
+
+    Returns:
+        Subset of modalities, e.g. `text+image` -> the oracle's recall@10 on the product queries of the test split.
+
+    Raises:
+        ValueError: `products` or `image_size` is too small.
+        FileExistsError: `output` is there already and is not to be overwritten.
+    """
+    for name, value, least in (("products", products, 100), ("seed", seed, 0), ("image_size", image_size, 16)):
+        if value < least:
+            raise ValueError(f"{name}={value} is too small: at least {least}.")
+    output = output.absolute()
+    _refuse(output, overwrite)
+    listings = draw_listings(products, seed)
+    queries = draw_queries(listings, seed)
+    report = oracle_report(listings, queries, {"products": products, "seed": seed, "image_size": image_size})
+    partial = output.with_name(f".{output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        _write(partial, listings, queries, report)
+        draw_pictures(_pictures(listings, queries, partial / "images", image_size, seed), num_workers)
+        shutil.rmtree(output, ignore_errors=True)
+        partial.rename(output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return report[f"recall@{K}"]
+
+
+def _write(folder: Path, listings: Sequence[Listing], queries: Sequence[Query], report: Mapping[str, Any]) -> None:
+    (folder / "images").mkdir(parents=True)
+    _write_csv(folder / "products.csv", PRODUCT_COLUMNS, map(product_row, listings))
+    _write_csv(folder / "queries.csv", QUERY_COLUMNS, (query_row(query, listings) for query in queries))
+    _write_csv(folder / "qrels.csv", QREL_COLUMNS, qrel_rows(queries, listings))
+    (folder / "oracle.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+
+
+def _refuse(output: Path, overwrite: bool) -> None:
+    """Raise if something stands at `output` that must stay."""
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    if not overwrite:
+        raise FileExistsError(f"{output} is there already. Choose another --output, or add --overwrite.")
+    if not (output / "oracle.json").is_file():
+        raise FileExistsError(f"{output} is not a sample catalogue (it has no oracle.json): it is not overwritten.")
+
+
+PRODUCT_COLUMNS = (
+    "id",
+    "title",
+    "description",
+    "category",
+    "brand",
+    "price",
+    "currency",
+    "attributes",
+    "image",
+    "extra_images",
+    "group_id",
+    "family_id",
+    "split",
+    "language",
+)
+QUERY_COLUMNS = ("query_id", "type", "text", "image", "source_product_id", "split")
+QREL_COLUMNS = ("query_id", "product_id", "relevance")
+
+
+def product_row(listing: Listing) -> Sequence[str]:
+    """A listing in the order of `PRODUCT_COLUMNS`; what is missing is empty."""
+    images = [f"images/{name}" for name in listing.pictures]
+    return (
+        listing.product_id,
+        listing.text.title,
+        listing.text.description,
+        " > ".join(listing.category),
+        listing.brand or "",
+        "" if listing.price is None else f"{listing.price:.2f}",
+        "" if listing.price is None else "USD",
+        json.dumps({"features": "|".join(listing.features)}) if listing.features else "",
+        "".join(images[:1]),
+        "|".join(images[1:]),
+        f"g{listing.group:05d}",
+        f"f{listing.thing.family:05d}",
+        listing.thing.split,
+        STYLES[listing.seller].language,
+    )
+
+
+def query_row(query: Query, listings: Sequence[Listing]) -> Sequence[str]:
+    """A query in the order of `QUERY_COLUMNS`."""
+    image = f"images/{query.query_id}.jpg" if query.type == "image" else ""
+    source = listings[query.source].product_id if query.type == "product" else ""
+    return (query.query_id, query.type, query.text, image, source, query.split)
+
+
+def qrel_rows(queries: Iterable[Query], listings: Sequence[Listing]) -> Iterator[Sequence[str]]:
+    """The judgements in the order of `QREL_COLUMNS`, best answers of a query first."""
+    for query in queries:
+        for position in np.argsort(-query.grades, kind="stable")[: np.count_nonzero(query.grades)]:
+            yield query.query_id, listings[position].product_id, str(query.grades[position])
+
+
+def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows(rows)
+
+
+class Picture(NamedTuple):
+    """One picture to be drawn; its own seed makes it independent of all others."""
+
+    path: Path
+    thing: Thing
+    size: int
+    seed: tuple[int, ...]
+    second: bool = False
+
+
+def _pictures(
+    listings: Sequence[Listing], queries: Sequence[Query], folder: Path, size: int, seed: int
+) -> list[Picture]:
+    pictures = [
+        Picture(folder / name, listing.thing, size, (seed, 2, number, view), second=view == 1)
+        for number, listing in enumerate(listings)
+        for view, name in enumerate(listing.pictures)
+    ]
+    photos = [query for query in queries if query.type == "image"]
+    return pictures + [
+        Picture(folder / f"{query.query_id}.jpg", listings[query.source].thing, size, (seed, 3, number))
+        for number, query in enumerate(photos)
+    ]
+
+
+def draw_pictures(pictures: Sequence[Picture], num_workers: int) -> None:
+    """Write every picture to its path; fewer than two workers are this process."""
+    if num_workers < 2:
+        return _watch(map(draw_picture, pictures), len(pictures))
+    with multiprocessing.get_context("spawn").Pool(num_workers) as pool:
+        _watch(pool.imap_unordered(draw_picture, pictures, chunksize=64), len(pictures))
+
+
+def _watch(drawn: Iterable[None], total: int) -> None:
+    for _ in track(drawn, "drawing pictures", total=total, console=Console(stderr=True), transient=True):
+        pass
+
+
+def draw_picture(picture: Picture) -> None:
+    """Write one picture."""
+    thing = picture.thing
+    hue, pattern = colourway(thing.kind, thing.shape, thing.colourway)
+    data = photograph(
+        KINDS[thing.kind].shapes[thing.shape],
+        HUES[hue].word,
+        PATTERNS[pattern].word,
+        size=picture.size,
+        rng=np.random.default_rng(picture.seed),
+        second=picture.second,
+    )
+    picture.path.write_bytes(data)
+
+
+def oracle_report(listings: Sequence[Listing], queries: Sequence[Query], settings: Mapping[str, int]) -> dict[str, Any]:
+    """What `oracle.json` holds: the oracle's recall on the product queries of the test split."""
+    asked = np.array([q.source for q in queries if q.type == "product" and q.split == "test"], np.int64)
+    recall = oracle(evidence(listings), np.array([listing.group for listing in listings]), asked, K)
+    return {
+        "task": "one listing of a thing is asked; relevant are its other listings (grade 3), among the whole catalogue",
+        "split": "test",
+        "queries": len(asked),
+        f"recall@{K}": {"+".join(subset): value for subset, value in recall.items()},
+        "settings": dict(settings),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    parser = ArgumentParser(prog="python -m datamodules.samples", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--output", type=Path, required=True, help="a new folder")
+    parser.add_argument("--products", type=int, default=3000, help="number of listings")
+    parser.add_argument("--seed", type=int, default=0, help="of everything random")
+    parser.add_argument("--image-size", type=int, default=64, help="side of the pictures in pixels")
+    parser.add_argument("--num-workers", type=int, default=2, help="processes that draw pictures")
+    parser.add_argument("--overwrite", action="store_true", help="replace a sample catalogue that stands there")
+    options = parser.parse_args(argv)
+    start = time.perf_counter()
+    try:
+        recall = write_samples(**vars(options))
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    table = Table("modalities", f"recall@{K}", title="What an oracle finds: other listings of the same thing")
+    for subset, value in recall.items():
+        table.add_row(subset, f"{value:.3f}")
+    Console().print(table)
+    print(f"wrote {options.products} products to {options.output} in {time.perf_counter() - start:.1f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
