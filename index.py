@@ -156,7 +156,7 @@ def search(
         exclude_self: of many queries, leave out the product with the query's own id: similar items of a catalogue.
         normalize: bring given vectors of any length to length 1.
     """
-    from retrieval.index import ProductIndex
+    from retrieval.index import ProductIndex, checked_k
     from retrieval.present import Found, combine, find_catalogue
 
     opened = ProductIndex.open(index)
@@ -174,7 +174,7 @@ def search(
     if vector is not None:
         vectors.append(_read_vector(vector, opened, normalize))
     query = vectors[0] if vectors and len(vectors) == 1 else combine(vectors)
-    hits = opened.search(query.reshape(1, -1), k + bool(like), nprobe=nprobe)
+    hits = opened.search(query.reshape(1, -1), checked_k(k) + bool(like), nprobe=nprobe)
     if like:
         hits = hits.without(opened.row_of(like), k)
     found = Found(opened, card or _like_card(known, like), hits, k, opened.resolve(nprobe), known)

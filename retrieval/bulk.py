@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from retrieval import storage
 from retrieval.embeddings import EmbeddingBatch, EmbeddingReader
-from retrieval.index import ProductIndex
+from retrieval.index import ProductIndex, checked_k
 from retrieval.progress import counted
 from retrieval.shards import ShardFolder
 from retrieval.storage import ArtefactError
@@ -64,8 +64,7 @@ def bulk_search(
     """
     output = Path(output)
     index.check_model(queries.meta.get("model"), str(queries.source))
-    if k < 1:
-        raise ValueError(f"k={k}; expected an integer of at least 1")
+    k = checked_k(k)
     single = output.suffix == ".parquet"
     if single and output.exists():
         raise ArtefactError(f"{output} already exists: choose another place")

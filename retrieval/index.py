@@ -172,11 +172,10 @@ class ProductIndex:
         Raises:
             ValueError: what `checked_vectors` refuses, k < 1, or settings that do not suit this index.
         """
-        if not _is_whole(k) or k < 1:
-            raise ValueError(f"k={k!r}; expected an integer of at least 1")
+        k = checked_k(k)
         queries = checked_vectors(vectors, dim=self.dim, metric=self.metric, where="queries")
         parameters = self._search_parameters(self.resolve(nprobe, k_factor))
-        scores, rows = self._index.search(queries, min(int(k), len(self)), params=parameters)
+        scores, rows = self._index.search(queries, min(k, len(self)), params=parameters)
         scores[rows < 0] = -np.inf
         return Hits(scores, rows)
 
@@ -266,6 +265,17 @@ class IdTable:
     def find(self, product_id: str) -> int:
         """The row of an id, -1 where there is none."""
         return int(pc.index(self.column, pa.scalar(product_id, pa.string())).as_py())
+
+
+def checked_k(k: Any) -> int:
+    """The number of results, as an int.
+
+    Raises:
+        ValueError: not an integer of at least 1.
+    """
+    if not _is_whole(k) or k < 1:
+        raise ValueError(f"k={k!r}; expected an integer of at least 1")
+    return int(k)
 
 
 def lists_of(index: Any) -> Any:

@@ -14,7 +14,6 @@ from retrieval.embeddings import EmbeddingReader
 from retrieval.index import ProductIndex
 from retrieval.metrics import NONE
 
-
 KINDS = ("text", "image", "fused", "product:text", "product:image", "product:attribute")
 """Kinds of query as `embed` writes them: typed text, photo, several modalities or a whole product, one of its parts."""
 

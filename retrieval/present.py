@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich import filesize
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -86,7 +87,7 @@ class Found:
             {
                 "rank": rank,
                 "product_id": hit.product_id,
-                "score": hit.score,
+                "score": round(hit.score, 6),
                 "text": dict(hit.card.text),
                 "attributes": dict(hit.card.attributes),
             }
@@ -169,7 +170,7 @@ def describe_index(path: Path, manifest: Manifest) -> Table:
         "products": f"{meta['count']:,} of {meta['dim']} dimensions, {meta['metric']}",
         "factory": meta["factory"],
         "reason": meta["reason"],
-        "size": f"{size / 1e6:,.1f} MB, {size / meta['count']:,.0f} bytes a product",
+        "size": f"{filesize.decimal(size)}, {size / meta['count']:,.0f} bytes a product",
         "model": meta["model"] or "unknown",
     }
     if training["vectors"]:
