@@ -106,7 +106,10 @@ class ProductIndex:
         Raises:
             ArtefactError: no index folder, damaged, or files that do not belong together.
         """
-        path = Path(path)
+        return storage.read_whole(path, cls._open)
+
+    @classmethod
+    def _open(cls, path: Path) -> ProductIndex:
         manifest = storage.verify(path, KIND)
         if manifest.meta.get("format") != FORMAT:
             raise ArtefactError(f"{path}: index format {manifest.meta.get('format')}, expected {FORMAT}: build it anew")

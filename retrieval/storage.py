@@ -21,11 +21,11 @@ import os
 import secrets
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from retrieval.manifest import JSON, ArtefactError, FileEntry, Manifest, decode, encode, fingerprint_of
 
@@ -35,6 +35,7 @@ except ImportError:  # Windows: what a killed writer leaves behind stays
     fcntl = None  # type: ignore[assignment]
 
 MANIFEST = "manifest.json"
+T = TypeVar("T")
 
 __all__ = [
     "JSON",
@@ -45,6 +46,7 @@ __all__ = [
     "fingerprint",
     "new_folder",
     "read_manifest",
+    "read_whole",
     "seal",
     "verify",
     "write_bytes",
@@ -173,6 +175,29 @@ def verify(path: Path | str, kind: str | None = None) -> Manifest:
     return manifest
 
 
+def read_whole(path: Path | str, read: Callable[[Path], T]) -> T:
+    """`read(path)`, again if another folder took this place meanwhile: never half of one and half of the other.
+
+    Args:
+        path: an artefact folder.
+        read: opens what it needs of it.
+
+    Raises:
+        ArtefactError: as `read` does on a folder that nobody replaced.
+    """
+    path = Path(path)
+    while True:
+        before = _identity(path)
+        try:
+            result = read(path)
+        except (ArtefactError, OSError):
+            if _identity(path) == before:
+                raise
+            continue
+        if _identity(path) == before:
+            return result
+
+
 def fingerprint(path: Path | str) -> str:
     """The fingerprint in a folder's manifest: equal content, equal fingerprint. Needs no torch, reads no big file."""
     return read_manifest(path).fingerprint
@@ -183,6 +208,14 @@ def _names(folder: Path) -> Iterator[str]:
         name = file.relative_to(folder).as_posix()
         if file.is_file() and name != MANIFEST and not (file.name.startswith(".") and file.name.endswith(".tmp")):
             yield name
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_ino, status.st_mtime_ns
 
 
 def _sha256(file: Path) -> str:

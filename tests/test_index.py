@@ -517,3 +517,52 @@ def test_an_existing_index_is_not_replaced_unasked(tmp_path):
         build_index(reader, tmp_path / "i")
     build_index(reader, tmp_path / "i", overwrite=True)
     assert json.loads((tmp_path / "i" / "settings.json").read_text()) == {"nprobe": None, "k_factor": 8.0}
+
+
+@pytest.mark.parametrize("working", [True, False])
+def test_k_means_runs_on_a_gpu_where_faiss_sees_one_and_the_stored_index_knows_nothing_of_it(
+    tmp_path, reader, stored, queries, monkeypatch, caplog, working
+):
+    assigned = []
+
+    def to_gpu(flat):
+        if not working:
+            raise RuntimeError("Error in somewhere at file.cpp:1: out of GPU memory")
+        assigned.append(flat)
+        return flat
+
+    monkeypatch.setattr(build_module.faiss, "get_num_gpus", lambda: 1)
+    monkeypatch.setattr(build_module.faiss, "index_cpu_to_all_gpus", to_gpu)
+    manifest = build_index(reader, tmp_path / "i", Recipe("IVF32,Flat"))
+    assert manifest.meta["training"]["device"] == ("gpu" if working else "cpu")
+    assert len(assigned) == working
+    assert working or "faiss cannot use its GPU (out of GPU memory); training on the CPU" in caplog.text
+    hits = ProductIndex.open(tmp_path / "i").search(queries, 10, nprobe=32)
+    assert np.array_equal(hits.rows, exact(queries, stored, 10))
+
+
+def test_publishing_over_an_index_never_fails_a_reader(tmp_path, reader):
+    small = embed(tmp_path / "small", clustered(40), 1)
+    build_index(small, tmp_path / "i")
+    program = f"""
+        import sys, time
+        from retrieval.index import ProductIndex
+        end, opened = time.time() + 2.5, 0
+        print("ready", flush=True)
+        while time.time() < end:
+            index = ProductIndex.open({str(tmp_path / "i")!r})
+            assert len(index) in (40, 6000), len(index)
+            opened += 1
+        print(opened)
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(program)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "ready\n"
+    published = 0
+    while process.poll() is None:
+        build_index([reader, small][published % 2], tmp_path / "i", Recipe("Flat"), overwrite=True)
+        published += 1
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert published > 3 and int(out) > 10
