@@ -222,8 +222,7 @@ def evaluate(
         threshold: lowest grade that is relevant; the highest there is when not given.
         nprobe: lists to visit; the index's setting when not given.
         exclude_identical: also leave out products whose vector equals that of the product asked.
-        lexical_fields: fields that traditional search reads; all text fields and all attributes but numbers when not
-            given.
+        lexical_fields: fields that traditional search reads; the title and all attributes but numbers when not given.
         latency_queries: timed searches; 0 for none.
         examples: queries of each kind to show with their hits.
         oracle: oracle.json of the sample catalogue, to show beside the figures.

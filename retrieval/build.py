@@ -128,7 +128,8 @@ def _train(index: Any, reader: EmbeddingReader, recipe: Recipe, factory: str) ->
     sample = uniform_sample(reader, size, recipe.seed)
     started = time.perf_counter()
     report["device"] = _fit(index, sample, recipe.seed)
-    logger.info("trained %s on %s vectors in %.1f s", factory, f"{size:,}", time.perf_counter() - started)
+    report["seconds"] = round(time.perf_counter() - started, 1)
+    logger.info("trained %s on %s vectors in %.1f s", factory, f"{size:,}", report["seconds"])
     return report
 
 

@@ -93,14 +93,16 @@ class PreparedCatalogue:
         """Product ids with their words in one text each, shard by shard.
 
         Args:
-            fields: text fields and attributes to join; None for all text fields and all attributes but numbers.
+            fields: text fields and attributes to join; None for the title and all attributes but numbers. Long descriptions
+                would drown the words that name a product.
 
         Raises:
             ValueError: no such field.
         """
         all_fields = [*self.text_fields, *self.attributes]
         if fields is None:
-            fields = [name for name in all_fields if self.attributes.get(name) != "number"]
+            words = (name for name, kind in self.attributes.items() if kind != "number")
+            fields = [*self.text_fields[:1], *words]
         if unknown := [name for name in fields if name not in all_fields]:
             raise ValueError(f"no field {unknown[0]!r} in {self.path}; there are {', '.join(all_fields)}")
         for file in self._shards("products"):

@@ -46,7 +46,7 @@ class Options:
         nprobe: lists visited; None for the index's setting.
         exclude_identical: also leave out products whose vector equals that of the product asked.
         lexical: measure BM25, TF-IDF and Jaccard where texts are known.
-        lexical_fields: fields of products they read; None for all text fields and all attributes but numbers.
+        lexical_fields: fields of products they read; None for the title and all attributes but numbers.
         latency_queries: timed searches; 0 for none.
     """
 

@@ -342,7 +342,7 @@ def test_the_page_stands_alone_and_the_json_reads_back(folders, tmp_path):
     assert rows["fused", "oracle"] == {"recall@10": {"value": 0.9}}
     assert rows["product:text", "oracle"] == {"recall@10": {"value": 0.5}}
     assert ("text", "oracle") not in rows
-    assert report.terminal_table(result.report).row_count == len(rows)
+    assert report.terminal_table(result.report).row_count == len(rows) + len(result.report["queries"])
 
 
 def test_pages_escape_what_comes_from_catalogues(tmp_path):

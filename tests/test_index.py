@@ -106,6 +106,7 @@ def test_the_default_index_stays_close_to_exact(ivf, stored, queries):
 def test_the_manifest_says_what_the_index_is(ivf, reader):
     meta = ivf.manifest.meta
     assert (meta["model"], meta["metric"], meta["dim"], meta["count"]) == ("model-a", "cosine", DIM, 6000)
+    assert meta["training"].pop("seconds") >= 0
     assert meta["training"] == {"seed": 0, "vectors": 6000, "per_list": 46.88, "device": "cpu"}
     assert meta["embeddings"] == reader.fingerprint
     assert (len(ivf), ivf.dim, ivf.model, ivf.num_lists) == (6000, DIM, "model-a", 128)
