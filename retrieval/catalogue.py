@@ -93,7 +93,7 @@ class PreparedCatalogue:
         """Product ids with their words in one text each, shard by shard.
 
         Args:
-            fields: text fields and attributes to join; None for the title and all attributes but numbers. Long descriptions
+            fields: text fields and attributes to join; None for the title and all attributes but numbers: long texts
                 would drown the words that name a product.
 
         Raises:

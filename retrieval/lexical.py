@@ -98,7 +98,7 @@ def jaccard(texts: Sequence[str]) -> Ranking:
     return lambda queries, k: _best(scores(queries), len(queries), k)
 
 
-LEXICAL: dict[str, Callable[[Sequence[str]], Ranking]] = {"bm25": bm25, "tf-idf": tf_idf, "jaccard": jaccard}
+LEXICAL: dict[str, Callable[[Sequence[str]], Ranking]] = {"bm25": bm25, "tfidf": tf_idf, "jaccard": jaccard}
 """Name -> a function that takes the products' texts and gives the function that ranks them."""
 
 
