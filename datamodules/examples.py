@@ -58,8 +58,19 @@ def catalogue_examples(rows: np.ndarray) -> ExampleRows:
     return ExampleRows(rows.astype(np.int64), itself, itself, np.ones(len(rows), np.float32))
 
 
-def pair_examples(qrels: pa.Table, products: Table, queries: Table, split: str) -> ExampleRows:
-    """The judgements whose both ends are of this split; weights are relevance / highest relevance."""
+def pair_examples(
+    qrels: pa.Table, products: Table, queries: Table, split: str, max_per_query: int | None = None, seed: int = 0
+) -> ExampleRows:
+    """The judgements whose both ends are of this split; weights are relevance / highest relevance.
+
+    Args:
+        qrels: query_id, product_id, relevance.
+        products: the catalogue.
+        queries: its queries.
+        split: of both ends.
+        max_per_query: only the most relevant products of a query, equals drawn at random; None takes all.
+        seed: of the draw.
+    """
     product_ids, query_ids = products.column("product_id"), queries.column("query_id")
     product = index_in(qrels["product_id"], product_ids)
     query = index_in(qrels["query_id"], query_ids)
@@ -69,6 +80,8 @@ def pair_examples(qrels: pa.Table, products: Table, queries: Table, split: str) 
     keep = (product >= 0) & (query >= 0) & (relevance > 0)  # first: -1 would look up the last row
     keep &= of_split[product] & is_split(queries, split)[query]
     keep &= np.where(source >= 0, of_split[source], True) & (source != product)
+    if max_per_query is not None:
+        keep &= rank_in_query(query, np.where(keep, relevance, -1), seed) < max_per_query
     weight = relevance / max(float(relevance.max(initial=0.0)), 1e-9)
     return ExampleRows(
         product[keep],
@@ -76,6 +89,15 @@ def pair_examples(qrels: pa.Table, products: Table, queries: Table, split: str) 
         np.where(source >= 0, source, ITSELF)[keep],
         weight[keep],
     )
+
+
+def rank_in_query(query: np.ndarray, relevance: np.ndarray, seed: int) -> np.ndarray:
+    """(n,) int64: 0 for the most relevant judgement of each query, 1 for the next; equals in random order."""
+    order = np.lexsort((np.random.default_rng((seed, 2)).random(len(query)), -relevance, query))
+    ordered = query[order]
+    rank = np.empty(len(query), np.int64)
+    rank[order] = np.arange(len(query)) - np.searchsorted(ordered, ordered)
+    return rank
 
 
 def index_in(values: pa.ChunkedArray, among: pa.ChunkedArray) -> np.ndarray:

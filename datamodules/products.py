@@ -41,6 +41,7 @@ class ProductDataModule(L.LightningDataModule):
         batch_size: examples per step over all processes.
         sources: what training examples are made of: `catalogue` (two views of a product, or of it and a mate), `pairs`
             (the judgements of the train split).
+        max_pairs_per_query: judged products of a query that are trained on, the most relevant first; null takes all.
         mates: whose views may ask for a product: `group` (the same thing), `family` (variants too), or `none`.
         mate_share: chance, 0 to 1, that a product is asked for by a mate's view and not its own.
         views: what is left out of queries and products in training.
@@ -58,6 +59,7 @@ class ProductDataModule(L.LightningDataModule):
         catalogue: Path,
         batch_size: int = 256,
         sources: list[Literal["catalogue", "pairs"]] | None = None,
+        max_pairs_per_query: int | None = None,
         mates: MateRelation = "family",
         mate_share: float = 0.5,
         views: Views | None = None,
@@ -70,8 +72,10 @@ class ProductDataModule(L.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        self.allow_zero_length_dataloader_with_multiple_devices = True  # fewer held-out queries than processes
         self.catalogue, self.batch_size = Path(catalogue), batch_size
         self.sources = sources if sources is not None else ["catalogue", "pairs"]
+        self.max_pairs_per_query = max_pairs_per_query
         self.mates, self.mate_share, self.views = mates, mate_share, views if views is not None else Views()
         self.num_workers, self.window_groups, self.seed = num_workers, window_groups, seed
         self.max_val_queries, self.max_val_products = max_val_queries, max_val_products
@@ -120,7 +124,9 @@ class ProductDataModule(L.LightningDataModule):
         if "catalogue" in self.sources:
             parts.append(catalogue_examples(self.train_rows))
         if "pairs" in self.sources and self.queries is not None and self.qrels is not None:
-            parts.append(pair_examples(self.qrels, self.products, self.queries, "train"))
+            parts.append(
+                pair_examples(self.qrels, self.products, self.queries, "train", self.max_pairs_per_query, self.seed)
+            )
         if not sum(map(len, parts)):
             raise ValueError(
                 f"No training examples: {self.catalogue} has {len(self.train_rows)} products of the train split, and "
