@@ -175,10 +175,12 @@ class ProductIndex:
         Raises:
             ValueError: what `checked_vectors` refuses, k < 1, or settings that do not suit this index.
         """
-        k = checked_k(k)
+        k = min(checked_k(k), len(self))
         queries = checked_vectors(vectors, dim=self.dim, metric=self.metric, where="queries")
-        parameters = self._search_parameters(self.resolve(nprobe, k_factor))
-        scores, rows = self._index.search(queries, min(k, len(self)), params=parameters)
+        settings = self.resolve(nprobe, k_factor)
+        if k * settings.k_factor > len(self):  # no more candidates than products
+            settings = settings._replace(k_factor=len(self) / k)
+        scores, rows = self._index.search(queries, k, params=self._search_parameters(settings))
         scores[rows < 0] = -np.inf
         return Hits(scores, rows)
 

@@ -116,7 +116,8 @@ def examples(
     cards = catalogue.products({i for i in ids.ravel() if i is not None}, images=True)
     asked = catalogue.query_cards({questions.ids[i] for i in chosen}, images=True)
     vectors = questions.vectors[chosen]
-    scores = index.search(vectors, min(DEPTH + 1, len(index))) if chosen else None
+    nprobe = evaluation.report["settings"]["nprobe"]
+    scores = index.search(vectors, DEPTH + 1, nprobe=nprobe) if chosen else None
     sections = []
     for n, i in enumerate(chosen):
         score_of = dict(zip(scores.rows[n].tolist(), scores.scores[n].tolist(), strict=True)) if scores else {}
