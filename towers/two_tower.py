@@ -140,6 +140,7 @@ class TwoTower(L.LightningModule):
         """The one exchange with the data: its schema comes in, the preprocessing goes out."""
         data = self.trainer.datamodule
         if self.schema is None:
+            torch.manual_seed(torch.initial_seed() + 1)  # several processes have drawn other numbers so far than one
             self.set_schema(data.schema)
         elif self.schema != data.schema:
             raise ValueError(f"This model was made for another catalogue than {data.catalogue}: their schemas differ.")
@@ -182,12 +183,29 @@ class TwoTower(L.LightningModule):
             loss = self.loss(query.embedding, product.embedding, batch)
         if not torch.isfinite(loss):
             raise self._not_finite(f"The loss is {loss.item()}", batch)
+        if num_processes() > 1:
+            loss = loss + self._idle(batch)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch.weight), sync_dist=True)
         self.log("train/temperature", 1 / self.loss.scale, batch_size=len(batch.weight))
         for side, encoder, encoded in (("query", self.query, query), ("product", self.product, product)):
             for name, share in zip(encoder.towers, encoded.shares.detach().mean(0), strict=True):
                 self.log(f"train/{side}_share_{name}", share, batch_size=len(batch.weight))
         return loss
+
+    def _idle(self, batch: Batch) -> Tensor:
+        """Zero, with a gradient for the weights that this batch has no use for: other processes wait for theirs."""
+        return sum(
+            (
+                0.0 * parameter.sum()
+                for encoder, items in ((self.query, batch.query), (self.product, batch.product))
+                for name in encoder.towers
+                if getattr(items, name) is None
+                for module in (encoder.towers[name], encoder.projections[name])
+                for parameter in module.parameters()
+                if parameter.requires_grad
+            ),
+            start=torch.zeros((), device=self.device),
+        )
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """A step along gradients that are not finite would spoil the weights; the scaler of fp16 skips it instead."""
@@ -249,7 +267,9 @@ class TwoTower(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Exact search of the held-out queries."""
-        self.log_dict(self._held_out_metrics("val", self.trainer.datamodule.val_split), prog_bar=True)
+        figures = self._held_out_metrics("val", self.trainer.datamodule.val_split)
+        for name, value in figures.items():
+            self.log(name, value, prog_bar=name == "val/hit@10")
 
     def on_test_epoch_start(self) -> None:
         """As `on_validation_epoch_start`."""
@@ -272,12 +292,12 @@ class TwoTower(L.LightningModule):
         searched = (query.any(1)) & (asked.relevant >= 0).any(1)  # the sanity check encodes the first batches alone
         retrieved = exact_search(query[searched], product, asked.own[searched], k=10)
         relevant = asked.relevant[searched]
-        return {
-            f"{name}/hit@1": hit_at_k(retrieved, relevant, 1),
-            f"{name}/hit@10": hit_at_k(retrieved, relevant, 10),
-            f"{name}/recall@10": recall_at_k(retrieved, relevant, 10),
-            f"{name}/mrr@10": mrr(retrieved, relevant),
-        }
+        figures = ranking_figures(name, retrieved, relevant)
+        asks_product = asked.own[searched] >= 0
+        if asks_product.any() and not asks_product.all():
+            figures |= ranking_figures(f"{name}/product_queries", retrieved[asks_product], relevant[asks_product])
+            figures |= ranking_figures(f"{name}/other_queries", retrieved[~asks_product], relevant[~asks_product])
+        return figures
 
     def _all_rows(self, parts: list[Any], num_rows: int) -> np.ndarray:
         """(num_rows, D) of all processes; zeros where no process encoded a row."""
@@ -305,6 +325,16 @@ class TwoTower(L.LightningModule):
             self.set_schema(schema)
         elif self.schema != schema:
             raise ValueError("The checkpoint was trained on another catalogue: its schema differs from this one's.")
+
+
+def ranking_figures(name: str, retrieved: np.ndarray, relevant: np.ndarray) -> dict[str, float]:
+    """hit@1, hit@10, recall@10 and MRR of the first 10 results, by name."""
+    return {
+        f"{name}/hit@1": hit_at_k(retrieved, relevant, 1),
+        f"{name}/hit@10": hit_at_k(retrieved, relevant, 10),
+        f"{name}/recall@10": recall_at_k(retrieved, relevant, 10),
+        f"{name}/mrr@10": mrr(retrieved, relevant),
+    }
 
 
 def exact_search(query: np.ndarray, product: np.ndarray, own: np.ndarray, k: int, block: int = 1024) -> np.ndarray:
