@@ -146,9 +146,14 @@ class QueryRows(Dataset[NumberedItems]):
 
 
 class RowBatches(Sampler[np.ndarray]):
-    """0..num_rows in order, in batches; rank r of R takes batches r, r + R, ... and every row comes exactly once."""
+    """0..num_rows in order, in batches; rank r of R takes batches r, r + R, ... and every row comes exactly once.
+
+    Batches are smaller where there are few rows, so that every rank has one: a rank without any would not come to the
+    end of the epoch, where the others wait for it.
+    """
 
     def __init__(self, num_rows: int, batch_size: int, rank: int = 0, num_ranks: int = 1) -> None:
+        batch_size = max(1, min(batch_size, num_rows // num_ranks))
         self.starts = range(rank * batch_size, num_rows, num_ranks * batch_size)
         self.num_rows, self.batch_size = num_rows, batch_size
 
