@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +15,21 @@ import lightning as L
 
 import train
 
-CONFIG = Path(__file__).parents[1] / "configs" / "tiny.yaml"
+ROOT = Path(__file__).parents[1]
+CONFIG = ROOT / "configs" / "tiny.yaml"
 
 TEXT_ONLY = ("--model.product.image=null", "--model.product.attribute=null")
 """Arguments that leave the text tower alone: the fastest model."""
 
 
+def fit_arguments(catalogue: Path, run: Path, *arguments: str) -> list[str]:
+    """Those of `train.py fit` with the tiny configuration."""
+    return ["fit", "--config", str(CONFIG), f"--data.catalogue={catalogue}", f"--run={run}", *arguments]
+
+
 def fit(catalogue: Path, run: Path, *arguments: str) -> int:
-    """`train.py fit` with the tiny configuration; returns the exit code."""
-    return train.main(["fit", "--config", str(CONFIG), f"--data.catalogue={catalogue}", f"--run={run}", *arguments])
+    """`train.py fit` with the tiny configuration, in this process; returns the exit code."""
+    return train.main(fit_arguments(catalogue, run, *arguments))
 
 
 class Diary(L.Callback):
@@ -67,3 +76,29 @@ def diary(path: Path, **settings: int) -> list[str]:
 def entries(path: Path) -> list[dict[str, Any]]:
     """The lines of a diary."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def run_training(*arguments: str, timeout_s: float = 150) -> subprocess.CompletedProcess[str]:
+    """`python train.py ...` with all the processes it starts; they are killed when it takes too long."""
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *arguments],
+        env={**os.environ, "PYTHONPATH": f"{ROOT / 'tests'}"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        raise AssertionError(f"training hung for {timeout_s} s:\n{output}") from None
+    return subprocess.CompletedProcess(arguments, process.returncode, output)
+
+
+def logged(run: Path, name: str) -> list[float]:
+    """The values of a column of the run's newest log, in the order of the steps."""
+    newest = max((run / "logs").iterdir(), key=lambda folder: int(folder.name.removeprefix("version_")))
+    with (newest / "metrics.csv").open(encoding="utf-8") as file:
+        return [float(row[name]) for row in csv.DictReader(file) if row.get(name)]
