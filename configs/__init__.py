@@ -11,7 +11,7 @@ FOLDER = Path(__file__).parent
 
 
 def resolve(arguments: list[str]) -> list[str]:
-    """Command-line arguments in which `--config configs/NAME.yaml` names a file: the user's own, else the packaged one."""
+    """Command-line arguments whose `--config configs/NAME.yaml` names a file: the user's own, else the packaged one."""
     resolved = list(arguments)
     for i, argument in enumerate(arguments):
         option, separator, value = argument.partition("=")
