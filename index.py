@@ -293,7 +293,7 @@ def _encode(
     folder = find_model(index, model)
 
     from datamodules.batch import Item
-    from datamodules.catalogue import parse_attribute
+    from datamodules.preparing.catalogue import parse_attribute
     from datamodules.schema import Schema
     from towers.model_folder import load_model
 

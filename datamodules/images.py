@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageFile, ImageOps
 
-from datamodules.values import BadValue, excerpt
+from datamodules.preparing.values import BadValue, excerpt
 
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF")
 """Pillow's names of what is opened (an MPO is a JPEG); other readers are not worth the risk on strangers' bytes."""

@@ -21,14 +21,14 @@ import docstring_parser
 from jsonargparse import ArgumentParser
 from PIL import ImageColor
 
-from datamodules.catalogue import Reading
-from datamodules.columns import Override
-from datamodules.guess import guess_columns
 from datamodules.images import LIMITS
-from datamodules.pictures import PictureReader
-from datamodules.preparation import Preparation
-from datamodules.profile import profile
-from datamodules.report import (
+from datamodules.preparing.catalogue import Reading
+from datamodules.preparing.columns import Override
+from datamodules.preparing.guess import guess_columns
+from datamodules.preparing.pictures import PictureReader
+from datamodules.preparing.preparation import Preparation
+from datamodules.preparing.profile import profile
+from datamodules.preparing.report import (
     ProblemLog,
     Threshold,
     columns_grid,
@@ -37,10 +37,10 @@ from datamodules.report import (
     problems_grid,
     summary_grid,
 )
-from datamodules.splits import SplitPolicy
-from datamodules.summary import Report, make_report, summary
-from datamodules.tables import CatalogueError, Table
-from datamodules.values import Decimal
+from datamodules.preparing.splits import SplitPolicy
+from datamodules.preparing.summary import Report, make_report, summary
+from datamodules.preparing.tables import CatalogueError, Table
+from datamodules.preparing.values import Decimal
 from retrieval.storage import ArtefactError, new_folder, write_json
 
 

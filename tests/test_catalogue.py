@@ -12,13 +12,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_images import encode, noise
 
-from datamodules.catalogue import ProductParser, Reading, parse_attribute
-from datamodules.columns import Column, Columns, Role
-from datamodules.pictures import PictureReader
-from datamodules.records import Record
-from datamodules.rows import Row
+from datamodules.preparing.catalogue import ProductParser, Reading, parse_attribute
+from datamodules.preparing.columns import Column, Columns, Role
+from datamodules.preparing.pictures import PictureReader
+from datamodules.preparing.records import Record
+from datamodules.preparing.rows import Row
+from datamodules.preparing.values import Cell, Number
 from datamodules.schema import Attribute
-from datamodules.values import Cell, Number
 
 ROLES: dict[str, Role] = {
     "id": "id",

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from datamodules.columns import Columns, Override
-from datamodules.guess import guess_columns
-from datamodules.profile import profile
-from datamodules.tables import CatalogueError, Table
+from datamodules.preparing.columns import Columns, Override
+from datamodules.preparing.guess import guess_columns
+from datamodules.preparing.profile import profile
+from datamodules.preparing.tables import CatalogueError, Table
 
 
 def guess(folder: Path, rows: list[dict[str, str]], yaml: str | None = None) -> Columns:

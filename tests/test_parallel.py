@@ -6,10 +6,10 @@ import os
 
 import pytest
 
-from datamodules.parallel import CHUNK, parse_records
-from datamodules.records import Record
-from datamodules.rows import Row
-from datamodules.tables import CatalogueError
+from datamodules.preparing.parallel import CHUNK, parse_records
+from datamodules.preparing.records import Record
+from datamodules.preparing.rows import Row
+from datamodules.preparing.tables import CatalogueError
 
 RECORDS = [Record(row, row + 1, {"id": str(row)}) for row in range(1, 200)]
 

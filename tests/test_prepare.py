@@ -18,8 +18,8 @@ from test_images import encode, noise, png_header
 
 from datamodules.images import decode
 from datamodules.prepare import main, prepare
+from datamodules.preparing.tables import CatalogueError
 from datamodules.schema import Schema
-from datamodules.tables import CatalogueError
 from retrieval import storage
 
 Rows = list[dict[str, str]]

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 from scipy.stats import multivariate_normal
 
-from datamodules.sample_facts import (
+from datamodules.samples import PRODUCT_COLUMNS, main, oracle_report, write_samples
+from datamodules.samples.facts import (
     CHOICES,
     FEATURES,
     HUES,
@@ -23,11 +24,10 @@ from datamodules.sample_facts import (
     brand_name,
     colourway,
 )
-from datamodules.sample_listings import draw_listings, evidence
-from datamodules.sample_oracle import SHARES, UNKNOWN, Evidence, expected_recall, log_ratio, oracle, price_log_ratio
-from datamodules.sample_pictures import COLOURS, SILHOUETTES, TEXTURES, photograph
-from datamodules.sample_queries import draw_queries, text_grades
-from datamodules.samples import PRODUCT_COLUMNS, main, oracle_report, write_samples
+from datamodules.samples.listings import draw_listings, evidence
+from datamodules.samples.oracle import SHARES, UNKNOWN, Evidence, expected_recall, log_ratio, oracle, price_log_ratio
+from datamodules.samples.pictures import COLOURS, SILHOUETTES, TEXTURES, photograph
+from datamodules.samples.queries import draw_queries, text_grades
 
 ALL = "text+image+attribute"
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from datamodules.splits import Arrangement, Members, SplitPolicy, arrange, product_leaks
-from datamodules.tables import CatalogueError
+from datamodules.preparing.splits import Arrangement, Members, SplitPolicy, arrange, product_leaks
+from datamodules.preparing.tables import CatalogueError
 
 HALF = SplitPolicy(0.25, 0.25)
 

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from datamodules.tables import CatalogueError, Table
+from datamodules.preparing.tables import CatalogueError, Table
 
 IDS = ["007", "08", "7", "135217135789158401", "1352171357E+5", "None", "NA", "1E5", "true", " x ", "null"]
 

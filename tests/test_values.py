@@ -8,7 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from datamodules.values import BadValue, Number, clean_html, excerpt, is_number, parse_json, parse_list, parse_number
+from datamodules.preparing.values import (
+    BadValue,
+    Number,
+    clean_html,
+    excerpt,
+    is_number,
+    parse_json,
+    parse_list,
+    parse_number,
+)
 
 
 @pytest.mark.parametrize(

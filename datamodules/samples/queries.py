@@ -18,8 +18,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from datamodules.sample_listings import Listing
-from datamodules.sample_text import write_query
+from datamodules.samples.listings import Listing
+from datamodules.samples.text import write_query
 
 ASKED = {"hue": 0.3, "pattern": 0.2, "material": 0.2, "size": 0.15, "use": 0.15}
 """Facts that people ask for besides the kind, and how often they come to mind."""

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from datamodules.sample_facts import (
+from datamodules.samples.facts import (
     BRAND_SHARES,
     BRANDS_PER_USE,
     CHOICES,
@@ -18,8 +18,8 @@ from datamodules.sample_facts import (
     Thing,
     brand_name,
 )
-from datamodules.sample_oracle import SHARES, UNKNOWN, Evidence
-from datamodules.sample_text import STYLES, Text, write_text
+from datamodules.samples.oracle import SHARES, UNKNOWN, Evidence
+from datamodules.samples.text import STYLES, Text, write_text
 
 SELLERS_PER_THING = {1: 0.08, 2: 0.42, 3: 0.33, 4: 0.17}
 """How many listings a thing has, and how often."""
@@ -38,7 +38,7 @@ class Listing(NamedTuple):
         product_id: opaque.
         group: number of the thing; the listings of one thing are the same thing.
         thing: what is offered.
-        seller: position in `sample_text.STYLES`.
+        seller: position in `text.STYLES`.
         text: title and description.
         pictures: file names under `images/`, the main one first.
         brand: None where the seller does not say.

@@ -3,7 +3,7 @@
     python -m datamodules.samples --output DIR
 
 writes `products.csv`, `queries.csv`, `qrels.csv`, `images/` and `oracle.json`. What products are made of stands in
-`sample_facts`, how well they can be told apart in `sample_oracle`, both in words in docs/samples.md.
+`facts`, how well they can be told apart in `oracle`, both in words in docs/samples.md.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from datamodules.sample_facts import HUES, KINDS, PATTERNS, Thing, colourway
-from datamodules.sample_listings import Listing, draw_listings, evidence
-from datamodules.sample_oracle import oracle
-from datamodules.sample_pictures import photograph
-from datamodules.sample_queries import Query, draw_queries
-from datamodules.sample_text import STYLES
+from datamodules.samples.facts import HUES, KINDS, PATTERNS, Thing, colourway
+from datamodules.samples.listings import Listing, draw_listings, evidence
+from datamodules.samples.oracle import oracle
+from datamodules.samples.pictures import photograph
+from datamodules.samples.queries import Query, draw_queries
+from datamodules.samples.text import STYLES
 
 K = 10
 """The oracle tells recall@K."""
@@ -249,7 +249,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     Console().print(table)
     print(f"wrote {options.products} products to {options.output} in {time.perf_counter() - start:.1f} s")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from datamodules.values import BadValue, Cell, Number, excerpt, parse_json
+from datamodules.preparing.values import BadValue, Cell, Number, excerpt, parse_json
 
 MAX_CELL = 16 * 2**20
 """Characters of one CSV cell; a longer one is a quote that was never closed."""

@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text
 
-from datamodules.columns import Columns
-from datamodules.rows import NOTES, Problem, Row
-from datamodules.tables import CatalogueError
+from datamodules.preparing.columns import Columns
+from datamodules.preparing.rows import NOTES, Problem, Row
+from datamodules.preparing.tables import CatalogueError
 
 
 @dataclass(frozen=True)

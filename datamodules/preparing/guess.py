@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from datamodules.columns import SINGLE, Column, Columns, Override, Role
-from datamodules.profile import Profile
-from datamodules.tables import CatalogueError, Table
+from datamodules.preparing.columns import SINGLE, Column, Columns, Override, Role
+from datamodules.preparing.profile import Profile
+from datamodules.preparing.tables import CatalogueError, Table
 
 RARE = 0.01
 """A key of JSON objects that a smaller share of the rows has is left out."""

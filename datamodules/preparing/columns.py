@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 import yaml
 
-from datamodules.tables import CatalogueError
+from datamodules.preparing.tables import CatalogueError
 
 Role = Literal[
     "id", "text", "image", "price", "number", "category", "path", "set", "json", "group", "family", "split", "ignore"

@@ -8,7 +8,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from datamodules.tables import CatalogueError
+from datamodules.preparing.tables import CatalogueError
 
 SPLIT_NAMES = ("train", "val", "test")
 

@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from datamodules.tables import CatalogueError, Table
-from datamodules.values import Cell, excerpt, is_number, parse_json
+from datamodules.preparing.tables import CatalogueError, Table
+from datamodules.preparing.values import Cell, excerpt, is_number, parse_json
 
 LOOKED_AT = 20_000
 """Values of each column that are looked at closely; the others are only counted."""

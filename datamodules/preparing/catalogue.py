@@ -10,13 +10,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from datamodules.batch import Item
-from datamodules.columns import ATTRIBUTES, Column, Columns, Role
-from datamodules.pictures import PictureReader
-from datamodules.profile import SPLITS
-from datamodules.records import Record
-from datamodules.rows import Notebook, Row
+from datamodules.preparing.columns import ATTRIBUTES, Column, Columns, Role
+from datamodules.preparing.pictures import PictureReader
+from datamodules.preparing.profile import SPLITS
+from datamodules.preparing.records import Record
+from datamodules.preparing.rows import Notebook, Row
+from datamodules.preparing.values import (
+    BadValue,
+    Cell,
+    Decimal,
+    clean_html,
+    excerpt,
+    parse_json,
+    parse_list,
+    parse_number,
+)
 from datamodules.schema import Attribute
-from datamodules.values import BadValue, Cell, Decimal, clean_html, excerpt, parse_json, parse_list, parse_number
 
 Value = str | float | list[str]
 

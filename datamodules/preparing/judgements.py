@@ -11,10 +11,10 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from datamodules.batch import Item
-from datamodules.queries import Part, PartCells, QuerySet
-from datamodules.rows import Notebook, Row
-from datamodules.tables import Table
-from datamodules.values import BadValue, Cell, excerpt
+from datamodules.preparing.queries import Part, PartCells, QuerySet
+from datamodules.preparing.rows import Notebook, Row
+from datamodules.preparing.tables import Table
+from datamodules.preparing.values import BadValue, Cell, excerpt
 
 _WEIGHT = re.compile(r"\d+(?:\.\d+)?(?:[eE][-+]?\d+)?")
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import NamedTuple, ParamSpec, TypeVar
 
 from datamodules.batch import Item
-from datamodules.records import Record
-from datamodules.values import BadValue
+from datamodules.preparing.records import Record
+from datamodules.preparing.values import BadValue
 
 P = ParamSpec("P")
 T = TypeVar("T")

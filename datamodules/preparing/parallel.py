@@ -10,9 +10,9 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import chain, islice
 
-from datamodules.records import Record
-from datamodules.rows import Row
-from datamodules.tables import CatalogueError
+from datamodules.preparing.records import Record
+from datamodules.preparing.rows import Row
+from datamodules.preparing.tables import CatalogueError
 
 CHUNK = 32
 """Records that a worker takes at once: enough to pay for the way there and back, few enough to bound memory."""

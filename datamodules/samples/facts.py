@@ -7,7 +7,7 @@ thing stands in one modality only, but for its kind, which all three show::
     text        material, size
     attributes  use (the last level of the category), brand (a long tail), price (noisy)
 
-So one modality leaves hundreds of candidates, two leave dozens, and three leave a handful (`sample_oracle`).
+So one modality leaves hundreds of candidates, two leave dozens, and three leave a handful (`oracle`).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Kind:
     Attributes:
         noun: what titles call it.
         path: upper levels of its category, root first; the use is the last level.
-        shapes: names of silhouettes in `sample_pictures.SILHOUETTES`.
+        shapes: names of silhouettes in `pictures.SILHOUETTES`.
         materials: keys of `MATERIALS`.
         uses: what the leaves of the category are called; their features stand in `FEATURES`.
         price: the typical price in USD.

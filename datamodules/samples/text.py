@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from datamodules.sample_facts import Words
+from datamodules.samples.facts import Words
 
 SYNONYM_SHARE = 0.3
 """How often an English writer takes the second word for a fact."""

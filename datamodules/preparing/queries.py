@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from datamodules.batch import Item
-from datamodules.catalogue import Reading, parse_split
-from datamodules.guess import plain_name
-from datamodules.records import Record
-from datamodules.rows import Notebook, Row
-from datamodules.tables import CatalogueError, Table
-from datamodules.values import BadValue, Cell, excerpt
+from datamodules.preparing.catalogue import Reading, parse_split
+from datamodules.preparing.guess import plain_name
+from datamodules.preparing.records import Record
+from datamodules.preparing.rows import Notebook, Row
+from datamodules.preparing.tables import CatalogueError, Table
+from datamodules.preparing.values import BadValue, Cell, excerpt
 
 Part = Literal["query_id", "type", "text", "image", "source", "split", "product", "weight"]
 

@@ -6,9 +6,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from datamodules.columns import ATTRIBUTES, Columns
-from datamodules.preparation import Preparation
-from datamodules.splits import SPLIT_NAMES, Arrangement, leaks, product_leaks
+from datamodules.preparing.columns import ATTRIBUTES, Columns
+from datamodules.preparing.preparation import Preparation
+from datamodules.preparing.splits import SPLIT_NAMES, Arrangement, leaks, product_leaks
 
 Report = dict[str, Any]
 

@@ -15,19 +15,19 @@ import pyarrow.parquet as pq
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from datamodules.catalogue import ProductParser, Reading
-from datamodules.columns import ATTRIBUTES, Columns
-from datamodules.judgements import Judgements, query_splits
-from datamodules.parallel import parse_records
-from datamodules.pictures import digest
-from datamodules.queries import ASKED, QueryParser, QuerySet, find_parts
-from datamodules.report import ProblemLog, console
-from datamodules.rows import Row
+from datamodules.preparing.catalogue import ProductParser, Reading
+from datamodules.preparing.columns import ATTRIBUTES, Columns
+from datamodules.preparing.judgements import Judgements, query_splits
+from datamodules.preparing.parallel import parse_records
+from datamodules.preparing.pictures import digest
+from datamodules.preparing.queries import ASKED, QueryParser, QuerySet, find_parts
+from datamodules.preparing.report import ProblemLog, console
+from datamodules.preparing.rows import Row
+from datamodules.preparing.shards import ShardWriter, Spool, product_columns, query_columns
+from datamodules.preparing.splits import SPLIT_NAMES, Arrangement, Members, SplitPolicy, arrange
+from datamodules.preparing.statistics import AttributeStatistics
+from datamodules.preparing.tables import CatalogueError, Table
 from datamodules.schema import Schema
-from datamodules.shards import ShardWriter, Spool, product_columns, query_columns
-from datamodules.splits import SPLIT_NAMES, Arrangement, Members, SplitPolicy, arrange
-from datamodules.statistics import AttributeStatistics
-from datamodules.tables import CatalogueError, Table
 
 T = TypeVar("T")
 

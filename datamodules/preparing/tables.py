@@ -13,7 +13,7 @@ from typing import TextIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from datamodules.records import (
+from datamodules.preparing.records import (
     Lines,
     Record,
     clean_name,

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from datamodules.images import LIMITS, WHITE, ImageError, Limits, downsize
-from datamodules.tables import CatalogueError
-from datamodules.values import BadValue, Cell, excerpt, parse_list
+from datamodules.preparing.tables import CatalogueError
+from datamodules.preparing.values import BadValue, Cell, excerpt, parse_list
 
 _REMOTE = re.compile(r"[a-z][a-z0-9+.-]+://|data:|//|\\\\", re.IGNORECASE)  # http://, file://, \\server
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from datamodules.columns import Column
+from datamodules.preparing.columns import Column
 from datamodules.schema import Attribute
 
 SKEWED = 1.0

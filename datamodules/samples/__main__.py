@@ -1,0 +1,8 @@
+"""The command of the sample catalogue."""
+
+import sys
+
+from datamodules.samples import main
+
+if __name__ == "__main__":
+    sys.exit(main())
