@@ -34,12 +34,19 @@ demo: $(INSTALLED)  ## From a made-up catalogue to recall figures and a page wit
 	python -m datamodules.samples --output demo/raw
 	python -m datamodules.prepare demo/raw/products.csv --queries demo/raw/queries.csv --qrels demo/raw/qrels.csv \
 		--output demo/catalogue
-	python train.py fit --config configs/demo.yaml --run demo
-	python index.py embed --model demo/model --catalogue demo/catalogue --output demo/embeddings
+	python train.py fit --config configs/demo.yaml --run demo/fused
+	python train.py fit --config configs/demo_single.yaml --run demo/text --then_test true \
+		--model.product.image null --model.product.attribute null
+	python train.py fit --config configs/demo_single.yaml --run demo/image --then_test true \
+		--model.product.text null --model.product.attribute null
+	python train.py fit --config configs/demo_single.yaml --run demo/attribute --then_test true \
+		--model.product.text null --model.product.image null
+	python index.py embed --model demo/fused/model --catalogue demo/catalogue --output demo/embeddings
 	python index.py build --embeddings demo/embeddings/products --output demo/index
-	python index.py search --index demo/index --text "red striped mug" --html demo/search.html
 	python index.py evaluate --index demo/index --embeddings demo/embeddings --oracle demo/raw/oracle.json \
 		--output demo/report
+	python index.py search --index demo/index --text "red striped mug" --html demo/search.html
+	python -m benchmarks.demo demo
 
 test: $(INSTALLED) lint  ## Format check, lint and all tests; skipped ones say why.
 	$(BIN)/pytest -q -rs --durations=15
