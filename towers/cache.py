@@ -10,14 +10,16 @@ import hashlib
 import io
 import json
 import logging
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import combinations, islice
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 import torch
+from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
@@ -129,25 +131,27 @@ class CachedImage:
 
 
 def fingerprint(tower: Tower) -> str:
-    """Of a tower's class, architecture and weights: what its features depend on beside the content."""
+    """Of a tower's class, architecture, pixels and weights: what its features depend on beside the content."""
     architecture = {name: value for name, value in tower.architecture().items() if name not in NOT_OF_CONTENT}
-    digest = hashlib.sha256(json.dumps([type(tower).__name__, architecture], sort_keys=True, default=str).encode())
-    for name, tensor in sorted(tower.state_dict().items()):
+    pixels = asdict(replace(tower.preprocess, augment=False)) if isinstance(tower, ImageTower) else {}
+    about = [type(tower).__name__, architecture, pixels]
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
+    for name, tensor in sorted([*tower.named_parameters(), *tower.named_buffers()]):  # mean and std among them
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
 def text_views(item: Item, preprocess: ItemPreprocess, every_view: bool) -> set[str]:
-    """The texts that may stand for an item: of all its fields, or with `every_view` of any of them."""
+    """The texts that may stand for an item: of all its fields and of its title, or with `every_view` of any of them."""
     fields = list(item.text.items())
     if every_view and len(fields) > MAX_TEXT_FIELDS:
         raise ValueError(
             f"A product has {len(fields)} text fields: their {2 ** len(fields) - 1} views are too many to cache. "
             "Set views.field_dropout to 0, or name fewer text fields when preparing the catalogue."
         )
-    sizes = range(1 if every_view else len(fields), len(fields) + 1)
-    views = [dict(some) for size in sizes for some in combinations(fields, size)]
+    sizes = range(1, len(fields) + 1) if every_view else ()
+    views = [dict(fields), dict(fields[:1]), *(dict(some) for size in sizes for some in combinations(fields, size))]
     assert preprocess.text is not None
     return {text for view in views if (text := preprocess.text.render(Item(text=view), preprocess.side))}
 
@@ -215,7 +219,7 @@ def fill(
     tower.to(device).eval()
     stream = iter(contents)
     added = 0
-    with Progress(transient=True) as progress:
+    with Progress(transient=True, console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task(f"caching {cache.folder.name}", total=None)
         while some := list(islice(stream, CONTENTS_PER_PART)):
             by_digest = {stable_hash(content): content for content in some}
