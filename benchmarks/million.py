@@ -168,12 +168,13 @@ def search_index(queries: NDArray[np.float32], exact: NDArray[np.int64], work: P
     """Recall, latency and memory of the index at several numbers of probed lists."""
     before = anonymous_bytes()
     index = ProductIndex.open(work / "index")
-    own = index.settings.nprobe
+    own = index.settings.nprobe  # None for an index without lists, where nothing is probed
     for query in np.resize(queries, (TIMED, DIM)):
         index.search(query[None])
     hot = anonymous_bytes() - before
     points = []
-    for nprobe in sorted({own, *(p for p in (8, 16, 32, 64, 128, 256) if index.num_lists and p <= index.num_lists)}):
+    probes = sorted({own, *(p for p in (8, 16, 32, 64, 128, 256) if p <= (index.num_lists or 0))}) if own else [None]
+    for nprobe in probes:
         rows = index.search(queries, DEPTH, nprobe=nprobe).rows
         recall = {f"recall@{k}": round(metrics.recall_at_k(rows, exact[:, :k], k), 4) for k in (1, 10, DEPTH)}
         rows = index.search(queries, 10, nprobe=nprobe).rows  # what is timed; re-ranking depends on k

@@ -177,7 +177,6 @@ def _fit(index: Any, sample: NDArray[np.float32], seed: int) -> str:
     if lists:
         lists.cp.seed = seed % 2**31
         gpu = _gpu_assigner(lists.d)
-        lists.cp.use_super_kmeans = gpu is None and lists.nlist >= 1024
         lists.clustering_index = gpu
     try:
         index.train(sample)
