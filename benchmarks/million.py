@@ -157,7 +157,7 @@ def build_default(work: Path) -> dict[str, Any]:
         "factory": manifest.meta["factory"],
         "reason": manifest.meta["reason"],
         "seconds": round(seconds, 1),
-        "train_s": manifest.meta["training"]["seconds"],
+        "train_s": manifest.meta["training"].get("seconds", 0.0),
         "training": manifest.meta["training"],
         "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
         "disk_bytes_per_vector": round(size / manifest.meta["count"], 1),
