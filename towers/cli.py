@@ -146,12 +146,19 @@ class TrainingCLI(LightningCLI):
             write_json(self.run_folder / "test.json", {name: float(value) for name, value in figures.items()})
 
     def validate(self, **kwargs: Any) -> None:
-        """Held-out queries of the validation split."""
-        self.trainer.validate(weights_only=True, **kwargs)
+        """Held-out queries of the validation split, by the run's best checkpoint or `--ckpt_path`."""
+        self.trainer.validate(**{**kwargs, "ckpt_path": self._checkpoint_to_measure(kwargs)}, weights_only=True)
 
     def test(self, **kwargs: Any) -> None:
-        """Held-out queries of the test split."""
-        self.trainer.test(weights_only=True, **kwargs)
+        """Held-out queries of the test split, by the run's best checkpoint or `--ckpt_path`."""
+        self.trainer.test(**{**kwargs, "ckpt_path": self._checkpoint_to_measure(kwargs)}, weights_only=True)
+
+    def _checkpoint_to_measure(self, kwargs: dict[str, Any]) -> Path:
+        path = Path(kwargs["ckpt_path"] or self.checkpoints / "best.ckpt")
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such checkpoint. Name the run (--run) or a checkpoint (--ckpt_path).")
+        newest_valid_checkpoint([path])
+        return path
 
     def _parse_ckpt_path(self) -> None:
         """Our checkpoints hold no configuration; Lightning would import whatever class a foreign one names."""
@@ -200,5 +207,5 @@ def newest_valid_checkpoint(paths: list[Path]) -> Path | None:
                 "skipped %s: it cannot be read (%s)", path, str(error).splitlines()[0] if str(error) else error
             )
     if paths and not steps:
-        raise ValueError(f"None of the {len(paths)} checkpoints in {paths[0].parent} can be read; start afresh.")
+        raise ValueError(f"None of the checkpoints can be read: {', '.join(map(str, paths))}.")
     return max(steps, key=lambda path: (steps[path], path.name)) if steps else None

@@ -88,8 +88,9 @@ def embed(
             catalogue=storage.fingerprint(catalogue),
             id_column="product_id" if side == "products" else "query_id",
         )
-        missing = [shard for shard in range(len(table.shards)) if not writer.done(table.shards[shard].stem)]
-        logger.info("%s: %d of %d shards to embed", side, len(missing), len(table.shards))
+        shards = [s for s in range(len(table.shards)) if table.shard_starts[s] < table.shard_starts[s + 1]]
+        missing = [shard for shard in shards if not writer.done(table.shards[shard].stem)]
+        logger.info("%s: %d of %d shards to embed", side, len(missing), len(shards))
         rows: Dataset[NumberedItems]
         if side == "products":
             rows, encoder = ProductTable(table, preprocess.product, product_view), two_tower.product
@@ -107,9 +108,10 @@ def embed(
         if missing:
             loaders = ShardLoaders(rows, table, missing, batch_size, num_workers)
             trainer.predict(_Encode(encoder), datamodule=loaders, return_predictions=False)
+        trainer.strategy.barrier("embedded")  # every process has written its shards
         if trainer.is_global_zero:
             hints = {"model": str(model), "catalogue": str(catalogue)}
-            writer.finish([shard.stem for shard in table.shards], hints)
+            writer.finish([table.shards[shard].stem for shard in shards], hints)
 
 
 def all_items(tables: dict[str, Table]) -> Iterator[Item]:
@@ -181,6 +183,7 @@ class ShardLoaders(L.LightningDataModule):
         self, rows: Dataset[NumberedItems], table: Table, shards: list[int], batch_size: int, num_workers: int
     ) -> None:
         super().__init__()
+        self.allow_zero_length_dataloader_with_multiple_devices = True  # fewer shards than processes
         self.rows, self.table, self.shards = rows, table, shards
         self.batch_size, self.num_workers = batch_size, num_workers
 

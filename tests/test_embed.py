@@ -1,0 +1,212 @@
+"""Embedding a catalogue with a model folder: every row once, every kind of query, resumable."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from catalogues import SCHEMA, write_catalogue
+
+from datamodules.batch import Item
+from datamodules.parquet import Table, product_item
+from retrieval import storage
+from retrieval.embeddings import EmbeddingReader
+from retrieval.storage import ArtefactError
+from towers.embed import ProductTable, as_it_is, embed
+from towers.encoder import Encoder
+from towers.model_folder import load_model, save_model
+from towers.text import BiLSTM
+from towers.two_tower import TwoTower
+
+Vectors = dict[tuple[str, str | None], np.ndarray]
+
+
+def read(folder: Path) -> Vectors:
+    """(id, kind) -> vector."""
+    result: Vectors = {}
+    for batch in EmbeddingReader(folder).batches():
+        kinds = [None] * len(batch.ids) if batch.kinds is None else batch.kinds.to_pylist()
+        result |= dict(zip(zip(batch.ids.to_pylist(), kinds, strict=True), batch.vectors, strict=True))
+    return result
+
+
+@pytest.fixture(scope="module")
+def embedded(tiny_run: Path, tiny_catalogue: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("embeddings") / "E"
+    embed(tiny_run / "model", tiny_catalogue, output, batch_size=50, accelerator="cpu")
+    return output
+
+
+def test_every_product_is_there_once_as_the_model_encodes_it(
+    embedded: Path, tiny_run: Path, tiny_catalogue: Path
+) -> None:
+    table = Table(tiny_catalogue / "products")
+    found = read(embedded / "products")
+    assert [product_id for product_id, _ in found] == table.column("product_id").to_pylist()
+    items = [product_item(table.row(row)) for row in range(len(table))]
+    expected = load_model(tiny_run / "model").encode(items, "product")
+    np.testing.assert_allclose(np.stack(list(found.values())), expected, atol=1e-3)
+
+
+def test_every_kind_of_query_shows_what_it_says(embedded: Path, tiny_run: Path, tiny_catalogue: Path) -> None:
+    model = load_model(tiny_run / "model")
+    products = Table(tiny_catalogue / "products")
+    by_id = {i: row for row, i in enumerate(products.column("product_id").to_pylist())}
+    expected: dict[tuple[str, str], Item] = {}
+    queries = Table(tiny_catalogue / "queries")
+    for query in (queries.row(row) for row in range(len(queries))):
+        name = query["query_id"]
+        if query["source_product_id"] is None:
+            kind = "image" if query["images"] else "text"
+            expected[name, kind] = Item({"query": query["text"]} if query["text"] else {}, query["images"])
+            continue
+        item = product_item(products.row(by_id[query["source_product_id"]]))
+        views = {
+            "fused": item,
+            "product:text": Item(text=item.text),
+            "product:image": Item(images=item.images),
+            "product:attribute": Item(attributes=item.attributes),
+        }
+        expected |= {(name, kind): view for kind, view in views.items() if any(map(bool, view))}
+    found = read(embedded / "queries")
+    assert set(found) == set(expected)
+    assert {kind for _, kind in found} == {
+        "text",
+        "image",
+        "fused",
+        "product:text",
+        "product:image",
+        "product:attribute",
+    }
+    vectors = model.encode(list(expected.values()), "query")
+    for key, vector in zip(expected, vectors, strict=True):
+        np.testing.assert_allclose(found[key], vector, atol=1e-3)
+
+
+def test_the_folders_know_their_model_and_catalogue(embedded: Path, tiny_run: Path, tiny_catalogue: Path) -> None:
+    for side in ("products", "queries"):
+        meta = storage.verify(embedded / side, kind="embeddings").meta
+        assert meta["model"] == storage.fingerprint(tiny_run / "model")
+        assert meta["catalogue"] == storage.fingerprint(tiny_catalogue)
+        assert (meta["dim"], meta["metric"]) == (32, "cosine")
+
+
+def begin_again(embedded: Path, output: Path, without: str) -> None:
+    """A job as it was before it finished one shard of the products."""
+    shutil.copytree(embedded, output)
+    (output / "products" / "manifest.json").unlink()
+    (output / "products" / without).unlink()
+
+
+def test_an_interrupted_job_makes_what_is_missing(
+    embedded: Path, tiny_run: Path, tiny_catalogue: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin_again(embedded, tmp_path / "E", "shard-00001.parquet")
+    untouched = tmp_path / "E" / "products" / "shard-00000.parquet"
+    before = untouched.stat().st_mtime_ns
+    rows = []
+    original = ProductTable.__getitem__
+    monkeypatch.setattr(ProductTable, "__getitem__", lambda self, some: rows.extend(some) or original(self, some))
+    embed(tiny_run / "model", tiny_catalogue, tmp_path / "E", batch_size=7, accelerator="cpu")
+    assert rows == list(range(60, 120))
+    assert untouched.stat().st_mtime_ns == before
+    whole, resumed = read(embedded / "products"), read(tmp_path / "E" / "products")
+    assert whole.keys() == resumed.keys()
+    for key in whole:
+        np.testing.assert_allclose(resumed[key], whole[key], atol=1e-3)
+
+
+def test_a_finished_job_does_nothing(embedded: Path, tiny_run: Path, tiny_catalogue: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in embedded.rglob("*")}
+    embed(tiny_run / "model", tiny_catalogue, embedded, accelerator="cpu")
+    assert {path: path.stat().st_mtime_ns for path in embedded.rglob("*")} == before
+
+
+def text_model(folder: Path, seed: int = 1) -> Path:
+    """A model that reads titles alone."""
+    torch.manual_seed(seed)
+    model = TwoTower(Encoder(32, text=BiLSTM(num_buckets=64, word_dim=4, hidden_dim=4)))
+    model.set_schema(SCHEMA)
+    save_model(model, folder)
+    return folder
+
+
+def test_shards_of_another_model_are_not_mixed_in(embedded: Path, tiny_catalogue: Path, tmp_path: Path) -> None:
+    begin_again(embedded, tmp_path / "E", "shard-00001.parquet")
+    with pytest.raises(ArtefactError, match="model"):
+        embed(text_model(tmp_path / "other"), tiny_catalogue, tmp_path / "E", accelerator="cpu")
+    assert not (tmp_path / "E" / "products" / "shard-00001.parquet").exists()
+
+
+def test_the_size_of_batches_does_not_matter(tiny_catalogue: Path, tmp_path: Path) -> None:
+    model = text_model(tmp_path / "model")
+    for batch_size in (1, 256):
+        embed(model, tiny_catalogue, tmp_path / f"E{batch_size}", batch_size=batch_size, accelerator="cpu")
+    for side in ("products", "queries"):
+        one, many = (read(tmp_path / f"E{size}" / side) for size in (1, 256))
+        assert one.keys() == many.keys()
+        np.testing.assert_allclose(np.stack(list(one.values())), np.stack(list(many.values())), atol=1e-3)
+
+
+def test_what_the_model_cannot_read_is_reported(
+    tiny_catalogue: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Photo queries mean nothing to a model of titles; a product without title keeps its row."""
+    catalogue = tmp_path / "C"
+    shutil.copytree(tiny_catalogue, catalogue)
+    shard = catalogue / "products" / "shard-00000.parquet"
+    table = pq.read_table(shard)
+    text = pa.array([None, *table["text"].to_pylist()[1:]], table.schema.field("text").type)
+    column = table.schema.get_field_index("text")
+    pq.write_table(table.set_column(column, table.schema.field("text"), text), shard)
+    (catalogue / "manifest.json").unlink()
+    storage.seal(catalogue, kind="catalogue")
+    with caplog.at_level(logging.INFO, logger="towers.embed"):
+        embed(text_model(tmp_path / "model"), catalogue, tmp_path / "E", accelerator="cpu")
+    assert "1 products have nothing that this model reads" in caplog.text
+    kinds = {kind for _, kind in read(tmp_path / "E" / "queries")}
+    assert kinds == {"text", "fused", "product:text"}
+    queries = Table(catalogue / "queries")
+    photos = sum(bool(queries.row(row)["images"]) for row in range(len(queries)))
+    unread = int(caplog.text.split(" queries show nothing")[0].split()[-1])
+    assert unread >= photos
+    assert len(read(tmp_path / "E" / "products")) == 120
+
+
+def test_a_view_limits_what_is_shown(embedded: Path, tiny_run: Path, tiny_catalogue: Path, tmp_path: Path) -> None:
+    embed(
+        tiny_run / "model",
+        tiny_catalogue,
+        tmp_path / "E",
+        accelerator="cpu",
+        product_view=lambda item: item._replace(images=()),
+        query_view=as_it_is,
+    )
+    table = Table(tiny_catalogue / "products")
+    with_picture = [row for row in range(120) if table.row(row)["images"]]
+    whole, blind = (np.stack(list(read(folder / "products").values())) for folder in (embedded, tmp_path / "E"))
+    difference = np.abs(whole - blind).max(1)
+    assert difference[with_picture].min() > 1e-2
+    assert np.delete(difference, with_picture).max() < 1e-3
+
+
+def test_shards_without_rows_are_skipped(tmp_path: Path) -> None:
+    catalogue = write_catalogue(tmp_path / "C", num_groups=10, queries=False)
+    table = pq.read_table(catalogue / "products" / "shard-00000.parquet")
+    pq.write_table(table.slice(0, 0), catalogue / "products" / "shard-00002.parquet")
+    (catalogue / "manifest.json").unlink()
+    storage.seal(catalogue, kind="catalogue")
+    embed(text_model(tmp_path / "model"), catalogue, tmp_path / "E", accelerator="cpu")
+    assert len(read(tmp_path / "E" / "products")) == 20
+    assert not (tmp_path / "E" / "queries").exists()
+
+
+def test_a_folder_that_is_no_catalogue_is_refused(tiny_run: Path, tmp_path: Path) -> None:
+    with pytest.raises(ArtefactError, match="kind 'model'; expected 'catalogue'"):
+        embed(tiny_run / "model", tiny_run / "model", tmp_path / "E", accelerator="cpu")
