@@ -14,6 +14,8 @@ from jsonargparse.typing import PositiveInt
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger
+from rich.console import Console
+from rich.table import Table
 
 import configs
 from datamodules.products import ProductDataModule
@@ -142,8 +144,10 @@ class TrainingCLI(LightningCLI):
         self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=path, weights_only=True)
         self._export()
         if self._get(self.config_init, "then_test"):
-            (figures,) = self.trainer.test(self.model, datamodule=self.datamodule)
-            write_json(self.run_folder / "test.json", {name: float(value) for name, value in figures.items()})
+            self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
+            figures = {n: float(v) for n, v in self.trainer.callback_metrics.items() if n.startswith("test/")}
+            write_json(self.run_folder / "test.json", figures)
+            show_figures(figures)
 
     def validate(self, **kwargs: Any) -> None:
         """Held-out queries of the validation split, by the run's best checkpoint or `--ckpt_path`."""
@@ -190,6 +194,14 @@ class TrainingCLI(LightningCLI):
             meta = {} if best.best_model_score is None else {str(best.monitor): float(best.best_model_score)}
             save_model(self.model, self.run_folder / "model", meta=meta, overwrite=True)
             logger.info("exported the best model to %s", self.run_folder / "model")
+
+
+def show_figures(figures: dict[str, float]) -> None:
+    """A table of figures by name."""
+    table = Table("figure", "value")
+    for name, value in figures.items():
+        table.add_row(name, f"{value:.4f}")
+    Console().print(table)
 
 
 def newest_valid_checkpoint(paths: list[Path]) -> Path | None:
