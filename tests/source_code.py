@@ -69,5 +69,6 @@ def _imports(node: ast.AST, *, lazy: bool) -> Iterator[Import]:
 
 def _imported(module: str, name: str) -> str:
     """`from towers import text` names the module `towers.text`; `from towers.text import pool` names `towers.text`."""
-    file = ROOT.joinpath(*module.split("."), f"{name}.py")
-    return f"{module}.{name}" if file.exists() else module
+    folder = ROOT.joinpath(*module.split("."))
+    is_module = (folder / f"{name}.py").exists() or (folder / name / "__init__.py").exists()
+    return f"{module}.{name}" if is_module else module
