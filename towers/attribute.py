@@ -151,10 +151,12 @@ class AttributeTower(Tower):
         self.number_bias = nn.Parameter(torch.zeros(len(numbers), dim))
         self.buckets = nn.Embedding(self.num_buckets, dim)
         nn.init.normal_(self.buckets.weight, std=1 / math.sqrt(self.num_hashes))
-        self.missing = nn.Parameter(torch.randn(len(schema.attributes), dim))
+        self.missing = nn.Parameter(torch.zeros(len(schema.attributes), dim))  # two gaps are no likeness at first
         joined = dim * len(schema.attributes)
         self.join = nn.Sequential(nn.LayerNorm(joined), nn.Linear(joined, self.out_dim))
         self.refine = nn.Sequential(nn.GELU(), nn.Linear(self.out_dim, self.out_dim))
+        nn.init.zeros_(self.refine[-1].weight)  # starts as nothing
+        nn.init.zeros_(self.refine[-1].bias)
 
     def forward(self, attributes: AttributeTensors) -> Tensor:
         """The attributes of B items -> (B, F)."""
