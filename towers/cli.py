@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ from jsonargparse.typing import PositiveInt
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from rich.table import Table
 
@@ -26,7 +28,11 @@ from towers.two_tower import TwoTower
 
 logger = logging.getLogger(__name__)
 
-USER_ERRORS = (OSError, ValueError, ArtefactError, FloatingPointError, ImportError)
+PARSER = {"allow_abbrev": False}
+USAGE = "%(prog)s [--config FILE] [--OPTION VALUE ...]"
+"""In front of an error; the list of all options would bury it."""
+
+USER_ERRORS = (OSError, ValueError, ArtefactError, FloatingPointError, ImportError, MisconfigurationException)
 
 
 class TrainingCLI(LightningCLI):
@@ -54,7 +60,7 @@ class TrainingCLI(LightningCLI):
                 },
                 save_config_kwargs={"overwrite": True},
                 auto_configure_optimizers=False,
-                parser_kwargs={"allow_abbrev": False},
+                parser_kwargs={**PARSER, **{command: {**PARSER, "usage": USAGE} for command in cls.subcommands()}},
             )
         except USER_ERRORS as error:
             if os.environ.get("TRITOWER_TRACEBACK"):
@@ -79,6 +85,9 @@ class TrainingCLI(LightningCLI):
             "--run", type=Path, default=Path("runs/default"), help="Folder of checkpoints, logs and the exported model."
         )
         parser.add_argument("--resume", type=bool, default=False, help="Go on from the run's newest valid checkpoint.")
+        parser.add_argument(
+            "--replan", type=bool, default=False, help="A resumed run may have another number of steps than planned."
+        )
         parser.add_argument(
             "--checkpoint_every_steps",
             type=PositiveInt | None,
@@ -141,6 +150,7 @@ class TrainingCLI(LightningCLI):
     def fit(self, **kwargs: Any) -> None:
         """Train, then export the best model and, if asked, measure it."""
         path = self._checkpoint_to_resume()
+        self.model.replan = self._get(self.config_init, "replan")
         self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=path, weights_only=True)
         self._export()
         if self._get(self.config_init, "then_test"):
@@ -213,7 +223,10 @@ def newest_valid_checkpoint(paths: list[Path]) -> Path | None:
     steps: dict[Path, int] = {}
     for path in paths:
         try:
-            steps[path] = int(torch.load(path, weights_only=True, map_location="cpu")["global_step"])
+            with zipfile.ZipFile(path) as file:  # torch writes digests, and never compares them
+                if damaged := file.testzip():
+                    raise ValueError(f"{damaged} is damaged")
+            steps[path] = int(torch.load(path, weights_only=True, map_location="cpu", mmap=True)["global_step"])
         except Exception as error:  # a torn file raises whatever its first wrong byte leads to
             logger.warning(
                 "skipped %s: it cannot be read (%s)", path, str(error).splitlines()[0] if str(error) else error

@@ -54,6 +54,8 @@ class Encoder(nn.Module):
         self.towers = nn.ModuleDict({name: tower for name in MODALITIES if (tower := towers[name]) is not None})
         if not self.towers:
             raise ValueError("An encoder needs at least one tower: text, image or attribute.")
+        if embed_dim < 1:
+            raise ValueError(f"embed_dim={embed_dim}: choose at least 1.")
         if fusion not in FUSIONS:
             raise ValueError(f"fusion={fusion!r}: choose one of {', '.join(FUSIONS)}.")
         self.embed_dim, self.fusion_name = embed_dim, fusion

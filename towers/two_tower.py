@@ -74,6 +74,8 @@ class TwoTower(L.LightningModule):
         self.lr, self.pretrained_lr, self.weight_decay, self.warmup = lr, pretrained_lr, weight_decay, warmup
         self.chunk_size, self.feature_cache, self.seed = chunk_size, feature_cache, seed
         self.schema: Schema | None = None
+        self.planned_steps: int | None = None
+        self.replan = False  # a resumed run may have another number of steps
 
     # ------------------------------------------------------------------ encoding
 
@@ -218,7 +220,7 @@ class TwoTower(L.LightningModule):
     def _not_finite(self, what: str, batch: Batch | None = None) -> FloatingPointError:
         products = "" if batch is None else ", ".join(self.trainer.datamodule.product_ids(batch)[:8])
         return FloatingPointError(
-            f"{what} at step {self.global_step} (temperature {1 / self.loss.scale.item():.4f}"
+            f"{what} at step {self.global_step} (temperature {1 / self.loss.scale:.4f}"
             + (f", products {products}" if products else "")
             + "). Lower model.lr, or train with trainer.precision=bf16-mixed or 32. Checkpoints so far are untouched."
         )
@@ -227,6 +229,12 @@ class TwoTower(L.LightningModule):
         """AdamW with one learning rate for new parts and one for pretrained towers; warm-up, then a cosine."""
         optimizer = torch.optim.AdamW(self.parameter_groups())
         steps = max(1, int(self.trainer.estimated_stepping_batches))
+        if self.planned_steps not in (None, steps) and not self.replan:
+            raise ValueError(
+                f"This run was planned for {self.planned_steps} steps and would now have {steps}, so its learning rate "
+                "would jump. Resume it with the settings it began with, or say --replan true."
+            )
+        self.planned_steps = steps
         warmup = max(1, round(self.warmup * steps))
 
         def factor(step: int) -> float:
@@ -317,9 +325,11 @@ class TwoTower(L.LightningModule):
         """Plain data only, so that checkpoints load in torch's safe mode."""
         assert self.schema is not None
         checkpoint["schema"] = asdict(self.schema)
+        checkpoint["planned_steps"] = self.planned_steps
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Parameters of attributes must exist before their weights come."""
+        self.planned_steps = checkpoint.get("planned_steps")
         schema = Schema.from_dict(checkpoint["schema"])
         if self.schema is None:
             self.set_schema(schema)
