@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 
 logger = logging.getLogger(__name__)
 
-INIT_TIMEOUT_S = 8
+INIT_TIMEOUT_S = 6
+FINISH_TIMEOUT_S = 60
+"""What is not uploaded by then stays in the run's folder, for `wandb sync`."""
 
 
 class PatientWandbLogger(WandbLogger):
@@ -51,6 +54,7 @@ def wandb_logger(folder: Path, project: str, *, offline: bool) -> list[Logger]:
     """
     import wandb
 
+    os.environ.setdefault("WANDB_FINISH_TIMEOUT", str(FINISH_TIMEOUT_S))  # releases that do not know it ignore it so
     for mode in ("offline",) if offline else ("online", "offline"):
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,256 @@
+"""The command line of training: what it makes, and how it says what is wrong."""
+
+from __future__ import annotations
+
+import csv
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from training import CONFIG, ROOT, TEXT_ONLY, fit, fit_arguments, logged
+
+import configs
+import train
+from retrieval.storage import read_manifest
+from towers.model_folder import load_model
+
+FAST = (*TEXT_ONLY, "--trainer.max_epochs=1")
+
+
+def last_line(capsys: pytest.CaptureFixture[str]) -> str:
+    """The last line of stderr; there is no traceback above it."""
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    return error.splitlines()[-1]
+
+
+# ---------------------------------------------------------------- what a run leaves
+
+
+def test_a_run_leaves_checkpoints_a_log_its_configuration_and_a_model(tiny_run: Path) -> None:
+    assert {path.name for path in (tiny_run / "checkpoints").iterdir()} == {
+        "best.ckpt",
+        "last-step=15.ckpt",
+        "last-step=20.ckpt",
+    }
+    assert read_manifest(tiny_run / "model", kind="model").meta["embed_dim"] == 32
+    [config] = tiny_run.glob("logs/*/config.yaml")
+    assert yaml.safe_load(config.read_text(encoding="utf-8"))["model"]["lr"] == 3e-3
+
+
+def test_loss_temperature_shares_and_recall_are_logged(tiny_run: Path) -> None:
+    losses = logged(tiny_run, "train/loss")
+    assert len(losses) == 20
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    for side in ("query", "product"):
+        shares = [logged(tiny_run, f"train/{side}_share_{name}") for name in ("text", "image", "attribute")]
+        assert [sum(row) for row in zip(*shares, strict=True)] == pytest.approx([1.0] * 20, abs=1e-5)
+    assert all(0.01 <= temperature < 1 for temperature in logged(tiny_run, "train/temperature"))
+    for metric in ("val/hit@1", "val/hit@10", "val/recall@10", "val/mrr@10"):
+        assert len(logged(tiny_run, metric)) == 4
+    assert logged(tiny_run, "lr-AdamW/pg1") or logged(tiny_run, "lr-AdamW")
+
+
+def test_checkpoints_hold_plain_data(tiny_run: Path) -> None:
+    for path in (tiny_run / "checkpoints").iterdir():
+        checkpoint = torch.load(path, weights_only=True)
+        assert checkpoint["schema"]["text"] == ("title", "description")
+        assert "hyper_parameters" not in checkpoint
+
+
+def test_the_best_model_is_exported_and_not_the_last(tiny_catalogue: Path, tmp_path: Path) -> None:
+    """Twelve epochs of a high learning rate: the last one is not the best, or no better than an earlier one."""
+    run = tmp_path / "run"
+    assert fit(tiny_catalogue, run, *TEXT_ONLY, "--trainer.max_epochs=6", "--checkpoint.mode=min") == 0
+    scores = logged(run, "val/hit@10")
+    assert read_manifest(run / "model").meta["val/hit@10"] == pytest.approx(min(scores))
+    best = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)
+    assert best["global_step"] == 5 * (1 + scores.index(min(scores)))
+    weights = load_model(run / "model").product.state_dict()
+    assert all(torch.equal(tensor, best["state_dict"][f"product.{name}"]) for name, tensor in weights.items())
+
+
+def test_validate_and_test_measure_the_best_checkpoint(
+    tiny_run: Path, tiny_catalogue: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = fit_arguments(tiny_catalogue, tmp_path / "run", f"--ckpt_path={tiny_run / 'checkpoints' / 'best.ckpt'}")
+    assert train.main(["validate", *arguments[1:]]) == 0
+    assert logged(tmp_path / "run", "val/hit@10") == [max(logged(tiny_run, "val/hit@10"))]
+    assert train.main(["test", *arguments[1:]]) == 0
+    assert len(logged(tmp_path / "run", "test/hit@10")) == 1
+    assert train.main(["test", *arguments[1:-1]]) == 1
+    assert "best.ckpt: no such checkpoint. Name the run" in last_line(capsys)
+
+
+def test_early_stopping_ends_a_run(tiny_catalogue: Path, tmp_path: Path) -> None:
+    arguments = ("--trainer.max_epochs=9", "--early_stopping.patience=1", "--early_stopping.min_delta=2")
+    assert fit(tiny_catalogue, tmp_path / "run", *TEXT_ONLY, *arguments) == 0
+    assert len(logged(tmp_path / "run", "val/hit@10")) == 2
+
+
+def test_the_test_split_is_measured_when_asked(tiny_catalogue: Path, tmp_path: Path) -> None:
+    assert fit(tiny_catalogue, tmp_path / "run", *FAST, "--then_test=true") == 0
+    figures = yaml.safe_load((tmp_path / "run" / "test.json").read_text(encoding="utf-8"))
+    assert 0 <= figures["test/hit@1"] <= figures["test/hit@10"] <= 1
+
+
+@pytest.mark.parametrize("fusion", ["mean", "transformer"])
+def test_every_fusion_and_the_sigmoid_loss_train(tiny_catalogue: Path, tmp_path: Path, fusion: str) -> None:
+    arguments = (f"--model.product.fusion={fusion}", "--model.loss=SigmoidLoss", "--model.chunk_size=20")
+    assert fit(tiny_catalogue, tmp_path / "run", *arguments, "--trainer.max_epochs=1") == 0
+    assert load_model(tmp_path / "run" / "model").product.fusion_name == fusion
+
+
+def test_a_short_last_batch_and_one_row_of_validation(tiny_catalogue: Path, tmp_path: Path) -> None:
+    """152 examples in batches of 151, 12 queries in batches of 11."""
+    assert fit(tiny_catalogue, tmp_path / "a", *FAST, "--data.batch_size=151") == 0
+    assert fit(tiny_catalogue, tmp_path / "b", *FAST, "--data.batch_size=11", "--trainer.limit_train_batches=2") == 0
+    assert len(logged(tmp_path / "a", "val/hit@10")) == len(logged(tmp_path / "b", "val/hit@10")) == 1
+
+
+# ---------------------------------------------------------------- what is wrong
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_names_products(
+    tiny_catalogue: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fit(tiny_catalogue, tmp_path / "run", *FAST, "--model.lr=1e30", "--checkpoint_every_steps=1") == 1
+    error = last_line(capsys)
+    assert error.startswith("error: The loss is nan at step 1 (temperature inf, products 0")
+    assert "Lower model.lr" in error
+    saved = list((tmp_path / "run" / "checkpoints").glob("*.ckpt"))
+    assert not any("best" in path.name for path in saved)
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_a_model_that_breaks_in_the_last_step_is_not_saved_as_the_best(
+    tiny_catalogue: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The loss of the only step is fine, and the weights after it are not."""
+    arguments = ("--model.lr=1e30", "--trainer.limit_train_batches=1", "--model.warmup=0")
+    assert fit(tiny_catalogue, tmp_path / "run", *FAST, *arguments) == 1
+    assert "Embeddings of held-out queries or products are not numbers at step 1" in last_line(capsys)
+    assert not (tmp_path / "run" / "checkpoints").exists() or not any((tmp_path / "run" / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("abbreviation", ["--model.warm=0.1", "--data.batch=8", "--res=true", "--trainer.max_ep=1"])
+def test_abbreviations_are_refused(
+    tiny_catalogue: Path, tmp_path: Path, abbreviation: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        fit(tiny_catalogue, tmp_path / "run", *FAST, abbreviation)
+    assert stopped.value.code == 2
+    assert last_line(capsys) == f"error: unrecognized arguments: {abbreviation}"
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data.batch_size=many"], "data.batch_size"),
+        (["--wandb=maybe"], "wandb"),
+        (["--checkpoint_every_steps=0"], "checkpoint_every_steps"),
+        (["--model.product.text.hiden_dim=3"], "hiden_dim"),
+        (["--model.product.fusion=sum"], "fusion"),
+    ],
+)
+def test_a_wrong_value_names_its_key(
+    tiny_catalogue: Path, tmp_path: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        fit(tiny_catalogue, tmp_path / "run", *arguments)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert message in error.partition("\nerror: ")[2]
+    assert len(error.splitlines()) < 20 and "Traceback" not in error
+
+
+def test_an_unknown_key_of_a_configuration_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))
+    config["model"]["learning_rate"] = 1
+    (tmp_path / "bad.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    with pytest.raises(SystemExit) as stopped:
+        train.main(["fit", "--config", str(tmp_path / "bad.yaml")])
+    assert stopped.value.code == 2
+    assert "learning_rate" in last_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data.catalogue=nowhere"], "error: nowhere is not a prepared catalogue (it has no schema.json)."),
+        (["--data.val_split=dev"], "error: The dev split has no products and no queries."),
+        (["--model.warmup=3"], "error: warmup=3.0 is a share of all steps"),
+        (["--model.product.embed_dim=0"], "error: embed_dim=0"),
+        (["--model.product.text.template={name}"], "error: template='{name}' names no text field of the catalogue"),
+        (["--trainer.accelerator=gpu"], "error: No supported gpu backend found!"),
+        (["--trainer.devices=3", "--trainer.strategy=ddp_spawn"], "error: batch_size=32 is not divisible by the 3"),
+    ][: 6 if torch.cuda.is_available() is False else 5],
+)
+def test_a_wrong_setting_is_one_line(
+    tiny_catalogue: Path, tmp_path: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fit(tiny_catalogue, tmp_path / "run", *TEXT_ONLY, *arguments) == 1
+    assert last_line(capsys).startswith(message)
+
+
+# ---------------------------------------------------------------- configurations
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_configuration_can_be_read(
+    path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is downloaded by reading it, and its first line is the command that runs it."""
+    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("a connection was tried"))
+    assert path.read_text(encoding="utf-8").startswith(f"# python train.py fit --config configs/{path.name}")
+    with pytest.raises(SystemExit) as stopped:
+        train.main(["fit", "--config", str(path), "--print_config"])
+    assert stopped.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["data"]["catalogue"] and printed["model"]["product"]["init_args"]["embed_dim"] >= 8
+
+
+def test_help_explains_the_options(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        train.main(["fit", "--help"])
+    assert stopped.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for words in (
+        "Go on from the run's newest valid checkpoint",
+        "learning rate of pretrained towers",
+        "whose views may ask for a product",
+        "items that are encoded at once",
+    ):
+        assert words in text
+
+
+def test_packaged_configurations_are_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    packaged = str(configs.FOLDER / "tiny.yaml")
+    assert configs.resolve(["fit", "--config", "configs/tiny.yaml"]) == ["fit", "--config", packaged]
+    assert configs.resolve(["fit", "--config=configs/tiny.yaml"]) == ["fit", f"--config={packaged}"]
+    assert configs.resolve(["-c", "configs/none.yaml", "--config"]) == ["-c", "configs/none.yaml", "--config"]
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "tiny.yaml").write_text("seed_everything: 1", encoding="utf-8")
+    assert configs.resolve(["--config", "configs/tiny.yaml"]) == ["--config", "configs/tiny.yaml"]
+
+
+def test_the_log_is_on_disk_while_a_run_goes_on(tiny_catalogue: Path, tmp_path: Path) -> None:
+    """A run that is killed leaves the figures so far."""
+    from training import diary
+
+    with pytest.raises(RuntimeError, match="stopped for a test"):
+        fit(
+            tiny_catalogue,
+            tmp_path / "run",
+            *TEXT_ONLY,
+            "--trainer.log_every_n_steps=1",
+            *diary(tmp_path / "diary", fail_at=18),
+        )
+    [log] = (tmp_path / "run").glob("logs/*/metrics.csv")
+    with log.open(encoding="utf-8") as file:
+        steps = [int(row["step"]) for row in csv.DictReader(file)]
+    assert max(steps) >= 9
