@@ -205,7 +205,7 @@ def show(report: dict[str, Any]) -> None:
     table.add_row("exact", "1", "1", "1", f"{exact['p50_ms']:.2f}", f"{exact['p99_ms']:.2f}", f"{exact['qps']:,.0f}")
     for point in report["points"]:
         recalls = [f"{point[f'recall@{k}']:.3f}" for k in (1, 10, DEPTH)]
-        name = f"nprobe {point['nprobe']}{' (default)' if point['default'] else ''}"
+        name = f"nprobe {point['nprobe'] or '-'}{' (default)' if point['default'] else ''}"
         table.add_row(name, *recalls, f"{point['p50_ms']:.2f}", f"{point['p99_ms']:.2f}", f"{point['qps']:,.0f}")
     Console(width=None if sys.stdout.isatty() else 100).print(table)
 

@@ -129,6 +129,7 @@ def evaluate(
             kind: {"count": len(questions.of_kind(kind)), "dropped": questions.dropped.get(kind, 0)}
             for kind in questions.all_kinds
         },
+        "dropped_queries": questions.dropped_queries,
         "identical_to_source": identical,
         "judged_products_not_in_index": questions.unknown,
         "catalogue_is_that_of_the_index": catalogue is None

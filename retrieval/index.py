@@ -101,7 +101,7 @@ class ProductIndex:
 
     @classmethod
     def open(cls, path: Path | str) -> ProductIndex:
-        """Verify the digests of an index folder and open it, memory-mapped.
+        """Verify the digests of an index folder and open it: codes are read, finer vectors are mapped.
 
         Raises:
             ArtefactError: no index folder, damaged, or files that do not belong together.
@@ -114,7 +114,7 @@ class ProductIndex:
         if manifest.meta.get("format") != FORMAT:
             raise ArtefactError(f"{path}: index format {manifest.meta.get('format')}, expected {FORMAT}: build it anew")
         try:
-            # One file, one flag: IO_FLAG_MMAP maps neither fast-scan lists nor finer vectors.
+            # One file, one flag. This one maps finer vectors, which IO_FLAG_MMAP does not; both read fast-scan codes.
             index = faiss.read_index(str(path / INDEX_FILE), faiss.IO_FLAG_MMAP_IFC)
             ids = IdTable(path / IDS_FILE)
             settings = Settings(**json.loads((path / SETTINGS_FILE).read_text(encoding="utf-8"))).checked(index)

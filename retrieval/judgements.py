@@ -32,6 +32,7 @@ class Questions:
         grades: (Q, J) float64, aligned with `judged`.
         threshold: the lowest grade that counts as relevant.
         dropped: kind -> number of queries left out because no product is relevant for them.
+        dropped_queries: the same over all kinds, each query counted once.
         unknown: judged products that the index does not hold; they count as relevant and are never found.
     """
 
@@ -44,6 +45,7 @@ class Questions:
     grades: NDArray[np.float64]
     threshold: float
     dropped: Mapping[str, int] = field(default_factory=dict)
+    dropped_queries: int = 0
     unknown: int = 0
 
     def of_kind(self, kind: str) -> NDArray[np.int64]:
@@ -113,6 +115,7 @@ def make_questions(
         _padded(grades, 0.0),
         threshold,
         dropped,
+        len(set(ids[chosen]) - set(ids[keep])),
         unknown,
     )
 

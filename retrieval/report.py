@@ -78,9 +78,8 @@ def summary(report: Mapping[str, Any]) -> str:
             f"{latency['p50_ms']:.2f} ms p50, {latency['p99_ms']:.2f} ms p99 a query on one thread, "
             f"{latency['qps']:,.0f} queries/s on {latency['threads']} (load {latency['load']})"
         )
-    dropped = sum(kind["dropped"] for kind in report["queries"].values())
-    if dropped:
-        parts.append(f"{dropped:,} queries without relevant products dropped")
+    if report["dropped_queries"]:
+        parts.append(f"{report['dropped_queries']:,} queries without relevant products dropped")
     if report["identical_to_source"]:
         what = "left out" if settings["exclude_identical"] else "counted"
         parts.append(f"{report['identical_to_source']:,} queries met products with the same vector as theirs ({what})")

@@ -172,6 +172,7 @@ def test_queries_without_relevant_products_are_dropped_and_counted(folders, tmp_
     full = measured(folders).report
     assert "text" not in result["tasks"]["exact"]
     assert result["queries"]["image"] == full["queries"]["image"]
+    assert result["dropped_queries"] == full["queries"]["text"]["count"] > 0 == full["dropped_queries"]
     with pytest.raises(ValueError, match=r"none of \d+ queries is left: 40 are of split|none of .* split 'nope'"):
         measured(folders, options=Options(split="nope"))
 
