@@ -9,8 +9,8 @@ own, so that memory is theirs alone.
 Keys of FILE:
     data      n, dim, queries, seed
     machine   cores, threads, load before the build, versions
-    build     factory, reason, seconds (read, train, add, write, verify, publish), train_s, peak_rss_mb,
-              disk_bytes_per_vector, training
+    build     factory, reason, seconds (read, train, add, write, verify, publish), cpu_s (the same in CPU time of all
+              threads, which a busy machine stretches less), train_s, peak_rss_mb, disk_bytes_per_vector, training
     exact     p50_ms and p99_ms (one query, one thread), qps (a batch, all threads)
     hot_bytes_per_vector   growth of anonymous memory from before opening to after all searches, over n
     points    one per nprobe, the index's own setting marked: recall@1, recall@10, recall@100 against exact search,
@@ -153,13 +153,15 @@ def build_default(work: Path) -> dict[str, Any]:
     manifest = build_index(reader, work / "index")
     seconds = time.perf_counter() - started
     size = sum(entry.bytes for entry in manifest.files.values())
+    used = resource.getrusage(resource.RUSAGE_SELF)
     return {
         "factory": manifest.meta["factory"],
         "reason": manifest.meta["reason"],
         "seconds": round(seconds, 1),
+        "cpu_s": round(used.ru_utime + used.ru_stime, 1),
         "train_s": manifest.meta["training"].get("seconds", 0.0),
         "training": manifest.meta["training"],
-        "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+        "peak_rss_mb": round(used.ru_maxrss / 1024),
         "disk_bytes_per_vector": round(size / manifest.meta["count"], 1),
     }
 
