@@ -313,8 +313,7 @@ def test_attribute_that_cannot_be_meant(attribute: Attribute, text: str, message
 def test_guide_names_every_code() -> None:
     root = Path(__file__).parent.parent
     guide = (root / "docs/catalogue.md").read_text(encoding="utf-8")
-    names = ("values", "images", "records", "tables", "pictures", "catalogue", "queries", "judgements")
-    source = "".join((root / f"datamodules/{name}.py").read_text(encoding="utf-8") for name in names)
+    source = "".join(path.read_text(encoding="utf-8") for path in sorted((root / "datamodules").rglob("*.py")))
     codes = set(re.findall(r'(?:BadValue|ImageError|rejected)\(\s*"([A-Z_]+)"', source))
     assert {"EMPTY_FILE", "ID_MISSING", "UNKNOWN_QUERY"} <= codes
     assert {code for code in codes if f"`{code}`" not in guide} == set()
