@@ -198,9 +198,10 @@ class TrainingBatches(Dataset[Batch]):
                 source = self.pick(product_row, rng)
             asked = self.products.row(source)
             query, query_keys = product_item(asked), product_keys(asked)
+        sides = self.preprocess  # a view of what a model cannot read would teach it nothing
         return Example(
-            query=self.views(query, rng),
-            product=self.views(product_item(product), rng),
+            query=self.views(sides.query.readable(query), rng),
+            product=self.views(sides.product.readable(product_item(product)), rng),
             query_keys=query_keys,
             product_keys=keys,
             weight=float(self.rows.weight[number]),

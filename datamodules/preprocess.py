@@ -54,6 +54,14 @@ class ItemPreprocess:
     image: ImagePreprocess | None = None
     attribute: AttributePreprocess | None = None
 
+    def readable(self, item: Item) -> Item:
+        """The item without the modalities that this encoder has no tower for."""
+        return Item(
+            text=item.text if self.text is not None else {},
+            images=item.images if self.image is not None else (),
+            attributes=item.attributes if self.attribute is not None else {},
+        )
+
     def __call__(self, items: Sequence[Item], rngs: Sequence[np.random.Generator] | None = None) -> Items:
         """B items as tensors.
 

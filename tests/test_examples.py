@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -180,6 +182,17 @@ def example(text: str, label: float | None = None, weight: float = 0.5) -> Examp
 def test_a_pair_of_which_the_model_sees_nothing_weighs_nothing() -> None:
     batch = collate([example("mug"), example("")], text_preprocess())
     assert batch.weight.tolist() == [0.5, 0.0]
+
+
+def test_views_show_what_the_model_reads(tables: tuple[Table, Table]) -> None:
+    """A text model is never shown a view without text of a product that has one."""
+    data = batches(tables, catalogue_examples(np.arange(7)), 0.0, Views(modality_dropout=1.0))
+    original = data.products.row
+    data.products = SimpleNamespace(row=lambda number: {**original(number), "images": [b"1"], "attributes": {"a": 1.0}})
+    for epoch in range(5):
+        batch = data[Draw(epoch, np.arange(7))]
+        assert batch.weight.tolist() == [1.0] * 7
+        assert {*map(len, data.example(epoch, 0).query[1:])} == {0}
 
 
 def test_labels_are_kept_and_never_mixed() -> None:
