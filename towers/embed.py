@@ -110,7 +110,7 @@ def embed(
             trainer.predict(_Encode(encoder), datamodule=loaders, return_predictions=False)
         trainer.strategy.barrier("embedded")  # every process has written its shards
         if trainer.is_global_zero:
-            hints = {"model": str(model), "catalogue": str(catalogue)}
+            hints = {"model": str(model.resolve()), "catalogue": str(catalogue.resolve())}
             writer.finish([table.shards[shard].stem for shard in shards], hints)
 
 
