@@ -13,6 +13,7 @@ import pytest
 # Before any library reads them: a test that would download fails at once instead of waiting for a network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
+os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"  # of calls inside Lightning
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # models here are tiny: threads only wait for each other
 
 
