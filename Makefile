@@ -45,7 +45,7 @@ demo: $(INSTALLED)  ## From a made-up catalogue to recall figures and a page wit
 	python index.py build --embeddings demo/embeddings/products --output demo/index
 	python index.py evaluate --index demo/index --embeddings demo/embeddings --oracle demo/raw/oracle.json \
 		--output demo/report
-	python index.py search --index demo/index --text "red striped mug" --html demo/search.html
+	python index.py search --index demo/index --text "brown striped mug" --html demo/search.html
 	python -m benchmarks.demo demo
 
 test: $(INSTALLED) lint  ## Format check, lint and all tests; skipped ones say why.

@@ -65,13 +65,13 @@ class PreparedCatalogue:
     def products(self, ids: Collection[str], *, images: bool = False) -> dict[str, Card]:
         """What is known of products; ids that are not in the catalogue are left out."""
         rows = self._rows("products", "product_id", ids, ["text", "attributes", *(["images"] if images else [])])
-        return {row["product_id"]: _card(row) for row in rows}
+        return {row["product_id"]: _card(row, self.attributes) for row in rows}
 
     def query_cards(self, ids: Collection[str], *, images: bool = False) -> dict[str, Card]:
         """What queries show; a product asked as a query shows that product."""
         rows = self._rows("queries", "query_id", ids, ["text", "source_product_id", *(["images"] if images else [])])
         sources = self.products({row["source_product_id"] for row in rows} - {None}, images=images)
-        return {row["query_id"]: sources.get(row["source_product_id"]) or _card(row) for row in rows}
+        return {row["query_id"]: sources.get(row["source_product_id"]) or _card(row, self.attributes) for row in rows}
 
     def queries(self) -> pa.Table:
         """All queries without pictures: query_id, split, text, source_product_id."""
@@ -169,14 +169,12 @@ def read_qrels(file: Path) -> pa.Table:
     return table
 
 
-def _card(row: Mapping[str, Any]) -> Card:
+def _card(row: Mapping[str, Any], kinds: Mapping[str, str]) -> Card:
     text = row.get("text")
     fields = text if isinstance(text, dict) else {"query": text}
-    return Card(
-        {name: value for name, value in fields.items() if value},
-        {name: value for name, value in (row.get("attributes") or {}).items() if value not in (None, [])},
-        row.get("images") or (),
-    )
+    facts = {name: value for name, value in (row.get("attributes") or {}).items() if value not in (None, [])}
+    paths = {name: " > ".join(value) for name, value in facts.items() if kinds.get(name) == "path"}
+    return Card({name: value for name, value in fields.items() if value}, facts | paths, row.get("images") or ())
 
 
 def _words(value: Value | None) -> str:

@@ -71,12 +71,12 @@ def facts_of(attributes: Mapping[str, Value], limit: int = _SHOWN_FACTS) -> list
 
 
 def shown(value: Value) -> str:
-    """A value as text: 59.9, 40, "Shoes > Boots"."""
+    """A value as text: 59.9, 40, "Shoes > Boots", "red, wool"."""
     if isinstance(value, str):
         return value
     if isinstance(value, int | float):
         return f"{value:.2f}".rstrip("0").rstrip(".")
-    return " > ".join(value)
+    return ", ".join(value)
 
 
 def _section(section: Section) -> dict[str, Any]:

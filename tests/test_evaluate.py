@@ -356,7 +356,7 @@ def test_pages_escape_what_comes_from_catalogues(tmp_path):
 
 def test_values_are_shown_as_people_write_them():
     assert shown(59.9) == "59.9" and shown(40.0) == "40" and shown(0.0) == "0" and shown(1299.5) == "1299.5"
-    assert shown(["Shoes", "Boots"]) == "Shoes > Boots"
+    assert shown("Shoes > Boots") == "Shoes > Boots" and shown(["red", "wool"]) == "red, wool"
     assert [name for name, _ in facts_of({"size": "M", "price": 3.0, "brand": "Acme"})] == ["brand", "price", "size"]
     assert data_url(b"\xff\xd8abc").startswith("data:image/jpeg;base64,")
 
@@ -366,7 +366,7 @@ def test_the_catalogue_gives_cards_by_id(folders):
     cards = catalogue.products(["001-1", "199-0", "nope"], images=True)
     assert set(cards) == {"001-1", "199-0"}
     assert cards["001-1"].title.endswith("no 1") and len(cards["001-1"].images) == 2
-    assert cards["001-1"].attributes["category"][0] == "home"
+    assert cards["001-1"].attributes["category"].startswith("home > ")
     assert catalogue.products(["001-1"])["001-1"].images == ()
     assert catalogue.products([]) == {}
     (product, typed) = ("product-0", "text-1")
