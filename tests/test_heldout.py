@@ -50,6 +50,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         for _ in range(300)
     ]
     judged += judged[:20]  # judged twice
+    judged += [(q["query_id"], q["source_product_id"], 3.0) for q in queries if q["source_product_id"]]  # itself
     folder = tmp_path_factory.mktemp("world")
     for name, rows in (("products", products), ("queries", queries)):
         (folder / name).mkdir()

@@ -252,6 +252,15 @@ def test_the_temperature_is_within_its_bound_right_after_loading() -> None:
     assert model.loss.scale.item() <= 100 * (1 + 1e-5)
 
 
+def test_the_temperature_is_brought_back_before_each_step() -> None:
+    model = make_model()
+    model.trainer = trainer = FakeTrainer(global_rank=0)
+    model.loss.logit_scale.data.fill_(math.log(1000))
+    model.on_train_batch_start(None, 0)
+    assert model.loss.logit_scale.item() < math.log(100) < math.log(1000)
+    assert trainer.global_rank == 0
+
+
 def test_all_subsets_of_modalities_find_each_other_in_one_space() -> None:
     model = make_model(make_encoder(fusion="transformer"))
     full = ITEMS[0]
