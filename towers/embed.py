@@ -100,6 +100,7 @@ def embed(
             accelerator=accelerator,
             devices=devices,
             precision=precision,
+            use_distributed_sampler=False,  # every process has shards of its own
             callbacks=[ShardWriter(writer, table, missing)],
             logger=False,
             enable_checkpointing=False,
@@ -251,6 +252,8 @@ class ShardWriter(L.Callback):
         self.pending = []
         self.unknown += int((~known).sum())
         start, stop = self.table.shard_starts[shard : shard + 2]
+        if len(seen := np.unique(row // (len(KINDS) if is_query else 1))) != stop - start:
+            raise RuntimeError(f"{len(seen)} of {stop - start} rows of shard {shard} were encoded: nothing is written.")
         ids = self.table.column(self.writer.id_column)[start:stop].to_pylist()
         name = self.table.shards[shard].stem
         if is_query:
