@@ -1,11 +1,15 @@
-"""A whole training of two processes equals that of one, held-out queries included."""
+"""Two processes train, validate and embed as one does."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
-from training import fit, fit_arguments, logged, run_training
+from test_embed import read
+from training import fit, fit_arguments, logged, run_program
+
+from towers.embed import embed
 
 NO_DROPOUT = ("--model.product.text.init_args.dropout=0", "--model.product.attribute.init_args.dropout=0")
 
@@ -21,9 +25,10 @@ def test_a_training_of_two_processes_equals_one(tiny_catalogue: Path, tmp_path: 
         "--trainer.log_every_n_steps=1",
     )
     assert fit(tiny_catalogue, tmp_path / "one", *arguments) == 0
-    two = run_training(
-        *fit_arguments(tiny_catalogue, tmp_path / "two", *arguments), "--trainer.devices=2", "--trainer.strategy=ddp"
+    distributed = fit_arguments(
+        tiny_catalogue, tmp_path / "two", *arguments, "--trainer.devices=2", "--trainer.strategy=ddp"
     )
+    two = run_program("train.py", *distributed)
     assert two.returncode == 0, two.stdout
     alone, together = (logged(tmp_path / run, "train/loss") for run in ("one", "two"))
     assert len(alone) == 8
@@ -31,3 +36,22 @@ def test_a_training_of_two_processes_equals_one(tiny_catalogue: Path, tmp_path: 
     for metric in ("val/hit@1", "val/hit@10", "val/recall@10", "val/mrr@10"):
         assert logged(tmp_path / "two", metric) == pytest.approx(logged(tmp_path / "one", metric), abs=1e-12)
     assert (tmp_path / "two" / "model" / "manifest.json").is_file()
+
+
+def test_two_processes_embed_as_one_does(tiny_run: Path, tiny_catalogue: Path, tmp_path: Path) -> None:
+    """Each writes shards of its own; of the queries there is one shard, so one process has nothing to do."""
+    embed(tiny_run / "model", tiny_catalogue, tmp_path / "one", accelerator="cpu", batch_size=16)
+    options = (
+        "--model",
+        str(tiny_run / "model"),
+        "--catalogue",
+        str(tiny_catalogue),
+        "--output",
+        str(tmp_path / "two"),
+    )
+    two = run_program("index.py", "embed", *options, "--accelerator=cpu", "--devices=2", "--batch-size=16")
+    assert two.returncode == 0, two.stdout
+    for side in ("products", "queries"):
+        alone, together = (read(tmp_path / run / side) for run in ("one", "two"))
+        assert together.keys() == alone.keys()
+        np.testing.assert_allclose(np.stack(list(together.values())), np.stack(list(alone.values())), atol=1e-3)

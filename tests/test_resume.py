@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from training import TEXT_ONLY, diary, entries, fit, fit_arguments, logged, run_training
+from training import TEXT_ONLY, diary, entries, fit, fit_arguments, logged, run_program
 
 import train
 from towers.cli import newest_valid_checkpoint
@@ -61,8 +61,9 @@ def test_a_run_killed_within_an_epoch_goes_on_where_it_was(
     tiny_catalogue: Path, whole: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     run, path = tmp_path / "run", tmp_path / "killed.jsonl"
-    killed = run_training(
-        *fit_arguments(tiny_catalogue, run, *ARGUMENTS, "--checkpoint_every_steps=3", *diary(path, kill_at=8))
+    killed = run_program(
+        "train.py",
+        *fit_arguments(tiny_catalogue, run, *ARGUMENTS, "--checkpoint_every_steps=3", *diary(path, kill_at=8)),
     )
     assert killed.returncode == -signal.SIGKILL, killed.stdout
     assert entries(path) == whole[:8]

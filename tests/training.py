@@ -78,10 +78,10 @@ def entries(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def run_training(*arguments: str, timeout_s: float = 150) -> subprocess.CompletedProcess[str]:
-    """`python train.py ...` with all the processes it starts; they are killed when it takes too long."""
+def run_program(script: str, *arguments: str, timeout_s: float = 150) -> subprocess.CompletedProcess[str]:
+    """`python SCRIPT ...` with all the processes it starts; they are killed when it takes too long."""
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *arguments],
+        [sys.executable, str(ROOT / script), *arguments],
         env={**os.environ, "PYTHONPATH": f"{ROOT / 'tests'}"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -93,7 +93,7 @@ def run_training(*arguments: str, timeout_s: float = 150) -> subprocess.Complete
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         output, _ = process.communicate()
-        raise AssertionError(f"training hung for {timeout_s} s:\n{output}") from None
+        raise AssertionError(f"{script} hung for {timeout_s} s:\n{output}") from None
     return subprocess.CompletedProcess(arguments, process.returncode, output)
 
 
