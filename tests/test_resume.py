@@ -15,6 +15,7 @@ import torch
 from training import TEXT_ONLY, diary, entries, fit, fit_arguments, logged, run_program
 
 import train
+from retrieval.storage import read_manifest
 from towers.cli import newest_valid_checkpoint
 
 ARGUMENTS = (*TEXT_ONLY, "--trainer.max_epochs=3", "--early_stopping.patience=3")  # 5 steps per epoch
@@ -114,10 +115,16 @@ def test_a_finished_run_is_resumed_to_nothing(tiny_catalogue: Path, uninterrupte
 
 
 def test_a_moved_run_is_resumed(tiny_catalogue: Path, whole: list[dict[str, Any]], tmp_path: Path) -> None:
-    stopped(tiny_catalogue, tmp_path / "run", 9)
-    (tmp_path / "run").rename(tmp_path / "moved")
-    assert resume(tiny_catalogue, tmp_path / "moved") == whole[5:]
-    assert (tmp_path / "moved" / "model").is_dir()
+    """It knows its best model still; the lowest score is asked for, since that comes first."""
+    run, lowest = tmp_path / "moved", ("--checkpoint.mode=min", "--checkpoint.monitor=val/mrr@10")
+    stopped(tiny_catalogue, tmp_path / "run", 14, *lowest)
+    before = logged(tmp_path / "run", "val/mrr@10")
+    (tmp_path / "run").rename(run)
+    assert resume(tiny_catalogue, run, *lowest) == whole[10:]
+    after = logged(run, "val/mrr@10")
+    assert (len(before), len(after)) == (2, 1)
+    assert read_manifest(run / "model").meta["val/mrr@10"] == pytest.approx(min(before + after))
+    assert min(before) < after[0]
 
 
 # ---------------------------------------------------------------- what is refused or skipped

@@ -35,6 +35,21 @@ USAGE = "%(prog)s [--config FILE] [--OPTION VALUE ...]"
 USER_ERRORS = (OSError, ValueError, ArtefactError, FloatingPointError, ImportError, MisconfigurationException)
 
 
+class RunCheckpoint(ModelCheckpoint):
+    """Remembers its best checkpoint also where the run's folder was moved since."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As ModelCheckpoint, which forgets all scores when its folder has another name."""
+        old, new = state_dict["dirpath"], str(self.dirpath)
+
+        def moved(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {moved(path): score for path, score in value.items()}
+            return new + value.removeprefix(old) if isinstance(value, str) and value.startswith(old) else value
+
+        super().load_state_dict({name: moved(value) for name, value in state_dict.items()})
+
+
 class TrainingCLI(LightningCLI):
     """`fit`, `validate` and `test` of a TwoTower on a ProductDataModule."""
 
@@ -102,7 +117,7 @@ class TrainingCLI(LightningCLI):
         )
         parser.add_argument("--wandb_project", type=str, default="tritower", help="Project in Weights & Biases.")
         parser.add_lightning_class_args(EarlyStopping, "early_stopping")
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.set_defaults(
             {
                 "early_stopping.monitor": "val/hit@10",
@@ -127,7 +142,7 @@ class TrainingCLI(LightningCLI):
         trainer = super().instantiate_trainer(logger=loggers, default_root_dir=self.run_folder, **kwargs)
         best = trainer.checkpoint_callback
         assert isinstance(best, ModelCheckpoint)
-        best.dirpath = str(self.checkpoints)
+        best.dirpath = str(self.checkpoints.resolve())
         trainer.callbacks.append(self._last_checkpoint())  # the first one is `trainer.checkpoint_callback`
         trainer.callbacks.insert(0, LearningRateMonitor("step"))
         return trainer
@@ -137,9 +152,9 @@ class TrainingCLI(LightningCLI):
         """Folder of the run's checkpoints."""
         return self.run_folder / "checkpoints"
 
-    def _last_checkpoint(self) -> ModelCheckpoint:
-        return ModelCheckpoint(
-            dirpath=self.checkpoints,
+    def _last_checkpoint(self) -> RunCheckpoint:
+        return RunCheckpoint(
+            dirpath=self.checkpoints.resolve(),
             filename="last-{step}",
             save_top_k=2,  # one to fall back to
             monitor="step",
@@ -198,8 +213,8 @@ class TrainingCLI(LightningCLI):
         if not best.best_model_path:
             logger.warning("No validation was run, so no best model is known: exporting the last weights.")
         else:
-            path = self.checkpoints / Path(best.best_model_path).name  # the run's folder may have been moved
-            self.model.load_state_dict(torch.load(path, weights_only=True, map_location="cpu")["state_dict"])
+            state = torch.load(best.best_model_path, weights_only=True, map_location="cpu")["state_dict"]
+            self.model.load_state_dict(state)
         if self.trainer.is_global_zero:
             meta = {} if best.best_model_score is None else {str(best.monitor): float(best.best_model_score)}
             save_model(self.model, self.run_folder / "model", meta=meta, overwrite=True)
