@@ -98,4 +98,6 @@ def test_moved_model_and_index_still_search(walk: Path, tmp_path: Path, capsys: 
     assert index.main(["search", *arguments, "--json"]) == 0
     moved = json.loads(capsys.readouterr().out)
     assert index.main(["search", f"--index={walk / 'index'}", "--text=blue lamp", "--json"]) == 0
-    assert [h["product_id"] for h in moved["hits"]] == [h["product_id"] for h in json.loads(capsys.readouterr().out)["hits"]]
+    assert [h["product_id"] for h in moved["hits"]] == [
+        h["product_id"] for h in json.loads(capsys.readouterr().out)["hits"]
+    ]
