@@ -51,6 +51,7 @@ def main(folder: Path) -> int:
     }
     for claim, holds in checks.items():
         print(f"{'yes' if holds else 'NO ':3}  {claim}")
+    print(f"queries with their hits as pictures: {folder / 'report' / 'report.html'}, {folder / 'search.html'}")
     return 0 if all(checks.values()) else 1
 
 
