@@ -67,6 +67,8 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     for name in ("retrieval", __name__):
         logging.getLogger(name).setLevel(logging.INFO)
+    if options.work is not None:
+        options.work.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix="million-", dir=options.work))
     try:
         report = measure(options.n, options.queries, work)
