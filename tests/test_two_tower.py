@@ -254,7 +254,8 @@ def test_the_temperature_is_within_its_bound_right_after_loading() -> None:
 
 def test_the_temperature_is_brought_back_before_each_step() -> None:
     model = make_model()
-    model.trainer = trainer = FakeTrainer(global_rank=0)
+    loops = SimpleNamespace(epoch_loop=SimpleNamespace(total_batch_idx=0))
+    model.trainer = trainer = FakeTrainer(global_rank=0, fit_loop=loops)
     model.loss.logit_scale.data.fill_(math.log(1000))
     model.on_train_batch_start(None, 0)
     assert model.loss.logit_scale.item() < math.log(100) < math.log(1000)

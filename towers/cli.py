@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import zipfile
 from pathlib import Path
@@ -31,6 +32,8 @@ logger = logging.getLogger(__name__)
 PARSER = {"allow_abbrev": False}
 USAGE = "%(prog)s [--config FILE] [--OPTION VALUE ...]"
 """In front of an error; the list of all options would bury it."""
+
+VAL_FIGURE = r"val/((product|other)_queries/)?(hit@1|hit@10|recall@10|mrr@10)"
 
 USER_ERRORS = (OSError, ValueError, ArtefactError, FloatingPointError, ImportError, MisconfigurationException)
 
@@ -139,6 +142,7 @@ class TrainingCLI(LightningCLI):
         if mode != "off":
             project = self._get(self.config_init, "wandb_project")
             loggers += wandb_logger(self.run_folder, project, offline=mode == "offline")
+        self._check_monitors()
         trainer = super().instantiate_trainer(logger=loggers, default_root_dir=self.run_folder, **kwargs)
         best = trainer.checkpoint_callback
         assert isinstance(best, ModelCheckpoint)
@@ -146,6 +150,15 @@ class TrainingCLI(LightningCLI):
         trainer.callbacks.append(self._last_checkpoint())  # the first one is `trainer.checkpoint_callback`
         trainer.callbacks.insert(0, LearningRateMonitor("step"))
         return trainer
+
+    def _check_monitors(self) -> None:
+        for name in ("early_stopping", "checkpoint"):
+            monitor = self.config[self.subcommand][name].monitor
+            if monitor != "train/loss" and not re.fullmatch(VAL_FIGURE, monitor or ""):
+                raise ValueError(
+                    f"{name}.monitor={monitor!r} is no figure of a run. Choose val/hit@1, val/hit@10, val/recall@10 or "
+                    "val/mrr@10, those of val/product_queries/ or val/other_queries/, or train/loss."
+                )
 
     @property
     def checkpoints(self) -> Path:

@@ -173,9 +173,10 @@ class TwoTower(L.LightningModule):
         return result
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """What a step does follows from its number and the weights, so a resumed run equals one that never stopped."""
+        """What a batch does follows from its number and the weights, so a resumed run equals one that never stopped."""
         self.loss.clamp()
-        torch.manual_seed((self.seed * 1_000_003 + self.global_step) * 1_000 + self.global_rank)
+        number = self.trainer.fit_loop.epoch_loop.total_batch_idx  # several batches make a step where gradients add up
+        torch.manual_seed((self.seed * 1_000_003 + number) * 1_000 + self.global_rank)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss of one batch."""
