@@ -283,6 +283,16 @@ def _search_many(
     return 0
 
 
+def _picture(file: Path) -> bytes:
+    """A user's photo, made small as those of the catalogue were: queries and products are seen alike."""
+    from datamodules.images import ImageError, downsize
+
+    try:
+        return downsize(file.read_bytes())
+    except ImageError as error:
+        raise ValueError(f"{file}: {error}") from None
+
+
 def _encode(
     index: ProductIndex, model: Path | None, text: str, image: list[Path], attribute: list[str]
 ) -> tuple[list[np.ndarray], Card]:
@@ -304,7 +314,7 @@ def _encode(
         if not equals or name not in known:
             raise ValueError(f"attribute {fact!r}; expected name=value with one of {', '.join(known) or 'none'}")
         attributes[name] = parse_attribute(known[name], value)
-    item = Item({"query": text} if text else {}, [file.read_bytes() for file in image], attributes)
+    item = Item({"query": text} if text else {}, [_picture(file) for file in image], attributes)
     return list(load_model(folder).encode([item], side="query")), Card(*item[:1], item.attributes, item.images)
 
 

@@ -102,7 +102,8 @@ def make_questions(
     if not keep:
         raise ValueError(
             f"{reader.source}: none of {len(ids):,} queries is left: {int(chosen.sum()):,} are of split {split!r}, "
-            f"{sum(dropped.values()):,} of them have no product with a grade of {threshold:g} or more"
+            f"{sum(dropped.values()):,} of them have no product with a grade of {threshold:g} or more: "
+            "choose another split or a lower threshold"
         )
     relevant = [rows[values >= threshold] for rows, values in zip(judged, grades, strict=True)]
     return Questions(

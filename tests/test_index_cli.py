@@ -1,3 +1,4 @@
+import io
 import json
 import subprocess
 import sys
@@ -9,13 +10,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 import index as index_commands
 from retrieval import bulk, storage
 from retrieval.build import build_index
 from retrieval.embeddings import EmbeddingReader
 from retrieval.index import ProductIndex
-from tests.catalogues import SCHEMA, write_catalogue
+from tests.catalogues import SCHEMA, picture, write_catalogue
 from tests.embedded import DIM, vector_of, write_embeddings
 
 ROOT = Path(__file__).parents[1]
@@ -113,13 +115,14 @@ def test_an_installed_program_and_the_script_are_the_same(folders):
 
 
 def test_text_pictures_and_attributes_are_one_item(run, folders, encoded):
-    (folders / "a.jpg").write_bytes(b"picture a")
-    (folders / "b.jpg").write_bytes(b"picture b")
+    photos = [picture(colour, np.random.default_rng(0)) for colour in ((200, 30, 30), (30, 40, 200))]
+    for name, photo in zip(("a.jpg", "b.jpg"), photos, strict=True):
+        (folders / name).write_bytes(photo)
     facts = ["brand=Acme", "price=59.9", "category=home > mug", "tags=red|mug"]
     report = search_json(run, "--text", "red mug", "--image", "a.jpg", "b.jpg", "--attribute", *facts, "--k", "3")
     (item,) = encoded.items
     assert item.text == {"query": "red mug"}
-    assert item.images == [b"picture a", b"picture b"]
+    assert item.images == photos
     assert item.attributes == {"brand": "Acme", "price": 59.9, "category": ["home", "mug"], "tags": ["red", "mug"]}
     assert [hit["product_id"][:3] for hit in report["hits"][:2]] == ["007", "007"]
     assert report["returned"] == report["wanted"] == 3
@@ -164,8 +167,21 @@ def test_the_table_shows_titles_and_says_when_there_are_fewer(run):
     assert out.count("no ") == 119
 
 
+def test_a_photo_that_is_none_is_named(run, folders, encoded):
+    (folders / "page.jpg").write_bytes(b"<html>404</html>")
+    code, _, error = run("search", "--index", "index", "--image", "page.jpg")
+    assert code == 1 and "page.jpg: NOT_AN_IMAGE" in error and "Traceback" not in error
+
+
+def test_a_large_photo_is_seen_as_the_catalogue_sees_pictures(run, folders, encoded):
+    (folders / "large.jpg").write_bytes(picture((200, 30, 30), np.random.default_rng(0), size=900))
+    search_json(run, "--image", "large.jpg")
+    (data,) = encoded.items[0].images
+    assert max(Image.open(io.BytesIO(data)).size) == 256
+
+
 def test_a_page_with_pictures(run, folders, encoded):
-    (folders / "a.jpg").write_bytes(b"\xff\xd8 my photo")
+    (folders / "a.jpg").write_bytes(picture((200, 30, 30), np.random.default_rng(0)))
     code, out, _ = run("search", "--index", "index", "--text", "<mug>", "--image", "a.jpg", "--html", "out/page.html")
     page = (folders / "out" / "page.html").read_text(encoding="utf-8")
     assert code == 0 and "page: out/page.html" in out

@@ -24,6 +24,7 @@ import configs
 from datamodules.products import ProductDataModule
 from retrieval.storage import ArtefactError, write_json
 from towers.model_folder import save_model
+from towers.quiet import quiet_lightning
 from towers.tracking import wandb_logger
 from towers.two_tower import TwoTower
 
@@ -60,6 +61,7 @@ class TrainingCLI(LightningCLI):
     def launch(cls, args: list[str] | None = None) -> int:
         """Run a command; returns the exit code. Errors of the user are one line, without a traceback."""
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+        quiet_lightning()
         if args is None:
             sys.argv[1:] = configs.resolve(sys.argv[1:])  # where the processes of other devices find them, too
         else:

@@ -22,6 +22,7 @@ from retrieval.embeddings import EmbeddingWriter
 from towers.cache import cached
 from towers.encoder import Encoder
 from towers.model_folder import load_model
+from towers.quiet import quiet_lightning
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +70,7 @@ def embed(
         product_view: what of a product is shown, e.g. to measure what happens without its pictures.
         query_view: what of a query is shown; what a kind of query leaves out stays out.
     """
+    quiet_lightning()
     two_tower = load_model(model)
     storage.read_manifest(catalogue, kind="catalogue")
     tables = {side: Table(catalogue / side) for side in ("products", "queries") if (catalogue / side).is_dir()}
