@@ -11,8 +11,9 @@ from typing import Any, TypeAlias
 
 JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
 
-VERSION = 1
-"""Of the manifest's own layout; what a kind of folder holds is versioned in its `meta`."""
+VERSION = 2
+"""Of the manifest's own layout; what a kind of folder holds is versioned in its `meta`. A manifest without samples is
+written as version 1, which knew none."""
 
 
 class ArtefactError(Exception):
@@ -21,10 +22,17 @@ class ArtefactError(Exception):
 
 @dataclass(frozen=True)
 class FileEntry:
-    """What the manifest says of one file: its size and the hexadecimal sha256 of its bytes."""
+    """What the manifest says of one file.
+
+    Attributes:
+        bytes: its size.
+        sha256: hexadecimal digest of its bytes.
+        sample: hexadecimal sha256 of some blocks of a large file; None for others.
+    """
 
     bytes: int
     sha256: str
+    sample: str | None = None
 
 
 @dataclass(frozen=True)
@@ -48,13 +56,18 @@ def encode(manifest: Manifest) -> bytes:
     """The bytes of `manifest.json`: readable JSON that ends with a digest of all the rest."""
     body: dict[str, Any] = {
         "kind": manifest.kind,
-        "version": VERSION,
+        "version": VERSION if any(entry.sample for entry in manifest.files.values()) else 1,
         "meta": dict(manifest.meta),
-        "files": {name: {"bytes": e.bytes, "sha256": e.sha256} for name, e in manifest.files.items()},
+        "files": {name: _facts(entry) for name, entry in manifest.files.items()},
         "fingerprint": manifest.fingerprint,
     }
     body["digest"] = hashlib.sha256(_dump(body)).hexdigest()
     return _dump(body)
+
+
+def _facts(entry: FileEntry) -> dict[str, JSON]:
+    facts: dict[str, JSON] = {"bytes": entry.bytes, "sha256": entry.sha256}
+    return facts if entry.sample is None else {**facts, "sample": entry.sample}
 
 
 def _dump(body: Mapping[str, Any]) -> bytes:
@@ -76,7 +89,10 @@ def decode(data: bytes, file: Path) -> Manifest:
         version = body["version"]
         if isinstance(version, int) and version > VERSION:
             raise ArtefactError(f"{file}: manifest version {version}, this program reads up to {VERSION}: upgrade it")
-        files = {name: FileEntry(entry["bytes"], entry["sha256"]) for name, entry in body["files"].items()}
+        files = {
+            name: FileEntry(entry["bytes"], entry["sha256"], entry.get("sample"))
+            for name, entry in body["files"].items()
+        }
         manifest = Manifest(body["kind"], body["meta"], files, body["fingerprint"])
         intact = encode(manifest) == data and manifest.fingerprint == fingerprint_of(files)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):

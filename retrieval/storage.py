@@ -14,27 +14,24 @@ detect damage, not an attacker who can rewrite the manifest too.
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 import os
-import secrets
-import shutil
-import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
+from retrieval import files
+from retrieval.files import create, make_folder
 from retrieval.manifest import JSON, ArtefactError, FileEntry, Manifest, decode, encode, fingerprint_of
-
-try:
-    import fcntl
-except ImportError:  # Windows: what a killed writer leaves behind stays
-    fcntl = None  # type: ignore[assignment]
+from retrieval.temporaries import is_temporary, temporary
 
 MANIFEST = "manifest.json"
+LARGE_BYTES = 256 << 20
+"""Of a file of more bytes, a fast `verify` compares blocks only."""
+SAMPLE_BLOCKS, SAMPLE_BLOCK_BYTES = 256, 64 << 10
 T = TypeVar("T")
 
 __all__ = [
@@ -43,7 +40,9 @@ __all__ = [
     "ArtefactError",
     "FileEntry",
     "Manifest",
+    "create",
     "fingerprint",
+    "make_folder",
     "new_folder",
     "read_manifest",
     "read_whole",
@@ -73,12 +72,12 @@ def new_folder(
     """
     path = Path(path)
     _check_place(path, kind, overwrite)
-    with _temporary(path, folder=True) as temporary:
-        yield temporary
-        seal(temporary, kind=kind, meta=meta)
-        verify(temporary)
+    with temporary(path, folder=True) as new:
+        yield new.path
+        seal(new.path, kind=kind, meta=meta)
+        verify(new.path)
         _check_place(path, kind, overwrite)
-        _move_folder(temporary, path)
+        _move_folder(new.path, path)
 
 
 def seal(folder: Path | str, *, kind: str, meta: Mapping[str, JSON] = MappingProxyType({})) -> Manifest:
@@ -89,11 +88,11 @@ def seal(folder: Path | str, *, kind: str, meta: Mapping[str, JSON] = MappingPro
     folder = Path(folder)
     names = sorted(_names(folder))
     for name in names:
-        _fsync(folder / name)
-    for directory in {(folder / name).parent for name in names} | {folder}:
-        _fsync(directory)
-    files = {name: FileEntry((folder / name).stat().st_size, _sha256(folder / name)) for name in names}
-    manifest = Manifest(kind, meta, files, fingerprint_of(files))
+        files.fsync(folder / name)
+    for directory in sorted({above for name in names for above in Path(name).parents} | {Path()}):
+        files.fsync(folder / directory)
+    entries = {name: _entry(folder / name) for name in names}
+    manifest = Manifest(kind, meta, entries, fingerprint_of(entries))
     write_bytes(folder / MANIFEST, encode(manifest))
     return manifest
 
@@ -105,17 +104,17 @@ def write_file(path: Path | str) -> Iterator[Path]:
     An existing `path` is replaced in one step; on an exception it stays as it was.
     """
     path = Path(path)
-    with _temporary(path, folder=False) as temporary:
-        yield temporary
-        _fsync(temporary)
-        os.replace(temporary, path)
-        _fsync(path.parent)
+    with temporary(path, folder=False) as new:
+        yield new.path
+        files.fsync(new.path)
+        files.system.replace(new.path, path)
+        files.fsync(path.parent)
 
 
 def write_bytes(path: Path | str, data: bytes) -> None:
     """Write a small file: after a crash at any moment it is the old one or the new one, never a part."""
-    with write_file(path) as temporary:
-        temporary.write_bytes(data)
+    with write_file(path) as new, create(new) as file:
+        file.write(data)
 
 
 def write_text(path: Path | str, text: str) -> None:
@@ -154,8 +153,14 @@ def read_manifest(path: Path | str, kind: str | None = None) -> Manifest:
     return manifest
 
 
-def verify(path: Path | str, kind: str | None = None) -> Manifest:
+def verify(path: Path | str, kind: str | None = None, *, fast: bool = False) -> Manifest:
     """Compare size and digest of every file with the manifest, which is returned.
+
+    Args:
+        path: the folder.
+        kind: what the folder must be; None for any.
+        fast: of files over 256 MiB read 256 blocks only, spread evenly: finds a file that is cut, exchanged or partly
+            lost, not each flipped bit.
 
     Raises:
         ArtefactError: naming the file, what the manifest says and what is there.
@@ -169,9 +174,12 @@ def verify(path: Path | str, kind: str | None = None) -> Manifest:
         size = file.stat().st_size
         if size != entry.bytes:
             raise ArtefactError(f"{file} is damaged: expected {entry.bytes} bytes, found {size}")
-        digest = _sha256(file)
-        if digest != entry.sha256:
-            raise ArtefactError(f"{file} is damaged: expected sha256 {entry.sha256}, found {digest}")
+        if fast and entry.sample is not None:
+            what, expected, digest = "sha256 of its sample", entry.sample, _sample_sha256(file)
+        else:
+            what, expected, digest = "sha256", entry.sha256, _sha256(file)
+        if digest != expected:
+            raise ArtefactError(f"{file} is damaged: expected {what} {expected}, found {digest}")
     return manifest
 
 
@@ -206,7 +214,7 @@ def fingerprint(path: Path | str) -> str:
 def _names(folder: Path) -> Iterator[str]:
     for file in folder.rglob("*"):
         name = file.relative_to(folder).as_posix()
-        if file.is_file() and name != MANIFEST and not (file.name.startswith(".") and file.name.endswith(".tmp")):
+        if file.is_file() and name != MANIFEST and not is_temporary(file.name):
             yield name
 
 
@@ -218,19 +226,29 @@ def _identity(path: Path) -> tuple[int, int] | None:
     return status.st_ino, status.st_mtime_ns
 
 
+def _entry(file: Path) -> FileEntry:
+    """Size and digests of a file, which is dropped from the cache then: whoever reads it back reads the disk."""
+    size = file.stat().st_size
+    entry = FileEntry(size, _sha256(file), _sample_sha256(file) if size > LARGE_BYTES else None)
+    with suppress(AttributeError, OSError), file.open("rb") as stream:  # AttributeError: not on this system
+        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return entry
+
+
 def _sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _fsync(path: Path) -> None:
-    if path.is_dir() and os.name == "nt":  # Windows has no handle of a directory
-        return
-    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _sample_sha256(file: Path) -> str:
+    """The digest of blocks that are spread evenly, the first and the last byte among them."""
+    digest = hashlib.sha256()
+    last = max(file.stat().st_size - SAMPLE_BLOCK_BYTES, 0)
+    with file.open("rb") as stream:
+        for number in range(SAMPLE_BLOCKS):
+            stream.seek(last * number // (SAMPLE_BLOCKS - 1))
+            digest.update(stream.read(SAMPLE_BLOCK_BYTES))
+    return digest.hexdigest()
 
 
 def _check_place(path: Path, kind: str, overwrite: bool) -> None:
@@ -245,95 +263,18 @@ def _check_place(path: Path, kind: str, overwrite: bool) -> None:
         raise ArtefactError(f"{path} is not a folder of kind {kind!r} and is not overwritten")
 
 
-def _move_folder(temporary: Path, path: Path) -> None:
-    old = temporary.with_suffix(".old")  # not swept: killed between the two renames, this is the only copy
+def _move_folder(new: Path, path: Path) -> None:
+    old = new.with_suffix(".old")  # not swept: killed between the two renames, this is the only copy
     if not path.exists():
-        os.rename(temporary, path)  # a folder that another writer finished meanwhile makes this fail
-    elif _exchange(temporary, path):
-        old = temporary
+        files.system.rename(new, path)  # a folder that another writer finished meanwhile makes this fail
+    elif files.system.exchange(new, path):
+        old = new
     else:
-        os.rename(path, old)
+        files.system.rename(path, old)
         try:
-            os.rename(temporary, path)
+            files.system.rename(new, path)
         except BaseException:
-            os.rename(old, path)
+            files.system.rename(old, path)
             raise
-    _fsync(path.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Swap two names in one step where the system can (Linux); returns whether it did."""
-    if sys.platform != "linux":
-        return False
-    at_cwd, rename_exchange = -100, 2
-    try:
-        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
-    except (AttributeError, OSError):
-        return False
-    result: int = renameat2(at_cwd, os.fsencode(one), at_cwd, os.fsencode(other), rename_exchange)
-    return result == 0
-
-
-@contextmanager
-def _temporary(path: Path, folder: bool) -> Iterator[Path]:
-    """A locked temporary name beside `path`, gone after the block; what killed writers left there is removed first."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(path)
-    while True:
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-        if folder:
-            temporary.mkdir()
-        else:
-            temporary.touch(exist_ok=False)
-        lock = _open_locked(temporary)
-        if lock is not None:
-            if lock.ours is not False and temporary.exists():
-                break
-            os.close(lock.descriptor)  # another writer's sweep came between
-    try:
-        yield temporary
-    finally:
-        _remove(temporary)
-        os.close(lock.descriptor)
-
-
-def _sweep(path: Path) -> None:
-    """Remove temporaries of `path` whose writer is gone: the system drops a dead process's locks."""
-    for stale in path.parent.iterdir():
-        if not (stale.name.startswith(f".{path.name}.") and stale.name.endswith(".tmp")):
-            continue
-        lock = _open_locked(stale)
-        if lock is not None:
-            if lock.ours:
-                _remove(stale)
-            os.close(lock.descriptor)
-
-
-class _Lock(NamedTuple):
-    descriptor: int
-    ours: bool | None  # False = another process holds it, None = this volume or system has no locks
-
-
-def _open_locked(path: Path) -> _Lock | None:
-    """Open a file or folder and try to lock it; None where it does not exist."""
-    try:
-        descriptor = os.open(os.devnull if fcntl is None else path, os.O_RDONLY)
-    except FileNotFoundError:
-        return None
-    if fcntl is None:
-        return _Lock(descriptor, None)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return _Lock(descriptor, False)
-    except OSError:
-        return _Lock(descriptor, None)
-    return _Lock(descriptor, True)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+    files.fsync(path.parent)
+    files.remove(old)
