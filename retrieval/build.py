@@ -1,8 +1,7 @@
-"""Build an index folder from embeddings: uniform training sample, shard after shard, published only when complete."""
+"""Build an index folder from embeddings: uniform training sample, block after block, published only when complete."""
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import time
@@ -16,12 +15,26 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from retrieval import storage
+from retrieval import resources, storage, versions
+from retrieval.assemble import IDS_FILE, INDEX_FILE, write_ids, write_mapped
 from retrieval.embeddings import EmbeddingBatch, EmbeddingReader
-from retrieval.factory import MIN_POINTS_PER_LIST, choose_factory, default_nprobe, train_size
-from retrieval.index import FORMAT, IDS_FILE, INDEX_FILE, KIND, SETTINGS_FILE, Settings, lists_of
+from retrieval.encoded import GROUPING_BYTES, Blocks
+from retrieval.engine import Settings, lists_of
+from retrieval.factory import (
+    CODEBOOK,
+    MIN_POINTS_PER_LIST,
+    Choice,
+    Mapped,
+    choose_factory,
+    default_nprobe,
+    parse_mapped,
+    train_size,
+)
+from retrieval.index import FORMAT, KIND, SETTINGS_FILE
+from retrieval.mapped import Trained, train
 from retrieval.progress import counted
 from retrieval.storage import ArtefactError, Manifest
+from retrieval.workspace import BLOCK_ROWS, Workspace
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +50,8 @@ class Recipe:
         strict: refuse an under-trained index instead of warning.
         nprobe: lists a search visits unless told otherwise; None chooses by their number.
         k_factor: a search re-ranks k_factor x k candidates where the index keeps finer vectors.
+        spill: give every vector a second list: more recall from fewer lists, for twice the bytes of codes.
+        memory: bytes the build may take; None for 80 % of what is free.
     """
 
     factory: str = "auto"
@@ -45,38 +60,49 @@ class Recipe:
     strict: bool = False
     nprobe: int | None = None
     k_factor: float = 8.0
+    spill: bool = False
+    memory: int | None = None
 
 
 def build_index(
     reader: EmbeddingReader, output: Path | str, recipe: Recipe | None = None, *, overwrite: bool = False
 ) -> Manifest:
-    """Build an index folder.
+    """Build an index and publish it as the version in use.
 
-    Memory: the training sample, the index itself and one batch; never all vectors.
+    Memory: the training sample, then blocks of vectors, then the codes of some lists; never all vectors. The same call
+    goes on after a kill, where the index is one whose lists are mapped (`parse_mapped`).
 
     Args:
         reader: the products' embeddings.
-        output: the folder to make.
+        output: the place of the index and its versions.
         recipe: how; the default suits any size.
-        overwrite: replace an index folder that is there.
+        overwrite: publish a new version of an index that is there; the old one is kept.
 
     Raises:
-        ValueError: ids that are missing or repeated, faulty vectors, or a factory string that does not fit them.
-        ArtefactError: `output` exists, or it could not be written completely.
+        ValueError: ids that are missing or repeated, faulty vectors, a factory string that does not fit them, or more
+            memory or disk needed than there is.
+        ArtefactError: `output` holds an index or something else, or it could not be written completely.
     """
-    recipe = recipe or Recipe()
-    choice = choose_factory(reader.count, reader.dim)
-    factory = choice.factory if recipe.factory == "auto" else recipe.factory
-    reason = choice.reason if recipe.factory == "auto" else "asked for"
+    recipe, output = recipe or Recipe(), Path(output)
+    choice = (
+        choose_factory(reader.count, reader.dim) if recipe.factory == "auto" else Choice(recipe.factory, "asked for")
+    )
+    design = parse_mapped(choice.factory)
+    if recipe.spill and design is None:
+        raise ValueError(
+            f"factory {choice.factory!r} has no mapped lists for a second list (spill): try IVF..,PQ..x4fsr"
+        )
+    if versions.occupied(output) and not overwrite:
+        raise ArtefactError(
+            f"{output} already holds an index: choose another place, or publish a new version (overwrite)"
+        )
     meta: dict[str, Any] = {"format": FORMAT}
-    with storage.new_folder(output, kind=KIND, meta=meta, overwrite=overwrite) as folder:
+    with versions.publish(output, kind=KIND, meta=meta, upgrade=overwrite) as folder:
         reader.check_unique()
-        index = make_index(factory, reader.dim)
-        training = _train(index, reader, recipe, factory)
-        _add(index, reader, folder / IDS_FILE)
-        _write(index, folder / INDEX_FILE)
-        settings = _settings(index, recipe)
-        storage.write_text(folder / SETTINGS_FILE, json.dumps(settings._asdict(), indent=1) + "\n")
+        make = _whole if design is None else _mapped
+        nlist, training = make(reader, folder, output, choice.factory, recipe)
+        nprobe = default_nprobe(nlist) if nlist and recipe.nprobe is None else recipe.nprobe
+        storage.write_json(folder / SETTINGS_FILE, Settings(nprobe, recipe.k_factor).checked(nlist)._asdict())
         meta.update(
             model=reader.meta.get("model"),
             catalogue=reader.meta.get("catalogue"),
@@ -84,13 +110,77 @@ def build_index(
             metric=reader.metric,
             dim=reader.dim,
             count=reader.count,
-            factory=factory,
-            reason=reason,
+            factory=choice.factory,
+            reason=choice.reason,
+            spill=recipe.spill,
             training=training,
             faiss=faiss.__version__,
             hints=reader.meta.get("hints", {}),
         )
-    return storage.read_manifest(output, KIND)
+    Workspace.remove(output)
+    return storage.read_manifest(versions.current(output), KIND)
+
+
+def _mapped(
+    reader: EmbeddingReader, folder: Path, output: Path, factory: str, recipe: Recipe
+) -> tuple[int, dict[str, Any]]:
+    """Make an index whose lists are mapped; returns the number of lists and what the manifest says of training."""
+    design = parse_mapped(factory)
+    assert design is not None
+    make_index(factory, reader.dim)  # refuses what does not fit the dimension
+    need = resources.predict(
+        reader.count,
+        reader.dim,
+        design,
+        sample=recipe.train_sample,
+        spill=recipe.spill,
+        block=BLOCK_ROWS,
+        grouping=GROUPING_BYTES,
+    )
+    resources.check(need, output, recipe.memory)
+    size = _sample_size(reader, design.lists, recipe)
+    _check_enough(factory, design, size, recipe.strict)
+    with Workspace(output, reader, factory, recipe.seed, size, recipe.spill) as work:
+        trained, training = work.trained(lambda: _train_mapped(reader, design, size, recipe))
+        blocks = work.encode(reader, trained)
+        write_mapped(folder, trained, [(Blocks(blocks), 0)])
+    return design.lists, training
+
+
+def _train_mapped(reader: EmbeddingReader, design: Mapped, size: int, recipe: Recipe) -> tuple[Trained, dict[str, Any]]:
+    sample = uniform_sample(reader, size, recipe.seed)
+    started = time.perf_counter()
+    trained = train(sample, design, recipe.seed, recipe.spill)
+    seconds = round(time.perf_counter() - started, 1)
+    logger.info("trained %s lists on %s vectors in %.1f s", f"{design.lists:,}", f"{size:,}", seconds)
+    return trained, {
+        "seed": recipe.seed,
+        "vectors": size,
+        "per_list": round(size / design.lists, 2),
+        "device": "gpu" if faiss.get_num_gpus() else "cpu",
+        "seconds": seconds,
+    }
+
+
+def _whole(
+    reader: EmbeddingReader, folder: Path, output: Path, factory: str, recipe: Recipe
+) -> tuple[int | None, dict[str, Any]]:
+    """Make an index of any other factory string in memory; returns its number of lists, and of training."""
+    index = make_index(factory, reader.dim)
+    training = _train(index, reader, recipe, factory)
+    write_ids(folder / IDS_FILE, _adding(index, reader))
+    if index.ntotal != reader.count:
+        raise ArtefactError(f"the index holds {index.ntotal} vectors, {reader.source} has {reader.count}")
+    _write(index, folder / INDEX_FILE)
+    lists = lists_of(index)
+    return (int(lists.nlist) if lists else None), training
+
+
+def _adding(index: Any, reader: EmbeddingReader) -> Iterator[pa.Array]:
+    """Add all vectors in the order of the shards, and pass their ids on: row numbers are FAISS's own ids."""
+    for batch in _shown(reader, "add to the index"):
+        index.add(batch.vectors)
+        yield batch.ids
 
 
 def make_index(factory: str, dim: int) -> Any:
@@ -115,16 +205,13 @@ def make_index(factory: str, dim: int) -> Any:
 def _train(index: Any, reader: EmbeddingReader, recipe: Recipe, factory: str) -> dict[str, Any]:
     """Train on a uniform sample of all shards; returns what the manifest says about it."""
     lists = lists_of(index)
-    size = train_size(reader.count, lists.nlist if lists else 0) if recipe.train_sample is None else recipe.train_sample
-    if size < 1:
-        raise ValueError(f"train_sample={size}; expected at least 1")
-    size = min(size, reader.count)
+    size = _sample_size(reader, lists.nlist if lists else 0, recipe)
     report: dict[str, Any] = {"seed": recipe.seed, "vectors": 0 if index.is_trained else size}
     if lists:
         report["per_list"] = round(size / lists.nlist, 2)
     if index.is_trained:
         return report
-    _check_enough(index, size, factory, recipe.strict)
+    _check_enough(factory, lists, size, recipe.strict)
     sample = uniform_sample(reader, size, recipe.seed)
     started = time.perf_counter()
     report["device"] = _fit(index, sample, recipe.seed)
@@ -133,24 +220,34 @@ def _train(index: Any, reader: EmbeddingReader, recipe: Recipe, factory: str) ->
     return report
 
 
-def _check_enough(index: Any, size: int, factory: str, strict: bool) -> None:
-    lists = lists_of(index)
-    if lists and lists.nlist > size:
+def _sample_size(reader: EmbeddingReader, lists: int, recipe: Recipe) -> int:
+    size = train_size(reader.count, lists) if recipe.train_sample is None else recipe.train_sample
+    if size < 1:
+        raise ValueError(f"train_sample={size}; expected at least 1")
+    return min(size, reader.count)
+
+
+def _check_enough(factory: str, lists: Any, size: int, strict: bool) -> None:
+    """Refuse too few training vectors, and warn of few."""
+    nlist, codes = (lists.lists, None) if isinstance(lists, Mapped) else (getattr(lists, "nlist", 0), lists)
+    centroids, bits = (CODEBOOK, 4) if isinstance(lists, Mapped) else (0, 0)
+    pieces = lists.pieces if isinstance(lists, Mapped) else 0
+    if (quantizer := getattr(codes, "pq", None)) is not None:
+        centroids, bits, pieces = quantizer.ksub, quantizer.nbits, quantizer.M
+    if nlist > size:
         raise ValueError(
-            f"factory {factory!r} needs at least {lists.nlist} training vectors and has {size}: at most IVF{size}, "
+            f"factory {factory!r} needs at least {nlist} training vectors and has {size}: at most IVF{size}, "
             f"well trained IVF{max(size // MIN_POINTS_PER_LIST, 1)}; or Flat"
         )
-    codes = getattr(lists, "pq", None)
-    if codes is not None and codes.ksub > size:
-        bits = int(np.log2(size))
+    if centroids > size:
         raise ValueError(
-            f"factory {factory!r} needs at least {codes.ksub} training vectors for its {codes.nbits}-bit codes and has "
-            f"{size}: at most {bits} bits (PQ{codes.M}x{bits}), or Flat"
+            f"factory {factory!r} needs at least {centroids} training vectors for its {bits}-bit codes and has "
+            f"{size}: at most {int(np.log2(size))} bits (PQ{pieces}x{int(np.log2(size))}), or Flat"
         )
-    if lists and size < MIN_POINTS_PER_LIST * lists.nlist:
+    if nlist and size < MIN_POINTS_PER_LIST * nlist:
         message = (
-            f"{factory} is under-trained: {size:,} training vectors for {lists.nlist:,} lists, "
-            f"{size / lists.nlist:.1f} each; {MIN_POINTS_PER_LIST} are wanted"
+            f"{factory} is under-trained: {size:,} training vectors for {nlist:,} lists, "
+            f"{size / nlist:.1f} each; {MIN_POINTS_PER_LIST} are wanted"
         )
         if strict:
             raise ValueError(f"{message} (strict)")
@@ -199,34 +296,13 @@ def _gpu_assigner(dim: int) -> Any:
         return None
 
 
-def _add(index: Any, reader: EmbeddingReader, ids_file: Path) -> None:
-    """Add all vectors in the order of the shards; row numbers are FAISS's own ids, product ids go to their table."""
-    schema = pa.schema([("product_id", pa.string())])
-    with pa.OSFile(str(ids_file), "wb") as sink, pa.ipc.new_file(sink, schema) as table:
-        for batch in _shown(reader, "add to the index"):
-            index.add(batch.vectors)
-            table.write_batch(pa.record_batch([batch.ids.cast(pa.string())], schema=schema))
-    if index.ntotal != reader.count:
-        raise ArtefactError(f"the index holds {index.ntotal} vectors, {reader.source} has {reader.count}")
-
-
 def _write(index: Any, file: Path) -> None:
     """Write and read back: on a full disk faiss may lose the end of a file without a word."""
-    try:
-        faiss.write_index(index, str(file))
-        copy = faiss.read_index(str(file), faiss.IO_FLAG_MMAP_IFC)
-    except RuntimeError as error:
-        raise ArtefactError(f"{file.name} could not be written (disk full?): {_faiss_message(error)}") from None
+    with storage.create(file) as stream:
+        faiss.write_index(index, faiss.PyCallbackIOWriter(stream.write))
+    copy = faiss.read_index(str(file), faiss.IO_FLAG_MMAP_IFC)
     if (copy.ntotal, copy.d) != (index.ntotal, index.d):
         raise ArtefactError(f"{file.name} was read back with {copy.ntotal} vectors; {index.ntotal} were written")
-
-
-def _settings(index: Any, recipe: Recipe) -> Settings:
-    lists = lists_of(index)
-    nprobe = recipe.nprobe
-    if lists and nprobe is None:
-        nprobe = default_nprobe(lists.nlist)
-    return Settings(nprobe=nprobe, k_factor=recipe.k_factor).checked(index)
 
 
 def _shown(reader: EmbeddingReader, what: str) -> Iterator[EmbeddingBatch]:

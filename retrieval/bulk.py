@@ -71,7 +71,7 @@ def bulk_search(
     settings = index.resolve(nprobe)
     identity = {
         "index": index.manifest.fingerprint,
-        "queries": queries.fingerprint or _stamp(queries),
+        "queries": queries.fingerprint or queries.stamp(),
         "k": k,
         "nprobe": settings.nprobe,
         "k_factor": settings.k_factor,
@@ -121,12 +121,6 @@ def _search(index: ProductIndex, batch: EmbeddingBatch, k: int, nprobe: int | No
         "score": pa.array(hits.scores[query, place]),
     }
     return pa.table(columns).filter(pa.array(keep))
-
-
-def _stamp(queries: EmbeddingReader) -> list[list[str | int]]:
-    """What tells files of unknown origin apart: name, size and time of change."""
-    files = [Path(part.name) for part in queries.parts]
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
 def _join(parts: Path, output: Path) -> None:

@@ -1,17 +1,21 @@
 """Which index for how many vectors: the FAISS factory string, chosen from count and dimension, with the reason.
 
-The default is `IVF{lists},PQ{dim/2}x4fsr,Refine(SQ8)`: lists found by k-means, 4-bit codes of pairs of dimensions that
-are scanned from registers, and 8-bit vectors to re-rank the best candidates. No learned rotation (OPQ): its training
-costs most of a build on a CPU, and re-ranking makes its gain vanish.
+The default is `IVF{lists},PQ{dim/4}x4fsr,Refine(SQ8)`: many small lists found by k-means in two levels, 4-bit codes of
+four dimensions each that are scanned from registers, and 8-bit vectors to rank the best candidates again. No learned
+rotation (OPQ): its training costs most of a build on a CPU, and re-ranking makes its gain vanish.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 
 MIN_POINTS_PER_LIST = 39
 """FAISS calls k-means under-trained below so many training vectors per centroid."""
+
+POINTS_PER_LIST = 61
+"""Vectors in a list at least, on average: codes come in blocks of 32, of which short lists would waste half."""
 
 CODEBOOK = 16
 """Centroids of a 4-bit code."""
@@ -23,6 +27,40 @@ class Choice:
 
     factory: str
     reason: str
+
+
+@dataclass(frozen=True)
+class Mapped:
+    """An index whose codes and finer vectors are mapped from files: lists of 4-bit codes, and vectors to re-rank by.
+
+    Attributes:
+        lists: L.
+        pieces: sub-vectors of 4 bits each.
+        residual: codes are of the difference to the list's centre.
+        finer: how vectors for re-ranking are stored: "SQ8", "SQfp16" or "Flat" (float32); None for no re-ranking.
+    """
+
+    lists: int
+    pieces: int
+    residual: bool
+    finer: str | None
+
+    @property
+    def code_size(self) -> int:
+        """Bytes of a code."""
+        return (self.pieces + 1) // 2
+
+    def finer_size(self, dim: int) -> int:
+        """Bytes of a vector for re-ranking."""
+        return {None: 0, "SQ8": 1, "SQfp16": 2, "Flat": 4}[self.finer] * dim
+
+
+def parse_mapped(factory: str) -> Mapped | None:
+    """What a factory string says, where it is one whose lists are mapped; None for any other."""
+    match = re.fullmatch(r"IVF(\d+),PQ(\d+)x4fs(r?)(?:,Refine\((SQ8|SQfp16|Flat)\))?", factory)
+    if match is None or int(match[1]) < 1 or int(match[2]) < 1:
+        return None
+    return Mapped(int(match[1]), int(match[2]), bool(match[3]), match[4])
 
 
 def choose_factory(count: int, dim: int) -> Choice:
@@ -38,38 +76,32 @@ def choose_factory(count: int, dim: int) -> Choice:
             "Flat", f"{count:,} vectors are fewer than the {smallest} that train a 4-bit code: exact search instead"
         )
     lists = num_lists(count)
-    wanted = 4 * math.sqrt(count)
-    why = f"about 4 x sqrt({count:,}) = {wanted:,.0f} lists"
-    if lists < wanted / math.sqrt(2):
-        why += f", limited by {MIN_POINTS_PER_LIST} training vectors per list"
+    why = f"{lists:,} lists of about {count / lists:,.0f} vectors"
     pieces = num_pieces(dim)
     if pieces is None:
         return Choice(f"IVF{lists},SQ8", f"{why}; {dim} dimensions cannot be cut into short pieces: 8 bits for each")
-    codes = f"{pieces} 4-bit codes ({pieces // 2} bytes) a vector to scan, {dim} bytes to re-rank"
+    codes = f"{pieces} 4-bit codes ({(pieces + 1) // 2} bytes) a vector to scan, {dim} bytes to re-rank"
     return Choice(f"IVF{lists},PQ{pieces}x4fsr,Refine(SQ8)", f"{why}; {codes}")
 
 
 def num_lists(count: int) -> int:
-    """The power of two nearest to 4 x sqrt(count) that leaves enough training vectors for each list."""
-    lists = 2 ** round(math.log2(4 * math.sqrt(count)))
-    while lists > 1 and lists * MIN_POINTS_PER_LIST > count:
-        lists //= 2
-    return lists
+    """The power of two nearest to 16 x sqrt(count), or to what leaves 61 vectors in a list."""
+    return int(2 ** round(math.log2(max(1, min(16 * math.sqrt(count), count / POINTS_PER_LIST)))))
 
 
 def num_pieces(dim: int) -> int | None:
-    """The number of sub-vectors of 2 dimensions, or of the next size up to 8 that divides D; None where none does."""
-    return next((dim // size for size in range(2, 9) if dim % size == 0), None)
+    """The number of sub-vectors of 4 dimensions, or of the nearest size up to 8 that divides D; None where none does."""
+    return next((dim // size for size in (4, 3, 2, 5, 6, 7, 8) if dim % size == 0), None)
 
 
 def default_nprobe(lists: int) -> int:
-    """How many lists a search visits unless told otherwise: 2 x sqrt(lists), at least 16, at most all.
+    """How many lists a search visits unless told otherwise: sqrt(lists), at least 16, at most all.
 
     Typed queries lie further from the products than products from each other, so this is generous.
     """
-    return min(lists, max(16, math.ceil(2 * math.sqrt(lists))))
+    return min(lists, max(16, math.ceil(math.sqrt(lists))))
 
 
 def train_size(count: int, lists: int) -> int:
-    """How many vectors train an index: 64 per list, and enough for any code book."""
-    return min(count, max(64 * lists, 65_536))
+    """How many vectors train an index: 39 per list, and enough for any code book."""
+    return min(count, max(MIN_POINTS_PER_LIST * lists, 65_536))

@@ -1,34 +1,38 @@
-"""Open an index folder and search it.
+"""Open an index and search it.
 
-    index/
-      index.faiss     FAISS index; the id of a vector in it is its row number
-      ids.arrow       row number -> product id, memory-mapped
-      settings.json   how to search unless told otherwise
-      manifest.json   model, metric, dimension, count, factory string and reason, digests
-
-FAISS is given only what has been checked: it takes a wrong dimension, NaN or k without a word.
+index/
+CURRENT         which version is in use
+versions/000001/
+index.faiss     FAISS index; the id of a vector in it is its row number
+lists.bin, lists.npy, vectors.faiss   its lists and finer vectors, mapped (retrieval/mapped.py)
+ids.arrow       row number -> product id, memory-mapped
+settings.json   how to search unless told otherwise
+manifest.json   model, metric, dimension, count, factory string and reason, digests
 """
 
 from __future__ import annotations
 
 import json
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import faiss
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import ArrayLike, NDArray
 
-from retrieval import storage
+from retrieval import storage, versions
+from retrieval.assemble import IDS_FILE
+from retrieval.engine import Engine, Settings, is_whole
 from retrieval.storage import ArtefactError, Manifest
 from retrieval.vectors import Metric, checked_metric, checked_vectors
 
 KIND = "index"
-FORMAT = 1
-INDEX_FILE, IDS_FILE, SETTINGS_FILE = "index.faiss", "ids.arrow", "settings.json"
+FORMAT = 2
+READABLE = (1, 2)
+"""Formats that open: the first release's has no versions, and all of FAISS in one file."""
+
+SETTINGS_FILE = "settings.json"
 
 
 class Hits(NamedTuple):
@@ -50,83 +54,64 @@ class Hits(NamedTuple):
         return Hits(np.where(rows == row, np.float32(-np.inf), scores), np.where(rows == row, -1, rows))
 
 
-class Settings(NamedTuple):
-    """How an index is searched.
-
-    Attributes:
-        nprobe: lists visited; None for an index without lists.
-        k_factor: candidates re-ranked per result, where the index keeps finer vectors.
-    """
-
-    nprobe: int | None = None
-    k_factor: float = 8.0
-
-    def checked(self, index: Any) -> Settings:
-        """These settings, provided that they suit this FAISS index.
-
-        Raises:
-            ValueError: nprobe out of range or for an index without lists, k_factor below 1.
-        """
-        lists = lists_of(index)
-        if lists is None and self.nprobe is not None:
-            raise ValueError(f"nprobe={self.nprobe}, but this index has no lists to probe")
-        if lists is not None and not (_is_whole(self.nprobe) and 1 <= self.nprobe <= lists.nlist):  # type: ignore[operator]
-            raise ValueError(
-                f"nprobe={self.nprobe!r}; expected an integer from 1 to {lists.nlist}, the number of lists"
-            )
-        if not self.k_factor >= 1:
-            raise ValueError(f"k_factor={self.k_factor}; expected a number of at least 1")
-        return self
-
-
 class ProductIndex:
-    """An opened index folder. Several threads may search it at once.
+    """An opened index. Several threads may search it at once.
 
     Open it with `ProductIndex.open`; build one with `retrieval.build.build_index`.
 
     Attributes:
-        path: the folder.
+        path: where it was opened.
+        version: the folder of the version that was opened.
+        note: why that is not the version in use; empty where it is.
         manifest: what its manifest says.
         settings: how it is searched unless told otherwise.
+        engine: the FAISS side.
         metric: what vectors are compared by.
         dim: D.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, index: Any, ids: IdTable, settings: Settings) -> None:
-        self.path, self.manifest, self.settings = path, manifest, settings
+    def __init__(self, path: Path, manifest: Manifest, engine: Engine, ids: IdTable, settings: Settings) -> None:
+        self.path = self.version = path
+        self.note = ""
+        self.manifest, self.settings, self.engine = manifest, settings, engine
         self.metric: Metric = checked_metric(manifest.meta["metric"])
         self.dim: int = manifest.meta["dim"]
-        self._index, self._ids = index, ids
-        self._parameters: dict[Settings, Any] = {}
+        self._ids = ids
+        self._hold: Any = None
 
     @classmethod
-    def open(cls, path: Path | str) -> ProductIndex:
-        """Verify the digests of an index folder and open it: codes are read, finer vectors are mapped.
+    def open(cls, path: Path | str, *, fall_back: bool = True) -> ProductIndex:
+        """Verify the digests of an index and open it: lists and finer vectors are mapped.
+
+        Args:
+            path: the place of an index and its versions, one version, or an index of the first release.
+            fall_back: open the newest older version where the one in use is damaged; `note` and a warning say so.
 
         Raises:
-            ArtefactError: no index folder, damaged, or files that do not belong together.
+            ArtefactError: no index, damaged, or files that do not belong together.
         """
-        return storage.read_whole(path, cls._open)
+        opened = versions.open_version(path, cls._open, fall_back)
+        index = opened.result
+        index.path, index.version, index.note, index._hold = Path(path), opened.path, opened.note, opened.hold
+        return index
 
     @classmethod
     def _open(cls, path: Path) -> ProductIndex:
-        manifest = storage.verify(path, KIND)
-        if manifest.meta.get("format") != FORMAT:
-            raise ArtefactError(f"{path}: index format {manifest.meta.get('format')}, expected {FORMAT}: build it anew")
-        try:
-            # One file, one flag. This one maps finer vectors, which IO_FLAG_MMAP does not; both read fast-scan codes.
-            index = faiss.read_index(str(path / INDEX_FILE), faiss.IO_FLAG_MMAP_IFC)
-            ids = IdTable(path / IDS_FILE)
-            settings = Settings(**json.loads((path / SETTINGS_FILE).read_text(encoding="utf-8"))).checked(index)
-        except (RuntimeError, pa.ArrowInvalid, OSError, ValueError, TypeError) as error:
-            raise ArtefactError(f"{path} cannot be opened as an index: {error}") from None
-        counts = (manifest.meta["count"], index.ntotal, len(ids))
-        if len(set(counts)) != 1 or index.d != manifest.meta["dim"]:
+        manifest = storage.verify(path, KIND, fast=True)
+        if manifest.meta.get("format") not in READABLE:
             raise ArtefactError(
-                f"{path}: files do not belong together: manifest {counts[0]} vectors of {manifest.meta['dim']} "
-                f"dimensions, index {counts[1]} of {index.d}, ids {counts[2]}"
+                f"{path}: index format {manifest.meta.get('format')}, this program reads {READABLE}: build it anew, or "
+                "upgrade the program"
             )
-        return cls(path, manifest, index, ids, settings)
+        engine = Engine.open(path, manifest.meta)
+        try:
+            ids = IdTable(path / IDS_FILE)
+            settings = Settings(**json.loads((path / SETTINGS_FILE).read_text(encoding="utf-8"))).checked(engine.lists)
+        except (pa.ArrowInvalid, OSError, ValueError, TypeError) as error:
+            raise ArtefactError(f"{path} cannot be opened as an index: {error}") from None
+        if len(ids) != engine.count:
+            raise ArtefactError(f"{path}: files do not belong together: {engine.count} vectors, {len(ids)} ids")
+        return cls(path, manifest, engine, ids, settings)
 
     def __len__(self) -> int:
         """Number of products."""
@@ -141,8 +126,7 @@ class ProductIndex:
     @property
     def num_lists(self) -> int | None:
         """Number of lists, None for an index without."""
-        lists = lists_of(self._index)
-        return None if lists is None else int(lists.nlist)
+        return self.engine.lists
 
     def check_model(self, model: str | None, source: str) -> None:
         """Refuse queries of another model: equal dimensions would let them pass and rank nonsense.
@@ -177,12 +161,7 @@ class ProductIndex:
         """
         k = min(checked_k(k), len(self))
         queries = checked_vectors(vectors, dim=self.dim, metric=self.metric, where="queries")
-        settings = self.resolve(nprobe, k_factor)
-        if k * settings.k_factor > len(self):  # no more candidates than products
-            settings = settings._replace(k_factor=len(self) / k)
-        scores, rows = self._index.search(queries, k, params=self._search_parameters(settings))
-        scores[rows < 0] = -np.inf
-        return Hits(scores, rows)
+        return Hits(*self.engine.search(queries, k, self.resolve(nprobe, k_factor)))
 
     def resolve(self, nprobe: int | None = None, k_factor: float | None = None) -> Settings:
         """The settings a search with these arguments uses."""
@@ -191,7 +170,7 @@ class ProductIndex:
             changes["nprobe"] = nprobe
         if k_factor is not None:
             changes["k_factor"] = k_factor
-        return self.settings._replace(**changes).checked(self._index) if changes else self.settings
+        return self.settings._replace(**changes).checked(self.engine.lists) if changes else self.settings
 
     def ids(self, rows: NDArray[np.int64]) -> NDArray[np.object_]:
         """Product ids of row numbers, in the same shape; None where the row is -1."""
@@ -218,29 +197,11 @@ class ProductIndex:
         Raises:
             ValueError: no such product, or the index keeps nothing to make a vector from.
         """
-        row = self.row_of(product_id)
-        vector: NDArray[np.float32] = self._with_vectors.reconstruct(row)
+        try:
+            vector = self.engine.vector(self.row_of(product_id))
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}") from None
         return vector / np.linalg.norm(vector) if self.metric == "cosine" else vector
-
-    @cached_property
-    def _with_vectors(self) -> Any:
-        """The FAISS index, able to give vectors back."""
-        lists = lists_of(self._index)
-        if isinstance(self._index, faiss.IndexRefine):
-            return self._index
-        if isinstance(lists, faiss.IndexIVFFastScan):  # once read from a file, asking it kills the process
-            raise ValueError(
-                f"{self.path} keeps only fast-scan codes ({self.manifest.meta['factory']}), which give no vectors "
-                'back: build it with ",Refine(SQ8)" at the end of the factory string'
-            )
-        if lists is not None:
-            lists.make_direct_map()
-        return self._index
-
-    def _search_parameters(self, settings: Settings) -> Any:
-        if settings not in self._parameters:
-            self._parameters[settings] = _parameters_of(self._index, settings)
-        return self._parameters[settings]
 
 
 class IdTable:
@@ -278,30 +239,6 @@ def checked_k(k: Any) -> int:
     Raises:
         ValueError: not an integer of at least 1.
     """
-    if not _is_whole(k) or k < 1:
+    if not is_whole(k) or k < 1:
         raise ValueError(f"k={k!r}; expected an integer of at least 1")
     return int(k)
-
-
-def lists_of(index: Any) -> Any:
-    """The part of a FAISS index that has lists, under whatever is wrapped around it; None for an index without."""
-    lists = faiss.try_extract_index_ivf(index)
-    return None if lists is None else faiss.downcast_index(lists)
-
-
-def _parameters_of(index: Any, settings: Settings) -> Any:
-    """Search parameters for every layer of a FAISS index; set on a wrapper, nprobe would be ignored without a word."""
-    make: Any = faiss  # its parameter classes take fields as keywords, which its stubs do not know
-    if isinstance(index, faiss.IndexRefine):
-        inner = _parameters_of(faiss.downcast_index(index.base_index), settings)
-        return make.IndexRefineSearchParameters(k_factor=settings.k_factor, base_index_params=inner)
-    if isinstance(index, faiss.IndexPreTransform):
-        inner = _parameters_of(faiss.downcast_index(index.index), settings)
-        return make.SearchParametersPreTransform(index_params=inner)
-    if isinstance(index, faiss.IndexIVF):
-        return make.SearchParametersIVF(nprobe=settings.nprobe)
-    return None
-
-
-def _is_whole(number: Any) -> bool:
-    return isinstance(number, int | np.integer) and not isinstance(number, bool)

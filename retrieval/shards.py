@@ -48,12 +48,12 @@ class ShardFolder:
         """Whether an earlier run, or this one, has written this shard."""
         return self._file(shard).exists()
 
-    def write(self, shard: str, table: pa.Table, *, row_group_size: int = 16_384) -> None:
+    def write(self, shard: str, table: pa.Table, *, row_group_size: int = 16_384, compression: str = "zstd") -> None:
         """Write one shard: after a crash at any moment it is there as a whole or not at all."""
         if self.finished:
             raise ArtefactError(f"{self.path} is finished: {shard} cannot be added")
         with storage.write_file(self._file(shard)) as temporary:
-            pq.write_table(table, temporary, row_group_size=row_group_size, compression="zstd")
+            pq.write_table(table, temporary, row_group_size=row_group_size, compression=compression)
 
     def finish(self, shards: Sequence[str], meta: Mapping[str, JSON] | None = None) -> Manifest:
         """Check that exactly these shards are there and write the manifest; harmless when it exists already.

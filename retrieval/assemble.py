@@ -1,0 +1,88 @@
+"""Write the files of an index whose lists are mapped, from encoded vectors: table of ids, finer vectors, lists."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import faiss
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from retrieval import storage
+from retrieval.encoded import Source, grouped_lists
+from retrieval.lists import write_list
+from retrieval.mapped import Trained, write_fine_header
+from retrieval.progress import counted
+
+INDEX_FILE, LISTS_FILE, SIZES_FILE, FINE_FILE, IDS_FILE = (
+    "index.faiss",
+    "lists.bin",
+    "lists.npy",
+    "vectors.faiss",
+    "ids.arrow",
+)
+
+Placed = tuple[Source, NDArray[np.int64] | int]
+"""Encoded vectors, and the new row of each of their rows (-1 to leave it out), or the first new row."""
+
+
+def write_mapped(folder: Path, trained: Trained, sources: Sequence[Placed]) -> None:
+    """Write all files of the index but its settings.
+
+    Args:
+        folder: where to.
+        trained: what encoded the vectors.
+        sources: the vectors, in the order of their rows.
+    """
+    count = sum(source.count if isinstance(moved, int) else int((moved >= 0).sum()) for source, moved in sources)
+    write_ids(folder / IDS_FILE, (ids for source, moved in sources for ids in _kept_ids(source, moved)))
+    if trained.finer is not None:
+        with storage.create(folder / FINE_FILE) as file:
+            write_fine_header(file, trained.finer, count)
+            for source, moved in sources:
+                for fine in _kept_fine(source, moved):
+                    file.write(memoryview(np.ascontiguousarray(fine)).cast("B"))
+    nlist = trained.index.nlist
+    sizes = np.zeros(nlist, np.int64)
+    for source, moved in sources:
+        sizes += source.sizes(nlist) if isinstance(moved, int) else _kept_sizes(source, moved, nlist)
+    with storage.create(folder / LISTS_FILE) as file:
+        lists = grouped_lists(sources, sizes, trained.index.code_size)
+        for codes, rows in counted(lists, int(sizes.sum()), lambda pair: len(pair[1]), "group by lists", "codes"):
+            if len(rows):
+                write_list(file, trained.index, codes, rows)
+    with storage.create(folder / SIZES_FILE) as file:
+        np.save(file, sizes)
+    with storage.create(folder / INDEX_FILE) as file:
+        faiss.write_index(trained.index, faiss.PyCallbackIOWriter(file.write))
+
+
+def write_ids(file: Path, ids: Iterable[pa.Array]) -> None:
+    """Write the table row -> product id."""
+    schema = pa.schema([("product_id", pa.string())])
+    with storage.create(file) as stream, pa.ipc.new_file(stream, schema) as table:
+        for batch in ids:
+            table.write_batch(pa.record_batch([batch.cast(pa.string())], schema=schema))
+
+
+def _kept_ids(source: Source, moved: NDArray[np.int64] | int) -> Iterable[pa.Array]:
+    row = 0
+    for ids in source.ids():
+        yield ids if isinstance(moved, int) else ids.filter(pa.array(moved[row : row + len(ids)] >= 0))
+        row += len(ids)
+
+
+def _kept_fine(source: Source, moved: NDArray[np.int64] | int) -> Iterable[NDArray[np.uint8]]:
+    row = 0
+    for fine in source.fine():
+        yield fine if isinstance(moved, int) else fine[moved[row : row + len(fine)] >= 0]
+        row += len(fine)
+
+
+def _kept_sizes(source: Source, moved: NDArray[np.int64], nlist: int) -> NDArray[np.int64]:
+    sizes = np.zeros(nlist, np.int64)
+    for entries in source.entries(0, nlist):
+        sizes += np.bincount(entries.lists[moved[entries.rows] >= 0], minlength=nlist)
+    return sizes

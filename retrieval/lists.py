@@ -1,0 +1,109 @@
+"""The lists of an index as one file that is mapped, not read: list after list, its codes and then its rows.
+
+    lists.bin    | codes of list 0, in blocks of 32 | rows of list 0 | codes of list 1 | ...
+    lists.npy    (L,) sizes of the lists; where each begins follows from them
+
+FAISS scans 4-bit codes in blocks of 32 and keeps them in memory of its own. Laid out this way, its on-disk lists hand
+the same blocks to the same scan: opening takes no time, processes share one copy, and memory is only what is touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import faiss
+import numpy as np
+from numpy.typing import NDArray
+
+BLOCK = 32
+"""Vectors whose codes are scanned together."""
+
+Codes = NDArray[np.uint8]
+
+
+def pack(index: Any, codes: Codes) -> Codes:
+    """Codes of one list in the order in which FAISS scans them.
+
+    Args:
+        index: the fast-scan index that made them.
+        codes: (n, C) uint8.
+
+    Returns:
+        (ceil(n / 32), 32 x C) uint8; the end of the last block is zeros, and never counted as a vector.
+    """
+    packer = index.get_CodePacker()
+    blocks = -(-len(codes) // BLOCK)
+    padded = np.zeros((blocks, BLOCK * codes.shape[1]), np.uint8)
+    padded.reshape(-1, codes.shape[1])[: len(codes)] = codes
+    packed = np.empty_like(padded)
+    for block in range(blocks):
+        packer.pack_all(faiss.swig_ptr(padded[block]), faiss.swig_ptr(packed[block]))
+    return packed
+
+
+def write_list(file: BinaryIO, index: Any, codes: Codes, rows: NDArray[np.int64]) -> None:
+    """Append one list: (n, C) uint8 codes and (n,) int64 rows."""
+    file.write(memoryview(pack(index, codes)).cast("B"))
+    file.write(memoryview(np.ascontiguousarray(rows, np.int64)).cast("B"))
+
+
+def extents(sizes: NDArray[np.int64], code_size: int) -> NDArray[np.uint64]:
+    """(L, 3) uint64 size, room and first byte of each list, as FAISS's on-disk lists keep them."""
+    room = -(-sizes // BLOCK) * BLOCK
+    ends = np.cumsum(room * code_size + sizes * 8)
+    return np.stack([sizes, room, ends - (room * code_size + sizes * 8)], axis=1).astype(np.uint64)
+
+
+def file_bytes(sizes: NDArray[np.int64], code_size: int) -> int:
+    """Bytes of the file of lists of these sizes."""
+    return int((-(-sizes // BLOCK) * BLOCK * code_size + sizes * 8).sum())
+
+
+def attach(index: Any, file: Path, sizes: NDArray[np.int64]) -> Any:
+    """Let a fast-scan index without lists scan those in a file, mapped and read-only.
+
+    Args:
+        index: FAISS index as stored, its lists empty.
+        file: lists.bin.
+        sizes: (L,) int64.
+
+    Returns:
+        The mapped lists; they must live as long as the index.
+
+    Raises:
+        ValueError: sizes, index and file do not belong together.
+    """
+    expected = file_bytes(sizes, index.code_size)
+    if len(sizes) != index.nlist or (sizes < 0).any() or file.stat().st_size != expected:
+        raise ValueError(
+            f"{file.name} has {file.stat().st_size} bytes; {len(sizes)} lists of {index.code_size}-byte codes for an "
+            f"index of {index.nlist} lists need {expected}"
+        )
+    lists: Any = faiss.OnDiskInvertedLists()
+    lists.nlist, lists.code_size = index.nlist, index.code_size
+    lists.filename, lists.totsize, lists.read_only = str(file), expected, True
+    lists.prefetch_nthread = 0  # its threads cost more than a page fault
+    lists.lists.resize(index.nlist)
+    table = extents(sizes, index.code_size)
+    faiss.memcpy(lists.lists.data(), faiss.swig_ptr(table.view(np.uint8).ravel()), table.nbytes)
+    if expected:
+        lists.do_mmap()
+    index.replace_invlists(lists, False)
+    return lists
+
+
+def read_lists(
+    file: Path, sizes: NDArray[np.int64], code_size: int, unpack: Any
+) -> Iterator[tuple[Codes, NDArray[np.int64]]]:
+    """The lists of a file one after another: (n, C) uint8 codes and (n,) int64 rows."""
+    data = np.memmap(file, np.uint8, "r") if sizes.any() else np.empty(0, np.uint8)
+    packer = unpack.get_CodePacker()
+    for size, room, start in extents(sizes, code_size).astype(np.int64):
+        packed = data[start : start + room * code_size].reshape(-1, BLOCK * code_size)
+        codes = np.empty((room, code_size), np.uint8)
+        for block, flat in zip(packed, codes.reshape(-1, BLOCK * code_size), strict=True):
+            packer.unpack_all(faiss.swig_ptr(np.ascontiguousarray(block)), faiss.swig_ptr(flat))
+        end = start + room * code_size
+        yield codes[:size], data[end : end + 8 * size].view(np.int64)

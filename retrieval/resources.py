@@ -1,0 +1,129 @@
+"""What a build will need, told before it starts, and what this machine has."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.filesize import decimal
+
+from retrieval.factory import Mapped, train_size
+from retrieval.lists import BLOCK
+
+try:
+    import resource
+except ImportError:  # Windows has no such limits
+    resource = None  # type: ignore[assignment]
+
+PROCESS_BYTES = 400 << 20
+"""Python, NumPy, Arrow and FAISS with their buffers."""
+
+MEMORY_SHARE, DISK_SHARE = 0.8, 0.75
+"""What a build may take of the memory and of the disk that are free: others live there too."""
+
+ID_BYTES = 40
+"""Of a product id in files, assumed."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """What building and serving an index takes, in bytes.
+
+    Attributes:
+        memory: at the peak of the build.
+        disk: while building: the finished version and what is kept to go on after a kill.
+        hot: what every search may touch: codes, rows, centres of lists. Mapped files are counted, finer vectors are not.
+    """
+
+    memory: int
+    disk: int
+    hot: int
+
+
+def predict(
+    count: int, dim: int, design: Mapped, *, sample: int | None = None, spill: bool = False, block: int, grouping: int
+) -> Need:
+    """The need of an index whose lists are mapped.
+
+    Args:
+        count: number of vectors.
+        dim: D.
+        design: the index.
+        sample: training vectors; None for the usual number.
+        spill: every vector stands in two lists.
+        block: vectors encoded at a time.
+        grouping: bytes of codes regrouped at a time.
+    """
+    copies = 1 + spill
+    vector = 4 * dim
+    sample = min(count, train_size(count, design.lists) if sample is None else sample)
+    centres = design.lists * (vector + dim // 4 + 16)
+    training = int(1.3 * sample * vector) + 2 * centres
+    encoding = int(3.5 * min(count, block) * vector) + 2 * centres
+    regrouping = 3 * min(grouping, count * copies * design.code_size) + 32 * count * copies + centres
+    average = count * copies / design.lists
+    padded = (average + BLOCK / 2) / average  # half a block of every list is empty
+    lists = int(count * copies * (padded * design.code_size + 8))
+    stored = count * (design.finer_size(dim) + ID_BYTES)
+    spooled = count * (copies * (design.code_size + 4) + design.finer_size(dim) + ID_BYTES)
+    return Need(
+        memory=PROCESS_BYTES + max(training, encoding, regrouping),
+        disk=lists + stored + spooled + centres,
+        hot=lists + centres,
+    )
+
+
+def check(need: Need, place: Path, limit: int | None = None) -> None:
+    """Refuse a build that would not fit.
+
+    Args:
+        need: what it takes.
+        place: where it will be written.
+        limit: memory that may be used; None for a share of what is free.
+
+    Raises:
+        ValueError: with what is needed, what there is, and what to lower.
+    """
+    free = available_memory()
+    have = limit if limit is not None else None if free is None else int(MEMORY_SHARE * free)
+    if have is not None and need.memory > have:
+        whose = "allowed" if limit is not None else f"there is: {MEMORY_SHARE:.0%} of the free memory"
+        raise ValueError(
+            f"the build needs about {decimal(need.memory)} of memory, {decimal(have)} is {whose}: lower train_sample "
+            "(--train-sample) or the number of lists (--factory), or allow more"
+        )
+    existing = next(folder for folder in (place, *place.absolute().parents) if folder.is_dir())
+    have = int(DISK_SHARE * shutil.disk_usage(existing).free)
+    if need.disk > have:
+        raise ValueError(
+            f"the build needs about {decimal(need.disk)} of disk at {existing}, {decimal(have)} is there "
+            f"({DISK_SHARE:.0%} of what is free): write elsewhere, remove old versions, or store smaller vectors for "
+            "re-ranking (Refine(SQ8), or none, in --factory)"
+        )
+
+
+def available_memory() -> int | None:
+    """Bytes that this process may still take: of the machine, of its container and of its own limit; None = unknown."""
+    found = [
+        _proc_available(),
+        _cgroup_available(Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
+        None if resource is None else resource.getrlimit(resource.RLIMIT_AS)[0],
+    ]
+    known = [number for number in found if number is not None and number >= 0]  # RLIM_INFINITY is negative
+    return min(known, default=None)
+
+
+def _proc_available() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return None
+
+
+def _cgroup_available(limit: Path, used: Path) -> int | None:
+    try:
+        return max(0, int(limit.read_text(encoding="ascii")) - int(used.read_text(encoding="ascii")))
+    except (OSError, ValueError):  # no such limit: "max"
+        return None
