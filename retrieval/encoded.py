@@ -7,6 +7,7 @@ reads the codes of as many lists at a time as fit a budget.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -134,7 +135,7 @@ def grouped_lists(
         lists, rows, codes = (np.concatenate(column) for column in zip(*parts, strict=True))
         order = np.lexsort((rows, lists))
         bounds = np.searchsorted(lists[order], np.arange(first, end + 1))
-        for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+        for start, stop in pairwise(bounds):
             yield codes[order[start:stop]], rows[order[start:stop]]
         first = end
 

@@ -90,7 +90,7 @@ def num_lists(count: int) -> int:
 
 
 def num_pieces(dim: int) -> int | None:
-    """The number of sub-vectors of 4 dimensions, or of the nearest size up to 8 that divides D; None where none does."""
+    """The number of sub-vectors of 4 dimensions, or of the nearest size to 8 that divides D; None where none does."""
     return next((dim // size for size in (4, 3, 2, 5, 6, 7, 8) if dim % size == 0), None)
 
 

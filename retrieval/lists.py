@@ -94,12 +94,10 @@ def attach(index: Any, file: Path, sizes: NDArray[np.int64]) -> Any:
     return lists
 
 
-def read_lists(
-    file: Path, sizes: NDArray[np.int64], code_size: int, unpack: Any
-) -> Iterator[tuple[Codes, NDArray[np.int64]]]:
+def read_lists(file: Path, index: Any, sizes: NDArray[np.int64]) -> Iterator[tuple[Codes, NDArray[np.int64]]]:
     """The lists of a file one after another: (n, C) uint8 codes and (n,) int64 rows."""
     data = np.memmap(file, np.uint8, "r") if sizes.any() else np.empty(0, np.uint8)
-    packer = unpack.get_CodePacker()
+    packer, code_size = index.get_CodePacker(), index.code_size
     for size, room, start in extents(sizes, code_size).astype(np.int64):
         packed = data[start : start + room * code_size].reshape(-1, BLOCK * code_size)
         codes = np.empty((room, code_size), np.uint8)

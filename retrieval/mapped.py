@@ -62,9 +62,10 @@ class Trained:
     centroids: Centroids
     spill: bool
 
-    def encode(self, vectors: Vectors, block: int = 8192) -> Encoded:
-        """Lists, codes and finer vectors of (B, D) float32 vectors; memory for a block at a time beside the result."""
+    def encode(self, vectors: Vectors) -> Encoded:
+        """Lists, codes and finer vectors of (B, D) float32 vectors."""
         lists, codes = [], []
+        block = 4096 if self.spill else 65_536  # choosing second lists compares many residuals at a time
         for start in range(0, len(vectors), block):
             part = vectors[start : start + block]
             found = self.centroids.lists_of(part, self.spill)

@@ -33,7 +33,7 @@ class Need:
     Attributes:
         memory: at the peak of the build.
         disk: while building: the finished version and what is kept to go on after a kill.
-        hot: what every search may touch: codes, rows, centres of lists. Mapped files are counted, finer vectors are not.
+        hot: what searches touch, mapped or not: codes, rows and centres of lists; finer vectors are not counted.
     """
 
     memory: int

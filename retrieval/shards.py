@@ -48,12 +48,17 @@ class ShardFolder:
         """Whether an earlier run, or this one, has written this shard."""
         return self._file(shard).exists()
 
-    def write(self, shard: str, table: pa.Table, *, row_group_size: int = 16_384, compression: str = "zstd") -> None:
-        """Write one shard: after a crash at any moment it is there as a whole or not at all."""
+    def write(self, shard: str, table: pa.Table, *, row_group_size: int = 16_384) -> None:
+        """Write one shard: after a crash at any moment it is there as a whole or not at all.
+
+        Only text is compressed: numbers of vectors hardly shrink and would be slow to read.
+        """
         if self.finished:
             raise ArtefactError(f"{self.path} is finished: {shard} cannot be added")
-        with storage.write_file(self._file(shard)) as temporary:
-            pq.write_table(table, temporary, row_group_size=row_group_size, compression=compression)
+        text = [field.name for field in table.schema if pa.types.is_string(field.type)]
+        compression = {name: "zstd" if name in text else "none" for name in _leaves(table.schema)}
+        with storage.write_file(self._file(shard)) as temporary, storage.create(temporary) as file:
+            pq.write_table(table, file, row_group_size=row_group_size, compression=compression, use_dictionary=text)
 
     def finish(self, shards: Sequence[str], meta: Mapping[str, JSON] | None = None) -> Manifest:
         """Check that exactly these shards are there and write the manifest; harmless when it exists already.
@@ -95,3 +100,8 @@ class ShardFolder:
         if differing:
             pairs = "; ".join(f"{n}: there {begun.get(n)!r}, now {self.identity.get(n)!r}" for n in sorted(differing))
             raise ArtefactError(f"{self.path} holds something else ({pairs}): delete it or choose another place")
+
+
+def _leaves(schema: pa.Schema) -> list[str]:
+    """Names of columns as Parquet knows them: that of a list goes on to its elements."""
+    return [f"{field.name}.list.element" if pa.types.is_fixed_size_list(field.type) else field.name for field in schema]

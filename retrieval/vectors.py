@@ -67,8 +67,9 @@ def checked_vectors(
                 f"{where}: row {first_row + row}{name} {problem}; {int(bad.sum())} of {len(bad)} rows are like this"
             )
 
-    refuse(~np.isfinite(array).all(axis=1), "holds NaN or infinity")
     length = _lengths(array)
+    if not np.isfinite(length).all():  # a long but finite vector has a finite length, too
+        refuse(~np.isfinite(array).all(axis=1), "holds NaN or infinity")
     refuse(length == 0, "is a zero vector, which is similar to nothing")
     if metric == "inner_product" and not normalize:
         return array
@@ -76,7 +77,9 @@ def checked_vectors(
         bad = np.abs(length - 1) > NORM_TOLERANCE
         worst = length[bad.argmax()] if len(length) else 1.0
         refuse(bad, f"has length {worst:.4g}, cosine needs 1: normalise (--normalize) or name metric inner_product")
-    return np.divide(array, length[:, None], out=np.empty_like(array), casting="same_kind")
+    if ((length < 1e-30) | (length > 1e30)).any():  # outside float32's range
+        return np.divide(array, length[:, None], out=np.empty_like(array), casting="same_kind")
+    return array / length.astype(np.float32)[:, None]
 
 
 def _lengths(array: NDArray[np.float32]) -> NDArray[np.float64]:

@@ -84,7 +84,7 @@ class Workspace:
         files.remove(_place(output))
 
     def trained(self, train: Callable[[], tuple[Trained, dict[str, Any]]]) -> tuple[Trained, dict[str, Any]]:
-        """What an earlier run has learned, else what `train` learns, which is kept; and what the manifest says of it."""
+        """What an earlier run has learned, else what `train` learns; and what the manifest says of the training."""
         if not (self.path / TRAINING_FILE).exists():
             trained, about = train()
             for name, index in ((TRAINED_FILE, trained.index), (FINER_FILE, trained.finer)):
@@ -103,7 +103,7 @@ class Workspace:
         for name, batch in counted(_named(reader), reader.count, lambda pair: len(pair[1].ids), "encode", "vectors"):
             names.append(name)
             if not self._blocks.done(name):
-                self._blocks.write(name, to_table(batch.ids, trained.encode(batch.vectors)), compression="none")
+                self._blocks.write(name, to_table(batch.ids, trained.encode(batch.vectors)))
         return [self.path / f"{name}.parquet" for name in names]
 
     def _keep_only(self, identity: dict[str, Any]) -> None:
