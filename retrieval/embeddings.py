@@ -149,9 +149,9 @@ class EmbeddingReader:
                 raise ValueError(f"{part.name} has {part.dim} dimensions, {self.parts[0].name} has {self.dim}")
 
     def stamp(self) -> list[list[str | int]]:
-        """What tells files of unknown origin apart: name, size and time of change."""
-        found = [Path(part.name) for part in self.parts]
-        return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in found]
+        """What tells vectors of unknown origin apart: what is read of which files, their sizes and times of change."""
+        found = [(part.reads, file, file.stat()) for part in self.parts for file in part.files]
+        return [[reads, file.name, status.st_size, status.st_mtime_ns] for reads, file, status in found]
 
     def batches(self, batch_size: int = 65_536) -> Iterator[EmbeddingBatch]:
         """All embeddings, in the order of the shards' names (numbers in names count as numbers)."""

@@ -34,6 +34,14 @@ class Part(Protocol):
         """The file, for messages."""
 
     @property
+    def files(self) -> Sequence[Path]:
+        """The files that hold it."""
+
+    @property
+    def reads(self) -> str:
+        """What is read of them: the names of columns."""
+
+    @property
     def count(self) -> int:
         """Number of rows."""
 
@@ -89,7 +97,7 @@ class ParquetPart:
     """A Parquet file with a column of ids and a column of vectors (list or fixed-size list of floats)."""
 
     def __init__(self, file: Path, id_column: str | None, embedding_column: str | None) -> None:
-        self.name = str(file)
+        self.name, self.files = str(file), [file]
         try:
             self._file = pq.ParquetFile(file)
         except pa.ArrowInvalid as error:
@@ -97,6 +105,7 @@ class ParquetPart:
         schema = self._file.schema_arrow
         self._embedding = _column(schema, embedding_column, _is_vector, (), f"{file}: column of vectors")
         self._id = _column(schema, id_column, _is_id, ID_COLUMNS, f"{file}: column of ids")
+        self.reads = f"{self._id}, {self._embedding}"
         self._kind = "kind" if "kind" in schema.names else None
         self.count = self._file.metadata.num_rows
         self.dim = self._find_dim(schema.field(self._embedding).type)
@@ -139,7 +148,7 @@ class NumpyPart:
     """A .npy file of (B, D) floats and a file of B ids in the same order."""
 
     def __init__(self, file: Path, ids: Path) -> None:
-        self.name = str(file)
+        self.name, self.files, self.reads = str(file), [file, ids], ""
         try:
             self._vectors = np.load(file, mmap_mode="r", allow_pickle=False)
         except (ValueError, EOFError) as error:

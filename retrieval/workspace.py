@@ -1,17 +1,18 @@
 """What a build has finished so far, beside the index: a killed build goes on where it stopped.
 
 index.building/
-begun.json              what is built from what: another build starts anew
-trained.faiss           index with empty lists
-finer.faiss             ranges of the finer vectors, where there are any
-training.json           what the manifest will say of training; written last of the three
-00-0000000000.parquet   encoded vectors, a block each
+begun.json                  what is built from what: another build starts anew
+trained.faiss               index with empty lists
+finer.faiss                 ranges of the finer vectors, where there are any
+training.json               what the manifest will say of training; written last of the three
+000000-0000000000.parquet   encoded vectors, a block each
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -26,7 +27,7 @@ from retrieval.mapped import Trained, centroids_of
 from retrieval.progress import counted
 from retrieval.shards import BEGUN, ShardFolder
 from retrieval.storage import ArtefactError
-from retrieval.temporaries import lock
+from retrieval.temporaries import Lock, is_temporary, lock
 
 logger = logging.getLogger(__name__)
 
@@ -43,18 +44,14 @@ class Workspace:
         factory, seed, sample, spill: what is built; with other ones, or from other embeddings, the build starts anew.
 
     Raises:
-        ArtefactError: another process is building there.
+        ArtefactError: another process is building there, or the folder holds other things.
     """
 
     def __init__(
         self, output: Path, reader: EmbeddingReader, factory: str, seed: int, sample: int, spill: bool
     ) -> None:
         self.path = _place(output)
-        files.make_folder(self.path)
-        held = lock(self.path)
-        if held is None or held.held is False:
-            raise ArtefactError(f"another run is building {output} (in {self.path}): wait for it, or stop it")
-        self._lock = held
+        self._lock = self._take(output)
         identity = {
             "embeddings": reader.fingerprint or reader.stamp(),
             "factory": factory,
@@ -75,13 +72,20 @@ class Workspace:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Let other processes work here; what is finished stays."""
+        """Let other processes work here. What is finished stays; where that is nothing, nothing stays."""
+        if kind is not None and not (self.path / TRAINING_FILE).exists():
+            files.remove(self.path)
         self._lock.close()
 
     @classmethod
     def remove(cls, output: Path) -> None:
-        """Remove the workspace of a finished build."""
-        files.remove(_place(output))
+        """Remove the workspace of a finished build, unless another run works there by now."""
+        held = lock(_place(output))
+        if held is None:
+            return
+        with held:
+            if held.held is not False:
+                files.remove(_place(output))
 
     def trained(self, train: Callable[[], tuple[Trained, dict[str, Any]]]) -> tuple[Trained, dict[str, Any]]:
         """What an earlier run has learned, else what `train` learns; and what the manifest says of the training."""
@@ -106,8 +110,23 @@ class Workspace:
                 self._blocks.write(name, to_table(batch.ids, trained.encode(batch.vectors)))
         return [self.path / f"{name}.parquet" for name in names]
 
+    def _take(self, output: Path) -> Lock:
+        """Make the folder and lock it."""
+        while True:
+            files.make_folder(self.path)
+            held = lock(self.path)
+            if held is not None and held.held is False:
+                raise ArtefactError(f"another run is building {output} (in {self.path}): wait for it, or stop it")
+            if held is not None and held.is_of(self.path):  # else a finishing run has removed it meanwhile
+                return held
+
     def _keep_only(self, identity: dict[str, Any]) -> None:
-        """Remove what an earlier build of something else has left."""
+        """Remove what an earlier build of something else has left, and nothing that no build has made."""
+        if others := sorted(file.name for file in self.path.iterdir() if not _is_ours(file.name)):
+            raise ArtefactError(
+                f"{self.path} is where this build would work, but holds other things ({', '.join(others[:5])}): move "
+                "them, or choose another place"
+            )
         begun = self.path / BEGUN
         try:
             same = json.loads(begun.read_text(encoding="utf-8")) == json.loads(json.dumps(identity))
@@ -122,6 +141,12 @@ class Workspace:
 
 def _place(output: Path) -> Path:
     return output.with_name(f"{output.name}.building")
+
+
+def _is_ours(name: str) -> bool:
+    """Whether a build makes files of this name."""
+    own = (BEGUN, TRAINED_FILE, FINER_FILE, TRAINING_FILE)
+    return name in own or is_temporary(name) or re.fullmatch(r"\d{6}-\d{10}\.parquet", name) is not None
 
 
 def _named(reader: EmbeddingReader) -> Iterator[tuple[str, EmbeddingBatch]]:

@@ -280,3 +280,25 @@ def test_memory_order_and_dtype_do_not_matter(same):
 def test_what_is_no_matrix_of_unit_vectors_is_refused(vectors, message):
     with pytest.raises(ValueError, match=message):
         checked_vectors(vectors, dim=DIM, where="queries")
+
+
+def test_the_stamp_tells_columns_ids_and_changed_files_apart(tmp_path):
+    columns = {"sku": ["a"], "ean": ["b"], "text": [unit(1)[0]], "image": [unit(1, 1)[0]]}
+    pq.write_table(pa.table(columns), tmp_path / "x.parquet")
+
+    def stamp(column, ids):
+        return EmbeddingReader(tmp_path / "x.parquet", embedding_column=column, id_column=ids).stamp()
+
+    assert stamp("image", "ean") == stamp("image", "ean")
+    assert len({str(stamp(column, ids)) for column in ("text", "image") for ids in ("sku", "ean")}) == 4
+    before = stamp("image", "ean")
+    pq.write_table(pa.table({**columns, "more": [1]}), tmp_path / "x.parquet")
+    assert stamp("image", "ean") != before
+
+
+def test_the_stamp_of_npy_files_changes_with_their_ids(tmp_path):
+    np.save(tmp_path / "v.npy", unit(2))
+    write_ids(tmp_path / "a.txt", ["a", "b"])
+    write_ids(tmp_path / "b.txt", ["c", "d"])
+    stamps = [EmbeddingReader(tmp_path / "v.npy", ids=tmp_path / f"{name}.txt").stamp() for name in "aab"]
+    assert stamps[0] == stamps[1] != stamps[2]
