@@ -8,7 +8,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from retrieval import metrics, report, storage
+from retrieval import metrics, report
 from retrieval.build import Recipe, build_index
 from retrieval.catalogue import Card, PreparedCatalogue, read_qrels
 from retrieval.embeddings import EmbeddingReader, EmbeddingWriter
@@ -395,7 +395,7 @@ def test_metrics_of_a_perfect_ranking_reach_the_best_recall(folders):
 
 def test_the_report_names_the_index_by_its_fingerprint(folders):
     result = measured(folders).report
-    assert result["index"]["fingerprint"] == storage.fingerprint(folders / "ivf")
+    assert result["index"]["fingerprint"] == ProductIndex.open(folders / "ivf").manifest.fingerprint
     assert result["index"]["bytes_per_product"] > 8
     assert result["catalogue_is_that_of_the_index"] is True
     assert result["latency"]["queries"] == 20 and result["latency"]["p99_ms"] >= result["latency"]["p50_ms"] > 0

@@ -96,7 +96,7 @@ def test_every_vector_finds_itself_first(flat, stored):
 
 
 def test_the_default_index_stays_close_to_exact(ivf, stored, queries):
-    assert ivf.manifest.meta["factory"] == "IVF128,PQ16x4fsr,Refine(SQ8)"
+    assert ivf.manifest.meta["factory"] == "IVF128,PQ8x4fsr,Refine(SQ8)"
     assert "lists" in ivf.manifest.meta["reason"]
     truth = exact(queries, stored, 10)
     assert metrics.recall_at_k(ivf.search(queries, 10).rows, truth, 10) > 0.9
@@ -153,8 +153,11 @@ def test_settings_are_stored_and_read_back(tmp_path, reader):
 
 def test_a_moved_folder_still_searches(tmp_path, ivf, queries):
     shutil.copytree(ivf.path, tmp_path / "elsewhere")
-    moved = ProductIndex.open(tmp_path / "elsewhere")
-    assert np.array_equal(moved.search(queries, 5).rows, ivf.search(queries, 5).rows)
+    shutil.copytree(ivf.version, tmp_path / "alone")
+    for place in ("elsewhere", "alone"):
+        moved = ProductIndex.open(tmp_path / place)
+        for got, wanted in zip(moved.search(queries, 5), ivf.search(queries, 5), strict=True):
+            assert np.array_equal(got, wanted)
 
 
 def test_shards_and_batches_do_not_change_the_index(tmp_path, vectors, reader):
@@ -164,10 +167,10 @@ def test_shards_and_batches_do_not_change_the_index(tmp_path, vectors, reader):
     for source, name in ((reader, "a"), (one, "b"), (reader, "c")):
         build_index(source, tmp_path / name, Recipe("IVF32,PQ16x4fsr,Refine(SQ8)"))
     faiss.omp_set_num_threads(threads)
-    fingerprints = {storage.fingerprint(tmp_path / name) for name in "ac"}
-    assert len(fingerprints) == 1  # one thread: the same bytes
-    file = storage.read_manifest(tmp_path / "a").files["index.faiss"]
-    assert storage.read_manifest(tmp_path / "b").files["index.faiss"] == file
+    a, b, c = (ProductIndex.open(tmp_path / name).manifest for name in "abc")
+    assert a.fingerprint == c.fingerprint  # one thread: the same bytes
+    for name in ("index.faiss", "lists.bin", "lists.npy", "vectors.faiss"):
+        assert a.files[name] == b.files[name]
 
 
 @pytest.mark.parametrize("number", [1, 3])
@@ -271,7 +274,7 @@ def test_the_vector_of_a_product_comes_back(tmp_path, reader, stored, factory):
 
 def test_codes_that_give_no_vectors_back_say_so(tmp_path, reader):
     build_index(reader, tmp_path / "i", Recipe("IVF32,PQ16x4fsr"))
-    with pytest.raises(ValueError, match=r'fast-scan codes .* build it with ",Refine\(SQ8\)"'):
+    with pytest.raises(ValueError, match=r'fast-scan codes.* build with ",Refine\(SQ8\)"'):
         ProductIndex.open(tmp_path / "i").vector_of("p1")
 
 
@@ -336,22 +339,33 @@ def test_the_default_factory_is_always_legal(count, dim):
 
 
 def test_default_lists_by_size():
-    sizes = {624: 16, 3000: 64, 6000: 128, 10**5: 1024, 10**6: 4096, 10**7: 16384}
+    sizes = {624: 8, 3000: 64, 6000: 128, 10**5: 2048, 10**6: 16384, 10**7: 65536}
     for count, lists in sizes.items():
-        assert choose_factory(count, 256).factory == f"IVF{lists},PQ128x4fsr,Refine(SQ8)"
-    assert choose_factory(10**4, 127).factory == "IVF256,SQ8"
+        assert choose_factory(count, 256).factory == f"IVF{lists},PQ64x4fsr,Refine(SQ8)"
+    assert choose_factory(10**4, 127).factory == "IVF128,SQ8"
 
 
 def test_every_damaged_file_is_refused_at_open(tmp_path, ivf):
     shutil.copytree(ivf.path, tmp_path / "i")
     generator = np.random.default_rng(0)
-    for file in sorted((tmp_path / "i").iterdir()):
+    there = sorted((tmp_path / "i" / "versions" / "000001").iterdir())
+    assert [file.name for file in there] == [
+        "ids.arrow",
+        "index.faiss",
+        "lists.bin",
+        "lists.npy",
+        "manifest.json",
+        "settings.json",
+        "vectors.faiss",
+    ]
+    for file in [*there, tmp_path / "i" / "CURRENT"]:
+        fall_back = file.name != "CURRENT"  # there is no older version to fall back to, but a damaged name may name one
         data = file.read_bytes()
         for offset in generator.integers(0, len(data), 25):
             bit = 1 << int(generator.integers(8))
             file.write_bytes(data[:offset] + bytes([data[offset] ^ bit]) + data[offset + 1 :])
             with pytest.raises(ArtefactError, match=file.name):
-                ProductIndex.open(tmp_path / "i")
+                ProductIndex.open(tmp_path / "i", fall_back=fall_back)
         file.write_bytes(data)
     ProductIndex.open(tmp_path / "i")
 
@@ -364,30 +378,40 @@ class Marker:
         return Path.touch, (Path(self.path),)
 
 
-@pytest.mark.parametrize("name", ["index.faiss", "ids.arrow", "settings.json"])
+@pytest.mark.parametrize(
+    "name", ["index.faiss", "ids.arrow", "settings.json", "lists.bin", "lists.npy", "vectors.faiss"]
+)
 def test_no_code_runs_from_an_index_folder_even_with_right_digests(tmp_path, ivf, name):
-    shutil.copytree(ivf.path, tmp_path / "i")
+    shutil.copytree(ivf.version, tmp_path / "i")
     (tmp_path / "i" / name).write_bytes(pickle.dumps(Marker(str(tmp_path / "marker"))))
     (tmp_path / "i" / "manifest.json").unlink()
     storage.seal(tmp_path / "i", kind="index", meta=ivf.manifest.meta)
-    with pytest.raises(ArtefactError, match="cannot be opened as an index"):
+    with pytest.raises(ArtefactError, match="cannot be opened"):
         ProductIndex.open(tmp_path / "i")
     assert not (tmp_path / "marker").exists()
 
 
 def test_files_of_two_indexes_do_not_mix(tmp_path, ivf):
-    build_index(embed(tmp_path / "e", clustered(50), 1), tmp_path / "i")
-    shutil.copy(ivf.path / "ids.arrow", tmp_path / "i" / "ids.arrow")
-    manifest = storage.read_manifest(tmp_path / "i")
-    (tmp_path / "i" / "manifest.json").unlink()
-    storage.seal(tmp_path / "i", kind="index", meta=manifest.meta)
-    with pytest.raises(ArtefactError, match=r"do not belong together: manifest 50 .* index 50 .* ids 6000"):
-        ProductIndex.open(tmp_path / "i")
+    build_index(embed(tmp_path / "e", clustered(800), 1), tmp_path / "i")
+    small = ProductIndex.open(tmp_path / "i")
+    for name, message in (
+        ("ids.arrow", r"do not belong together: 800 vectors, 6000 ids"),
+        ("vectors.faiss", r"vectors\.faiss holds 6000 vectors of 32 dimensions, expected 800 of 32"),
+        ("lists.bin", r"lists\.bin has \d+ bytes; 16 lists of 4-byte codes for an index of 16 lists need \d+"),
+        ("lists.npy", r"128 lists of 4-byte codes for an index of 16 lists"),
+        ("index.faiss", r"16 lists of 4-byte codes for an index of 128 lists"),
+    ):
+        shutil.copytree(small.version, tmp_path / name)
+        shutil.copy(ivf.version / name, tmp_path / name / name)
+        (tmp_path / name / "manifest.json").unlink()
+        storage.seal(tmp_path / name, kind="index", meta=small.manifest.meta)
+        with pytest.raises(ArtefactError, match=message):
+            ProductIndex.open(tmp_path / name)
 
 
 def test_a_full_disk_never_leaves_an_index(tmp_path, reader):
     build_index(embed(tmp_path / "e", clustered(5), 1), tmp_path / "i", Recipe("Flat"))
-    before = storage.fingerprint(tmp_path / "i")
+    before = ProductIndex.open(tmp_path / "i").manifest.fingerprint
     program = f"""
         import resource
         from retrieval.build import build_index, Recipe
@@ -400,43 +424,61 @@ def test_a_full_disk_never_leaves_an_index(tmp_path, reader):
     assert done.returncode != 0
     assert "could not be written" in done.stderr or "File too large" in done.stderr
     assert sorted(os.listdir(tmp_path)) == ["e", "i"]
-    assert storage.fingerprint(tmp_path / "i") == before
+    assert sorted(os.listdir(tmp_path / "i" / "versions")) == ["000001"]
+    assert ProductIndex.open(tmp_path / "i").manifest.fingerprint == before
 
 
 def test_an_index_that_faiss_lost_without_a_word_is_noticed(tmp_path, reader, monkeypatch):
-    monkeypatch.setattr(build_module.faiss, "write_index", lambda index, name: Path(name).touch())
-    with pytest.raises(ArtefactError, match=r"index\.faiss could not be written"):
+    monkeypatch.setattr(build_module.faiss, "write_index", lambda index, writer: None)
+    with pytest.raises(ArtefactError, match=r"index\.faiss"):
         build_index(reader, tmp_path / "i", Recipe("Flat"))
     assert os.listdir(tmp_path) == []
 
 
-def test_codes_alone_are_read_into_memory_and_finer_vectors_are_mapped(tmp_path):
-    count, dim = 60_000, 64
-    generator = np.random.default_rng(0)
-    build_index(
-        embed(tmp_path / "e", unit(generator.standard_normal((count, dim))), 1),
-        tmp_path / "i",
-        Recipe("IVF64,PQ32x4fsr,RFlat", train_sample=4000),
-    )
+def anonymous_growth(index, nprobe):
+    """Bytes of memory that are no mapped file: what opening once more and visiting all lists adds."""
     program = f"""
         import numpy as np
         from retrieval.index import ProductIndex
         def anonymous():
             lines = open("/proc/self/status").read().splitlines()
             return int(next(line for line in lines if line.startswith("RssAnon")).split()[1])
-        vector = np.full((1, {dim}), {dim} ** -0.5, np.float32)
-        small = ProductIndex.open({str(tmp_path / "i")!r})
-        small.search(vector)
+        first = ProductIndex.open({str(index)!r})
+        vectors = np.full((100, first.dim), first.dim ** -0.5, np.float32)
+        first.search(vectors, 100, nprobe={nprobe})
         before = anonymous()
-        index = ProductIndex.open({str(tmp_path / "i")!r})
-        index.search(vector, 100, nprobe=64)
+        second = ProductIndex.open({str(index)!r})
+        second.search(vectors, 100, nprobe={nprobe})
         print(anonymous() - before)
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=True)
-    codes_and_rows_kb = count * (dim // 4 + 8) / 1024
-    finer_kb = count * dim * 4 / 1024
-    assert (tmp_path / "i" / "index.faiss").stat().st_size / 1024 > codes_and_rows_kb + finer_kb
-    assert int(done.stdout) < 1.5 * codes_and_rows_kb + 1024
+    return 1024 * int(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """100,000 vectors of 64 dimensions."""
+    vectors = unit(np.random.default_rng(0).standard_normal((100_000, 64), np.float32))
+    return embed(tmp_path_factory.mktemp("large") / "e", vectors, 1)
+
+
+def test_codes_and_finer_vectors_are_mapped(tmp_path, large):
+    build_index(large, tmp_path / "i", Recipe("IVF256,PQ16x4fsr,Refine(SQ8)", train_sample=10_000))
+    version = ProductIndex.open(tmp_path / "i").version
+    codes_and_rows, finer, centroids = large.count * (16 // 2 + 8), large.count * 64, 256 * 64 * 4
+    assert (version / "lists.bin").stat().st_size >= codes_and_rows
+    assert (version / "vectors.faiss").stat().st_size >= finer
+    assert (version / "index.faiss").stat().st_size < 2 * centroids
+    grown = anonymous_growth(tmp_path / "i", nprobe=256)
+    assert grown < 15 * large.count + 2 * centroids
+    assert grown < 0.5 * codes_and_rows + 2 * centroids + (1 << 20)
+
+
+def test_of_an_index_in_one_file_codes_alone_are_read_into_memory(tmp_path, large):
+    build_index(large, tmp_path / "i", Recipe("IVF64,PQ32x4fsr,RFlat", train_sample=4000))
+    codes_and_rows, finer = large.count * (32 // 2 + 8), large.count * 64 * 4
+    assert (ProductIndex.open(tmp_path / "i").version / "index.faiss").stat().st_size > codes_and_rows + finer
+    assert anonymous_growth(tmp_path / "i", nprobe=64) < 1.5 * codes_and_rows + (1 << 20)
 
 
 def test_threads_search_one_index_with_their_own_settings(ivf, queries):
@@ -465,13 +507,13 @@ def test_checks_do_not_depend_on_assertions(ivf):
             index.search(good, nprobe=1000)
         except ValueError:
             print("refused")
-        open(index.path / "settings.json", "ab").write(b" ")
+        open(index.version / "settings.json", "ab").write(b" ")
         try:
             ProductIndex.open(index.path)
         except ArtefactError as error:
             print("damaged" if "settings.json" in str(error) else error)
     """
-    settings_file = ivf.path / "settings.json"
+    settings_file = ivf.version / "settings.json"
     before = settings_file.read_bytes()
     try:
         done = subprocess.run([sys.executable, "-O", "-c", textwrap.dedent(program)], capture_output=True, text=True)
@@ -526,7 +568,44 @@ def test_an_existing_index_is_not_replaced_unasked(tmp_path):
     with pytest.raises(ArtefactError, match="already exists"):
         build_index(reader, tmp_path / "i")
     build_index(reader, tmp_path / "i", overwrite=True)
-    assert json.loads((tmp_path / "i" / "settings.json").read_text()) == {"nprobe": None, "k_factor": 8.0}
+    version = tmp_path / "i" / "versions" / "000002"
+    assert json.loads((version / "settings.json").read_text()) == {"nprobe": None, "k_factor": 8.0}
+
+
+def test_overwriting_publishes_a_new_version_and_keeps_the_old_one(tmp_path):
+    build_index(embed(tmp_path / "e", clustered(4), 1), tmp_path / "i")
+    old = ProductIndex.open(tmp_path / "i")
+    for count in (5, 6):
+        build_index(embed(tmp_path / f"e{count}", clustered(count), 1), tmp_path / "i", overwrite=True)
+    assert (tmp_path / "i" / "CURRENT").read_text() == "000003\n"
+    new = ProductIndex.open(tmp_path / "i")
+    assert (len(old), len(new), new.version.name, new.note) == (4, 6, "000003", "")
+    assert len(ProductIndex.open(tmp_path / "i" / "versions" / "000002")) == 5
+    assert old.ids(old.search(clustered(4), 1).rows[:, 0]).tolist() == ["p0", "p1", "p2", "p3"]
+    assert old.version.is_dir()  # kept beyond the usual two versions as long as somebody reads it
+    assert not (tmp_path / "i.building").exists()
+
+
+@pytest.mark.parametrize("name", ["index.faiss", "ids.arrow", "settings.json", "manifest.json"])
+def test_a_damaged_version_is_replaced_by_the_one_before_with_a_warning(tmp_path, caplog, name):
+    build_index(embed(tmp_path / "e", clustered(4), 1), tmp_path / "i")
+    build_index(embed(tmp_path / "e5", clustered(5), 1), tmp_path / "i", overwrite=True)
+    file = tmp_path / "i" / "versions" / "000002" / name
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    index = ProductIndex.open(tmp_path / "i")
+    assert (len(index), index.version.name) == (4, "000001")
+    assert index.path == tmp_path / "i"
+    for text in (index.note, caplog.text):
+        assert "version 000001 is used" in text and name in text
+    with pytest.raises(ArtefactError, match=name):
+        ProductIndex.open(tmp_path / "i", fall_back=False)
+    with pytest.raises(ArtefactError, match=name):
+        ProductIndex.open(file.parent)
+    shutil.copy(file, tmp_path / "i" / "versions" / "000001" / name)
+    with pytest.raises(ArtefactError, match=f"{name}.*; .*{name}"):
+        ProductIndex.open(tmp_path / "i")
+    build_index(embed(tmp_path / "e6", clustered(6), 1), tmp_path / "i", overwrite=True)  # a new good one heals it
+    assert len(ProductIndex.open(tmp_path / "i", fall_back=False)) == 6
 
 
 @pytest.mark.parametrize("working", [True, False])

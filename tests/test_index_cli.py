@@ -127,7 +127,7 @@ def test_text_pictures_and_attributes_are_one_item(run, folders, encoded):
     assert [hit["product_id"][:3] for hit in report["hits"][:2]] == ["007", "007"]
     assert report["returned"] == report["wanted"] == 3
     assert report["hits"][0]["text"]["title"].endswith("no 7")
-    assert report["index"] == storage.fingerprint(folders / "index")
+    assert report["index"] == ProductIndex.open(folders / "index").manifest.fingerprint
 
 
 @pytest.mark.parametrize("text", ["null", "None", "1e5", "[1, 2]", "{a: b}", "-5%", "true"])
@@ -240,7 +240,7 @@ def _model_by_default(request, monkeypatch, folders):
         (["search", "--index", "index", "--attribute", "brand"], "attribute 'brand'; expected name=value with one of"),
         (["search", "--index", "index", "--attribute", "colour=x"], "with one of price, brand, category, tags"),
         (["search", "--index", "index", "--attribute", "price=cheap"], "price='cheap'"),
-        (["search", "--index", "index", "--vector", "index/manifest.json"], "is not a .npy file of numbers"),
+        (["search", "--index", "index", "--vector", "index/CURRENT"], "is not a .npy file of numbers"),
         (["search", "--index", "index", "--queries", "embeddings"], "queries and output go together"),
         (["search", "--index", "index", "--like", "001-0", "--exclude-self"], "exclude_self is for many queries"),
         (["build", "--embeddings", "embeddings", "--output", "index"], "index already exists"),
