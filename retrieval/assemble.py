@@ -28,13 +28,14 @@ Placed = tuple[Source, NDArray[np.int64] | int]
 """Encoded vectors, and the new row of each of their rows (-1 to leave it out), or the first new row."""
 
 
-def write_mapped(folder: Path, trained: Trained, sources: Sequence[Placed]) -> None:
+def write_mapped(folder: Path, trained: Trained, sources: Sequence[Placed], *, quiet: bool = False) -> None:
     """Write all files of the index but its settings.
 
     Args:
         folder: where to.
         trained: what encoded the vectors.
         sources: the vectors, in the order of their rows.
+        quiet: show no progress.
     """
     count = sum(source.count if isinstance(moved, int) else int((moved >= 0).sum()) for source, moved in sources)
     write_ids(folder / IDS_FILE, (ids for source, moved in sources for ids in _kept_ids(source, moved)))
@@ -50,7 +51,9 @@ def write_mapped(folder: Path, trained: Trained, sources: Sequence[Placed]) -> N
         sizes += source.sizes(nlist) if isinstance(moved, int) else _kept_sizes(source, moved, nlist)
     with storage.create(folder / LISTS_FILE) as file:
         lists = grouped_lists(sources, sizes, trained.index.code_size)
-        for codes, rows in counted(lists, int(sizes.sum()), lambda pair: len(pair[1]), "group by lists", "codes"):
+        if not quiet:
+            lists = counted(lists, int(sizes.sum()), lambda pair: len(pair[1]), "group by lists", "codes")
+        for codes, rows in lists:
             if len(rows):
                 write_list(file, trained.index, codes, rows)
     with storage.create(folder / SIZES_FILE) as file:

@@ -6,9 +6,9 @@ import logging
 import re
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import faiss
 import numpy as np
@@ -19,7 +19,7 @@ from retrieval import resources, storage, versions
 from retrieval.assemble import IDS_FILE, INDEX_FILE, write_ids, write_mapped
 from retrieval.embeddings import EmbeddingBatch, EmbeddingReader
 from retrieval.encoded import GROUPING_BYTES, Blocks
-from retrieval.engine import Settings, lists_of
+from retrieval.engine import Engine, Settings, lists_of
 from retrieval.factory import (
     CODEBOOK,
     MIN_POINTS_PER_LIST,
@@ -32,8 +32,11 @@ from retrieval.factory import (
 )
 from retrieval.index import FORMAT, KIND, SETTINGS_FILE
 from retrieval.mapped import Trained, train
+from retrieval.points import Tuning
+from retrieval.probes import PER_KIND, of_products, of_queries, with_truth
 from retrieval.progress import counted
 from retrieval.storage import ArtefactError, Manifest
+from retrieval.tune import PART, Target, choose, measure, reached
 from retrieval.workspace import BLOCK_ROWS, Workspace
 
 logger = logging.getLogger(__name__)
@@ -65,7 +68,13 @@ class Recipe:
 
 
 def build_index(
-    reader: EmbeddingReader, output: Path | str, recipe: Recipe | None = None, *, overwrite: bool = False
+    reader: EmbeddingReader,
+    output: Path | str,
+    recipe: Recipe | None = None,
+    *,
+    target: Target | None = None,
+    queries: EmbeddingReader | None = None,
+    overwrite: bool = False,
 ) -> Manifest:
     """Build an index and publish it as the version in use.
 
@@ -76,33 +85,42 @@ def build_index(
         reader: the products' embeddings.
         output: the place of the index and its versions.
         recipe: how; the default suits any size.
+        target: what the index should reach: the factory (where it is "auto") and how to search are chosen for it, and
+            nothing is published that does not reach it.
+        queries: real queries to choose by, of every kind that will be asked; None: the products themselves.
         overwrite: publish a new version of an index that is there; the old one is kept.
 
     Raises:
-        ValueError: ids that are missing or repeated, faulty vectors, a factory string that does not fit them, or more
-            memory or disk needed than there is.
+        ValueError: ids that are missing or repeated, faulty vectors, a factory string that does not fit them, more
+            memory or disk needed than there is, or a target that is not reached.
         ArtefactError: `output` holds an index or something else, or it could not be written completely.
     """
     recipe, output = recipe or Recipe(), Path(output)
-    choice = (
-        choose_factory(reader.count, reader.dim) if recipe.factory == "auto" else Choice(recipe.factory, "asked for")
-    )
+    choice = Choice(recipe.factory, "asked for")
+    if recipe.factory == "auto":
+        choice = choose_factory(reader.count, reader.dim)
     design = parse_mapped(choice.factory)
-    if recipe.spill and design is None:
+    if design is None and (recipe.spill or (target is not None and choice.factory != "Flat")):
         raise ValueError(
-            f"factory {choice.factory!r} has no mapped lists for a second list (spill): try IVF..,PQ..x4fsr"
+            f"factory {choice.factory!r} has no mapped lists, which {'spill' if recipe.spill else 'a target'} is for: "
+            "factories such as IVF1024,PQ64x4fsr,Refine(SQ8) have"
         )
+    if queries is not None:
+        if target is None:
+            raise ValueError("queries choose how to reach a target: name one (recall)")
+        _check_queries(reader, queries)
     if versions.occupied(output) and not overwrite:
         raise ArtefactError(
-            f"{output} already holds an index: choose another place, or publish a new version (overwrite)"
+            f"{output} already exists and holds an index: choose another place, or publish a new version (overwrite)"
         )
     meta: dict[str, Any] = {"format": FORMAT}
     with versions.publish(output, kind=KIND, meta=meta, upgrade=overwrite) as folder:
         reader.check_unique()
-        make = _whole if design is None else _mapped
-        nlist, training = make(reader, folder, output, choice.factory, recipe)
-        nprobe = default_nprobe(nlist) if nlist and recipe.nprobe is None else recipe.nprobe
-        storage.write_json(folder / SETTINGS_FILE, Settings(nprobe, recipe.k_factor).checked(nlist)._asdict())
+        if design is None:
+            built = _whole(reader, folder, choice, recipe)
+        else:
+            built = _mapped(reader, folder, output, choice, recipe, target, queries)
+        storage.write_json(folder / SETTINGS_FILE, built.settings)
         meta.update(
             model=reader.meta.get("model"),
             catalogue=reader.meta.get("catalogue"),
@@ -110,70 +128,152 @@ def build_index(
             metric=reader.metric,
             dim=reader.dim,
             count=reader.count,
-            factory=choice.factory,
-            reason=choice.reason,
-            spill=recipe.spill,
-            training=training,
             faiss=faiss.__version__,
             hints=reader.meta.get("hints", {}),
+            target=None if target is None else asdict(target),
+            **built.about,
         )
     Workspace.remove(output)
     return storage.read_manifest(versions.current(output), KIND)
 
 
+class Built(NamedTuple):
+    """What was written to the folder of a version.
+
+    Attributes:
+        settings: how to search it, for its settings.json.
+        about: factory, reason, spill and training, for its manifest.
+    """
+
+    settings: dict[str, Any]
+    about: dict[str, Any]
+
+
+def _check_queries(reader: EmbeddingReader, queries: EmbeddingReader) -> None:
+    """Refuse queries of other vectors than the products'."""
+    for name, mine, theirs in (
+        ("dimension", reader.dim, queries.dim),
+        ("model", reader.meta.get("model"), queries.meta.get("model")),
+    ):
+        if mine != theirs and None not in (mine, theirs):
+            raise ValueError(f"{queries.source} has {name} {theirs}, the products {mine}: embed both with one model")
+
+
 def _mapped(
-    reader: EmbeddingReader, folder: Path, output: Path, factory: str, recipe: Recipe
-) -> tuple[int, dict[str, Any]]:
-    """Make an index whose lists are mapped; returns the number of lists and what the manifest says of training."""
-    design = parse_mapped(factory)
-    assert design is not None
-    make_index(factory, reader.dim)  # refuses what does not fit the dimension
-    need = resources.predict(
-        reader.count,
-        reader.dim,
-        design,
-        sample=recipe.train_sample,
-        spill=recipe.spill,
-        block=BLOCK_ROWS,
-        grouping=GROUPING_BYTES,
-    )
-    resources.check(need, output, recipe.memory)
-    size = _sample_size(reader, design.lists, recipe)
-    _check_enough(factory, design, size, recipe.strict)
-    with Workspace(output, reader, factory, recipe.seed, size, recipe.spill) as work:
-        trained, training = work.trained(lambda: _train_mapped(reader, design, size, recipe))
+    reader: EmbeddingReader,
+    folder: Path,
+    output: Path,
+    choice: Choice,
+    recipe: Recipe,
+    target: Target | None,
+    queries: EmbeddingReader | None,
+) -> Built:
+    """Make an index whose lists are mapped."""
+    default = parse_mapped(choice.factory)
+    assert default is not None
+    make_index(choice.factory, reader.dim)  # refuses what does not fit the dimension
+    size = _sample_size(reader, default.lists, recipe)
+    _check_enough(choice.factory, default, size, recipe.strict)
+    _check_resources(reader, default, recipe.spill, recipe, output)
+    request = choice.factory if target is None else f"{recipe.factory} for {target}"
+    with Workspace(output, reader, request, recipe.seed, size, recipe.spill) as work:
+        trained, about = work.trained(lambda: _learn(reader, output, choice, recipe, target, queries, size))
         blocks = work.encode(reader, trained)
         write_mapped(folder, trained, [(Blocks(blocks), 0)])
-    return design.lists, training
+    nprobe = default_nprobe(trained.index.nlist) if recipe.nprobe is None else recipe.nprobe
+    settings: dict[str, Any] = Settings(nprobe, recipe.k_factor).checked(trained.index.nlist)._asdict()
+    if target is not None:
+        tuning = _measure(reader, folder, trained.spill, target, queries, recipe.seed, size)
+        settings = {**tuning.settings_for(target.recall)._asdict(), "tuning": tuning.to_json()}
+    return Built(settings, {**about, "spill": trained.spill})
 
 
-def _train_mapped(reader: EmbeddingReader, design: Mapped, size: int, recipe: Recipe) -> tuple[Trained, dict[str, Any]]:
+def _learn(
+    reader: EmbeddingReader,
+    output: Path,
+    choice: Choice,
+    recipe: Recipe,
+    target: Target | None,
+    queries: EmbeddingReader | None,
+    size: int,
+) -> tuple[Trained, dict[str, Any]]:
+    """Choose the index where a target says so, and train it; with what the manifest says of both."""
     sample = uniform_sample(reader, size, recipe.seed)
+    spill, table = recipe.spill, None
+    if target is not None and recipe.factory == "auto":
+        part = np.sort(np.random.default_rng(recipe.seed).permutation(size)[:PART])
+        own = np.random.default_rng(recipe.seed).permutation(len(part))[:PER_KIND]
+        probes = [of_products(sample[part[own]], own), *([] if queries is None else of_queries(queries, recipe.seed))]
+        chosen = choose(sample[part], probes, target, reader.count, recipe.seed)
+        choice, spill = Choice(chosen.winner.factory, chosen.reason), chosen.winner.spill
+        table = chosen.to_json()
+    design = parse_mapped(choice.factory)
+    assert design is not None
+    _check_resources(reader, design, spill, recipe, output)
     started = time.perf_counter()
-    trained = train(sample, design, recipe.seed, recipe.spill)
+    trained = train(sample, design, recipe.seed, spill)
     seconds = round(time.perf_counter() - started, 1)
     logger.info("trained %s lists on %s vectors in %.1f s", f"{design.lists:,}", f"{size:,}", seconds)
-    return trained, {
+    training = {
         "seed": recipe.seed,
         "vectors": size,
         "per_list": round(size / design.lists, 2),
         "device": "gpu" if faiss.get_num_gpus() else "cpu",
         "seconds": seconds,
     }
+    about = {"factory": choice.factory, "reason": choice.reason, "training": training}
+    return trained, about | ({} if table is None else {"candidates": table})
 
 
-def _whole(
-    reader: EmbeddingReader, folder: Path, output: Path, factory: str, recipe: Recipe
-) -> tuple[int | None, dict[str, Any]]:
-    """Make an index of any other factory string in memory; returns its number of lists, and of training."""
-    index = make_index(factory, reader.dim)
-    training = _train(index, reader, recipe, factory)
+def _measure(
+    reader: EmbeddingReader,
+    folder: Path,
+    spill: bool,
+    target: Target,
+    queries: EmbeddingReader | None,
+    seed: int,
+    size: int,
+) -> Tuning:
+    """Measure the finished index with all vectors as the truth.
+
+    Raises:
+        ValueError: it does not reach the target.
+    """
+    rows = sample_rows(reader.count, size, seed)
+    rows = np.sort(np.random.default_rng(seed).permutation(rows)[:PER_KIND])
+    probes = [of_products(take(reader, rows), rows), *([] if queries is None else of_queries(queries, seed))]
+    blocks = (batch.vectors for batch in _shown(reader, "exact search to measure by"))
+    engine = Engine.open(folder, {"count": reader.count, "dim": reader.dim, "spill": spill})
+    tuning = measure(engine, with_truth(probes, blocks, target.k), target)
+    if problems := reached(tuning, target):
+        raise ValueError(
+            f"the index does not reach recall@{target.k} of {target.recall:g} ({'; '.join(problems)}) and is not "
+            "published: ask for less, or allow more memory or latency"
+        )
+    return tuning
+
+
+def _check_resources(reader: EmbeddingReader, design: Mapped, spill: bool, recipe: Recipe, output: Path) -> None:
+    sample = recipe.train_sample
+    need = resources.predict(
+        reader.count, reader.dim, design, sample=sample, spill=spill, block=BLOCK_ROWS, grouping=GROUPING_BYTES
+    )
+    resources.check(need, output, recipe.memory)
+
+
+def _whole(reader: EmbeddingReader, folder: Path, choice: Choice, recipe: Recipe) -> Built:
+    """Make an index of any other factory string, in memory."""
+    index = make_index(choice.factory, reader.dim)
+    training = _train(index, reader, recipe, choice.factory)
     write_ids(folder / IDS_FILE, _adding(index, reader))
     if index.ntotal != reader.count:
         raise ArtefactError(f"the index holds {index.ntotal} vectors, {reader.source} has {reader.count}")
     _write(index, folder / INDEX_FILE)
     lists = lists_of(index)
-    return (int(lists.nlist) if lists else None), training
+    nprobe = default_nprobe(lists.nlist) if lists and recipe.nprobe is None else recipe.nprobe
+    settings = Settings(nprobe, recipe.k_factor).checked(lists.nlist if lists else None)
+    about = {"factory": choice.factory, "reason": choice.reason, "spill": False, "training": training}
+    return Built(settings._asdict(), about)
 
 
 def _adding(index: Any, reader: EmbeddingReader) -> Iterator[pa.Array]:
@@ -254,17 +354,26 @@ def _check_enough(factory: str, lists: Any, size: int, strict: bool) -> None:
         logger.warning("%s", message)
 
 
+def sample_rows(count: int, size: int, seed: int) -> NDArray[np.int64]:
+    """(size,) ascending rows, drawn without replacement; every row has the same chance."""
+    return np.sort(np.random.default_rng(seed).choice(count, size, replace=False, shuffle=False))
+
+
 def uniform_sample(reader: EmbeddingReader, size: int, seed: int) -> NDArray[np.float32]:
-    """(size, D) vectors drawn from all shards without replacement; every vector has the same chance."""
-    rows = np.sort(np.random.default_rng(seed).choice(reader.count, size, replace=False, shuffle=False))
-    sample = np.empty((size, reader.dim), np.float32)
+    """(size, D) vectors drawn from all shards, in the order of their rows (`sample_rows`)."""
+    return take(reader, sample_rows(reader.count, size, seed))
+
+
+def take(reader: EmbeddingReader, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+    """(S, D) vectors of ascending rows, in one pass over all shards."""
+    vectors = np.empty((len(rows), reader.dim), np.float32)
     first = filled = 0
-    for batch in _shown(reader, "sample for training"):
+    for batch in _shown(reader, "sample"):
         last = first + len(batch.ids)
         inside = rows[filled : np.searchsorted(rows, last)] - first
-        sample[filled : filled + len(inside)] = batch.vectors[inside]
+        vectors[filled : filled + len(inside)] = batch.vectors[inside]
         first, filled = last, filled + len(inside)
-    return sample
+    return vectors
 
 
 def _fit(index: Any, sample: NDArray[np.float32], seed: int) -> str:

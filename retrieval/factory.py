@@ -37,13 +37,18 @@ class Mapped:
         lists: L.
         pieces: sub-vectors of 4 bits each.
         residual: codes are of the difference to the list's centre.
-        finer: how vectors for re-ranking are stored: "SQ8", "SQfp16" or "Flat" (float32); None for no re-ranking.
+        finer: how vectors for re-ranking are stored: "SQ8" or "SQfp16"; None for no re-ranking.
     """
 
     lists: int
     pieces: int
     residual: bool
     finer: str | None
+
+    def __str__(self) -> str:
+        """As a factory string."""
+        finer = f",Refine({self.finer})" if self.finer else ""
+        return f"IVF{self.lists},PQ{self.pieces}x4fs{'r' if self.residual else ''}{finer}"
 
     @property
     def code_size(self) -> int:
@@ -52,12 +57,12 @@ class Mapped:
 
     def finer_size(self, dim: int) -> int:
         """Bytes of a vector for re-ranking."""
-        return {None: 0, "SQ8": 1, "SQfp16": 2, "Flat": 4}[self.finer] * dim
+        return {None: 0, "SQ8": 1, "SQfp16": 2}[self.finer] * dim
 
 
 def parse_mapped(factory: str) -> Mapped | None:
     """What a factory string says, where it is one whose lists are mapped; None for any other."""
-    match = re.fullmatch(r"IVF(\d+),PQ(\d+)x4fs(r?)(?:,Refine\((SQ8|SQfp16|Flat)\))?", factory)
+    match = re.fullmatch(r"IVF(\d+),PQ(\d+)x4fs(r?)(?:,Refine\((SQ8|SQfp16)\))?", factory)
     if match is None or int(match[1]) < 1 or int(match[2]) < 1:
         return None
     return Mapped(int(match[1]), int(match[2]), bool(match[3]), match[4])

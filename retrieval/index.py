@@ -24,6 +24,7 @@ from numpy.typing import ArrayLike, NDArray
 from retrieval import storage, versions
 from retrieval.assemble import IDS_FILE
 from retrieval.engine import Engine, Settings, is_whole
+from retrieval.points import Tuning
 from retrieval.storage import ArtefactError, Manifest
 from retrieval.vectors import Metric, checked_metric, checked_vectors
 
@@ -65,15 +66,24 @@ class ProductIndex:
         note: why that is not the version in use; empty where it is.
         manifest: what its manifest says.
         settings: how it is searched unless told otherwise.
+        tuning: which settings reach which recall, where the index was built for one.
         engine: the FAISS side.
         metric: what vectors are compared by.
         dim: D.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, engine: Engine, ids: IdTable, settings: Settings) -> None:
+    def __init__(
+        self,
+        path: Path,
+        manifest: Manifest,
+        engine: Engine,
+        ids: IdTable,
+        settings: Settings,
+        tuning: Tuning | None = None,
+    ) -> None:
         self.path = self.version = path
         self.note = ""
-        self.manifest, self.settings, self.engine = manifest, settings, engine
+        self.manifest, self.settings, self.engine, self.tuning = manifest, settings, engine, tuning
         self.metric: Metric = checked_metric(manifest.meta["metric"])
         self.dim: int = manifest.meta["dim"]
         self._ids = ids
@@ -106,12 +116,14 @@ class ProductIndex:
         engine = Engine.open(path, manifest.meta)
         try:
             ids = IdTable(path / IDS_FILE)
-            settings = Settings(**json.loads((path / SETTINGS_FILE).read_text(encoding="utf-8"))).checked(engine.lists)
-        except (pa.ArrowInvalid, OSError, ValueError, TypeError) as error:
+            stored = json.loads((path / SETTINGS_FILE).read_text(encoding="utf-8"))
+            tuning = Tuning.from_json(stored.pop("tuning")) if "tuning" in stored else None
+            settings = Settings(**stored).checked(engine.lists)
+        except (pa.ArrowInvalid, OSError, ValueError, TypeError, KeyError) as error:
             raise ArtefactError(f"{path} cannot be opened as an index: {error}") from None
         if len(ids) != engine.count:
             raise ArtefactError(f"{path}: files do not belong together: {engine.count} vectors, {len(ids)} ids")
-        return cls(path, manifest, engine, ids, settings)
+        return cls(path, manifest, engine, ids, settings, tuning)
 
     def __len__(self) -> int:
         """Number of products."""
@@ -146,31 +158,64 @@ class ProductIndex:
             )
 
     def search(
-        self, vectors: ArrayLike, k: int = 10, *, nprobe: int | None = None, k_factor: float | None = None
+        self,
+        vectors: ArrayLike,
+        k: int = 10,
+        *,
+        recall: float | None = None,
+        kind: str | None = None,
+        nprobe: int | None = None,
+        k_factor: float | None = None,
     ) -> Hits:
         """The nearest products of each query.
 
         Args:
             vectors: (Q, D) query vectors, of unit length under cosine.
             k: results wanted; the result has K = min(k, number of products) columns.
-            nprobe: lists to visit; None for this index's setting.
-            k_factor: candidates to re-rank per result; None for this index's setting.
+            recall: see `resolve`, as the following.
+            kind: of the queries.
+            nprobe: lists to visit.
+            k_factor: candidates to re-rank per result.
 
         Raises:
             ValueError: what `checked_vectors` refuses, k < 1, or settings that do not suit this index.
         """
         k = min(checked_k(k), len(self))
         queries = checked_vectors(vectors, dim=self.dim, metric=self.metric, where="queries")
-        return Hits(*self.engine.search(queries, k, self.resolve(nprobe, k_factor)))
+        return Hits(*self.engine.search(queries, k, self.resolve(nprobe, k_factor, recall=recall, kind=kind)))
 
-    def resolve(self, nprobe: int | None = None, k_factor: float | None = None) -> Settings:
-        """The settings a search with these arguments uses."""
+    def resolve(
+        self,
+        nprobe: int | None = None,
+        k_factor: float | None = None,
+        *,
+        recall: float | None = None,
+        kind: str | None = None,
+    ) -> Settings:
+        """The settings a search with these arguments uses.
+
+        Args:
+            nprobe: lists to visit; None for what the recall needs.
+            k_factor: candidates to re-rank per result; None for what the recall needs.
+            recall: recall against exact search to reach; None for what the index was built for.
+            kind: of the queries: "text", "image", ...; None: enough for every kind that was measured.
+
+        Raises:
+            ValueError: a recall that was not measured or not reached, or settings that do not suit this index.
+        """
+        settings = self.settings
+        if recall is not None:
+            if self.tuning is None and self.engine.lists is not None:
+                raise ValueError(f"{self.path} was not built for a recall: build it with one, or name nprobe")
+            settings = settings if self.tuning is None else self.tuning.settings_for(recall, kind)
+        elif kind is not None and self.tuning is not None and kind in self.tuning.points:
+            settings = self.tuning.settings_for(self.manifest.meta["target"]["recall"], kind)
         changes: dict[str, Any] = {}
         if nprobe is not None:
             changes["nprobe"] = nprobe
         if k_factor is not None:
             changes["k_factor"] = k_factor
-        return self.settings._replace(**changes).checked(self.engine.lists) if changes else self.settings
+        return settings._replace(**changes).checked(self.engine.lists) if changes else settings
 
     def ids(self, rows: NDArray[np.int64]) -> NDArray[np.object_]:
         """Product ids of row numbers, in the same shape; None where the row is -1."""

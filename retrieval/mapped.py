@@ -80,7 +80,9 @@ class Trained:
         return codes
 
 
-def train(sample: Vectors, design: Mapped, seed: int, spill: bool = False) -> Trained:
+def train(
+    sample: Vectors, design: Mapped, seed: int, spill: bool = False, centroids: Centroids | None = None
+) -> Trained:
     """Learn lists, code books and ranges from a sample.
 
     Args:
@@ -88,9 +90,10 @@ def train(sample: Vectors, design: Mapped, seed: int, spill: bool = False) -> Tr
         design: what to make.
         seed: of k-means.
         spill: give every vector a second list.
+        centroids: of the lists, where they are known already.
     """
     dim = sample.shape[1]
-    centroids = find_centroids(sample, design.lists, seed)
+    centroids = find_centroids(sample, design.lists, seed) if centroids is None else centroids
     index = faiss.IndexIVFPQFastScan(
         coarse_quantizer(centroids), dim, design.lists, design.pieces, 4, faiss.METRIC_INNER_PRODUCT
     )

@@ -1,0 +1,117 @@
+"""Operating points of an index: what each way of searching it finds and costs, per kind of query."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from retrieval.engine import Settings
+
+MARGIN = 0.005
+"""The recall of the queries that check may stay this far below what was asked for."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One way to search, measured against exact search.
+
+    Attributes:
+        nprobe: lists visited.
+        k_factor: candidates re-ranked per result.
+        recall: recall@k on the queries that chose the point.
+        held_out: recall@k on queries that had no part in the choice; None before it is measured.
+        interval: half of the 95 % interval of `held_out`.
+        p50_ms: median latency of one query on one thread.
+        p99_ms: its 99th percentile.
+        qps: queries a second, a batch on all threads.
+    """
+
+    nprobe: int
+    k_factor: float
+    recall: float
+    held_out: float | None = None
+    interval: float | None = None
+    p50_ms: float | None = None
+    p99_ms: float | None = None
+    qps: float | None = None
+
+    @property
+    def settings(self) -> Settings:
+        """What a search is given."""
+        return Settings(self.nprobe, self.k_factor)
+
+    @property
+    def proven(self) -> float:
+        """The lower of both recalls."""
+        return self.recall if self.held_out is None else min(self.recall, self.held_out)
+
+    def reaches(self, recall: float) -> bool:
+        """Whether the queries that chose reach this recall, and those that check stay at most `MARGIN` below it."""
+        return self.recall >= recall and (self.held_out is None or self.held_out >= recall - MARGIN)
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What was measured of an index.
+
+    Attributes:
+        k: of recall@k.
+        points: kind of query -> points, cheapest first, each with more recall than those before.
+        queries: kind of query -> how many were asked.
+    """
+
+    k: int
+    points: Mapping[str, Sequence[Point]]
+    queries: Mapping[str, int]
+
+    def settings_for(self, recall: float, kind: str | None = None) -> Settings:
+        """The cheapest settings that reach a recall.
+
+        Args:
+            recall: recall@k against exact search, above 0, at most 1.
+            kind: of the queries; None or one that was not measured: enough for every kind that was.
+
+        Raises:
+            ValueError: no point of the kind reaches it; the message names the best one.
+        """
+        if not 0 < recall <= 1:
+            raise ValueError(f"recall={recall}; expected a number above 0, at most 1")
+        kinds = [kind] if kind in self.points else list(self.points)
+        chosen = [self._cheapest(recall, name) for name in kinds]
+        return Settings(max(p.nprobe for p in chosen), max(p.k_factor for p in chosen))
+
+    def _cheapest(self, recall: float, kind: str) -> Point:
+        for point in self.points[kind]:
+            if point.reaches(recall):
+                return point
+        best = max(self.points[kind], key=lambda point: point.proven)
+        raise ValueError(
+            f"recall@{self.k} of {recall:g} is not reached for queries of kind {kind!r}: the best measured point has "
+            f"{best.proven:.4f} (nprobe {best.nprobe}, k_factor {best.k_factor:g}): name nprobe and k_factor yourself, "
+            "or build with a higher recall"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON."""
+        points = {kind: [asdict(point) for point in front] for kind, front in self.points.items()}
+        return {"k": self.k, "queries": dict(self.queries), "points": points}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Tuning:
+        """Undo `to_json`.
+
+        Raises:
+            KeyError, TypeError: it is not that.
+        """
+        points = {kind: tuple(Point(**point) for point in front) for kind, front in data["points"].items()}
+        return cls(int(data["k"]), points, dict(data["queries"]))
+
+
+def pareto(points: Sequence[Point], cost: Mapping[Point, float]) -> list[Point]:
+    """The points that no other one beats in both recall and cost, cheapest first."""
+    front: list[Point] = []
+    for point in sorted(points, key=lambda p: (cost[p], -p.recall)):
+        if not front or point.recall > front[-1].recall:
+            front.append(point)
+    return front
