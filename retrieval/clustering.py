@@ -156,10 +156,14 @@ def find_centroids(sample: Vectors, count: int, seed: int) -> Centroids:
 
 
 def grouped(vectors: Vectors, groups: Vectors) -> Centroids:
-    """Centroids, each in the nearest group; (L, D) and (G, D) float32."""
-    return Centroids(
-        vectors, groups, _nearest_group(vectors, groups) if len(groups) else np.zeros(len(vectors), np.int64)
-    )
+    """Centroids, each in the nearest group; (L, D) and (G, D) float32.
+
+    Groups without lists are left out: a vector whose nearest groups are all such ones would find no list.
+    """
+    if not len(groups):
+        return Centroids(vectors, groups, np.zeros(len(vectors), np.int64))
+    used, group_of = np.unique(_nearest_group(vectors, groups), return_inverse=True)
+    return Centroids(vectors, groups[used], group_of)
 
 
 def _nearest_group(vectors: Vectors, groups: Vectors) -> NDArray[np.int64]:
@@ -187,7 +191,8 @@ def _kmeans(vectors: Vectors, count: int, seed: int) -> Vectors:
         "max_points_per_centroid": len(vectors),
     }
     if count == len(vectors):
-        return vectors.copy()
+        themselves: Vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+        return themselves
     on_gpu = faiss.get_num_gpus() > 0 and count > 256  # copying to a GPU costs more than a small k-means
     try:
         trained = faiss.Kmeans(vectors.shape[1], count, gpu=on_gpu, **options)
