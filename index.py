@@ -1,4 +1,4 @@
-"""From a model and a catalogue to search results: `python index.py embed | build | search | evaluate`.
+"""From a model and a catalogue to search results: `python index.py embed | build | search | evaluate | verify`.
 
 Each command explains its options: `python index.py search --help`. docs/index.md is the guide.
 """
@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # each command imports what it needs: help is there at once, 
     import numpy as np
 
     from retrieval.catalogue import Card, PreparedCatalogue
+    from retrieval.engine import Settings
     from retrieval.index import ProductIndex
 
 
@@ -76,9 +77,19 @@ def build(
     strict: bool = False,
     nprobe: int | None = None,
     k_factor: float = 8.0,
+    spill: bool = False,
+    recall: float | None = None,
+    k: int = 10,
+    memory: str | None = None,
+    latency_ms: float | None = None,
+    queries: Path | None = None,
+    build_memory: str | None = None,
     overwrite: bool = False,
 ) -> int:
-    """Build an index folder from embeddings of ours or of anyone's, in bounded memory.
+    """Build an index from embeddings of ours or of anyone's, in bounded memory. Goes on where a killed run stopped.
+
+    With a recall, the index and how to search it are chosen: candidates are measured, and what is built is published
+    only if it reaches the recall for every kind of query.
 
     Args:
         embeddings: embeddings folder, folder of .parquet or .npy files, or one such file.
@@ -95,12 +106,26 @@ def build(
         strict: refuse to build an under-trained index.
         nprobe: lists a search visits unless told otherwise; chosen by their number when not given.
         k_factor: candidates re-ranked per result, where the index keeps finer vectors.
-        overwrite: replace an index that is there.
+        spill: give every vector a second list: more recall from fewer lists, for twice the bytes of codes.
+        recall: recall@k against exact search to reach, e.g. 0.95.
+        k: of that recall.
+        memory: what searches may touch again and again: 1GiB, 500MB. Vectors for re-ranking stay on disk.
+        latency_ms: median time of one query on one thread to stay within.
+        queries: embeddings of real queries to choose by, of all kinds; products as queries are always asked too.
+        build_memory: what the build may take; 80 % of what is free when not given.
+        overwrite: publish a new version of an index that is there; the old one is kept.
     """
     from retrieval.build import Recipe, build_index
     from retrieval.embeddings import EmbeddingReader
-    from retrieval.present import describe_index, show
+    from retrieval.present import describe_candidates, describe_index, describe_points, show
+    from retrieval.resources import parse_bytes
+    from retrieval.tune import Target
 
+    target = None
+    if recall is not None:
+        target = Target(recall, k, None if memory is None else parse_bytes(memory), latency_ms)
+    elif memory is not None or latency_ms is not None or queries is not None:
+        raise ValueError("memory, latency_ms and queries choose how to reach a recall: give recall, e.g. 0.95")
     reader = EmbeddingReader(
         _side(embeddings, "products"),
         ids=ids,
@@ -109,8 +134,19 @@ def build(
         metric=metric,
         normalize=normalize,
     )
-    recipe = Recipe(factory, seed, train_sample, strict, nprobe, k_factor)
-    show(describe_index(output, build_index(reader, output, recipe, overwrite=overwrite)))
+    limit = None if build_memory is None else parse_bytes(build_memory)
+    recipe = Recipe(factory, seed, train_sample, strict, nprobe, k_factor, spill, limit)
+    asked = (
+        None
+        if queries is None
+        else EmbeddingReader(_side(queries, "queries"), metric=reader.metric, normalize=normalize)
+    )
+    manifest = build_index(reader, output, recipe, target=target, queries=asked, overwrite=overwrite)
+    if "candidates" in manifest.meta:
+        show(describe_candidates(manifest))
+    if target is not None:
+        show(describe_points(output, target.recall))
+    show(describe_index(output, manifest))
     return 0
 
 
@@ -124,6 +160,7 @@ def search(
     like: str = "",
     vector: Path | None = None,
     k: int = 10,
+    recall: float | None = None,
     nprobe: int | None = None,
     json: bool = False,
     html: Path | None = None,
@@ -147,6 +184,7 @@ def search(
         like: id of a product; it is left out of its own hits.
         vector: .npy file with one vector.
         k: number of hits.
+        recall: recall against exact search to reach, of an index that was built for one; the cheapest way is taken.
         nprobe: lists to visit; more find more and take longer.
         json: print JSON.
         html: write a page with pictures to this file.
@@ -164,7 +202,8 @@ def search(
     if queries is not None or output is not None:
         if queries is None or output is None or one or json or html:
             raise ValueError("queries and output go together, and with no single query, json or html")
-        return _search_many(opened, queries, output, k, nprobe, exclude_self, normalize)
+        settings = opened.resolve(nprobe, recall=recall)
+        return _search_many(opened, queries, output, k, settings, exclude_self, normalize)
     if exclude_self:
         raise ValueError("exclude_self is for many queries (queries, output)")
     known = find_catalogue(opened, catalogue)
@@ -174,10 +213,11 @@ def search(
     if vector is not None:
         vectors.append(_read_vector(vector, opened, normalize))
     query = vectors[0] if vectors and len(vectors) == 1 else combine(vectors)
-    hits = opened.search(query.reshape(1, -1), checked_k(k) + bool(like), nprobe=nprobe)
+    settings = opened.resolve(nprobe, recall=recall, kind=_kind(text, image, attribute, like))
+    hits = opened.search(query.reshape(1, -1), checked_k(k) + bool(like), settings=settings)
     if like:
         hits = hits.without(opened.row_of(like), k)
-    found = Found(opened, card or _like_card(known, like), hits, k, opened.resolve(nprobe), known)
+    found = Found(opened, card or _like_card(known, like), hits, k, settings, known)
     if html is not None:
         found.write_html(html)
     if json:
@@ -187,6 +227,32 @@ def search(
         if html is not None:
             print(f"page: {html}")
     return 0
+
+
+def verify(index: Path) -> int:
+    """Compare every byte of an index with its digests; the exit code is 1 where something is damaged.
+
+    Opening an index does so too, but of very large files only for samples.
+
+    Args:
+        index: index folder: all its versions are read.
+    """
+    from retrieval import storage, versions
+
+    folders = versions.versions(index) or [index]
+    problems = []
+    for folder in folders:
+        try:
+            manifest = storage.verify(folder, "index")
+        except ArtefactError as error:
+            problems.append(str(error))
+            continue
+        print(f"{folder}: {len(manifest.files)} files, {sum(e.bytes for e in manifest.files.values()):,} bytes: good")
+    if folders != [index]:
+        print(f"in use: {versions.current(index).name}")
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+    return 1 if problems else 0
 
 
 def evaluate(
@@ -266,7 +332,7 @@ def _search_many(
     queries: Path,
     output: Path,
     k: int,
-    nprobe: int | None,
+    settings: Settings,
     exclude_self: bool,
     normalize: bool,
 ) -> int:
@@ -274,13 +340,24 @@ def _search_many(
     from retrieval.embeddings import EmbeddingReader
 
     reader = EmbeddingReader(queries, metric=index.metric, normalize=normalize)
-    result = bulk_search(index, reader, output, k=k, nprobe=nprobe, exclude_self=exclude_self)
+    result = bulk_search(index, reader, output, k=k, settings=settings, exclude_self=exclude_self)
     done_before = result.queries - result.searched
     earlier = f", {done_before:,} of them in an earlier run" if done_before else ""
     print(f"hits: {output}: {result.hits:,} for {result.queries:,} queries{earlier}")
     if result.hits < result.queries * k:
         print(f"fewer than {k} hits for some queries: the index holds {len(index):,} products", file=sys.stderr)
     return 0
+
+
+def _kind(text: str, image: list[Path], attribute: list[str], like: str) -> str | None:
+    """The kind of a query as embeddings name it."""
+    if like and not (text or image or attribute):
+        return "product"
+    return (
+        {(True, False): "text", (False, True): "image"}.get((bool(text), bool(image)), "fused")
+        if not (attribute or like)
+        else "fused"
+    )
 
 
 def _picture(file: Path) -> bytes:
@@ -345,7 +422,13 @@ def _side(embeddings: Path, side: str) -> Path:
     return embeddings / side if (embeddings / side).is_dir() else embeddings
 
 
-COMMANDS: dict[str, Callable[..., int]] = {"embed": embed, "build": build, "search": search, "evaluate": evaluate}
+COMMANDS: dict[str, Callable[..., int]] = {
+    "embed": embed,
+    "build": build,
+    "search": search,
+    "evaluate": evaluate,
+    "verify": verify,
+}
 
 
 def main(arguments: list[str] | None = None) -> int:

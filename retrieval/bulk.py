@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from retrieval import storage
 from retrieval.embeddings import EmbeddingBatch, EmbeddingReader
+from retrieval.engine import Settings
 from retrieval.index import ProductIndex, checked_k
 from retrieval.progress import counted
 from retrieval.shards import ShardFolder
@@ -43,7 +44,7 @@ def bulk_search(
     output: Path | str,
     *,
     k: int = 100,
-    nprobe: int | None = None,
+    settings: Settings | None = None,
     exclude_self: bool = False,
 ) -> BulkResult:
     """Write the nearest products of every query: query_id, product_id, rank (from 1), score, and kind if queries have.
@@ -55,7 +56,7 @@ def bulk_search(
         queries: the query embeddings; the products' own for "similar items".
         output: a folder of shards, or a single file when its name ends with .parquet.
         k: results per query; fewer where the index holds or finds fewer.
-        nprobe: lists visited; None for the index's setting.
+        settings: how to search; None for the index's own.
         exclude_self: leave out the product with the query's own id.
 
     Raises:
@@ -68,7 +69,7 @@ def bulk_search(
     single = output.suffix == ".parquet"
     if single and output.exists():
         raise ArtefactError(f"{output} already exists: choose another place")
-    settings = index.resolve(nprobe)
+    settings = settings or index.settings
     identity = {
         "index": index.manifest.fingerprint,
         "queries": queries.fingerprint or queries.stamp(),
@@ -83,7 +84,7 @@ def bulk_search(
     for name, batch in blocks:
         names.append(name)
         if not folder.done(name):
-            folder.write(name, _search(index, batch, k, nprobe, exclude_self), row_group_size=131_072)
+            folder.write(name, _search(index, batch, k, settings, exclude_self), row_group_size=131_072)
             searched += len(batch.ids)
     hits = folder.finish(names).meta["count"]
     if single:
@@ -100,8 +101,8 @@ def _blocks(queries: EmbeddingReader) -> Iterator[tuple[str, EmbeddingBatch]]:
             row += len(batch.ids)
 
 
-def _search(index: ProductIndex, batch: EmbeddingBatch, k: int, nprobe: int | None, exclude_self: bool) -> pa.Table:
-    hits = index.search(batch.vectors, k + exclude_self, nprobe=nprobe)
+def _search(index: ProductIndex, batch: EmbeddingBatch, k: int, settings: Settings, exclude_self: bool) -> pa.Table:
+    hits = index.search(batch.vectors, k + exclude_self, settings=settings)
     query, place = np.nonzero(hits.rows >= 0)  # -1 never reaches the table of ids
     product_ids = index.all_ids().take(pa.array(hits.rows[query, place]))
     query_ids = batch.ids.take(pa.array(query)).cast(pa.string())

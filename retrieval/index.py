@@ -166,6 +166,7 @@ class ProductIndex:
         kind: str | None = None,
         nprobe: int | None = None,
         k_factor: float | None = None,
+        settings: Settings | None = None,
     ) -> Hits:
         """The nearest products of each query.
 
@@ -176,13 +177,16 @@ class ProductIndex:
             kind: of the queries.
             nprobe: lists to visit.
             k_factor: candidates to re-rank per result.
+            settings: what `resolve` returned, in place of all these.
 
         Raises:
             ValueError: what `checked_vectors` refuses, k < 1, or settings that do not suit this index.
         """
         k = min(checked_k(k), len(self))
         queries = checked_vectors(vectors, dim=self.dim, metric=self.metric, where="queries")
-        return Hits(*self.engine.search(queries, k, self.resolve(nprobe, k_factor, recall=recall, kind=kind)))
+        if settings is None:
+            settings = self.resolve(nprobe, k_factor, recall=recall, kind=kind)
+        return Hits(*self.engine.search(queries, k, settings.checked(self.engine.lists)))
 
     def resolve(
         self,

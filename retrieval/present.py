@@ -16,6 +16,7 @@ from rich.text import Text
 
 from retrieval import storage
 from retrieval.catalogue import Card, PreparedCatalogue
+from retrieval.factory import parse_mapped
 from retrieval.index import Hits, ProductIndex, Settings
 from retrieval.pages import Hit, Section, facts_of, write_sheet
 from retrieval.storage import ArtefactError, Manifest
@@ -181,6 +182,74 @@ def describe_index(path: Path, manifest: Manifest) -> Table:
     table = Table(show_header=False, box=None)
     for name, fact in facts.items():
         table.add_row(name, Text(fact))
+    return table
+
+
+def describe_candidates(manifest: Manifest) -> Table:
+    """The indexes that were compared on a part of the vectors, the chosen one first."""
+    table = Table(title="Candidates, on a part of the vectors; bytes are for all of them", title_justify="left")
+    names = (
+        "lists",
+        "code B",
+        "lists/vector",
+        "recall",
+        "p50 ms",
+        "p99 ms",
+        "queries/s",
+        "hot B",
+        "disk B",
+        "built s",
+        "",
+    )
+    for name in names:
+        table.add_column(name, justify="right" if name else "left", no_wrap=bool(name))
+    count = manifest.meta["count"]
+    for place, one in enumerate(manifest.meta["candidates"]):
+        design, point = parse_mapped(one["factory"]), one["point"]
+        figures = ["", "", "", ""]
+        if point is not None:
+            figures = [
+                f"{point['recall']:.4f}",
+                f"{point['p50_ms']:.3f}",
+                f"{point['p99_ms']:.3f}",
+                f"{point['qps']:,}",
+            ]
+        table.add_row(
+            f"{design.lists:,}" if design else one["factory"],
+            str(design.code_size) if design else "",
+            str(1 + one["spill"]),
+            *figures,
+            f"{one['hot_bytes'] / count:,.0f}",
+            f"{one['disk_bytes'] / count:,.0f}",
+            "" if one["seconds"] is None else f"{one['seconds']:.1f}",
+            one["why_not"] or ("chosen" if not place else "" if point else f"at most {one['best_recall']:.3f}"),
+        )
+    return table
+
+
+def describe_points(path: Path, recall: float) -> Table:
+    """How a built index reaches how much recall: for each kind of query the cheapest way to a few of them."""
+    tuning = ProductIndex.open(path).tuning
+    table = Table(title="Operating points, on all vectors", title_justify="left")
+    names = ("kind", "for", "nprobe", "k_factor", "recall", "+-", "p50 ms", "p99 ms", "queries/s")
+    for name in names:
+        table.add_column(name, justify="left" if name == "kind" else "right", no_wrap=True)
+    for kind, front in {} if tuning is None else tuning.points.items():
+        for wanted in sorted({recall, 0.9, 0.95, 0.99}):
+            point = next((point for point in front if point.reaches(wanted)), None)
+            if point is not None:
+                table.add_row(
+                    kind,
+                    f"{wanted:g}" + (" *" if wanted == recall else ""),
+                    str(point.nprobe),
+                    f"{point.k_factor:g}",
+                    f"{point.held_out:.4f}",
+                    f"{point.interval:.4f}",
+                    f"{point.p50_ms:.3f}",
+                    f"{point.p99_ms:.3f}",
+                    f"{point.qps:,.0f}",
+                )
+    table.caption = "* what was asked for; recall of queries that had no part in the choice"
     return table
 
 

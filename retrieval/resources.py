@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,6 +102,19 @@ def check(need: Need, place: Path, limit: int | None = None) -> None:
             f"({DISK_SHARE:.0%} of what is free): write elsewhere, remove old versions, or store smaller vectors for "
             "re-ranking (Refine(SQ8), or none, in --factory)"
         )
+
+
+def parse_bytes(text: str) -> int:
+    """A size such as "1GiB", "500 MB" or "1.5g" in bytes; "GiB" and "g" are 2**30, "GB" is 10**9.
+
+    Raises:
+        ValueError: not a size above 0.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?b?)\s*", text.lower())
+    if match is None or not float(match[1]):
+        raise ValueError(f"size {text!r}; expected a number above 0 with a unit, such as 500MB or 1.5GiB")
+    base = 1000 if match[3] == "b" else 1024
+    return int(float(match[1]) * base ** " kmgt".index(match[2] or " "))
 
 
 def available_memory() -> int | None:
