@@ -6,6 +6,7 @@ import logging
 import re
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -114,8 +115,7 @@ def build_index(
             f"{output} already exists and holds an index: choose another place, or publish a new version (overwrite)"
         )
     meta: dict[str, Any] = {"format": FORMAT}
-    with versions.publish(output, kind=KIND, meta=meta, upgrade=overwrite) as folder:
-        reader.check_unique()
+    with _leaving_nothing(output), versions.publish(output, kind=KIND, meta=meta, upgrade=overwrite) as folder:
         if design is None:
             built = _whole(reader, folder, choice, recipe)
         else:
@@ -135,6 +135,19 @@ def build_index(
         )
     Workspace.remove(output)
     return storage.read_manifest(versions.current(output), KIND)
+
+
+@contextmanager
+def _leaving_nothing(output: Path) -> Iterator[None]:
+    """Remove the folders again that were made for an index that does not come to be."""
+    missing = [folder for folder in (output / versions.VERSIONS, output, *output.parents) if not folder.exists()]
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            for folder in missing:
+                folder.rmdir()  # fails where something is in it
+        raise
 
 
 class Built(NamedTuple):
@@ -175,16 +188,21 @@ def _mapped(
     size = _sample_size(reader, default.lists, recipe)
     _check_enough(choice.factory, default, size, recipe.strict)
     _check_resources(reader, default, recipe.spill, recipe, output)
-    request = choice.factory if target is None else f"{recipe.factory} for {target}"
+    settings: dict[str, Any] = {} if target is not None else _settings(recipe, default.lists)._asdict()
+    request = choice.factory
+    if target is not None:
+        by = None if queries is None else queries.fingerprint or queries.stamp()
+        request = f"{recipe.factory} for {target} by {by}"
     with Workspace(output, reader, request, recipe.seed, size, recipe.spill) as work:
+        reader.check_unique()
         trained, about = work.trained(lambda: _learn(reader, output, choice, recipe, target, queries, size))
         blocks = work.encode(reader, trained)
         write_mapped(folder, trained, [(Blocks(blocks), 0)])
-    nprobe = default_nprobe(trained.index.nlist) if recipe.nprobe is None else recipe.nprobe
-    settings: dict[str, Any] = Settings(nprobe, recipe.k_factor).checked(trained.index.nlist)._asdict()
-    if target is not None:
-        tuning = _measure(reader, folder, trained.spill, target, queries, recipe.seed, size)
-        settings = {**tuning.settings_for(target.recall)._asdict(), "tuning": tuning.to_json()}
+        # Read back: whatever is lost on the way to a disk, no index is published that does not open.
+        engine = Engine.open(folder, {"count": reader.count, "dim": reader.dim, "spill": trained.spill})
+        if target is not None:
+            tuning = _measure(reader, engine, target, queries, recipe.seed, size)
+            settings = {**tuning.settings_for(target.recall)._asdict(), "tuning": tuning.to_json()}
     return Built(settings, {**about, "spill": trained.spill})
 
 
@@ -226,13 +244,7 @@ def _learn(
 
 
 def _measure(
-    reader: EmbeddingReader,
-    folder: Path,
-    spill: bool,
-    target: Target,
-    queries: EmbeddingReader | None,
-    seed: int,
-    size: int,
+    reader: EmbeddingReader, engine: Engine, target: Target, queries: EmbeddingReader | None, seed: int, size: int
 ) -> Tuning:
     """Measure the finished index with all vectors as the truth.
 
@@ -243,7 +255,6 @@ def _measure(
     rows = np.sort(np.random.default_rng(seed).permutation(rows)[:PER_KIND])
     probes = [of_products(take(reader, rows), rows), *([] if queries is None else of_queries(queries, seed))]
     blocks = (batch.vectors for batch in _shown(reader, "exact search to measure by"))
-    engine = Engine.open(folder, {"count": reader.count, "dim": reader.dim, "spill": spill})
     tuning = measure(engine, with_truth(probes, blocks, target.k), target)
     if problems := reached(tuning, target):
         raise ValueError(
@@ -251,6 +262,12 @@ def _measure(
             "published: ask for less, or allow more memory or latency"
         )
     return tuning
+
+
+def _settings(recipe: Recipe, lists: int | None) -> Settings:
+    """How an index of so many lists is searched."""
+    nprobe = default_nprobe(lists) if lists and recipe.nprobe is None else recipe.nprobe
+    return Settings(nprobe, recipe.k_factor).checked(lists)
 
 
 def _check_resources(reader: EmbeddingReader, design: Mapped, spill: bool, recipe: Recipe, output: Path) -> None:
@@ -264,14 +281,17 @@ def _check_resources(reader: EmbeddingReader, design: Mapped, spill: bool, recip
 def _whole(reader: EmbeddingReader, folder: Path, choice: Choice, recipe: Recipe) -> Built:
     """Make an index of any other factory string, in memory."""
     index = make_index(choice.factory, reader.dim)
+    lists = lists_of(index)
+    settings = _settings(recipe, lists.nlist if lists else None)
+    if not index.is_trained:
+        size = _sample_size(reader, lists.nlist if lists else 0, recipe)
+        _check_enough(choice.factory, lists, size, recipe.strict)
+    reader.check_unique()
     training = _train(index, reader, recipe, choice.factory)
     write_ids(folder / IDS_FILE, _adding(index, reader))
     if index.ntotal != reader.count:
         raise ArtefactError(f"the index holds {index.ntotal} vectors, {reader.source} has {reader.count}")
     _write(index, folder / INDEX_FILE)
-    lists = lists_of(index)
-    nprobe = default_nprobe(lists.nlist) if lists and recipe.nprobe is None else recipe.nprobe
-    settings = Settings(nprobe, recipe.k_factor).checked(lists.nlist if lists else None)
     about = {"factory": choice.factory, "reason": choice.reason, "spill": False, "training": training}
     return Built(settings._asdict(), about)
 
@@ -311,7 +331,6 @@ def _train(index: Any, reader: EmbeddingReader, recipe: Recipe, factory: str) ->
         report["per_list"] = round(size / lists.nlist, 2)
     if index.is_trained:
         return report
-    _check_enough(factory, lists, size, recipe.strict)
     sample = uniform_sample(reader, size, recipe.seed)
     started = time.perf_counter()
     report["device"] = _fit(index, sample, recipe.seed)
@@ -409,7 +428,10 @@ def _write(index: Any, file: Path) -> None:
     """Write and read back: on a full disk faiss may lose the end of a file without a word."""
     with storage.create(file) as stream:
         faiss.write_index(index, faiss.PyCallbackIOWriter(stream.write))
-    copy = faiss.read_index(str(file), faiss.IO_FLAG_MMAP_IFC)
+    try:
+        copy = faiss.read_index(str(file), faiss.IO_FLAG_MMAP_IFC)
+    except RuntimeError as error:
+        raise ArtefactError(f"{file.name} could not be written: {_faiss_message(error)}") from None
     if (copy.ntotal, copy.d) != (index.ntotal, index.d):
         raise ArtefactError(f"{file.name} was read back with {copy.ntotal} vectors; {index.ntotal} were written")
 

@@ -72,8 +72,9 @@ class Workspace:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Let other processes work here. What is finished stays; where that is nothing, nothing stays."""
-        if kind is not None and not (self.path / TRAINING_FILE).exists():
+        """Let other processes work here. What is finished stays, unless that is nothing or the input was refused."""
+        refused = kind is not None and issubclass(kind, ValueError)
+        if refused or (kind is not None and not (self.path / TRAINING_FILE).exists()):
             files.remove(self.path)
         self._lock.close()
 

@@ -278,11 +278,22 @@ def test_codes_that_give_no_vectors_back_say_so(tmp_path, reader):
         ProductIndex.open(tmp_path / "i").vector_of("p1")
 
 
-def test_ids_that_appear_twice_stop_the_build_before_anything_is_there(tmp_path):
-    reader = embed(tmp_path / "e", clustered(10), ids=[f"p{i % 9}" for i in range(10)])
+@pytest.mark.parametrize("count", [10, 700])
+def test_ids_that_appear_twice_stop_the_build_before_anything_is_there(tmp_path, count):
+    reader = embed(tmp_path / "e", clustered(count), ids=[f"p{i % (count - 1)}" for i in range(count)])
     with pytest.raises(ValueError, match="'p0' 2 times"):
-        build_index(reader, tmp_path / "i")
+        build_index(reader, tmp_path / "new" / "i")
     assert os.listdir(tmp_path) == ["e"]
+
+
+@pytest.mark.parametrize("count", [10, 700])
+def test_faulty_vectors_stop_the_build_and_nothing_is_left(tmp_path, count):
+    np.save(tmp_path / "v.npy", np.concatenate([clustered(count - 1), np.full((1, DIM), np.nan)]))
+    (tmp_path / "ids.txt").write_text("".join(f"{i}\n" for i in range(count)))
+    reader = EmbeddingReader(tmp_path / "v.npy", ids=tmp_path / "ids.txt")
+    with pytest.raises(ValueError, match=rf"v\.npy: row {count - 1} \(id '{count - 1}'\) holds NaN"):
+        build_index(reader, tmp_path / "new" / "i")
+    assert sorted(os.listdir(tmp_path)) == ["ids.txt", "v.npy"]
 
 
 @pytest.mark.parametrize(
@@ -295,16 +306,44 @@ def test_ids_that_appear_twice_stop_the_build_before_anything_is_there(tmp_path)
         ("IDMap,Flat", r"leave IDMap out"),
     ],
 )
-def test_factory_strings_that_do_not_fit_say_what_would(tmp_path, reader, factory, message):
+def test_factory_strings_that_do_not_fit_say_what_would(tmp_path, reader, unread, factory, message):
     with pytest.raises(ValueError, match=message):
         build_index(reader, tmp_path / "i", Recipe(factory))
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.fixture
+def unread(monkeypatch):
+    """Whoever reads embeddings fails: neither ids nor vectors."""
+    for name in ("ids", "part_batches"):
+        monkeypatch.setattr(EmbeddingReader, name, lambda *_: pytest.fail("embeddings were read"))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        (Recipe("IVF64,PQ8x4fsr", nprobe=65), r"nprobe=65; expected an integer from 1 to 64"),
+        (Recipe("IVF64,Flat", nprobe=0), r"nprobe=0; expected an integer from 1 to 64"),
+        (Recipe("Flat", nprobe=1), r"nprobe=1, but this index has no lists"),
+        (Recipe(k_factor=0.5), r"k_factor=0\.5; expected a number of at least 1"),
+        (Recipe(train_sample=0), r"train_sample=0; expected at least 1"),
+        (Recipe("IVF64,PQ8x4fsr", train_sample=100, strict=True), r"under-trained: 100 .* for 64 lists, .*strict"),
+        (Recipe("IVF64,Flat", spill=True), r"'IVF64,Flat' has no mapped lists, which spill is for"),
+        (Recipe(memory=1 << 20), r"needs about .* of memory, 1\.0 MB is allowed"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_embeddings_are_read(tmp_path, reader, unread, recipe, message):
+    with pytest.raises(ValueError, match=message):
+        build_index(reader, tmp_path / "new" / "i", recipe)
     assert os.listdir(tmp_path) == []
 
 
 def test_an_under_trained_index_is_reported_and_strict_refuses_it(tmp_path, caplog):
     reader = embed(tmp_path / "e", clustered(300))
     manifest = build_index(reader, tmp_path / "i", Recipe("IVF32,PQ8x4fsr"))
-    assert manifest.meta["training"]["per_list"] == 9.38
+    stored = ProductIndex.open(tmp_path / "i").manifest.meta["training"]
+    assert stored == manifest.meta["training"]
+    assert (stored["vectors"], stored["per_list"]) == (300, 9.38)
     assert "under-trained: 300 training vectors for 32 lists, 9.4 each; 39 are wanted" in caplog.text
     with pytest.raises(ValueError, match=r"under-trained: .*strict"):
         build_index(reader, tmp_path / "j", Recipe("IVF32,PQ8x4fsr", strict=True))
@@ -428,11 +467,20 @@ def test_a_full_disk_never_leaves_an_index(tmp_path, reader):
     assert ProductIndex.open(tmp_path / "i").manifest.fingerprint == before
 
 
-def test_an_index_that_faiss_lost_without_a_word_is_noticed(tmp_path, reader, monkeypatch):
-    monkeypatch.setattr(build_module.faiss, "write_index", lambda index, writer: None)
-    with pytest.raises(ArtefactError, match=r"index\.faiss"):
-        build_index(reader, tmp_path / "i", Recipe("Flat"))
-    assert os.listdir(tmp_path) == []
+@pytest.mark.parametrize("factory", ["Flat", "IVF32,PQ8x4fsr"])
+def test_an_index_that_faiss_lost_without_a_word_is_noticed(tmp_path, reader, monkeypatch, factory):
+    build_index(embed(tmp_path / "e", clustered(5), 1), tmp_path / "i")
+    original = faiss.write_index
+
+    def lose_files(index, writer, *flags):
+        if not isinstance(writer, faiss.PyCallbackIOWriter):
+            original(index, writer, *flags)
+
+    monkeypatch.setattr(faiss, "write_index", lose_files)
+    with pytest.raises(ArtefactError, match=r"index\.faiss could not be written|cannot be opened as an index"):
+        build_index(reader, tmp_path / "i", Recipe(factory), overwrite=True)
+    assert os.listdir(tmp_path / "i" / "versions") == ["000001"]
+    assert len(ProductIndex.open(tmp_path / "i", fall_back=False)) == 5
 
 
 def anonymous_growth(index, nprobe):
