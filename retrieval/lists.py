@@ -20,6 +20,9 @@ from numpy.typing import NDArray
 BLOCK = 32
 """Vectors whose codes are scanned together."""
 
+ALIGNMENT = 64
+"""Bytes at whose multiples a list begins: a cache line, and what the widest registers load at once."""
+
 Codes = NDArray[np.uint8]
 
 
@@ -47,18 +50,26 @@ def write_list(file: BinaryIO, index: Any, codes: Codes, rows: NDArray[np.int64]
     """Append one list: (n, C) uint8 codes and (n,) int64 rows."""
     file.write(memoryview(pack(index, codes)).cast("B"))
     file.write(memoryview(np.ascontiguousarray(rows, np.int64)).cast("B"))
+    file.write(bytes(-8 * len(rows) % ALIGNMENT))
 
 
 def extents(sizes: NDArray[np.int64], code_size: int) -> NDArray[np.uint64]:
     """(L, 3) uint64 size, room and first byte of each list, as FAISS's on-disk lists keep them."""
-    room = -(-sizes // BLOCK) * BLOCK
-    ends = np.cumsum(room * code_size + sizes * 8)
-    return np.stack([sizes, room, ends - (room * code_size + sizes * 8)], axis=1).astype(np.uint64)
+    room, taken = _room(sizes), _bytes_of(sizes, code_size)
+    return np.stack([sizes, room, np.cumsum(taken) - taken], axis=1).astype(np.uint64)
 
 
 def file_bytes(sizes: NDArray[np.int64], code_size: int) -> int:
     """Bytes of the file of lists of these sizes."""
-    return int((-(-sizes // BLOCK) * BLOCK * code_size + sizes * 8).sum())
+    return int(_bytes_of(sizes, code_size).sum())
+
+
+def _room(sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+    return -(-sizes // BLOCK) * BLOCK
+
+
+def _bytes_of(sizes: NDArray[np.int64], code_size: int) -> NDArray[np.int64]:
+    return _room(sizes) * code_size + -(-8 * sizes // ALIGNMENT) * ALIGNMENT
 
 
 def attach(index: Any, file: Path, sizes: NDArray[np.int64]) -> Any:
