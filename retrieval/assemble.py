@@ -54,8 +54,7 @@ def write_mapped(folder: Path, trained: Trained, sources: Sequence[Placed], *, q
         if not quiet:
             lists = counted(lists, int(sizes.sum()), lambda pair: len(pair[1]), "group by lists", "codes")
         for codes, rows in lists:
-            if len(rows):
-                write_list(file, trained.index, codes, rows)
+            write_list(file, trained.index, codes, rows)
     with storage.create(folder / SIZES_FILE) as file:
         np.save(file, sizes)
     with storage.create(folder / INDEX_FILE) as file:

@@ -1,6 +1,6 @@
 """The lists of an index as one file that is mapped, not read: list after list, its codes and then its rows.
 
-    lists.bin    | codes of list 0, in blocks of 32 | rows of list 0 | codes of list 1 | ...
+    lists.bin    | codes of list 0, in blocks of 32 | rows of list 0 | padding | codes of list 1 | ...
     lists.npy    (L,) sizes of the lists; where each begins follows from them
 
 FAISS scans 4-bit codes in blocks of 32 and keeps them in memory of its own. Laid out this way, its on-disk lists hand
@@ -47,10 +47,13 @@ def pack(index: Any, codes: Codes) -> Codes:
 
 
 def write_list(file: BinaryIO, index: Any, codes: Codes, rows: NDArray[np.int64]) -> None:
-    """Append one list: (n, C) uint8 codes and (n,) int64 rows."""
-    file.write(memoryview(pack(index, codes)).cast("B"))
+    """Append one list: (n, C) uint8 codes and (n,) int64 rows; an empty one takes no bytes."""
+    if not len(rows):
+        return
+    packed = pack(index, codes)
+    file.write(memoryview(packed).cast("B"))
     file.write(memoryview(np.ascontiguousarray(rows, np.int64)).cast("B"))
-    file.write(bytes(-8 * len(rows) % ALIGNMENT))
+    file.write(bytes(-(packed.nbytes + 8 * len(rows)) % ALIGNMENT))
 
 
 def extents(sizes: NDArray[np.int64], code_size: int) -> NDArray[np.uint64]:
@@ -69,7 +72,7 @@ def _room(sizes: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def _bytes_of(sizes: NDArray[np.int64], code_size: int) -> NDArray[np.int64]:
-    return _room(sizes) * code_size + -(-8 * sizes // ALIGNMENT) * ALIGNMENT
+    return -(-(_room(sizes) * code_size + 8 * sizes) // ALIGNMENT) * ALIGNMENT
 
 
 def attach(index: Any, file: Path, sizes: NDArray[np.int64]) -> Any:
