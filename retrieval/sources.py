@@ -103,8 +103,8 @@ class ParquetPart:
         except pa.ArrowInvalid as error:
             raise ValueError(f"{file} is not a Parquet file: {error}") from None
         schema = self._file.schema_arrow
-        self._embedding = _column(schema, embedding_column, _is_vector, (), f"{file}: column of vectors")
-        self._id = _column(schema, id_column, _is_id, ID_COLUMNS, f"{file}: column of ids")
+        self._embedding = find_column(schema, embedding_column, _is_vector, (), f"{file}: column of vectors")
+        self._id = find_column(schema, id_column, is_id, ID_COLUMNS, f"{file}: column of ids")
         self.reads = f"{self._id}, {self._embedding}"
         self._kind = "kind" if "kind" in schema.names else None
         self.count = self._file.metadata.num_rows
@@ -113,15 +113,15 @@ class ParquetPart:
     def ids(self) -> Iterator[pa.Array]:
         """See `Part`; reads no vectors."""
         for batch in self._file.iter_batches(columns=[self._id]):
-            yield _as_text(batch.column(self._id), self.name)
+            yield as_text(batch.column(self._id), self.name)
 
     def batches(self, batch_size: int) -> Iterator[RawBatch]:
         """See `Part`."""
         columns = [self._id, self._embedding] + ([self._kind] if self._kind else [])
         row = 0
         for batch in self._file.iter_batches(batch_size, columns=columns):
-            kinds = _as_text(batch.column(self._kind), self.name) if self._kind else None
-            ids = _as_text(batch.column(self._id), self.name)
+            kinds = as_text(batch.column(self._kind), self.name) if self._kind else None
+            ids = as_text(batch.column(self._id), self.name)
             yield RawBatch(ids, self._matrix(batch.column(self._embedding), row), kinds)
             row += len(ids)
 
@@ -185,8 +185,8 @@ def read_ids(file: Path, count: int) -> pa.Array:
         return pa.array([str(value) for value in array.tolist()], pa.large_string())
     if file.suffix == ".parquet":
         schema = pq.read_schema(file)
-        column = _column(schema, None, _is_id, ID_COLUMNS, f"{file}: column of ids")
-        return _as_text(pq.read_table(file, columns=[column]).column(0).combine_chunks(), str(file))
+        column = find_column(schema, None, is_id, ID_COLUMNS, f"{file}: column of ids")
+        return as_text(pq.read_table(file, columns=[column]).column(0).combine_chunks(), str(file))
     with file.open(encoding="utf-8-sig", newline="") as stream:
         if file.suffix == ".csv":
             return pa.array(_csv_ids(list(csv.reader(stream)), count, file), pa.large_string())
@@ -235,7 +235,7 @@ def _last_number(path: Path) -> int | None:
     return int(numbers[-1]) if numbers else None
 
 
-def _column(schema: pa.Schema, named: str | None, fits: Any, preferred: Sequence[str], what: str) -> str:
+def find_column(schema: pa.Schema, named: str | None, fits: Any, preferred: Sequence[str], what: str) -> str:
     """The named column, the first preferred one that is there, or the only one that fits."""
     fitting = [field.name for field in schema if fits(field.type)]
     if named is not None:
@@ -256,14 +256,16 @@ def _is_vector(column_type: pa.DataType) -> bool:
     return is_list and types.is_floating(column_type.value_type)
 
 
-def _is_id(column_type: pa.DataType) -> bool:
+def is_id(column_type: pa.DataType) -> bool:
+    """Whether a column can be one of ids: text or integers."""
     types = pa.types
     if types.is_dictionary(column_type):
         column_type = column_type.value_type
     return types.is_string(column_type) or types.is_large_string(column_type) or types.is_integer(column_type)
 
 
-def _as_text(column: pa.Array, name: str) -> pa.Array:
+def as_text(column: pa.Array, name: str) -> pa.Array:
+    """A column as large_string; `name` is its file, for the message."""
     try:
         return column.cast(pa.large_string())
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
