@@ -11,7 +11,6 @@ its first list does so along that residual.
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,9 +20,8 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
+from retrieval import gpu
 from retrieval.progress import counted
-
-logger = logging.getLogger(__name__)
 
 FLAT_LISTS = 1024
 """Up to so many lists, one level of k-means is affordable and comparing with every centroid is fast."""
@@ -32,7 +30,7 @@ ITERATIONS = 10
 GROUPS_VISITED = 4
 """Groups whose centroids a vector is compared with: 98 % of a million vectors then find their very nearest list."""
 
-SPILL_CANDIDATES = 8
+SPILL_CANDIDATES = 6
 SPILL_WEIGHT = 1.0
 """SOAR's lambda: how much the part of the second residual along the first one counts extra."""
 
@@ -66,10 +64,10 @@ class Centroids:
 
         Returns:
             (B, C) float32 inner products and (B, C) int64 list numbers, -inf and -1 where fewer were compared. With
-            groups, the lists of the nearest groups are compared, not all.
+            groups and without a GPU, the lists of the nearest groups are compared, not all.
         """
-        if not len(self.groups):
-            found = faiss.knn(vectors, self.vectors, min(count, len(self)), metric=faiss.METRIC_INNER_PRODUCT)
+        if not len(self.groups) or gpu.in_use():
+            found = gpu.nearest(vectors, self.vectors, min(count, len(self)))
             missing = ((0, 0), (0, count - found[0].shape[1]))
             return np.pad(found[0], missing, constant_values=-np.inf), np.pad(found[1], missing, constant_values=-1)
         if count == 1:
@@ -114,13 +112,14 @@ class Centroids:
         """
         if not spill or len(self) == 1:
             return self.nearest(vectors, 1)[1]
-        near = self.nearest(vectors, 1 + SPILL_CANDIDATES)[1]
-        residuals = vectors[:, None] - self.vectors[near]  # (B, 1 + C, D); a missing list borrows the last one
-        first, others = residuals[:, 0], residuals[:, 1:]
-        direction = first / np.maximum(np.linalg.norm(first, axis=1, keepdims=True), 1e-12)
-        along = np.einsum("bd,bcd->bc", direction, others)
-        loss = np.einsum("bcd,bcd->bc", others, others) + SPILL_WEIGHT * along**2
-        loss[near[:, 1:] < 0] = np.inf
+        scores, near = self.nearest(vectors, 1 + SPILL_CANDIDATES)
+        # With centres of unit length, all products of the residuals x - c and x - c' follow from x.c, x.c' and c.c'.
+        square = np.einsum("bd,bd->b", vectors, vectors)[:, None]
+        first, others = scores[:, :1], scores[:, 1:]
+        centres = self.vectors[near]  # (B, 1 + C, D); a missing list borrows the last one
+        between = np.matmul(centres[:, 1:], centres[:, 0, :, None])[..., 0]
+        along = (square - others - first + between) ** 2 / np.maximum(square - 2 * first + 1, 1e-12)
+        loss = np.where(near[:, 1:] < 0, np.inf, square - 2 * others + 1 + SPILL_WEIGHT * along)
         second = np.take_along_axis(near[:, 1:], loss.argmin(axis=1, keepdims=True), axis=1)
         return np.concatenate([near[:, :1], second], axis=1)
 
@@ -136,7 +135,7 @@ def find_centroids(sample: Vectors, count: int, seed: int) -> Centroids:
     if count <= FLAT_LISTS:
         return grouped(_kmeans(sample, count, seed), np.empty((0, sample.shape[1]), np.float32))
     num_groups = 2 ** round(math.log2(math.sqrt(count)))
-    if faiss.get_num_gpus():
+    if gpu.in_use():
         vectors = _kmeans(sample, count, seed)
         return grouped(vectors, _kmeans(vectors, num_groups, seed))
     # A group needs far fewer training vectors than there are: 256 each.
@@ -167,8 +166,7 @@ def grouped(vectors: Vectors, groups: Vectors) -> Centroids:
 
 
 def _nearest_group(vectors: Vectors, groups: Vectors) -> NDArray[np.int64]:
-    found: NDArray[np.int64] = faiss.knn(vectors, groups, 1, metric=faiss.METRIC_INNER_PRODUCT)[1][:, 0]
-    return found
+    return gpu.nearest(vectors, groups, 1)[1][:, 0]
 
 
 def _shares(sizes: NDArray[np.int64], count: int) -> NDArray[np.int64]:
@@ -193,14 +191,14 @@ def _kmeans(vectors: Vectors, count: int, seed: int) -> Vectors:
     if count == len(vectors):
         themselves: Vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
         return themselves
-    on_gpu = faiss.get_num_gpus() > 0 and count > 256  # copying to a GPU costs more than a small k-means
-    try:
-        trained = faiss.Kmeans(vectors.shape[1], count, gpu=on_gpu, **options)
-        trained.train(vectors)
-    except RuntimeError as error:
-        if not on_gpu:
-            raise
-        logger.warning("k-means on the GPU failed (%s): on the CPU instead", str(error).splitlines()[-1])
+    if gpu.in_use() and count > FLAT_LISTS // 4:  # copying to a GPU costs more than a small k-means
+        try:
+            trained = faiss.Kmeans(vectors.shape[1], count, gpu=True, **options)
+            trained.train(vectors)
+        except RuntimeError as error:
+            gpu.give_up(error)
+            return _kmeans(vectors, count, seed)
+    else:
         trained = faiss.Kmeans(vectors.shape[1], count, **options)
         trained.train(vectors)
     centroids: Vectors = trained.centroids.reshape(count, -1)

@@ -182,10 +182,18 @@ def _first_of_each(
     scores: NDArray[np.float32], rows: NDArray[np.int64], k: int
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """The first k results of each query without rows that came before; (Q, K) to (Q, k), -1 where there are fewer."""
-    order = np.argsort(rows, axis=1, kind="stable")
-    ordered = np.take_along_axis(rows, order, axis=1)
-    again = np.zeros(rows.shape, bool)
-    np.put_along_axis(again, order[:, 1:], (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0), axis=1)
-    first = np.argsort(again, axis=1, kind="stable")[:, :k]
-    again = np.take_along_axis(again, first, axis=1)
-    return np.take_along_axis(scores, first, axis=1), np.where(again, -1, np.take_along_axis(rows, first, axis=1))
+    same, tied = rows[:, 1:] == rows[:, :-1], scores[:, 1:] == scores[:, :-1]
+    first = rows >= 0
+    first[:, 1:] &= ~same  # a row scores the same from both of its lists, so it stands beside itself,
+    for query in np.flatnonzero((tied & ~same & (rows[:, 1:] >= 0)).any(axis=1)):  # unless others score the same, too
+        first[query] = False
+        first[query, np.unique(rows[query], return_index=True)[1]] = True
+        first[query] &= rows[query] >= 0
+    place = first.cumsum(axis=1) - 1
+    first &= place < k
+    found_scores = np.full((len(rows), k), -np.inf, np.float32)
+    found_rows = np.full((len(rows), k), -1, np.int64)
+    query, column = np.nonzero(first)
+    to = place[query, column]
+    found_scores[query, to], found_rows[query, to] = scores[query, column], rows[query, column]
+    return found_scores, found_rows

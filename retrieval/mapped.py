@@ -65,7 +65,7 @@ class Trained:
     def encode(self, vectors: Vectors) -> Encoded:
         """Lists, codes and finer vectors of (B, D) float32 vectors."""
         lists, codes = [], []
-        block = 4096 if self.spill else 65_536  # choosing second lists compares many residuals at a time
+        block = 16_384 if self.spill else 65_536  # choosing second lists compares many residuals at a time
         for start in range(0, len(vectors), block):
             part = vectors[start : start + block]
             found = self.centroids.lists_of(part, self.spill)
