@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from retrieval import resources, storage, versions
+from retrieval import gpu, resources, storage, versions
 from retrieval.assemble import IDS_FILE, INDEX_FILE, write_ids, write_mapped
 from retrieval.embeddings import EmbeddingBatch, EmbeddingReader
 from retrieval.encoded import GROUPING_BYTES, Blocks
@@ -236,7 +236,7 @@ def _learn(
         "seed": recipe.seed,
         "vectors": size,
         "per_list": round(size / design.lists, 2),
-        "device": "gpu" if faiss.get_num_gpus() else "cpu",
+        "device": "gpu" if gpu.in_use() else "cpu",
         "seconds": seconds,
     }
     about = {"factory": choice.factory, "reason": choice.reason, "training": training}

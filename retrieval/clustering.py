@@ -118,7 +118,8 @@ class Centroids:
         first, others = scores[:, :1], scores[:, 1:]
         centres = self.vectors[near]  # (B, 1 + C, D); a missing list borrows the last one
         between = np.matmul(centres[:, 1:], centres[:, 0, :, None])[..., 0]
-        along = (square - others - first + between) ** 2 / np.maximum(square - 2 * first + 1, 1e-12)
+        length = square - 2 * first + 1
+        along = np.where(length > 1e-6, (square - others - first + between) ** 2 / np.maximum(length, 1e-6), 0)
         loss = np.where(near[:, 1:] < 0, np.inf, square - 2 * others + 1 + SPILL_WEIGHT * along)
         second = np.take_along_axis(near[:, 1:], loss.argmin(axis=1, keepdims=True), axis=1)
         return np.concatenate([near[:, :1], second], axis=1)
