@@ -162,7 +162,7 @@ def search_parameters(index: Any, nprobe: int, selector: Any = None) -> Any:
         lists_per_group = index.nlist / groups
         visited = min(groups, math.ceil(groups / 8 + 8 * nprobe / lists_per_group))
         inner = make.SearchParametersIVF(nprobe=visited)
-        factor = min(1.5, index.nlist / nprobe)
+        factor = min(1.5 + 8 / nprobe, index.nlist / nprobe)  # by their codes, the nearest few are hard to tell
         options["quantizer_params"] = make.IndexRefineSearchParameters(k_factor=factor, base_index_params=inner)
     return make.SearchParametersIVF(**options)
 
