@@ -115,7 +115,7 @@ class Centroids:
         scores, near = self.nearest(vectors, 1 + SPILL_CANDIDATES)
         # With centres of unit length, all products of the residuals x - c and x - c' follow from x.c, x.c' and c.c'.
         square = np.einsum("bd,bd->b", vectors, vectors)[:, None]
-        first, others = scores[:, :1], scores[:, 1:]
+        first, others = scores[:, :1], np.where(near[:, 1:] < 0, 0, scores[:, 1:])
         centres = self.vectors[near]  # (B, 1 + C, D); a missing list borrows the last one
         between = np.matmul(centres[:, 1:], centres[:, 0, :, None])[..., 0]
         length = square - 2 * first + 1
