@@ -264,6 +264,7 @@ def evaluate(
     qrels: Path | None = None,
     split: str = "test",
     threshold: float | None = None,
+    recall: float | None = None,
     nprobe: int | None = None,
     exclude_identical: bool = False,
     lexical_fields: list[str] = [],  # noqa: B006
@@ -286,7 +287,8 @@ def evaluate(
         qrels: judgements as .csv or .parquet (query_id, product_id, relevance); the catalogue's when not given.
         split: queries to ask: train, val, test or all.
         threshold: lowest grade that is relevant; the highest there is when not given.
-        nprobe: lists to visit; the index's setting when not given.
+        recall: recall that searches are asked for; the one the index was built for when not given.
+        nprobe: lists to visit; what each kind of query needs when not given.
         exclude_identical: also leave out products whose vector equals that of the product asked.
         lexical_fields: fields that traditional search reads; the title and all attributes but numbers when not given.
         latency_queries: timed searches; 0 for none.
@@ -310,6 +312,7 @@ def evaluate(
     options = measuring.Options(
         split=None if split == "all" else split,
         threshold=threshold,
+        recall=recall,
         nprobe=nprobe,
         exclude_identical=exclude_identical,
         lexical_fields=lexical_fields or None,

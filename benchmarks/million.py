@@ -183,7 +183,7 @@ def search_index(queries: NDArray[np.float32], exact: NDArray[np.int64], work: P
         recall = {f"recall@{k}": round(metrics.recall_at_k(rows, exact[:, :k], k), 4) for k in (1, 10, DEPTH)}
         rows = index.search(queries, 10, nprobe=nprobe).rows  # what is timed; re-ranking depends on k
         recall["recall@10"] = round(metrics.recall_at_k(rows, exact[:, :10], 10), 4)
-        latency = measure_latency(index, queries, repeats=TIMED, nprobe=nprobe)
+        latency = measure_latency(index, queries, repeats=TIMED, settings=index.resolve(nprobe))
         points.append({"nprobe": nprobe, "default": nprobe == own, **recall, **latency})
     return {"hot_bytes_per_vector": round(hot / len(index), 1), "points": points}
 

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from retrieval import metrics
 from retrieval.catalogue import PreparedCatalogue, read_qrels
 from retrieval.embeddings import EmbeddingReader
+from retrieval.engine import Settings
 from retrieval.exact import exact_search
 from retrieval.index import ProductIndex
 from retrieval.judgements import Questions, make_questions, rows_of
@@ -34,6 +35,8 @@ DEPTH = 100
 """Results measured per query."""
 
 CUTS = (1, 10, 100)
+SERVED = 10
+"""Results that a user asks for."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,8 @@ class Options:
     Attributes:
         split: the queries to ask, "train", "val" or "test"; None for all.
         threshold: the lowest grade that is relevant; None for the highest there is.
-        nprobe: lists visited; None for the index's setting.
+        recall: the recall that searches are asked for, of an index built for one; None for the one it was built for.
+        nprobe: lists visited; None for what the kind of query needs.
         exclude_identical: also leave out products whose vector equals that of the product asked.
         lexical: measure BM25, TF-IDF and Jaccard where texts are known.
         lexical_fields: fields of products they read; None for the title and all attributes but numbers.
@@ -52,6 +56,7 @@ class Options:
 
     split: str | None = "test"
     threshold: float | None = None
+    recall: float | None = None
     nprobe: int | None = None
     exclude_identical: bool = False
     lexical: bool = True
@@ -119,8 +124,8 @@ def evaluate(
         "settings": {
             "split": options.split if catalogue else None,
             "threshold": questions.threshold,
-            "nprobe": index.resolve(options.nprobe).nprobe,
-            "k_factor": index.settings.k_factor,
+            **index.resolve(options.nprobe, recall=options.recall)._asdict(),
+            "by_kind": {kind: _settings(index, options, kind)._asdict() for kind in questions.all_kinds},
             "depth": DEPTH,
             "exclude_self": True,
             "exclude_identical": options.exclude_identical,
@@ -138,8 +143,9 @@ def evaluate(
         "baselines": _baselines(index, catalogue, table, questions, options),
     }
     if options.latency_queries:
+        settings = index.resolve(options.nprobe, recall=options.recall)
         report["latency"] = measure_latency(
-            index, questions.vectors, repeats=options.latency_queries, nprobe=options.nprobe
+            index, questions.vectors, repeats=options.latency_queries, settings=settings
         )
     return Evaluation(report, questions, found)
 
@@ -171,7 +177,7 @@ def _search(
         if not options.exclude_identical or spare > int(twins.sum(axis=1).max(initial=0)) or spare >= len(index):
             break
         spare *= 4
-    approximate = index.search(questions.vectors, DEPTH + spare, nprobe=options.nprobe).rows
+    approximate = _served(index, questions, spare, options)
     found = {}
     for task, rows in (("exact", exact.hits.rows), ("ann", approximate)):
         leave_out = (rows == questions.source[:, None]) & (rows >= 0)
@@ -179,6 +185,28 @@ def _search(
             leave_out |= _twins(questions.source, rows, exact.content)
         found[task] = _without(rows, leave_out)
     return found, int(twins.any(axis=1).sum())
+
+
+def _settings(index: ProductIndex, options: Options, kind: str) -> Settings:
+    """How queries of a kind are searched for."""
+    return index.resolve(options.nprobe, recall=options.recall, kind=kind)
+
+
+def _served(index: ProductIndex, questions: Questions, spare: int, options: Options) -> NDArray[np.int64]:
+    """(Q, DEPTH + spare) rows: the first ones as a search for 10 finds them, then what a deeper search adds.
+
+    A deeper search ranks more candidates again, so its first 10 are better than those that users see.
+    """
+    rows = np.full((len(questions.vectors), min(DEPTH + spare, len(index))), metrics.NONE)
+    for kind in questions.all_kinds:
+        of, settings = questions.of_kind(kind), _settings(index, options, kind)
+        first = index.search(questions.vectors[of], SERVED + spare, settings=settings).rows
+        deep = index.search(questions.vectors[of], DEPTH + spare, settings=settings).rows
+        again = (deep[:, :, None] == first[:, None, :]).any(axis=2)
+        both = np.concatenate([first, np.where(again, metrics.NONE, deep)], axis=1)
+        order = np.argsort(both == metrics.NONE, axis=1, kind="stable")[:, : rows.shape[1]]
+        rows[of] = np.take_along_axis(both, order, axis=1)
+    return rows
 
 
 def _twins(source: NDArray[np.int64], rows: NDArray[np.int64], content: NDArray[np.uint64]) -> NDArray[np.bool_]:

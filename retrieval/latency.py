@@ -10,6 +10,7 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
+from retrieval.engine import Settings
 from retrieval.index import ProductIndex
 
 
@@ -19,7 +20,7 @@ def measure_latency(
     *,
     k: int = 10,
     repeats: int = 1000,
-    nprobe: int | None = None,
+    settings: Settings | None = None,
 ) -> dict[str, Any]:
     """Latency of single queries on one thread, and throughput of a batch on all.
 
@@ -28,7 +29,7 @@ def measure_latency(
         queries: (Q, D) queries; repeated where fewer than `repeats`.
         k: results per query.
         repeats: timed searches, after a tenth as many to warm up.
-        nprobe: lists visited; None for the index's setting.
+        settings: how to search; None for the index's own.
 
     Returns:
         p50_ms, p99_ms, qps, k, queries, threads, and load: the machine's load average, since others slow it down.
@@ -38,11 +39,11 @@ def measure_latency(
     faiss.omp_set_num_threads(1)
     try:
         for row in rows[: repeats // 10]:
-            index.search(queries[row : row + 1], k, nprobe=nprobe)
-        seconds = np.array([_timed(index, queries[row : row + 1], k, nprobe) for row in rows])
+            index.search(queries[row : row + 1], k, settings=settings)
+        seconds = np.array([_timed(index, queries[row : row + 1], k, settings) for row in rows])
     finally:
         faiss.omp_set_num_threads(threads)
-    batch_seconds = _timed(index, queries[rows], k, nprobe)
+    batch_seconds = _timed(index, queries[rows], k, settings)
     p50, p99 = np.quantile(seconds, [0.5, 0.99]) * 1000
     return {
         "p50_ms": round(float(p50), 4),
@@ -55,7 +56,7 @@ def measure_latency(
     }
 
 
-def _timed(index: ProductIndex, queries: NDArray[np.float32], k: int, nprobe: int | None) -> float:
+def _timed(index: ProductIndex, queries: NDArray[np.float32], k: int, settings: Settings | None) -> float:
     start = time.perf_counter()
-    index.search(queries, k, nprobe=nprobe)
+    index.search(queries, k, settings=settings)
     return time.perf_counter() - start
