@@ -127,7 +127,7 @@ class Engine:
         else:
             twice = settings._replace(k_factor=max(1.0, settings.k_factor * DUPLICATES / 2))
             found = self.index.search(queries, 2 * k, params=self._search_parameters(twice, selector))
-            scores, rows = _first_of_each(*found, k)
+            scores, rows = _first_of_each(*found, k, beside=self.fine is not None)
         scores[rows < 0] = -np.inf
         return scores, rows
 
@@ -179,13 +179,21 @@ def _parameters_of(index: Any, settings: Settings, selector: Any) -> Any:
 
 
 def _first_of_each(
-    scores: NDArray[np.float32], rows: NDArray[np.int64], k: int
+    scores: NDArray[np.float32], rows: NDArray[np.int64], k: int, *, beside: bool
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """The first k results of each query without rows that came before; (Q, K) to (Q, k), -1 where there are fewer."""
+    """The first k results of each query without rows that came before; (Q, K) to (Q, k), -1 where there are fewer.
+
+    Args:
+        scores: (Q, K), descending.
+        rows: (Q, K), -1 where fewer were found.
+        k: at most K.
+        beside: a row scores the same from both of its lists, so it stands beside itself. Codes alone score differently.
+    """
     same, tied = rows[:, 1:] == rows[:, :-1], scores[:, 1:] == scores[:, :-1]
     first = rows >= 0
-    first[:, 1:] &= ~same  # a row scores the same from both of its lists, so it stands beside itself,
-    for query in np.flatnonzero((tied & ~same & (rows[:, 1:] >= 0)).any(axis=1)):  # unless others score the same, too
+    first[:, 1:] &= ~same
+    apart = (tied & ~same & (rows[:, 1:] >= 0)).any(axis=1)  # others that score the same may stand between
+    for query in np.flatnonzero(apart) if beside else range(len(rows)):
         first[query] = False
         first[query, np.unique(rows[query], return_index=True)[1]] = True
         first[query] &= rows[query] >= 0
