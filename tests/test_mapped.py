@@ -185,7 +185,7 @@ def rows_of_lists(index):
 
 @pytest.mark.parametrize("factory", ["IVF64,PQ8x4fsr,Refine(SQ8)", "IVF64,PQ8x4fsr"])
 @pytest.mark.parametrize(
-    ("k", "nprobe", "k_factor"), [(1, 1, 1), (10, 1, 1), (100, 1, 8), (10, 64, 1), (1000, 3, 2), (6000, 64, 1)]
+    ("k", "nprobe", "k_factor"), [(1, 1, 1), (10, 1, 1), (100, 1, 8), (5, 16, 1), (1000, 3, 2), (6000, 64, 1)]
 )
 def test_each_row_at_most_once_and_as_many_as_can_be_reached(spilled, queries, factory, k, nprobe, k_factor):
     for index in spilled[factory]:
