@@ -1,6 +1,5 @@
 import math
 
-import faiss
 import numpy as np
 import pytest
 from hypothesis import given
@@ -208,22 +207,3 @@ def test_with_few_lists_there_is_another_one_or_none():
     far = unit(np.array([[1, 0.1 * i] for i in range(5)], np.float32))
     alone = Centroids(np.array([[0, 1], [0, -1]], np.float32), np.concatenate([far, -far]), np.array([0, 9]))
     assert alone.lists_of(far[:1], spill=True).tolist() == [[0, -1]]
-
-
-@pytest.mark.parametrize("working", [True, False])
-def test_a_gpu_that_fails_is_replaced_by_the_cpu(sample, monkeypatch, caplog, working):
-    wanted = find_centroids(sample[:2000], 300, seed=0)
-    original, used = faiss.Kmeans, []
-
-    def on_gpu(*arguments, gpu=False, **options):
-        used.append(gpu)
-        if gpu and not working:
-            raise RuntimeError("Error in somewhere\nout of GPU memory")
-        return original(*arguments, **options)
-
-    monkeypatch.setattr(clustering.faiss, "get_num_gpus", lambda: 1)
-    monkeypatch.setattr(clustering.faiss, "Kmeans", on_gpu)
-    found = find_centroids(sample[:2000], 300, seed=0)
-    assert np.array_equal(found.vectors, wanted.vectors)
-    assert used == ([True] if working else [True, False])
-    assert ("out of GPU memory" in caplog.text) is not working
