@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -81,6 +83,17 @@ def product_item(row: Mapping[str, Any]) -> Item:
         images=tuple(row.get("images") or ()),
         attributes={name: value for name, value in attributes.items() if value not in (None, "", [])},
     )
+
+
+def item_digest(item: Item) -> int:
+    """A signed 64-bit digest of all that a model may see of an item: another one where anything has changed."""
+    facts = {name: list(value) if isinstance(value, tuple) else value for name, value in item.attributes.items()}
+    data = json.dumps([dict(item.text), facts], sort_keys=True, ensure_ascii=False, default=list).encode()
+    digest = hashlib.blake2b(data, digest_size=8)
+    for image in item.images:
+        digest.update(len(image).to_bytes(8, "little"))
+        digest.update(image)
+    return int.from_bytes(digest.digest(), "little", signed=True)
 
 
 def query_item(row: Mapping[str, Any]) -> Item:

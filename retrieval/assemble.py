@@ -38,7 +38,7 @@ def write_mapped(folder: Path, trained: Trained, sources: Sequence[Placed], *, q
         quiet: show no progress.
     """
     count = sum(source.count if isinstance(moved, int) else int((moved >= 0).sum()) for source, moved in sources)
-    write_ids(folder / IDS_FILE, (ids for source, moved in sources for ids in _kept_ids(source, moved)))
+    write_products(folder / IDS_FILE, (part for source, moved in sources for part in _kept(source, moved)))
     if trained.finer is not None:
         with storage.create(folder / FINE_FILE) as file:
             write_fine_header(file, trained.finer, count)
@@ -61,19 +61,19 @@ def write_mapped(folder: Path, trained: Trained, sources: Sequence[Placed], *, q
         faiss.write_index(trained.index, faiss.PyCallbackIOWriter(file.write))
 
 
-def write_ids(file: Path, ids: Iterable[pa.Array]) -> None:
-    """Write the table row -> product id."""
-    schema = pa.schema([("product_id", pa.string())])
+def write_products(file: Path, parts: Iterable[pa.Table]) -> None:
+    """Write the table row -> product_id and content, nulls for a deleted row."""
+    schema = pa.schema([("product_id", pa.string()), ("content", pa.int64())])
     with storage.create(file) as stream, pa.ipc.new_file(stream, schema) as table:
-        for batch in ids:
-            table.write_batch(pa.record_batch([batch.cast(pa.string())], schema=schema))
+        for part in parts:
+            table.write_table(part.cast(schema), max_chunksize=65_536)
 
 
-def _kept_ids(source: Source, moved: NDArray[np.int64] | int) -> Iterable[pa.Array]:
+def _kept(source: Source, moved: NDArray[np.int64] | int) -> Iterable[pa.Table]:
     row = 0
-    for ids in source.ids():
-        yield ids if isinstance(moved, int) else ids.filter(pa.array(moved[row : row + len(ids)] >= 0))
-        row += len(ids)
+    for part in source.products():
+        yield part if isinstance(moved, int) else part.filter(pa.array(moved[row : row + len(part)] >= 0))
+        row += len(part)
 
 
 def _kept_fine(source: Source, moved: NDArray[np.int64] | int) -> Iterable[NDArray[np.uint8]]:

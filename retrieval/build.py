@@ -17,7 +17,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from retrieval import gpu, resources, storage, versions
-from retrieval.assemble import IDS_FILE, INDEX_FILE, write_ids, write_mapped
+from retrieval.assemble import IDS_FILE, INDEX_FILE, write_mapped, write_products
 from retrieval.embeddings import EmbeddingBatch, EmbeddingReader
 from retrieval.encoded import GROUPING_BYTES, Blocks
 from retrieval.engine import Engine, Settings, lists_of
@@ -288,7 +288,7 @@ def _whole(reader: EmbeddingReader, folder: Path, choice: Choice, recipe: Recipe
         _check_enough(choice.factory, lists, size, recipe.strict)
     reader.check_unique()
     training = _train(index, reader, recipe, choice.factory)
-    write_ids(folder / IDS_FILE, _adding(index, reader))
+    write_products(folder / IDS_FILE, _adding(index, reader))
     if index.ntotal != reader.count:
         raise ArtefactError(f"the index holds {index.ntotal} vectors, {reader.source} has {reader.count}")
     _write(index, folder / INDEX_FILE)
@@ -296,11 +296,11 @@ def _whole(reader: EmbeddingReader, folder: Path, choice: Choice, recipe: Recipe
     return Built(settings._asdict(), about)
 
 
-def _adding(index: Any, reader: EmbeddingReader) -> Iterator[pa.Array]:
-    """Add all vectors in the order of the shards, and pass their ids on: row numbers are FAISS's own ids."""
+def _adding(index: Any, reader: EmbeddingReader) -> Iterator[pa.Table]:
+    """Add all vectors in the order of the shards, and pass their products on: row numbers are FAISS's own ids."""
     for batch in _shown(reader, "add to the index"):
         index.add(batch.vectors)
-        yield batch.ids
+        yield pa.table({"product_id": batch.ids, "content": batch.digests()})
 
 
 def make_index(factory: str, dim: int) -> Any:

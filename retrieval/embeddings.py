@@ -19,7 +19,7 @@ from retrieval import storage
 from retrieval.shards import BEGUN, ShardFolder
 from retrieval.sources import Part, find_parts
 from retrieval.storage import JSON, Manifest
-from retrieval.vectors import Metric, checked_metric, checked_vectors
+from retrieval.vectors import Metric, checked_metric, checked_vectors, content_of
 
 KIND = "embeddings"
 
@@ -57,7 +57,14 @@ class EmbeddingWriter:
         """Whether this shard has been written, in this run or an earlier one."""
         return self._folder.done(shard)
 
-    def write(self, shard: str, ids: Sequence[str], vectors: ArrayLike, kinds: Sequence[str] | None = None) -> None:
+    def write(
+        self,
+        shard: str,
+        ids: Sequence[str],
+        vectors: ArrayLike,
+        kinds: Sequence[str] | None = None,
+        contents: Sequence[int] | None = None,
+    ) -> None:
         """Write one shard.
 
         Args:
@@ -65,6 +72,7 @@ class EmbeddingWriter:
             ids: B ids.
             vectors: (B, D) floating point; stored as float16.
             kinds: B kinds of query ("text", "image", ...), or None for products.
+            contents: B digests of what was embedded: an update embeds only rows whose digest has changed.
 
         Raises:
             ValueError: what `checked_vectors` refuses, or lengths that differ.
@@ -75,6 +83,8 @@ class EmbeddingWriter:
         columns: dict[str, pa.Array] = {self.id_column: pa.array(ids, pa.string())}
         if kinds is not None:
             columns["kind"] = pa.array(kinds, pa.string())
+        if contents is not None:
+            columns["content"] = pa.array(contents, pa.int64())
         flat = pa.array(array.astype(np.float16).ravel())
         columns["embedding"] = pa.FixedSizeListArray.from_arrays(flat, self.dim)
         self._folder.write(shard, pa.table(columns))
@@ -96,11 +106,17 @@ class EmbeddingBatch(NamedTuple):
         ids: B ids (large_string).
         vectors: (B, D) float32, checked.
         kinds: B kinds of query (large_string), or None.
+        contents: (B,) int64 digests of what was embedded, or None where unknown.
     """
 
     ids: pa.Array
     vectors: NDArray[np.float32]
     kinds: pa.Array | None
+    contents: NDArray[np.int64] | None = None
+
+    def digests(self) -> NDArray[np.int64]:
+        """(B,) int64: equal where a row's content is; of the vectors where nothing is known of what was embedded."""
+        return content_of(self.vectors) if self.contents is None else self.contents
 
 
 class EmbeddingReader:
@@ -176,7 +192,7 @@ class EmbeddingReader:
                 where=part.name,
                 first_row=row,
             )
-            yield EmbeddingBatch(ids, vectors, raw.kinds)
+            yield EmbeddingBatch(ids, vectors, raw.kinds, raw.contents)
             row += len(ids)
 
     def ids(self) -> Iterator[pa.Array]:

@@ -49,19 +49,20 @@ class Source(Protocol):
     def entries(self, first: int, end: int) -> Iterator[Entries]:
         """What stands in lists first to end - 1."""
 
-    def ids(self) -> Iterator[pa.Array]:
-        """Product ids row by row, null for a deleted row."""
+    def products(self) -> Iterator[pa.Table]:
+        """product_id and content row by row, nulls for a deleted row."""
 
     def fine(self) -> Iterator[NDArray[np.uint8]]:
         """(B, F) finer vectors, row by row."""
 
 
-def to_table(ids: pa.Array, encoded: Encoded) -> pa.Table:
-    """Encoded vectors with their ids as a table, which `Blocks` reads."""
+def to_table(ids: pa.Array, encoded: Encoded, contents: NDArray[np.int64] | None = None) -> pa.Table:
+    """Encoded vectors with their ids, and digests of what they are of, as a table which `Blocks` reads."""
     spread = {f"list{i}": pa.array(column) for i, column in enumerate(encoded.lists.T)}
     codes = {f"code{i}": _binary(codes) for i, codes in enumerate(encoded.codes)}
     fine = {"fine": _binary(encoded.fine)} if encoded.fine.shape[1] else {}
-    return pa.table({"product_id": ids.cast(pa.string()), **spread, **codes, **fine})
+    content = pa.nulls(len(ids), pa.int64()) if contents is None else pa.array(contents, pa.int64())
+    return pa.table({"product_id": ids.cast(pa.string()), "content": content, **spread, **codes, **fine})
 
 
 class Blocks:
@@ -101,10 +102,10 @@ class Blocks:
                 yield Entries(lists[inside], row + inside, _bytes(table.column(1))[inside])
             row += count
 
-    def ids(self) -> Iterator[pa.Array]:
-        """Product ids row by row."""
+    def products(self) -> Iterator[pa.Table]:
+        """product_id and content row by row."""
         for file in self.files:
-            yield from pq.read_table(file, columns=["product_id"]).column(0).chunks
+            yield pq.read_table(file, columns=["product_id", "content"])
 
     def fine(self) -> Iterator[NDArray[np.uint8]]:
         """(B, F) finer vectors, row by row."""

@@ -209,7 +209,7 @@ def _served(index: ProductIndex, questions: Questions, spare: int, options: Opti
     return rows
 
 
-def _twins(source: NDArray[np.int64], rows: NDArray[np.int64], content: NDArray[np.uint64]) -> NDArray[np.bool_]:
+def _twins(source: NDArray[np.int64], rows: NDArray[np.int64], content: NDArray[np.int64]) -> NDArray[np.bool_]:
     """(Q, K) bool: another product than the one asked, with the same vector."""
     same: NDArray[np.bool_] = content[rows] == content[source][:, None]
     return same & (rows != source[:, None]) & (rows >= 0) & (source[:, None] >= 0)

@@ -15,6 +15,7 @@ from retrieval.embeddings import EmbeddingBatch, EmbeddingReader
 from retrieval.index import Hits, ProductIndex
 from retrieval.progress import counted
 from retrieval.storage import ArtefactError
+from retrieval.vectors import content_of
 
 
 class Exact(NamedTuple):
@@ -22,11 +23,11 @@ class Exact(NamedTuple):
 
     Attributes:
         hits: (Q, K) as of `ProductIndex.search`, in the row numbers of the index.
-        content: (N,) uint64 by row number: products with equal vectors have equal values.
+        content: (N,) int64 by row number: products with equal vectors have equal values.
     """
 
     hits: Hits
-    content: NDArray[np.uint64]
+    content: NDArray[np.int64]
 
 
 def exact_search(
@@ -46,13 +47,13 @@ def exact_search(
     """
     k = min(k, products.count)
     best = faiss.ResultHeap(len(queries), k, keep_max=True)
-    content = np.empty(products.count, np.uint64)
+    content = np.empty(products.count, np.int64)
     ids: list[pa.Array] = []
     first = 0
     for batch in _shown(products, block):
         scores, rows = faiss.knn(queries, batch.vectors, min(k, len(batch.ids)), metric=faiss.METRIC_INNER_PRODUCT)
         best.add_result(scores, rows + first)
-        content[first : first + len(batch.ids)] = _content(batch.vectors)
+        content[first : first + len(batch.ids)] = content_of(batch.vectors)
         ids.append(batch.ids)
         first += len(batch.ids)
     best.finalize()
@@ -72,13 +73,6 @@ def _index_rows(ids: pa.ChunkedArray, index: ProductIndex) -> NDArray[np.int64]:
             "are not in the index: build the index from these embeddings"
         )
     return np.asarray(rows.to_numpy(), np.int64)
-
-
-def _content(vectors: NDArray[np.float32]) -> NDArray[np.uint64]:
-    """(B,) uint64 hash of each vector's bytes."""
-    factors = np.random.default_rng(0).integers(0, 2**63, vectors.shape[1], dtype=np.uint64) | np.uint64(1)
-    hashes: NDArray[np.uint64] = (vectors.view(np.uint32).astype(np.uint64) * factors).sum(axis=1, dtype=np.uint64)
-    return hashes
 
 
 def _shown(products: EmbeddingReader, block: int) -> Iterator[EmbeddingBatch]:

@@ -108,14 +108,26 @@ def attach(index: Any, file: Path, sizes: NDArray[np.int64]) -> Any:
     return lists
 
 
-def read_lists(file: Path, index: Any, sizes: NDArray[np.int64]) -> Iterator[tuple[Codes, NDArray[np.int64]]]:
-    """The lists of a file one after another: (n, C) uint8 codes and (n,) int64 rows."""
+def read_lists(
+    file: Path, index: Any, sizes: NDArray[np.int64], first: int = 0, end: int | None = None
+) -> Iterator[tuple[Codes, NDArray[np.int64]]]:
+    """Lists first to end - 1 of a file one after another: (n, C) uint8 codes and (n,) int64 rows."""
     data = np.memmap(file, np.uint8, "r") if sizes.any() else np.empty(0, np.uint8)
     packer, code_size = index.get_CodePacker(), index.code_size
-    for size, room, start in extents(sizes, code_size).astype(np.int64):
-        packed = data[start : start + room * code_size].reshape(-1, BLOCK * code_size)
+    for size, room, start in extents(sizes, code_size).astype(np.int64)[first:end]:
+        stop = start + room * code_size
+        packed = data[start:stop].reshape(-1, BLOCK * code_size)
         codes = np.empty((room, code_size), np.uint8)
         for block, flat in zip(packed, codes.reshape(-1, BLOCK * code_size), strict=True):
             packer.unpack_all(faiss.swig_ptr(np.ascontiguousarray(block)), faiss.swig_ptr(flat))
-        end = start + room * code_size
-        yield codes[:size], data[end : end + 8 * size].view(np.int64)
+        yield codes[:size], data[stop : stop + 8 * size].view(np.int64)
+
+
+def read_rows(
+    file: Path, sizes: NDArray[np.int64], code_size: int, first: int = 0, end: int | None = None
+) -> Iterator[NDArray[np.int64]]:
+    """The (n,) int64 rows alone of lists first to end - 1."""
+    data = np.memmap(file, np.uint8, "r") if sizes.any() else np.empty(0, np.uint8)
+    for size, room, start in extents(sizes, code_size).astype(np.int64)[first:end]:
+        stop = start + room * code_size
+        yield data[stop : stop + 8 * size].view(np.int64)

@@ -19,11 +19,12 @@ ID_COLUMNS = ("product_id", "query_id", "id")
 
 
 class RawBatch(NamedTuple):
-    """B rows as they stand in a file: ids (large_string), (B, D) floating point vectors, kinds or None."""
+    """B rows as they stand in a file: ids (large_string), (B, D) floating point vectors, kinds and contents or None."""
 
     ids: pa.Array
     vectors: NDArray[Any]
     kinds: pa.Array | None
+    contents: NDArray[np.int64] | None = None
 
 
 class Part(Protocol):
@@ -107,6 +108,7 @@ class ParquetPart:
         self._id = find_column(schema, id_column, is_id, ID_COLUMNS, f"{file}: column of ids")
         self.reads = f"{self._id}, {self._embedding}"
         self._kind = "kind" if "kind" in schema.names else None
+        self._content = "content" if "content" in schema.names and schema.field("content").type == pa.int64() else None
         self.count = self._file.metadata.num_rows
         self.dim = self._find_dim(schema.field(self._embedding).type)
 
@@ -117,12 +119,14 @@ class ParquetPart:
 
     def batches(self, batch_size: int) -> Iterator[RawBatch]:
         """See `Part`."""
-        columns = [self._id, self._embedding] + ([self._kind] if self._kind else [])
+        columns = [self._id, self._embedding, *(name for name in (self._kind, self._content) if name)]
         row = 0
         for batch in self._file.iter_batches(batch_size, columns=columns):
             kinds = as_text(batch.column(self._kind), self.name) if self._kind else None
             ids = as_text(batch.column(self._id), self.name)
-            yield RawBatch(ids, self._matrix(batch.column(self._embedding), row), kinds)
+            contents = batch.column(self._content) if self._content else None
+            known = None if contents is None or contents.null_count else contents.to_numpy()
+            yield RawBatch(ids, self._matrix(batch.column(self._embedding), row), kinds, known)
             row += len(ids)
 
     def _find_dim(self, column_type: pa.DataType) -> int:

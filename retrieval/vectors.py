@@ -90,3 +90,10 @@ def _lengths(array: NDArray[np.float32]) -> NDArray[np.float64]:
         square[extreme] = np.square(array[extreme], dtype=np.float64).sum(axis=1)
     length: NDArray[np.float64] = np.sqrt(square)
     return length
+
+
+def content_of(array: NDArray[np.float32]) -> NDArray[np.int64]:
+    """(B,) int64 hash of each vector's bytes: equal vectors have equal values, others very likely not."""
+    factors = np.random.default_rng(0).integers(0, 2**63, array.shape[1], dtype=np.uint64) | np.uint64(1)
+    words = np.ascontiguousarray(array).view(np.uint32).astype(np.uint64)
+    return (words * factors).sum(axis=1, dtype=np.uint64).view(np.int64)

@@ -108,7 +108,7 @@ class Workspace:
         for name, batch in counted(_named(reader), reader.count, lambda pair: len(pair[1].ids), "encode", "vectors"):
             names.append(name)
             if not self._blocks.done(name):
-                self._blocks.write(name, to_table(batch.ids, trained.encode(batch.vectors)))
+                self._blocks.write(name, to_table(batch.ids, trained.encode(batch.vectors), batch.digests()))
         return [self.path / f"{name}.parquet" for name in names]
 
     def _take(self, output: Path) -> Lock:

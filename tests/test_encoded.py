@@ -66,7 +66,7 @@ def test_what_is_encoded_comes_back_from_blocks(tmp_path, spread):
     parts = [made_up(20, 0, spread), made_up(1, 1, spread), made_up(13, 2, spread)]
     source = blocks(tmp_path, parts)
     assert source.count == 34
-    assert pa.chunked_array(source.ids()).to_pylist() == [
+    assert pa.concat_tables(source.products()).column("product_id").to_pylist() == [
         f"b{number}-{i}" for number, count in enumerate((20, 1, 13)) for i in range(count)
     ]
     assert np.array_equal(np.concatenate(list(source.fine())), np.concatenate([part.fine for part in parts]))
@@ -83,7 +83,7 @@ def test_what_is_encoded_comes_back_from_blocks(tmp_path, spread):
 
 def test_a_table_without_finer_vectors_has_no_such_column(tmp_path):
     table = to_table(pa.array(["a"]), made_up(1, 0, fine=0))
-    assert table.column_names == ["product_id", "list0", "code0"]
+    assert table.column_names == ["product_id", "content", "list0", "code0"]
     assert blocks(tmp_path, [made_up(3, 0, fine=0)]).sizes(LISTS).sum() == 3
 
 

@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 
 import lightning as L
 import numpy as np
+import pyarrow.parquet as pq
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from datamodules.batch import Item, NumberedItems
 from datamodules.examples import index_in
-from datamodules.parquet import Table, product_item, query_item
+from datamodules.parquet import Table, item_digest, product_item, query_item
 from datamodules.preprocess import ItemPreprocess
 from retrieval import storage
 from retrieval.embeddings import EmbeddingWriter
@@ -263,7 +264,10 @@ class ShardWriter(L.Callback):
             kinds = [KINDS[number % len(KINDS)] for number in row]
             self.writer.write(name, [ids[number // len(KINDS) - start] for number in row], embedding, kinds)
         else:
-            self.writer.write(name, [ids[number - start] for number in row], embedding)
+            stored = pq.read_table(self.table.shards[shard]).to_batches(max_chunksize=256)
+            contents = [item_digest(product_item(one)) for batch in stored for one in batch.to_pylist()]
+            in_order = [contents[number - start] for number in row]
+            self.writer.write(name, [ids[number - start] for number in row], embedding, contents=in_order)
 
     def on_predict_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Say what the model could not read."""
