@@ -26,6 +26,9 @@ MEMORY_SHARE, DISK_SHARE = 0.8, 0.75
 ID_BYTES = 40
 """Of a product id in files, assumed."""
 
+CGROUP = Path("/sys/fs/cgroup")
+"""Where a container sees its limits."""
+
 
 @dataclass(frozen=True)
 class Need:
@@ -89,7 +92,7 @@ def check(need: Need, place: Path, limit: int | None = None) -> None:
     free = available_memory()
     have = limit if limit is not None else None if free is None else int(MEMORY_SHARE * free)
     if have is not None and need.memory > have:
-        whose = "allowed" if limit is not None else f"there is: {MEMORY_SHARE:.0%} of the free memory"
+        whose = "allowed" if limit is not None else f"there ({MEMORY_SHARE:.0%} of what is free)"
         raise ValueError(
             f"the build needs about {decimal(need.memory)} of memory, {decimal(have)} is {whose}: lower train_sample "
             "(--train-sample) or the number of lists (--factory), or allow more"
@@ -121,7 +124,8 @@ def available_memory() -> int | None:
     """Bytes that this process may still take: of the machine, of its container and of its own limit; None = unknown."""
     found = [
         _proc_available(),
-        _cgroup_available(Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
+        _cgroup_available(CGROUP, "memory.max", "memory.current", ""),
+        _cgroup_available(CGROUP / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),  # version 1
         None if resource is None else resource.getrlimit(resource.RLIMIT_AS)[0],
     ]
     known = [number for number in found if number is not None and number >= 0]  # RLIM_INFINITY is negative
@@ -136,8 +140,13 @@ def _proc_available() -> int | None:
         return None
 
 
-def _cgroup_available(limit: Path, used: Path) -> int | None:
+def _cgroup_available(folder: Path, limit: str, used: str, prefix: str) -> int | None:
+    """What the limit of a container leaves; pages of files count as used there, but give way when memory is needed."""
     try:
-        return max(0, int(limit.read_text(encoding="ascii")) - int(used.read_text(encoding="ascii")))
+        most, now = (int((folder / name).read_text(encoding="ascii")) for name in (limit, used))
+        lines = (folder / "memory.stat").read_text(encoding="ascii").splitlines()
     except (OSError, ValueError):  # no such limit: "max"
         return None
+    counted = dict(line.split(maxsplit=1) for line in lines)
+    files = sum(int(counted.get(f"{prefix}{state}_file", 0)) for state in ("active", "inactive"))
+    return max(0, most - now + files)
