@@ -1,4 +1,4 @@
-"""From a model and a catalogue to search results: `python index.py embed | build | search | evaluate | verify`.
+"""From a model and a catalogue to search results: `python index.py embed | build | search | evaluate | update | ...`.
 
 Each command explains its options: `python index.py search --help`. docs/index.md is the guide.
 """
@@ -229,6 +229,79 @@ def search(
     return 0
 
 
+def update(
+    index: Path,
+    upsert: Path | None = None,
+    ids: Path | None = None,
+    id_column: str | None = None,
+    embedding_column: str | None = None,
+    normalize: bool = False,
+    delete: Path | None = None,
+    model: Path | None = None,
+    batch_size: int = 256,
+    compact: bool = False,
+    strict: bool = False,
+    json: bool = False,
+) -> int:
+    """Bring an index up to date: add, change and take out products. Only what has changed is embedded and encoded.
+
+    The new version is published in one step and the old one kept. Goes on where a killed run stopped.
+
+    Args:
+        index: index folder.
+        upsert: a prepared catalogue, of which products that are new or have changed are embedded; or embeddings.
+        ids: for .npy, the ids, as in build.
+        id_column: column of ids in Parquet; guessed when not given.
+        embedding_column: column of vectors in Parquet; guessed when not given.
+        normalize: bring vectors of any length to length 1.
+        delete: text file of ids to take out, one per line.
+        model: model folder, for a catalogue; the one that made the embeddings when not given.
+        batch_size: products embedded at a time.
+        compact: close up the rows of products that are gone even where they are few.
+        strict: refuse ids to delete that are not there.
+        json: print JSON.
+    """
+    from retrieval import files, storage
+    from retrieval.embeddings import EmbeddingReader
+    from retrieval.index import ProductIndex
+    from retrieval.present import describe_update, find_model, show
+    from retrieval.update import read_ids_to_delete, to_json, update_index
+
+    if upsert is None and delete is None and not compact:
+        raise ValueError("nothing to do: give upsert, delete or compact")
+    opened = ProductIndex.open(index, fall_back=False)
+    source, unchanged = None if upsert is None else _side(upsert, "products"), 0
+    embedded = None
+    if (
+        upsert is not None
+        and (upsert / storage.MANIFEST).exists()
+        and storage.read_manifest(upsert).kind == "catalogue"
+    ):
+        from towers.changes import embed_changes
+
+        embedded, unchanged = embed_changes(find_model(opened, model), upsert, opened, batch_size)
+        source = embedded
+    reader = None
+    if source is not None:
+        reader = EmbeddingReader(
+            source,
+            ids=ids,
+            id_column=id_column,
+            embedding_column=embedding_column,
+            metric=opened.metric,
+            normalize=normalize,
+        )
+    gone = [] if delete is None else read_ids_to_delete(delete)
+    report = update_index(index, upsert=reader, delete=gone, compact=compact, strict=strict, unchanged=unchanged)
+    if embedded is not None:
+        files.remove(embedded)
+    if json:
+        print(to_json(report))
+    else:
+        show(describe_update(report))
+    return 0
+
+
 def verify(index: Path) -> int:
     """Compare every byte of an index with its digests; the exit code is 1 where something is damaged.
 
@@ -430,6 +503,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "build": build,
     "search": search,
     "evaluate": evaluate,
+    "update": update,
     "verify": verify,
 }
 

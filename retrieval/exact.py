@@ -58,7 +58,7 @@ def exact_search(
         first += len(batch.ids)
     best.finalize()
     row_of = _index_rows(pa.chunked_array(ids), index)
-    by_row = np.empty_like(content)
+    by_row = np.zeros(index.engine.count, np.int64)  # empty rows are never found
     by_row[row_of] = content
     return Exact(Hits(best.D, row_of[best.I]), by_row)
 

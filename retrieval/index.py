@@ -126,8 +126,9 @@ class ProductIndex:
         return cls(path, manifest, engine, ids, settings, tuning)
 
     def __len__(self) -> int:
-        """Number of products."""
-        return len(self._ids)
+        """Number of products; an index that was updated may have more rows, empty ones."""
+        count: int = self.manifest.meta["count"]
+        return count
 
     @property
     def model(self) -> str | None:
@@ -226,8 +227,12 @@ class ProductIndex:
         return self._ids.take(rows)
 
     def all_ids(self) -> pa.ChunkedArray:
-        """Product ids of all rows, memory-mapped."""
+        """Product ids of all rows, memory-mapped; null for an empty row."""
         return self._ids.column
+
+    def contents(self) -> NDArray[np.int64]:
+        """(N,) digest of what each row was embedded from; 0 where unknown, and for an empty row."""
+        return self._ids.contents()
 
     def row_of(self, product_id: str) -> int:
         """The row number of a product.
@@ -257,12 +262,20 @@ class IdTable:
     """Row number -> product id, as a memory-mapped Arrow file."""
 
     def __init__(self, file: Path) -> None:
-        self.column: pa.ChunkedArray = pa.ipc.open_file(pa.memory_map(str(file))).read_all().column("product_id")
+        self._table = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
+        self.column: pa.ChunkedArray = self._table.column("product_id")
         lengths = [len(chunk) for chunk in self.column.chunks]
         self._starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
 
     def __len__(self) -> int:
         return len(self.column)
+
+    def contents(self) -> NDArray[np.int64]:
+        """(N,) int64 digests, 0 where unknown."""
+        if "content" not in self._table.column_names:
+            return np.zeros(len(self), np.int64)
+        digests: NDArray[np.int64] = pc.fill_null(self._table.column("content"), 0).to_numpy()
+        return digests
 
     def take(self, rows: NDArray[np.int64]) -> NDArray[np.object_]:
         """Ids of rows, None for -1: in Python, -1 would be the last product."""

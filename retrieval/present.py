@@ -20,6 +20,7 @@ from retrieval.factory import parse_mapped
 from retrieval.index import Hits, ProductIndex, Settings
 from retrieval.pages import Hit, Section, facts_of, write_sheet
 from retrieval.storage import ArtefactError, Manifest
+from retrieval.update import UpdateReport
 
 NARROWEST = 100
 """Columns assumed where the output is no terminal."""
@@ -250,6 +251,39 @@ def describe_points(path: Path, recall: float) -> Table:
                     f"{point.qps:,.0f}",
                 )
     table.caption = "* what was asked for; recall of queries that had no part in the choice"
+    return table
+
+
+def describe_update(report: UpdateReport) -> Table:
+    """What an update did, and how the index was before and after it."""
+    table = Table(title=f"version {report.version}" if report.version else "nothing to do", title_justify="left")
+    for name in ("", "before", "after"):
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    counts = {
+        "added": report.added,
+        "changed": report.replaced,
+        "unchanged": report.unchanged,
+        "deleted": report.deleted,
+    }
+    for name, count in counts.items():
+        table.add_row(name, "", f"{count:,}")
+    if report.unknown:
+        table.add_row(f"to delete, not there: {', '.join(report.unknown[:3])}", "", f"{len(report.unknown):,}")
+    table.add_row("products", "", f"{report.count:,}")
+    table.add_row("rows" + (", closed up" if report.compacted else ""), "", f"{report.rows:,}")
+    if report.before is not None and report.after is not None:
+        table.add_section()
+        names = {
+            "recall": "recall@10 of products asked",
+            "imbalance": "imbalance of lists",
+            "error": "error of lists",
+            "new_error": "the same of new products",
+            "dead": "share of empty rows",
+        }
+        for name, words in names.items():
+            values = (getattr(state, name) for state in (report.before, report.after))
+            table.add_row(words, *("" if value is None else f"{value:.3f}" for value in values))
+    table.caption = report.verdict
     return table
 
 
