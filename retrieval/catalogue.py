@@ -115,6 +115,10 @@ class PreparedCatalogue:
                 texts.append(" ".join(_words(facts.get(name)) for name in fields))
             yield [row["product_id"] for row in rows], texts
 
+    def product_files(self) -> list[Path]:
+        """The Parquet shards of the products, in order."""
+        return self._shards("products")
+
     def _shards(self, table: str) -> list[Path]:
         return [self.path / name for name in sorted(self._files) if name.startswith(f"{table}/")]
 

@@ -1,0 +1,50 @@
+"""Attributes from Python rows, for tests of tables and filters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+
+from retrieval import storage
+from retrieval.attribute_cells import TEXT, cells
+from retrieval.attribute_writer import write_attributes
+from retrieval.attributes import AttributeTable
+
+TYPES = {
+    "number": pa.float64(),
+    "category": pa.string(),
+    "path": pa.list_(pa.string()),
+    "set": pa.list_(pa.string()),
+}
+
+
+class RowSource:
+    """An `AttributeSource` of dicts with an "id" each, read in small batches."""
+
+    def __init__(self, rows, kinds, name="rows", batch=3):
+        self.rows, self.kinds, self.name, self.ignored, self._batch = rows, kinds, name, {}, batch
+
+    def ids(self):
+        for part in self._parts():
+            yield pa.array([row["id"] for row in part], TEXT)
+
+    def column(self, attribute):
+        kind = self.kinds[attribute]
+        for part in self._parts():
+            yield cells(pa.array([row.get(attribute) for row in part], TYPES[kind]), kind)
+
+    def _parts(self):
+        return [self.rows[start : start + self._batch] for start in range(0, len(self.rows), self._batch)]
+
+
+def write_table(file: Path, ids, *sources) -> tuple[AttributeTable, dict]:
+    """The table of these ids, and what its writing reported."""
+    with storage.create(file) as stream:
+        report = write_attributes(stream, [pa.array(ids, pa.string())], sources)
+    return AttributeTable(file), report
+
+
+def table_of(file: Path, rows, kinds) -> AttributeTable:
+    """A table with the rows in their order."""
+    return write_table(file, [row["id"] for row in rows], RowSource(rows, kinds))[0]
