@@ -11,13 +11,14 @@ from rich.filesize import decimal
 
 from retrieval.factory import Mapped, train_size
 from retrieval.lists import BLOCK
+from retrieval.mapped import TRAINED_CODES
 
 try:
     import resource
 except ImportError:  # Windows has no such limits
     resource = None  # type: ignore[assignment]
 
-PROCESS_BYTES = 400 << 20
+PROCESS_BYTES = 500 << 20
 """Python, NumPy, Arrow and FAISS with their buffers."""
 
 MEMORY_SHARE, DISK_SHARE = 0.8, 0.75
@@ -63,8 +64,10 @@ def predict(
     vector = 4 * dim
     sample = min(count, train_size(count, design.lists) if sample is None else sample)
     centres = design.lists * (vector + dim // 4 + 16)
-    training = int(1.3 * sample * vector) + 2 * centres
-    encoding = int(3.5 * min(count, block) * vector) + 2 * centres
+    batch = min(count, block) * vector
+    reading = 6 * batch  # one batch and the next one: as stored, as float32, of unit length
+    training = int(1.1 * sample * vector) + max(reading, 3 * min(sample, TRAINED_CODES) * vector + 2 * centres)
+    encoding = reading + int(2.5 * batch) + 2 * centres
     regrouping = 3 * min(grouping, count * copies * design.code_size) + 32 * count * copies + centres
     average = count * copies / design.lists
     padded = (average + BLOCK / 2) / average  # half a block of every list is empty
