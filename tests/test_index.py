@@ -18,7 +18,7 @@ from retrieval import build as build_module
 from retrieval import metrics, storage
 from retrieval.build import Recipe, build_index, uniform_sample
 from retrieval.embeddings import EmbeddingReader, EmbeddingWriter
-from retrieval.factory import choose_factory, default_nprobe, num_pieces
+from retrieval.factory import default_nprobe
 from retrieval.index import ProductIndex
 from retrieval.storage import ArtefactError
 
@@ -205,6 +205,58 @@ def test_too_few_probed_products_are_minus_one_and_have_no_id(tmp_path, reader, 
         index.ids(np.array([6000]))
 
 
+@pytest.mark.parametrize(
+    "same",
+    [
+        lambda v: v.astype(np.float64),
+        np.asfortranarray,
+        lambda v: np.repeat(v, 2, axis=0)[::2],
+        lambda v: np.repeat(v, 2, axis=1)[:, ::2],
+        lambda v: v[::-1].copy()[::-1],
+        lambda v: v.tolist(),
+        lambda v: tuple(map(tuple, v.tolist())),
+    ],
+    ids=["float64", "Fortran order", "every other row", "every other column", "backwards", "lists", "tuples"],
+)
+@pytest.mark.parametrize("which", ["flat", "ivf"])
+def test_memory_order_and_type_of_queries_do_not_matter(request, queries, which, same):
+    index = request.getfixturevalue(which)
+    wanted, hits = index.search(queries, 10), index.search(same(queries), 10)
+    assert np.array_equal(hits.rows, wanted.rows) and np.array_equal(hits.scores, wanted.scores)
+
+
+def test_vectors_of_mixed_lengths_find_themselves_once_they_are_normalised(tmp_path):
+    """By inner product of vectors as they are, long ones win."""
+    vectors = clustered(1000) * np.random.default_rng(0).uniform(0.1, 10, (1000, 1))
+    np.save(tmp_path / "v.npy", vectors)
+    (tmp_path / "ids.txt").write_text("".join(f"{i}\n" for i in range(1000)))
+    with pytest.raises(ValueError, match=r"has length .* cosine needs 1: normalise \(--normalize\)"):
+        build_index(EmbeddingReader(tmp_path / "v.npy", ids=tmp_path / "ids.txt"), tmp_path / "i")
+    reader = EmbeddingReader(tmp_path / "v.npy", ids=tmp_path / "ids.txt", normalize=True)
+    for factory in ("Flat", "auto"):
+        build_index(reader, tmp_path / factory, Recipe(factory))
+        index = ProductIndex.open(tmp_path / factory)
+        rows = index.search(unit(vectors), 1, nprobe=index.num_lists, k_factor=50).rows[:, 0]
+        assert (rows == np.arange(1000)).all()
+    as_they_are = EmbeddingReader(tmp_path / "v.npy", ids=tmp_path / "ids.txt", metric="inner_product")
+    build_index(as_they_are, tmp_path / "long", Recipe("Flat"))
+    assert (ProductIndex.open(tmp_path / "long").search(vectors, 1).rows[:, 0] == np.arange(1000)).mean() < 0.7
+
+
+def test_fifty_one_products_are_too_few_for_sixty_four_lists(tmp_path):
+    reader = embed(tmp_path / "e", clustered(51), 1)
+    for factory in ("IVF64,PQ8", "IVF64,Flat", "IVF64,PQ8x4fsr,Refine(SQ8)"):
+        with pytest.raises(
+            ValueError, match=r"at least 64 training .* has 51: at most IVF51, well trained IVF1; or Fl"
+        ):
+            build_index(reader, tmp_path / "i", Recipe(factory))
+    assert os.listdir(tmp_path) == ["e"]
+    build_index(reader, tmp_path / "i")
+    index = ProductIndex.open(tmp_path / "i")
+    assert index.manifest.meta["factory"] == "Flat" and "fewer than the 624" in index.manifest.meta["reason"]
+    assert np.array_equal(index.search(clustered(51), 1).rows[:, 0], np.arange(51))
+
+
 def bad_queries():
     good = clustered(2, seed=3)
     return {
@@ -360,28 +412,6 @@ def test_training_sees_all_shards_alike(tmp_path):
     assert np.array_equal(sample, uniform_sample(reader, size, seed=3))
     assert not np.array_equal(sample, uniform_sample(reader, size, seed=4))
     assert len(np.unique(rows)) > 0.9 * size
-
-
-@given(st.integers(1, 10**9), st.integers(1, 2048))
-def test_the_default_factory_is_always_legal(count, dim):
-    choice = choose_factory(count, dim)
-    if choice.factory == "Flat":
-        assert count < 624
-        return
-    lists = int(choice.factory.split(",")[0][3:])
-    assert lists & (lists - 1) == 0 and lists * 39 <= count
-    assert 1 <= default_nprobe(lists) <= lists
-    pieces = num_pieces(dim)
-    assert pieces is None or dim % pieces == 0
-    if count < 10**5:
-        build_module.make_index(choice.factory, dim)
-
-
-def test_default_lists_by_size():
-    sizes = {624: 8, 3000: 64, 6000: 128, 10**5: 2048, 10**6: 16384, 10**7: 65536}
-    for count, lists in sizes.items():
-        assert choose_factory(count, 256).factory == f"IVF{lists},PQ64x4fsr,Refine(SQ8)"
-    assert choose_factory(10**4, 127).factory == "IVF128,SQ8"
 
 
 def test_every_damaged_file_is_refused_at_open(tmp_path, ivf):
