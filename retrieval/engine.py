@@ -18,6 +18,9 @@ from retrieval.lists import attach
 from retrieval.mapped import make, open_fine, search_parameters
 from retrieval.storage import ArtefactError
 
+FEWEST = 10
+"""Results that searches for fewer re-rank as many candidates for."""
+
 DUPLICATES = 1.5
 """Candidates to fetch per candidate wanted, where a vector may be met in two lists."""
 
@@ -120,6 +123,8 @@ class Engine:
         Returns:
             (Q, k) float32 scores, descending, and (Q, k) int64 rows; -inf and -1 where fewer were found.
         """
+        if k < FEWEST:  # one result is no easier to find than ten
+            settings = settings._replace(k_factor=settings.k_factor * FEWEST / k)
         if k * settings.k_factor > self.count:  # no more candidates than rows
             settings = settings._replace(k_factor=self.count / k)
         if not self.spill:

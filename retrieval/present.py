@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich import filesize
+from rich import box, filesize
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -188,22 +188,14 @@ def describe_index(path: Path, manifest: Manifest) -> Table:
 
 def describe_candidates(manifest: Manifest) -> Table:
     """The indexes that were compared on a part of the vectors, the chosen one first."""
-    table = Table(title="Candidates, on a part of the vectors; bytes are for all of them", title_justify="left")
-    names = (
-        "lists",
-        "code B",
-        "lists/vector",
-        "recall",
-        "p50 ms",
-        "p99 ms",
-        "queries/s",
-        "hot B",
-        "disk B",
-        "built s",
-        "",
+    table = Table(
+        title="Candidates, on a part of the vectors; bytes a vector are for all of them",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
     )
+    names = ("lists", "each in", "code B", "recall", "p50 ms", "p99 ms", "QPS", "hot B", "disk B", "s", "")
     for name in names:
-        table.add_column(name, justify="right" if name else "left", no_wrap=bool(name))
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
     count = manifest.meta["count"]
     for place, one in enumerate(manifest.meta["candidates"]):
         design, point = parse_mapped(one["factory"]), one["point"]
@@ -217,8 +209,8 @@ def describe_candidates(manifest: Manifest) -> Table:
             ]
         table.add_row(
             f"{design.lists:,}" if design else one["factory"],
-            str(design.code_size) if design else "",
             str(1 + one["spill"]),
+            str(design.code_size) if design else "",
             *figures,
             f"{one['hot_bytes'] / count:,.0f}",
             f"{one['disk_bytes'] / count:,.0f}",
@@ -231,7 +223,7 @@ def describe_candidates(manifest: Manifest) -> Table:
 def describe_points(path: Path, recall: float) -> Table:
     """How a built index reaches how much recall: for each kind of query the cheapest way to a few of them."""
     tuning = ProductIndex.open(path).tuning
-    table = Table(title="Operating points, on all vectors", title_justify="left")
+    table = Table(title="Operating points, on all vectors", title_justify="left", box=box.SIMPLE_HEAD)
     names = ("kind", "for", "nprobe", "k_factor", "recall", "+-", "p50 ms", "p99 ms", "queries/s")
     for name in names:
         table.add_column(name, justify="left" if name == "kind" else "right", no_wrap=True)
@@ -256,7 +248,8 @@ def describe_points(path: Path, recall: float) -> Table:
 
 def describe_update(report: UpdateReport) -> Table:
     """What an update did, and how the index was before and after it."""
-    table = Table(title=f"version {report.version}" if report.version else "nothing to do", title_justify="left")
+    title = f"version {report.version}" if report.version else "nothing to do"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for name in ("", "before", "after"):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
     counts = {

@@ -43,6 +43,9 @@ K_FACTORS = (2.0, 4.0, 6.0, 8.0, 12.0, 16.0, 32.0, 64.0)
 ENOUGH = 0.002
 """More candidates to re-rank that bring less recall than this are not tried, nor more lists."""
 
+CEILING = 0.995
+"""Where re-ranking by 8-bit vectors could not reach this recall, 16-bit ones are stored: they cost only disk."""
+
 TIMED = 100
 """Searches whose latency is taken."""
 
@@ -136,15 +139,21 @@ class Chosen:
         ]
 
 
-def candidates(count: int, dim: int, target: Target) -> list[Candidate]:
-    """Designs worth measuring for so many vectors; those over the memory asked for say so."""
+def candidates(count: int, dim: int, target: Target, finer: str = "SQ8") -> list[Candidate]:
+    """Designs worth measuring for so many vectors; those over the memory asked for say so.
+
+    Args:
+        count: number of vectors.
+        dim: D.
+        target: what is asked for.
+        finer: precision of the vectors for re-ranking.
+    """
     lists = num_lists(count)
     sizes = [size for size in (2, 4, 8) if dim % size == 0] or [size for size in range(2, 17) if dim % size == 0][:1]
     if not sizes:
         raise ValueError(
             f"{dim} dimensions cannot be cut into equal pieces of 2 to 16: name a factory, for example IVF{lists},SQ8"
         )
-    finer = "SQfp16" if target.recall > 0.985 else "SQ8"  # 8 bits confuse neighbours that are nearly tied
     shapes = [(lists, size, spill) for size in sizes for spill in (False, True) if not (spill and size < 4)]
     found = []
     for nlist, size, spill in [*shapes, (max(1, lists // 2), sizes[min(1, len(sizes) - 1)], False)]:
@@ -179,9 +188,10 @@ def choose(part: Vectors, probes: Sequence[Probe], target: Target, count: int, s
     """
     probes = with_truth([probe.first(COMPARING) for probe in probes], iter([part]), target.k)
     shared: dict[int, Any] = {}
+    finer = "SQ8" if ceiling_of_8_bits(part, probes, target.k) >= CEILING else "SQfp16"
     measured = [
         candidate if candidate.why_not else _measure(candidate, part, probes, target, count, seed, shared)
-        for candidate in candidates(count, part.shape[1], target)
+        for candidate in candidates(count, part.shape[1], target, finer)
     ]
     measured.sort(key=lambda c: (c.point is None, c.point.p50_ms if c.point else 0.0))
     winner = measured[0]
@@ -198,6 +208,15 @@ def choose(part: Vectors, probes: Sequence[Probe], target: Target, count: int, s
         f"{len(part):,} vectors; no learned rotation: re-ranking makes its gain vanish"
     )
     return Chosen(winner, measured, reason)
+
+
+def ceiling_of_8_bits(part: Vectors, probes: Sequence[Probe], k: int) -> float:
+    """The recall@k of exact search by 8-bit vectors, of the most demanding kind: no re-ranking by them is better."""
+    eight = faiss.IndexScalarQuantizer(part.shape[1], faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT)
+    eight.train(part)
+    eight.add(part)
+    engine = Engine(eight, len(part))
+    return min(float(recalls_of(engine, probe, k, Settings(None, 1.0)).mean()) for probe in probes)
 
 
 def _measure(

@@ -88,7 +88,7 @@ def test_no_more_candidates_than_rows_are_asked_for(build, monkeypatch, spill, k
     assert (rows >= 0).all() and (np.diff(np.sort(rows, axis=1), axis=1) > 0).all()
     copies = 1.5 if spill else 1  # candidates per candidate, where a row may be met twice
     candidates = asked[0] * k * (1 + spill)
-    assert candidates == pytest.approx(max(k * (1 + spill), min(50 * k, 1000) * copies))
+    assert candidates == pytest.approx(max(k * (1 + spill), min(50 * max(k, 10), 1000) * copies))
 
 
 def test_too_few_are_padded_with_minus_infinity_and_minus_one(build):
