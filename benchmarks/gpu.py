@@ -1,0 +1,120 @@
+"""Building an index with and without a GPU, in one run: seconds, and whether both find the same.
+
+    python -m benchmarks.gpu --json FILE [--n 1000000] [--work DIR]
+
+Both arms run in processes of their own on the same vectors (FAISS's synthetic ones, 256 dimensions, unit length); the
+arm without a GPU hides it (CUDA_VISIBLE_DEVICES). The stored index is one for the CPU in both, and is searched on it.
+On a machine without a GPU the command says so and ends with exit code 1.
+
+Keys of FILE:
+    data, machine   as of benchmarks.million, and gpu: its name
+    arms            "gpu" and "cpu", each: train_s, build_s, peak_rss_mb, gpu_mb (memory of the GPU in use right after
+                    the build, None without one), points: nprobe, recall@10, qps
+    ratios          build_s and train_s of cpu over gpu
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+from jsonargparse import ArgumentParser
+from numpy.typing import NDArray
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.million import DIM, SEED, alone, build_default, make_vectors, search_exactly
+from retrieval import metrics, storage
+from retrieval.index import ProductIndex
+from retrieval.latency import measure_latency
+
+PROBED = (32, 64, 128, 256)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    parser = ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--json", type=Path, required=True, help="file of the figures")
+    parser.add_argument("--n", type=int, default=1_000_000, help="number of vectors")
+    parser.add_argument("--queries", type=int, default=2000, help="number of queries")
+    parser.add_argument("--work", type=Path, default=None, help="folder for vectors and indexes (2 GB per million)")
+    options = parser.parse_args(arguments)
+    if faiss.get_num_gpus() == 0:
+        print("error: faiss sees no GPU here; nothing was measured", file=sys.stderr)
+        return 1
+    work = Path(tempfile.mkdtemp(prefix="gpu-", dir=options.work))
+    try:
+        report = measure(options.n, options.queries, work)
+    finally:
+        shutil.rmtree(work)
+    storage.write_json(options.json, report)
+    show(report)
+    return 0
+
+
+def measure(n: int, num_queries: int, work: Path) -> dict[str, Any]:
+    """Both arms on the same vectors."""
+    queries = alone(make_vectors, n, num_queries, work)
+    exact = alone(search_exactly, n, queries, work)["rows"]
+    arms = {name: alone(build_and_search, queries, exact, work, name == "gpu") for name in ("gpu", "cpu")}
+    return {
+        "data": {"n": n, "dim": DIM, "queries": num_queries, "seed": SEED},
+        "machine": {"cores": os.cpu_count(), "faiss": faiss.__version__, "gpu": gpu_says("name")},
+        "arms": arms,
+        "ratios": {name: round(arms["cpu"][name] / max(arms["gpu"][name], 1e-9), 2) for name in ("build_s", "train_s")},
+    }
+
+
+def build_and_search(queries: NDArray[np.float32], exact: NDArray[np.int64], work: Path, gpu: bool) -> dict[str, Any]:
+    """Build the default index in this process and search it on the CPU."""
+    if not gpu:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before FAISS asks for its devices
+    built = build_default(work)
+    if (built["training"]["device"] == "gpu") != gpu:
+        raise RuntimeError(f"expected training on the {'GPU' if gpu else 'CPU'}, was {built['training']['device']}")
+    memory = gpu_says("memory.used") if gpu else None
+    index = ProductIndex.open(work / "index")
+    points = []
+    for nprobe in (p for p in PROBED if p <= (index.num_lists or 0)):
+        rows = index.search(queries, 10, nprobe=nprobe).rows
+        qps = measure_latency(index, queries, repeats=len(queries), settings=index.resolve(nprobe))["qps"]
+        points.append(
+            {"nprobe": nprobe, "recall@10": round(metrics.recall_at_k(rows, exact[:, :10], 10), 4), "qps": qps}
+        )
+    shutil.rmtree(work / "index")
+    return {
+        "train_s": built["train_s"],
+        "build_s": built["seconds"],
+        "peak_rss_mb": built["peak_rss_mb"],
+        "gpu_mb": memory,
+        "points": points,
+    }
+
+
+def gpu_says(field: str) -> str:
+    """What nvidia-smi knows of the first GPU."""
+    command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0].strip()
+
+
+def show(report: dict[str, Any]) -> None:
+    """Print the figures as one table."""
+    table = Table(title=f"{report['data']['n']:,} vectors, {report['machine']['gpu']}", box=box.SIMPLE_HEAD)
+    for name in ("", "train s", "build s", "recall@10 at nprobe", "GPU memory"):
+        table.add_column(name, justify="left" if not name else "right", no_wrap=True)
+    for name, arm in report["arms"].items():
+        recalls = ", ".join(f"{point['nprobe']}: {point['recall@10']:.3f}" for point in arm["points"])
+        table.add_row(name, f"{arm['train_s']:.1f}", f"{arm['build_s']:.1f}", recalls, arm["gpu_mb"] or "")
+    Console(width=None if sys.stdout.isatty() else 100).print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
