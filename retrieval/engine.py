@@ -110,7 +110,7 @@ class Engine:
         return engine
 
     def search(
-        self, queries: NDArray[np.float32], k: int, settings: Settings, selector: Any = None
+        self, queries: NDArray[np.float32], k: int, settings: Settings, selector: Any = None, lists: Any = None
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """The nearest rows.
 
@@ -119,6 +119,7 @@ class Engine:
             k: 1 <= k <= number of rows.
             settings: checked.
             selector: FAISS IDSelector of the rows that may be found; None for all.
+            lists: FAISS IDSelector of the lists that may be visited; None for all.
 
         Returns:
             (Q, k) float32 scores, descending, and (Q, k) int64 rows; -inf and -1 where fewer were found.
@@ -128,10 +129,10 @@ class Engine:
         if k * settings.k_factor > self.count:  # no more candidates than rows
             settings = settings._replace(k_factor=self.count / k)
         if not self.spill:
-            scores, rows = self.index.search(queries, k, params=self._search_parameters(settings, selector))
+            scores, rows = self.index.search(queries, k, params=self._search_parameters(settings, selector, lists))
         else:
             twice = settings._replace(k_factor=max(1.0, settings.k_factor * DUPLICATES / 2))
-            found = self.index.search(queries, 2 * k, params=self._search_parameters(twice, selector))
+            found = self.index.search(queries, 2 * k, params=self._search_parameters(twice, selector, lists))
             scores, rows = _first_of_each(*found, k, beside=self.fine is not None)
         scores[rows < 0] = -np.inf
         return scores, rows
@@ -151,9 +152,9 @@ class Engine:
         vector: NDArray[np.float32] = source.reconstruct(row)
         return vector
 
-    def _search_parameters(self, settings: Settings, selector: Any) -> Any:
-        if selector is not None:
-            return _parameters_of(self.index, settings, selector)
+    def _search_parameters(self, settings: Settings, selector: Any, lists: Any) -> Any:
+        if selector is not None or lists is not None:
+            return _parameters_of(self.index, settings, selector, lists)
         if settings not in self._parameters:
             self._parameters[settings] = _parameters_of(self.index, settings, None)
         return self._parameters[settings]
@@ -170,16 +171,16 @@ def is_whole(number: Any) -> bool:
     return isinstance(number, int | np.integer) and not isinstance(number, bool)
 
 
-def _parameters_of(index: Any, settings: Settings, selector: Any) -> Any:
+def _parameters_of(index: Any, settings: Settings, selector: Any, lists: Any = None) -> Any:
     """Search parameters for every layer of a FAISS index; set on a wrapper, nprobe would be ignored without a word."""
     if isinstance(index, faiss.IndexRefine):
-        inner = _parameters_of(faiss.downcast_index(index.base_index), settings, selector)
+        inner = _parameters_of(faiss.downcast_index(index.base_index), settings, selector, lists)
         return make.IndexRefineSearchParameters(k_factor=settings.k_factor, base_index_params=inner)
     if isinstance(index, faiss.IndexPreTransform):
-        inner = _parameters_of(faiss.downcast_index(index.index), settings, selector)
+        inner = _parameters_of(faiss.downcast_index(index.index), settings, selector, lists)
         return make.SearchParametersPreTransform(index_params=inner)
     if isinstance(index, faiss.IndexIVF):
-        return search_parameters(index, settings.nprobe or index.nprobe, selector)
+        return search_parameters(index, settings.nprobe or index.nprobe, selector, lists)
     return None if selector is None else make.SearchParameters(sel=selector)
 
 

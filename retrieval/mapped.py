@@ -147,24 +147,39 @@ def _vectors_of(flat: Any) -> Vectors:
     return vectors
 
 
-def search_parameters(index: Any, nprobe: int, selector: Any = None) -> Any:
-    """How an IVF index visits `nprobe` lists; where lists are found through groups, enough groups are visited too.
+def search_parameters(index: Any, nprobe: int, selector: Any = None, lists: Any = None) -> Any:
+    """How an IVF index visits `nprobe` lists.
 
     Args:
         index: an IVF index.
         nprobe: lists to visit.
         selector: FAISS IDSelector of the rows that may be found; None for all.
+        lists: FAISS IDSelector of the lists that may be visited; None for all.
     """
     options: dict[str, Any] = {"nprobe": nprobe} | ({} if selector is None else {"sel": selector})
-    quantizer = faiss.downcast_index(index.quantizer)
-    if isinstance(quantizer, faiss.IndexRefine):
-        groups = faiss.downcast_index(quantizer.base_index).nlist
-        lists_per_group = index.nlist / groups
-        visited = min(groups, math.ceil(groups / 8 + 8 * nprobe / lists_per_group))
-        inner = make.SearchParametersIVF(nprobe=visited)
-        factor = min(1.5 + 8 / nprobe, index.nlist / nprobe)  # by their codes, the nearest few are hard to tell
-        options["quantizer_params"] = make.IndexRefineSearchParameters(k_factor=factor, base_index_params=inner)
+    if (quantizer := quantizer_parameters(index, nprobe, lists)) is not None:
+        options["quantizer_params"] = quantizer
     return make.SearchParametersIVF(**options)
+
+
+def quantizer_parameters(index: Any, nprobe: int, lists: Any = None) -> Any:
+    """How the quantizer of an IVF index finds `nprobe` lists; where that is through groups, enough groups are visited.
+
+    Args:
+        index: an IVF index.
+        nprobe: lists to find.
+        lists: FAISS IDSelector of the lists that may be found; None for all. They may be far away, in any group.
+    """
+    options: dict[str, Any] = {} if lists is None else {"sel": lists}
+    quantizer = faiss.downcast_index(index.quantizer)
+    if not isinstance(quantizer, faiss.IndexRefine):
+        return make.SearchParameters(**options) if options else None
+    groups = faiss.downcast_index(quantizer.base_index).nlist
+    lists_per_group = index.nlist / groups
+    visited = groups if lists is not None else min(groups, math.ceil(groups / 8 + 8 * nprobe / lists_per_group))
+    inner = make.SearchParametersIVF(nprobe=visited, **options)
+    factor = min(1.5 + 8 / nprobe, index.nlist / nprobe)  # by their codes, the nearest few are hard to tell
+    return make.IndexRefineSearchParameters(k_factor=factor, base_index_params=inner)
 
 
 def write_fine_header(file: BinaryIO, finer: Any, count: int) -> None:

@@ -78,7 +78,7 @@ def test_no_more_candidates_than_rows_are_asked_for(build, monkeypatch, spill, k
     engine, asked = build("IVF16,PQ4x4fsr,Refine(SQ8)", spill), []
     original = engine_module._parameters_of
 
-    def watch(index, settings, selector):
+    def watch(index, settings, selector, lists=None):
         asked.append(settings.k_factor)
         return original(index, settings, selector)
 
