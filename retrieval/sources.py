@@ -72,6 +72,7 @@ def find_parts(
     Raises:
         ValueError: nothing there to read, no rows, or vectors and ids that do not match.
     """
+    ours = files is not None
     if files is None:
         files = [source] if source.is_file() else _listed(source, ".parquet") or _listed(source, ".npy")
     if not files:
@@ -83,7 +84,7 @@ def find_parts(
             raise ValueError(f"{source}: .npy files hold no ids: name them with ids (.txt, .npy, .csv or .parquet)")
         parts = [NumpyPart(file, _partner(file, files, ids)) for file in files]
     else:
-        parts = [ParquetPart(file, id_column, embedding_column) for file in files]
+        parts = [ParquetPart(file, id_column, embedding_column, ours) for file in files]
     if not sum(part.count for part in parts):
         raise ValueError(f"{source}: no rows in {len(parts)} files")
     return [part for part in parts if part.count]
@@ -94,45 +95,59 @@ def natural_key(path: Path) -> list[Any]:
     return [int(piece) if i % 2 else piece for i, piece in enumerate(re.split(r"(\d+)", path.name))]
 
 
-class ParquetPart:
-    """A Parquet file with a column of ids and a column of vectors (list or fixed-size list of floats)."""
+def _open(file: Path) -> pq.ParquetFile:
+    """Open a Parquet file for one pass: with its pre-buffering, a reader would keep all that it has read in memory."""
+    return pq.ParquetFile(file, pre_buffer=False)
 
-    def __init__(self, file: Path, id_column: str | None, embedding_column: str | None) -> None:
+
+class ParquetPart:
+    """A Parquet file with a column of ids and a column of vectors (list or fixed-size list of floats).
+
+    Args:
+        file: where it is.
+        id_column: see `EmbeddingReader`.
+        embedding_column: see `EmbeddingReader`.
+        ours: whether it is of an embeddings folder of ours: in others, a column named content holds anything.
+    """
+
+    def __init__(self, file: Path, id_column: str | None, embedding_column: str | None, ours: bool) -> None:
         self.name, self.files = str(file), [file]
         try:
-            self._file = pq.ParquetFile(file)
+            with _open(file) as opened:
+                schema, self.count = opened.schema_arrow, opened.metadata.num_rows
         except pa.ArrowInvalid as error:
             raise ValueError(f"{file} is not a Parquet file: {error}") from None
-        schema = self._file.schema_arrow
         self._embedding = find_column(schema, embedding_column, _is_vector, (), f"{file}: column of vectors")
         self._id = find_column(schema, id_column, is_id, ID_COLUMNS, f"{file}: column of ids")
         self.reads = f"{self._id}, {self._embedding}"
         self._kind = "kind" if "kind" in schema.names else None
-        self._content = "content" if "content" in schema.names and schema.field("content").type == pa.int64() else None
-        self.count = self._file.metadata.num_rows
+        self._content = "content" if ours and "content" in schema.names else None
         self.dim = self._find_dim(schema.field(self._embedding).type)
 
     def ids(self) -> Iterator[pa.Array]:
         """See `Part`; reads no vectors."""
-        for batch in self._file.iter_batches(columns=[self._id]):
-            yield as_text(batch.column(self._id), self.name)
+        with _open(self.files[0]) as file:
+            for batch in file.iter_batches(columns=[self._id]):
+                yield as_text(batch.column(self._id), self.name)
 
     def batches(self, batch_size: int) -> Iterator[RawBatch]:
         """See `Part`."""
         columns = [self._id, self._embedding, *(name for name in (self._kind, self._content) if name)]
         row = 0
-        for batch in self._file.iter_batches(batch_size, columns=columns):
-            kinds = as_text(batch.column(self._kind), self.name) if self._kind else None
-            ids = as_text(batch.column(self._id), self.name)
-            contents = batch.column(self._content) if self._content else None
-            known = None if contents is None or contents.null_count else contents.to_numpy()
-            yield RawBatch(ids, self._matrix(batch.column(self._embedding), row), kinds, known)
-            row += len(ids)
+        with _open(self.files[0]) as file:
+            for batch in file.iter_batches(batch_size, columns=columns):
+                kinds = as_text(batch.column(self._kind), self.name) if self._kind else None
+                ids = as_text(batch.column(self._id), self.name)
+                contents = batch.column(self._content) if self._content else None
+                known = None if contents is None or contents.null_count else contents.to_numpy()
+                yield RawBatch(ids, self._matrix(batch.column(self._embedding), row), kinds, known)
+                row += len(ids)
 
     def _find_dim(self, column_type: pa.DataType) -> int:
         if pa.types.is_fixed_size_list(column_type):
             return int(column_type.list_size)
-        first = next(self._file.iter_batches(1, columns=[self._embedding]), None)
+        with _open(self.files[0]) as file:
+            first = next(file.iter_batches(1, columns=[self._embedding]), None)
         return 0 if first is None or not first.num_rows else len(first.column(0)[0].as_py() or ())
 
     def _matrix(self, column: pa.Array, row: int) -> NDArray[Any]:
