@@ -1,0 +1,110 @@
+"""Hits of which no two belong together, and hits without some rows and all that belongs to them.
+
+Groups and families come as codes: one number for each row, equal for rows that belong together, -1 for a row that
+belongs to nothing. The functions here ask a search for more results than wanted and drop some; what a search is, they
+are told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+Vectors = NDArray[np.float32]
+Rows = NDArray[np.int64]
+Codes = NDArray[np.int32]
+Mask = NDArray[np.bool_]
+Found = tuple[Vectors, Rows]
+Search = Callable[[Vectors, int], Found]
+"""(Q, D) queries and K -> (Q, K) scores, descending, and rows; -inf and -1 only where there are no more rows."""
+
+FETCHED = (3, 12)
+"""Results to ask for per result wanted, one after the other."""
+
+
+def with_relatives(rows: Rows, codes: Codes) -> Mask:
+    """(N,) bool: some rows, and all rows that belong to the same as one of them.
+
+    Args:
+        rows: row numbers.
+        codes: (N,) int32.
+    """
+    mask = np.zeros(len(codes), np.bool_)
+    for code in np.unique(codes[rows]):
+        if code >= 0:
+            mask |= codes == code
+    mask[rows] = True
+    return mask
+
+
+def without_rows(search: Search, queries: Vectors, k: int, rows: Rows) -> Found:
+    """The first k results that are none of some rows; for few rows, since as many results more are asked for.
+
+    Args:
+        search: among all rows that may be found otherwise.
+        queries: (Q, D) float32.
+        k: results wanted.
+        rows: what to leave out.
+
+    Returns:
+        (Q, k) scores and rows; -inf and -1 only where there are no more rows.
+    """
+    scores, found = search(queries, k + len(rows))
+    return _first(scores, found, ~np.isin(found, rows) & (found >= 0), k)
+
+
+def one_each(
+    search: Search, without: Callable[[Vectors, int, Mask], Found], queries: Vectors, k: int, codes: Codes
+) -> Found:
+    """The first k results of which no two belong together.
+
+    Args:
+        search: among all rows that may be found.
+        without: the same, among those of them that a (N,) mask is False for.
+        queries: (Q, D) float32.
+        k: results wanted.
+        codes: (N,) int32.
+
+    Returns:
+        (Q, k) scores and rows; -inf and -1 only where there is nothing more that does not belong to a result.
+    """
+    scores, rows = np.full((len(queries), k), -np.inf, np.float32), np.full((len(queries), k), -1, np.int64)
+    left = np.arange(len(queries))
+    for factor in FETCHED:
+        found_scores, found = search(queries[left], factor * k)
+        scores[left], rows[left] = _first(found_scores, found, _new(found, codes), k)
+        left = left[(rows[left, -1] < 0) & (found[:, -1] >= 0)]
+        if not len(left):
+            return scores, rows
+    for query in left:  # few groups fill the first results: go on without them
+        while (filled := int(np.count_nonzero(rows[query] >= 0))) < k:
+            seen = with_relatives(rows[query, :filled], codes)
+            found_scores, found = without(queries[query : query + 1], k, seen)
+            more_scores, more = _first(found_scores, found, _new(found, codes), k - filled)
+            if more[0, 0] < 0:
+                break
+            scores[query, filled:], rows[query, filled:] = more_scores[0], more[0]
+    return scores, rows
+
+
+def _new(rows: Rows, codes: Codes) -> Mask:
+    """(Q, K) bool: results that do not belong to one before them."""
+    belongs = np.where(rows >= 0, codes[rows], -1).astype(np.int64)
+    belongs = np.where(belongs >= 0, belongs, len(codes) + 1 + rows)  # a row that belongs to nothing is its own
+    order = np.argsort(belongs, axis=1, kind="stable")
+    ordered = np.take_along_axis(belongs, order, axis=1)
+    new = np.ones(rows.shape, np.bool_)
+    np.put_along_axis(new, order[:, 1:], ordered[:, 1:] != ordered[:, :-1], axis=1)
+    return new & (rows >= 0)
+
+
+def _first(scores: Vectors, rows: Rows, kept: Mask, k: int) -> Found:
+    """(Q, k) the first results that are kept, then -inf and -1."""
+    order = np.argsort(~kept, axis=1, kind="stable")[:, :k]
+    kept = np.take_along_axis(kept, order, axis=1)
+    first_scores = np.where(kept, np.take_along_axis(scores, order, axis=1), -np.inf).astype(np.float32)
+    first_rows = np.where(kept, np.take_along_axis(rows, order, axis=1), -1)
+    missing = ((0, 0), (0, k - kept.shape[1]))
+    return np.pad(first_scores, missing, constant_values=-np.inf), np.pad(first_rows, missing, constant_values=-1)
