@@ -110,13 +110,7 @@ class Engine:
         return engine
 
     def search(
-        self,
-        queries: NDArray[np.float32],
-        k: int,
-        settings: Settings,
-        selector: Any = None,
-        lists: Any = None,
-        made: dict[Settings, Any] | None = None,
+        self, queries: NDArray[np.float32], k: int, settings: Settings, selector: Any = None
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """The nearest rows.
 
@@ -125,8 +119,6 @@ class Engine:
             k: 1 <= k <= number of rows.
             settings: checked.
             selector: FAISS IDSelector of the rows that may be found; None for all.
-            lists: FAISS IDSelector of the lists that may be visited; None for all.
-            made: search parameters made for these selectors before; filled. Making them costs half a search.
 
         Returns:
             (Q, k) float32 scores, descending, and (Q, k) int64 rows; -inf and -1 where fewer were found.
@@ -135,14 +127,12 @@ class Engine:
             settings = settings._replace(k_factor=settings.k_factor * FEWEST / k)
         if k * settings.k_factor > self.count:  # no more candidates than rows
             settings = settings._replace(k_factor=self.count / k)
-        if made is None:
-            made = self._parameters if selector is None and lists is None else {}
         if not self.spill:
-            scores, rows = self.index.search(queries, k, params=self._parameters_for(settings, selector, lists, made))
+            scores, rows = self.index.search(queries, k, params=self._search_parameters(settings, selector))
         else:
             twice = settings._replace(k_factor=max(1.0, settings.k_factor * DUPLICATES / 2))
-            found = self.index.search(queries, 2 * k, params=self._parameters_for(twice, selector, lists, made))
-            scores, rows = _first_of_each(*found, k, beside=self.fine is not None)
+            found = self.index.search(queries, 2 * k, params=self._search_parameters(twice, selector))
+            scores, rows = first_of_each(*found, k, beside=self.fine is not None)
         scores[rows < 0] = -np.inf
         return scores, rows
 
@@ -161,10 +151,12 @@ class Engine:
         vector: NDArray[np.float32] = source.reconstruct(row)
         return vector
 
-    def _parameters_for(self, settings: Settings, selector: Any, lists: Any, made: dict[Settings, Any]) -> Any:
-        if settings not in made:
-            made[settings] = _parameters_of(self.index, settings, selector, lists)
-        return made[settings]
+    def _search_parameters(self, settings: Settings, selector: Any) -> Any:
+        if selector is not None:
+            return _parameters_of(self.index, settings, selector)
+        if settings not in self._parameters:
+            self._parameters[settings] = _parameters_of(self.index, settings, None)
+        return self._parameters[settings]
 
 
 def lists_of(index: Any) -> Any:
@@ -178,20 +170,20 @@ def is_whole(number: Any) -> bool:
     return isinstance(number, int | np.integer) and not isinstance(number, bool)
 
 
-def _parameters_of(index: Any, settings: Settings, selector: Any, lists: Any = None) -> Any:
+def _parameters_of(index: Any, settings: Settings, selector: Any) -> Any:
     """Search parameters for every layer of a FAISS index; set on a wrapper, nprobe would be ignored without a word."""
     if isinstance(index, faiss.IndexRefine):
-        inner = _parameters_of(faiss.downcast_index(index.base_index), settings, selector, lists)
+        inner = _parameters_of(faiss.downcast_index(index.base_index), settings, selector)
         return make.IndexRefineSearchParameters(k_factor=settings.k_factor, base_index_params=inner)
     if isinstance(index, faiss.IndexPreTransform):
-        inner = _parameters_of(faiss.downcast_index(index.index), settings, selector, lists)
+        inner = _parameters_of(faiss.downcast_index(index.index), settings, selector)
         return make.SearchParametersPreTransform(index_params=inner)
     if isinstance(index, faiss.IndexIVF):
-        return search_parameters(index, settings.nprobe or index.nprobe, selector, lists)
+        return search_parameters(index, settings.nprobe or index.nprobe, selector)
     return None if selector is None else make.SearchParameters(sel=selector)
 
 
-def _first_of_each(
+def first_of_each(
     scores: NDArray[np.float32], rows: NDArray[np.int64], k: int, *, beside: bool
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """The first k results of each query without rows that came before; (Q, K) to (Q, k), -1 where there are fewer.

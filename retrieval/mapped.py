@@ -147,17 +147,16 @@ def _vectors_of(flat: Any) -> Vectors:
     return vectors
 
 
-def search_parameters(index: Any, nprobe: int, selector: Any = None, lists: Any = None) -> Any:
+def search_parameters(index: Any, nprobe: int, selector: Any = None) -> Any:
     """How an IVF index visits `nprobe` lists.
 
     Args:
         index: an IVF index.
         nprobe: lists to visit.
         selector: FAISS IDSelector of the rows that may be found; None for all.
-        lists: FAISS IDSelector of the lists that may be visited; None for all.
     """
     options: dict[str, Any] = {"nprobe": nprobe} | ({} if selector is None else {"sel": selector})
-    if (quantizer := quantizer_parameters(index, nprobe, lists)) is not None:
+    if (quantizer := quantizer_parameters(index, nprobe)) is not None:
         options["quantizer_params"] = quantizer
     return make.SearchParametersIVF(**options)
 

@@ -1,0 +1,271 @@
+"""Search among some rows only, however few or many they are and wherever they lie.
+
+    few rows     their vectors are gathered once and all compared: exact
+    many rows    lists are visited, as many as it takes (retrieval/selected_lists.py), and scanned with a bitmap of the
+                 rows; where that finds fewer than there are, all lists, and at last all rows
+
+So a selection of k rows or more always gives k results.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+import faiss
+import numpy as np
+from numpy.typing import NDArray
+
+from retrieval.engine import DUPLICATES, FEWEST, Engine, Settings, first_of_each
+from retrieval.mapped import make
+from retrieval.selected_lists import Lists, SelectedLists, lists_of_rows
+
+FEW_BYTES = 3 << 20
+"""Vectors for re-ranking up to which all are compared: a quarter of a millisecond's work. They are copied and kept."""
+
+BLOCK_BYTES = 32 << 20
+"""Vectors that are decoded at a time."""
+
+CACHED = 8
+"""Selections that are remembered."""
+
+Vectors = NDArray[np.float32]
+Rows = NDArray[np.int64]
+Mask = NDArray[np.bool_]
+Found = tuple[Vectors, Rows]
+
+
+class Selection:
+    """The rows that may be found, and what speeds up a search among them. Made by `SelectiveSearch`.
+
+    Args:
+        engine: what is searched.
+        lists_of: gives what `lists_of_rows` gives.
+        mask: (N,) bool, the rows.
+
+    Attributes:
+        count: number of rows.
+        selector: FAISS IDSelector of the rows.
+    """
+
+    def __init__(self, engine: Engine, lists_of: Callable[[], NDArray[Any]], mask: Mask) -> None:
+        self.count = int(np.count_nonzero(mask))
+        self._engine, self._lists_of = engine, lists_of
+        self._bits = np.packbits(mask, bitorder="little")
+        self.selector: Any = faiss.IDSelectorBitmap(self._bits)
+        self._parameters: dict[int, Any] = {}
+
+    @property
+    def mask(self) -> Mask:
+        """(N,) the rows."""
+        return np.unpackbits(self._bits, count=self._engine.count, bitorder="little").view(np.bool_)
+
+    @cached_property
+    def gathered(self) -> tuple[Any, Rows]:
+        """A FAISS index of these rows alone, and (M,) the row of each of its vectors."""
+        rows = np.flatnonzero(self.mask)
+        return part_of(self._engine, rows), rows
+
+    @cached_property
+    def lists(self) -> SelectedLists:
+        """The lists that hold these rows."""
+        return SelectedLists(self._engine.ivf, self._lists_of(), self.mask)
+
+    def parameters(self, lists: int) -> Any:
+        """Search parameters of a scan of so many lists; making them anew for each search would cost too much."""
+        if lists not in self._parameters:
+            self._parameters[lists] = make.SearchParametersIVF(nprobe=lists, sel=self.selector)
+        return self._parameters[lists]
+
+
+class SelectiveSearch:
+    """Searches among selected rows. Several threads may do so at once.
+
+    Args:
+        engine: what is searched.
+        alive: (N,) bool, rows that hold a product; None where all do.
+    """
+
+    def __init__(self, engine: Engine, alive: Mask | None = None) -> None:
+        self.engine, self._alive = engine, alive
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[str, Selection] = OrderedDict()
+
+    def select(self, mask: Mask | None = None) -> Selection:
+        """The selection of a (N,) mask, without empty rows; None for all rows."""
+        mask = np.ones(self.engine.count, np.bool_) if mask is None else mask
+        if mask.shape != (self.engine.count,):
+            raise ValueError(f"mask of shape {mask.shape}; expected ({self.engine.count},), one for each row")
+        return Selection(self.engine, lambda: self._lists_of, mask if self._alive is None else mask & self._alive)
+
+    def remembered(self, key: str, mask: Callable[[], Mask]) -> Selection:
+        """The selection of a mask that has a name; the last few are kept.
+
+        Args:
+            key: of the mask: the text of a filter.
+            mask: gives the (N,) mask.
+        """
+        with self._lock:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+                return self._kept[key]
+        selection = self.select(mask())
+        with self._lock:
+            selection = self._kept.setdefault(key, selection)
+            while len(self._kept) > CACHED:
+                self._kept.popitem(last=False)
+        return selection
+
+    def search(self, queries: Vectors, k: int, settings: Settings, selection: Selection) -> Found:
+        """The nearest of the selected rows: min(k, selected) for every query.
+
+        Args:
+            queries: (Q, D) float32, checked.
+            k: at least 1.
+            settings: of a search among all rows with the recall wanted; a selective one goes further where it has to.
+            selection: the rows that may be found.
+
+        Returns:
+            (Q, k) float32 scores, descending, and (Q, k) int64 rows; -inf and -1 where fewer are selected.
+
+        Raises:
+            ValueError: the index keeps neither lists nor vectors to compare.
+        """
+        scores = np.full((len(queries), k), -np.inf, np.float32)
+        rows = np.full((len(queries), k), -1, np.int64)
+        wanted = min(k, selection.count)
+        width = self._width(wanted, settings, selection)
+        block = max(1, BLOCK_BYTES // (4 * self.engine.index.d * max(width, 1)))
+        for start in range(0, len(queries) if wanted else 0, block):
+            part = slice(start, start + block)
+            scores[part, :wanted], rows[part, :wanted] = self._search(queries[part], wanted, width, settings, selection)
+        return scores, rows
+
+    def _search(self, queries: Vectors, k: int, width: int, settings: Settings, selection: Selection) -> Found:
+        """(Q, k) of a block of queries, k at most the number of selected rows."""
+        engine = self.engine
+        if selection.count * vector_bytes(engine) <= FEW_BYTES:
+            part, among = selection.gathered
+            scores, places = part.search(queries, k)
+            return scores, among[places]
+        if engine.ivf is None:
+            return self._compare_all(queries, k, selection)
+        asked = _transformed(engine.index, queries)
+        lists = selection.lists.to_visit(asked, settings.nprobe or engine.ivf.nprobe, k)
+        scores, rows = self._scan(queries, asked, k, width, selection, lists)
+        if (lacking := rows[:, -1] < 0).any():
+            everywhere = selection.lists.all(asked[lacking])
+            scores[lacking], rows[lacking] = self._scan(
+                queries[lacking], asked[lacking], k, width, selection, everywhere
+            )
+        if (lacking := rows[:, -1] < 0).any() and engine.fine is not None:
+            scores[lacking], rows[lacking] = self._compare_all(queries[lacking], k, selection)
+        return scores, rows
+
+    def _width(self, k: int, settings: Settings, selection: Selection) -> int:
+        """Candidates of each query."""
+        width = float(k)
+        if self.engine.fine is not None:
+            width = min(max(k, FEWEST) * settings.k_factor, selection.count)
+        if self.engine.spill:
+            width *= 2 if self.engine.fine is None else DUPLICATES
+        return max(k, int(np.ceil(width)))
+
+    def _scan(self, queries: Vectors, asked: Vectors, k: int, width: int, selection: Selection, lists: Lists) -> Found:
+        """The best of the rows in some lists: candidates by their codes, then ranked by finer vectors.
+
+        Args:
+            queries: (Q, D).
+            asked: the same, as the lists take them.
+            k: results.
+            width: candidates.
+            selection: the rows.
+            lists: to scan.
+        """
+        engine, (numbers, closeness) = self.engine, lists
+        scores, rows = np.empty((len(queries), width), np.float32), np.empty((len(queries), width), np.int64)
+        pointers = [faiss.swig_ptr(array) for array in (asked, numbers, closeness, scores, rows)]
+        parameters = selection.parameters(numbers.shape[1])
+        engine.ivf.search_preassigned_c(len(asked), pointers[0], width, *pointers[1:], False, parameters)
+        if engine.fine is not None:
+            vectors = engine.fine.sa_decode(codes_of(engine.fine)[rows.ravel()]).reshape(*rows.shape, -1)
+            scores = (vectors @ queries[:, :, None])[:, :, 0]
+            scores[rows < 0] = -np.inf
+            order = np.argsort(-scores, axis=1, kind="stable")
+            scores, rows = np.take_along_axis(scores, order, axis=1), np.take_along_axis(rows, order, axis=1)
+        scores[rows < 0] = -np.inf
+        if engine.spill:
+            return first_of_each(scores, rows, k, beside=engine.fine is not None)
+        return scores[:, :k], rows[:, :k]
+
+    def _compare_all(self, queries: Vectors, k: int, selection: Selection) -> Found:
+        """Compare with every selected row, in blocks."""
+        best = faiss.ResultHeap(len(queries), k, keep_max=True)
+        rows = np.flatnonzero(selection.mask)
+        block = max(1, BLOCK_BYTES // (4 * self.engine.index.d))
+        for start in range(0, len(rows), block):
+            some = rows[start : start + block]
+            scores, places = part_of(self.engine, some).search(queries, min(k, len(some)))
+            best.add_result(scores, some[places])
+        best.finalize()
+        return best.D, best.I
+
+    @cached_property
+    def _lists_of(self) -> NDArray[Any]:
+        return lists_of_rows(self.engine)
+
+
+def vector_bytes(engine: Engine) -> float:
+    """Bytes of a vector to compare; infinite where there is no quick way to them."""
+    return np.inf if engine.fine is None else float(engine.fine.sa_code_size())
+
+
+def codes_of(fine: Any) -> NDArray[np.uint8]:
+    """(N, C) codes of the vectors for re-ranking, where they lie."""
+    codes: NDArray[np.uint8] = faiss.rev_swig_ptr(fine.codes.data(), fine.ntotal * fine.code_size)
+    return codes.reshape(fine.ntotal, fine.code_size)
+
+
+def part_of(engine: Engine, rows: Rows) -> Any:
+    """A FAISS index of some rows alone, numbered from 0.
+
+    Args:
+        engine: holds all rows.
+        rows: ascending.
+
+    Raises:
+        ValueError: the index gives no vectors back.
+    """
+    fine, part = engine.fine, None
+    if isinstance(fine, faiss.IndexScalarQuantizer):
+        part = faiss.IndexScalarQuantizer(fine.d, fine.sq.qtype, faiss.METRIC_INNER_PRODUCT)
+        part.sq, part.is_trained = fine.sq, True
+    elif isinstance(fine, faiss.IndexFlat):
+        part = faiss.IndexFlatIP(fine.d)
+    if part is not None:
+        part.add_sa_codes(codes_of(fine)[rows])
+        return part
+    try:
+        vectors = (engine.index if fine is None else fine).reconstruct_batch(rows)
+    except RuntimeError as error:
+        raise ValueError(
+            "this kind of index cannot search among some rows only, since it has neither lists nor vectors to give "
+            f"back: build it with lists (IVF...) or as Flat ({error})"
+        ) from None
+    part = faiss.IndexFlatIP(engine.index.d)
+    part.add(vectors)
+    return part
+
+
+def _transformed(index: Any, queries: Vectors) -> Vectors:
+    """Queries as the lists take them."""
+    if isinstance(index, faiss.IndexRefine):
+        return _transformed(faiss.downcast_index(index.base_index), queries)
+    if isinstance(index, faiss.IndexPreTransform):
+        for number in range(index.chain.size()):
+            queries = faiss.downcast_VectorTransform(index.chain.at(number)).apply(queries)
+        return _transformed(faiss.downcast_index(index.index), queries)
+    return np.ascontiguousarray(queries, np.float32)
