@@ -100,15 +100,19 @@ def current(root: Path | str) -> Path:
         ArtefactError: nothing there, or `CURRENT` is missing, damaged or names a version that is not there.
     """
     root = Path(root)
-    pointer = _pointer(root)
+    while True:
+        pointer = _pointer(root)
+        name = _name_in(pointer or b"")
+        if name is not None and (root / VERSIONS / name / MANIFEST).is_file():
+            return root / VERSIONS / name
+        if pointer == _pointer(root):  # else that version was overtaken and removed meanwhile
+            break
     if pointer is None:
         problem = f"{root} has no {CURRENT}" if root.is_dir() else f"{root}: no such folder"
-    elif (name := _name_in(pointer)) is None:
+    elif name is None:
         problem = f"{root / CURRENT} is damaged: expected the name of a version such as 000001, found {pointer[:40]!r}"
-    elif not (root / VERSIONS / name / MANIFEST).is_file():
-        problem = f"{root / CURRENT} names version {name}, which is not there or not finished"
     else:
-        return root / VERSIONS / name
+        problem = f"{root / CURRENT} names version {name}, which is not there or not finished"
     there = [folder.name for folder in versions(root)]
     remedy = f"write one of the versions there into it ({', '.join(there)}), or build anew" if there else "build it"
     raise ArtefactError(f"{problem}: {remedy}")
@@ -320,7 +324,7 @@ def _collect(root: Path, keep: int) -> list[str]:
 
 def _discard(folder: Path) -> bool:
     """Remove a version unless somebody reads it; under a temporary name first, so that half of one is never seen."""
-    held = lock(folder)
+    held = lock(folder) if folder.is_dir() else None
     if held is None:
         return False
     with held:

@@ -25,7 +25,7 @@ def using(system: files.System) -> Iterator[None]:
 
 
 class Watched(files.System):
-    """Calls `before(operation, path)` ahead of each operation; counts them in `calls`.
+    """Calls `before(operation, path)` ahead of each operation; counts them in `calls`. Flushes nothing: it takes long.
 
     Attributes:
         calls: (operation, path) of all so far.
@@ -50,7 +50,6 @@ class Watched(files.System):
 
     def fsync(self, descriptor):
         self.before("fsync", self.paths[descriptor])
-        super().fsync(descriptor)
 
     def close(self, descriptor):
         try:
@@ -147,15 +146,18 @@ class _File:
         self.durable = self.volatile = content
 
 
-Names = dict[str, _File | None]
-"""Path -> file, None = a folder."""
+class _Folder:
+    """A folder, under whatever name: the names in it that are on disk."""
+
+    def __init__(self) -> None:
+        self.names: dict[str, _File | _Folder] = {}
 
 
 class _Change:
     """A change of names, on disk for certain once one of its folders is flushed."""
 
-    def __init__(self, apply: Callable[[Names], None], *folders: Path) -> None:
-        self.apply, self.folders, self.durable = apply, {_inode(folder) for folder in folders}, False
+    def __init__(self, apply: Callable[[], None], *folders: _File | _Folder) -> None:
+        self.apply, self.folders, self.durable = apply, folders, False
 
 
 class Disk(Watched):
@@ -175,10 +177,11 @@ class Disk(Watched):
         self.root, self.cut_at, self.forgotten = root, cut_at, forgotten
         self.fsyncs = 0
         self.changes: list[_Change] = []
-        self.known: dict[tuple[int, int], _File | None] = {_inode(root): None}
-        self.start: Names = {str(root): None}
+        self.top = _Folder()
+        self.known: dict[tuple[int, int], _File | _Folder] = {_inode(root): self.top}
         for path in sorted(root.rglob("*")):
-            self.known[_inode(path)] = self.start[str(path)] = None if path.is_dir() else _File(path.read_bytes())
+            node = _Folder() if path.is_dir() else _File(path.read_bytes())
+            self.known[_inode(path)] = self.known[_inode(path.parent)].names[path.name] = node
 
     def before(self, operation, path):
         super().before(operation, path)
@@ -198,88 +201,86 @@ class Disk(Watched):
 
     def mkdir(self, path):
         super().mkdir(path)
-        self._learn(Path(path))
+        self._learn(path)
 
     def fsync(self, descriptor):
-        super().fsync(descriptor)
+        self.before("fsync", self.paths[descriptor])
         self.fsyncs += 1
         path = self.paths[descriptor]
-        self._learn(path)
         if path.is_dir():
             for entry in path.iterdir():  # also what was made without this system
                 self._learn(entry)
         if self.fsyncs == self.forgotten:
             return
-        file = self.known[_inode(path)]
-        if file is not None:
-            file.durable = path.read_bytes()
+        node = self._learn(path)
+        if isinstance(node, _File):
+            node.durable = path.read_bytes()
         for change in self.changes:
-            change.durable |= _inode(path) in change.folders
+            change.durable |= node in change.folders
 
     def rename(self, old, new):
-        self._learn(Path(old))
+        node = self._learn(old)
         super().rename(old, new)
-        self._changed(lambda names: _rename(names, str(old), str(new)), new.parent)
+        self._moved(node, old, new)
 
     def replace(self, old, new):
-        self._learn(Path(old))
-        self._forget(Path(new))
+        node = self._learn(old)
+        self._forget(new)
         super().replace(old, new)
-        self._changed(lambda names: _rename(names, str(old), str(new)), new.parent)
+        self._moved(node, old, new)
 
     def exchange(self, one, other):
+        nodes = self._learn(one), self._learn(other)
         done = super().exchange(one, other)
         if done:
-            self._changed(lambda names: _exchange(names, str(one), str(other)), one.parent, other.parent)
+            folders = self._learn(one.parent), self._learn(other.parent)
+
+            def swap() -> None:
+                if (folders[0].names.get(one.name), folders[1].names.get(other.name)) == nodes:
+                    folders[0].names[one.name], folders[1].names[other.name] = nodes[1], nodes[0]
+
+            self.changes.append(_Change(swap, *folders))
         return done
 
     def link(self, old, new):
+        node = self._learn(old)
         super().link(old, new)
-        file = self.known[_inode(old)]
-        self._changed(lambda names: _add(names, str(new), file), new.parent)
+        self._added(node, new)
 
     def unlink(self, path):
-        self._forget(Path(path))
+        self._removed(path)
         super().unlink(path)
-        self._changed(lambda names: _drop(names, str(path)), path.parent)
 
     def rmtree(self, path):
-        inside = [*path.rglob("*")]
-        for each in sorted(inside, reverse=True):
-            self._forget(each)
-            self._changed(lambda names, each=each: _drop(names, str(each)), each.parent)
-        self._changed(lambda names: _drop(names, str(path)), path.parent)
+        for each in [*sorted(path.rglob("*"), reverse=True), path]:
+            self._removed(each)
         super().rmtree(path)
 
     def crash(self, chance: random.Random) -> None:
         """Leave in the folder what a power loss now might leave."""
         for path in self.root.rglob("*"):
             self._see(path)
-        names = dict(self.start)
         for change in self.changes:
             if change.durable or chance.random() < 0.5:
-                change.apply(names)
+                change.apply()
         for path in self.root.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-        left: dict[int, bytes] = {}
-        for name, file in sorted(names.items()):
-            if file is None:
-                Path(name).mkdir(exist_ok=True)
-            else:
-                Path(name).write_bytes(left.setdefault(id(file), _after_crash(file, chance)))
+        _write(self.top, self.root, chance, {})
 
-    def _learn(self, path: Path) -> None:
-        """Take note of a name made through this system or beside it."""
-        if self.root not in path.parents or not path.exists() or _inode(path) in self.known:
-            return
-        self._learn(path.parent)
-        file = None if path.is_dir() else _File(b"")
-        self.known[_inode(path)] = file
-        self._changed(lambda names: _add(names, str(path), file), path.parent)
+    def _learn(self, path: Path) -> _File | _Folder:
+        """What has this name; whatever was made beside this system is noted now."""
+        if self.root not in (path, *path.parents):
+            return _File(b"")
+        if _inode(path) not in self.known:
+            self._learn(path.parent)
+            self.known[_inode(path)] = node = _Folder() if path.is_dir() else _File(b"")
+            self._added(node, path)
+        return self.known[_inode(path)]
 
     def _see(self, path: Path) -> None:
-        if path.is_file() and (file := self.known.get(_inode(path))) is not None:
-            file.volatile = path.read_bytes()
+        node = self.known.get(_inode(path))
+        if isinstance(node, _File):
+            node.volatile = path.read_bytes()
 
     def _forget(self, path: Path) -> None:
         """A name goes; its inode number may be given to another file."""
@@ -288,8 +289,29 @@ class Disk(Watched):
             if path.is_dir() or path.stat().st_nlink == 1:
                 self.known.pop(_inode(path), None)
 
-    def _changed(self, apply: Callable[[Names], None], *folders: Path) -> None:
-        self.changes.append(_Change(apply, *folders))
+    def _added(self, node: _File | _Folder, path: Path) -> None:
+        folder = self._learn(path.parent)
+        self.changes.append(_Change(lambda: folder.names.__setitem__(path.name, node), folder))
+
+    def _moved(self, node: _File | _Folder, old: Path, new: Path) -> None:
+        source, target = self._learn(old.parent), self._learn(new.parent)
+
+        def move() -> None:
+            if source.names.get(old.name) is node:
+                del source.names[old.name]
+                target.names[new.name] = node
+
+        self.changes.append(_Change(move, target))
+
+    def _removed(self, path: Path) -> None:
+        node, folder = self._learn(path), self._learn(path.parent)
+        self._forget(path)
+
+        def remove() -> None:
+            if folder.names.get(path.name) is node and not (isinstance(node, _Folder) and node.names):
+                del folder.names[path.name]
+
+        self.changes.append(_Change(remove, folder))
 
 
 def _inode(path: Path) -> tuple[int, int]:
@@ -297,33 +319,13 @@ def _inode(path: Path) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _add(names: Names, path: str, file: _File | None) -> None:
-    if os.path.dirname(path) in names:
-        names[path] = file
-
-
-def _drop(names: Names, path: str) -> None:
-    if not any(name.startswith(path + os.sep) for name in names):
-        names.pop(path, None)
-
-
-def _rename(names: Names, old: str, new: str) -> None:
-    if old in names and os.path.dirname(new) in names:
-        moved = {new + name[len(old) :]: names.pop(name) for name in _within(names, old)}
-        for name in _within(names, new):
-            del names[name]
-        names.update(moved)
-
-
-def _exchange(names: Names, one: str, other: str) -> None:
-    if one in names and other in names:
-        mine = {other + name[len(one) :]: names.pop(name) for name in _within(names, one)}
-        names.update({one + name[len(other) :]: names.pop(name) for name in _within(names, other)})
-        names.update(mine)
-
-
-def _within(names: Names, path: str) -> list[str]:
-    return [name for name in names if name == path or name.startswith(path + os.sep)]
+def _write(folder: _Folder, path: Path, chance: random.Random, contents: dict[int, bytes]) -> None:
+    path.mkdir(exist_ok=True)
+    for name, node in sorted(folder.names.items()):
+        if isinstance(node, _Folder):
+            _write(node, path / name, chance, contents)
+        else:  # under each of its names a file has the same content
+            (path / name).write_bytes(contents.setdefault(id(node), _after_crash(node, chance)))
 
 
 def _after_crash(file: _File, chance: random.Random) -> bytes:
