@@ -10,7 +10,7 @@ PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13; do \
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help setup demo test lint clean
+.PHONY: help setup demo test lint clean bench-setup
 
 help:  ## Show the targets.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -54,6 +54,20 @@ test: $(INSTALLED) lint  ## Format check, lint and all tests; skipped ones say w
 lint: $(INSTALLED)  ## Format check and lint only.
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
+
+# What `python -m benchmarks.index` compares with, each where nothing else needs it; a library that has no wheel here and
+# cannot be compiled is left out, and its row of the tables says so. autofaiss needs the older NumPy, and that one
+# an older Arrow.
+bench-setup:  ## Install the libraries that the index benchmark compares with, into environments of their own.
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet numpy
+	for package in 'usearch>=2.16' 'scann>=1.3' 'hnswlib>=0.8'; do \
+		.venv-peers/bin/python -m pip install --quiet "$$package" \
+			|| echo "skipped: $$package has no wheel for this Python and could not be compiled (needs g++)" >&2; \
+	done
+	$(PYTHON) -m venv .venv-autofaiss
+	.venv-autofaiss/bin/python -m pip install --quiet 'autofaiss>=2.18' 'numpy<2' 'pyarrow<20' \
+		|| echo "skipped: autofaiss could not be installed" >&2
 
 clean:  ## Remove the demo, caches and build leftovers; .venv stays.
 	rm -rf demo build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

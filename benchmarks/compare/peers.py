@@ -493,7 +493,7 @@ def num_lists(count: int) -> int:
 
 ARMS: dict[str, Callable[[], Arm]] = {
     "exact": Exact,
-    "ivfpq": lambda: FaissArm(lambda n, d: f"IVF{num_lists(n)},PQ{d // 4}"),
+    "ivfpq": lambda: FaissArm(lambda n, d: f"IVF{num_lists(n)},PQ{d // 8}"),
     "floor": lambda: FaissArm(lambda n, d: f"IVF{num_lists(n)},PQ{d // 2}x4fsr,Refine(SQ8)"),
     "hnsw": lambda: FaissArm(lambda n, d: "HNSW32"),
     "hnswlib": HnswLib,
@@ -564,7 +564,7 @@ def measure(arm: Arm, task: Task) -> dict[str, Any]:
 
 
 def sweep(arm: Arm, queries: Vectors, exact: Rows, task: Task) -> list[Point]:
-    """All points that no other one beats in both recall and throughput, cheapest first, with the times of single queries."""
+    """All points that no other one beats in both recall and throughput, cheapest first."""
     tried: list[Point] = []
     best = -1.0
     arm.threads(task.threads)

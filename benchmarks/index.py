@@ -1,14 +1,14 @@
 """Our index beside exact search and its peers, on the same vectors, with the same threads, at equal recall.
 
-    python -m benchmarks.compare --json FILE [--quick] [--n 1000000] [--arms ours,hnsw,...] [--work DIR]
-    python -m benchmarks.compare --growth FILE FILE ...
+    python -m benchmarks.index --json FILE [--quick] [--n 1000000] [--arms ours,hnsw,...] [--work DIR]
+    python -m benchmarks.index --growth FILE FILE ...
 
 Each arm builds in a process of its own and is searched in another one, one after the other. `make bench-setup` installs
 the peers. The arms:
 
     exact        faiss IndexFlatIP
     ours         the default recipe; ours-spill: with a second list per vector; ours-target: built for recall 0.95
-    ivfpq        faiss IVF{4 sqrt N},PQ{D/4}, no re-ranking; floor: faiss IVF{4 sqrt N},PQ{D/2}x4fsr,Refine(SQ8)
+    ivfpq        faiss IVF{4 sqrt N},PQ{D/8}, no re-ranking; floor: faiss IVF{4 sqrt N},PQ{D/2}x4fsr,Refine(SQ8)
     hnsw         faiss HNSW32
     hnswlib, usearch, scann, autofaiss     with their defaults, or what they choose or advise
 
@@ -61,7 +61,7 @@ from benchmarks.compare.peers import Task
 from benchmarks.compare.vectors import Source, prepare
 from retrieval import storage
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parent.parent
 LEVELS = (0.95, 0.99)
 QUICK, FULL = 50_000, 1_000_000
 ARMS = ("exact", *ours.ARMS, *(name for name in peers.ARMS if name != "exact"))
@@ -115,7 +115,7 @@ class StageFailed(Exception):
 
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit code."""
-    parser = ArgumentParser(prog="python -m benchmarks.compare", description=__doc__, allow_abbrev=False)
+    parser = ArgumentParser(prog="python -m benchmarks.index", description=__doc__, allow_abbrev=False)
     parser.add_argument("--json", type=Path, default=None, help="file of the figures")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK:,} vectors: a look, not a result")
     parser.add_argument("--n", type=int, default=None, help=f"number of vectors ({FULL:,})")
