@@ -1,0 +1,70 @@
+"""Builds that are killed, and builds that meet."""
+
+import json
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from small import FACTORY, FULL, ROOT, answers, build, digests, embed, leftovers, served
+
+from retrieval.index import ProductIndex
+
+HERE = Path(__file__).parent
+FLAT = "Flat"
+
+
+def program(name, *arguments):
+    command = [sys.executable, str(HERE / name), *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def old(tmp_path_factory):
+    """An index of other products, which is in use meanwhile."""
+    folder = tmp_path_factory.mktemp("old")
+    return build(embed(folder / "e", 300, seed=5), folder / "index")
+
+
+@pytest.mark.parametrize(("factory", "share"), [("IVF64,PQ4x4fsr,Refine(SQ8)", 0.8), (FLAT, 0.2)])
+def test_a_build_killed_at_any_moment_goes_on_to_the_same_index(tmp_path, old, factory, share, figures):
+    rows, shards, kills = (20_000, 40, 500) if FULL else (4_000, 20, 10)
+    embeddings = embed(tmp_path / "e", rows, shards)
+    kills = round(kills * share)
+    done = program("killed_builds.py", embeddings, tmp_path, kills, old, factory)
+    assert (done["equal"], done["left"], done["encoded too often"]) == (done["builds"], 0, 0), done
+    assert done["blocks"] == (0 if factory == FLAT else shards)
+    assert answers(tmp_path / "0" / "index") == answers(tmp_path / "whole")
+    ids = ProductIndex.open(tmp_path / "0" / "index").all_ids().to_pylist()
+    expected = Counter(f"product {row:05d}" for row in range(rows))
+    assert Counter(ids) == expected
+    figures["T1 kills survived"] += done["kills"]
+    figures["T1 builds finished after kills, equal to an uninterrupted one"] += done["equal"]
+    figures["T1 blocks encoded more than once per kill"] += done["encoded too often"]
+    figures["ids lost, doubled or moved"] += sum(((expected - Counter(ids)) + (Counter(ids) - expected)).values())
+
+
+TOLD = r"another run is building|conflict at|already exists and holds an index"
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["new version", "first version"])
+@pytest.mark.parametrize("factory", [FACTORY, FLAT])
+def test_of_two_builders_at_once_one_wins_and_the_other_is_told(tmp_path, old, factory, first, figures):
+    embeddings, rounds = embed(tmp_path / "e", 600), 10 if FULL else 2
+    alone = [digests_of_build(tmp_path / f"alone{seed}", embeddings, factory, seed) for seed in (0, 1)]
+    for outcome in program("rival_builds.py", embeddings, tmp_path, rounds, "-" if first else old, factory):
+        root = Path(outcome["index"])
+        assert 0 in outcome["codes"], outcome
+        for code, output in zip(outcome["codes"], outcome["outputs"], strict=True):
+            assert code == 0 or (code == 1 and re.search(rf"^error: .*({TOLD})", output, re.M)), output
+        assert served(root) in [alone[seed] for seed in (0, 1) if outcome["codes"][seed] == 0]
+        assert leftovers(root) == []
+        figures["T9 pairs of builders that did not mix"] += 1
+
+
+def digests_of_build(root, embeddings, factory, seed):
+    return digests(build(embeddings, root, factory, seed) / "versions" / "000001")
