@@ -1,13 +1,18 @@
 import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from faults import Failing, Watched, using
+from faults import Failing, ShortWrites, Watched, using
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -212,9 +217,163 @@ def test_write_file_replaces_in_one_step_and_an_exception_keeps_the_old(tmp_path
     assert os.listdir(tmp_path) == ["x"]
 
 
-def table(*values):
-    import pyarrow as pa
+def written_by_faiss(file):
+    import faiss
 
+    index = faiss.IndexFlatIP(4)
+    index.add(np.ones((1000, 4), np.float32))
+    faiss.write_index(index, faiss.PyCallbackIOWriter(file.write))
+
+
+def written_by_arrow(file):
+    with pa.ipc.new_file(file, table(1).schema) as sink:
+        sink.write_table(table(*range(1000)))
+
+
+def written_by_parquet(file):
+    pq.write_table(table(*range(1000)), file)
+
+
+def written_by_numpy(file):
+    np.save(file, np.arange(1000))
+
+
+WRITERS = [written_by_faiss, written_by_arrow, written_by_parquet, written_by_numpy]
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_every_library_writes_through_the_seam_and_short_writes_go_on(tmp_path, write):
+    for name, system in (("whole", Watched()), ("pieces", ShortWrites(7))):
+        with using(system), storage.create(tmp_path / name) as file:
+            write(file)
+            assert not file.readable()
+        assert file.closed
+        assert ("write", tmp_path / name) in system.calls and system.calls[-1] == ("close", tmp_path / name)
+    assert (tmp_path / "whole").read_bytes() == (tmp_path / "pieces").read_bytes()
+    assert len(system.calls) > 500
+
+
+@pytest.mark.parametrize("write", WRITERS)
+@pytest.mark.parametrize("buffer", [1, 1 << 20])
+def test_a_full_disk_is_named_with_the_file_whatever_library_writes(tmp_path, write, buffer, monkeypatch):
+    monkeypatch.setattr(files, "BUFFER_BYTES", buffer)
+    with using(counted := Watched()), storage.create(tmp_path / "x.bin") as file:
+        write(file)
+    steps = len(counted.calls)
+    for step in sorted({2, 3, steps // 2, steps - 1, steps} - {1}):
+        with using(Failing(step, errno.ENOSPC)):
+            with pytest.raises(ArtefactError, match=r"x\.bin could not be written: No space left on device$"):
+                with storage.create(tmp_path / "x.bin") as file:
+                    write(file)
+        assert file.closed
+
+
+def test_after_a_failure_nothing_more_is_written(tmp_path):
+    with using(Failing(2, errno.EIO)), pytest.raises(ArtefactError, match=r"x could not be written: Input/output"):
+        with storage.create(tmp_path / "x") as file:
+            for _ in range(3):
+                with suppress(ArtefactError):
+                    file.write(b"1" * files.BUFFER_BYTES * 2)
+    assert (tmp_path / "x").stat().st_size <= files.BUFFER_BYTES * 2
+
+
+def test_another_exception_than_the_disks_stays_what_it_is(tmp_path):
+    with pytest.raises(RuntimeError, match="stop"), storage.create(tmp_path / "x") as file:
+        file.write(b"some")
+        raise RuntimeError("stop")
+    assert (tmp_path / "x").read_bytes() == b"some"
+    with storage.create(tmp_path / "x"):
+        pass
+    assert (tmp_path / "x").read_bytes() == b""
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        storage.create(tmp_path / "nowhere" / "x")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("write", WRITERS)
+def test_the_device_that_is_always_full(write):
+    with pytest.raises(ArtefactError, match="/dev/full could not be written: No space left on device"):
+        with storage.create("/dev/full") as file:
+            write(file)
+
+
+def test_a_limit_on_the_size_of_files_is_named_and_nothing_stays(tmp_path):
+    program = (
+        "import resource, sys; from retrieval import storage\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, 3_000_000))\n"
+        "with storage.new_folder(sys.argv[1], kind='t') as folder, storage.create(folder / 'big') as file:\n"
+        "    for _ in range(10): file.write(bytes(1_000_000))"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path / "a")], capture_output=True, text=True)
+    assert done.returncode == 1 and re.search(
+        r"ArtefactError: .*/big could not be written: File too large", done.stderr
+    )
+    assert os.listdir(tmp_path) == []
+
+
+def test_folders_are_made_with_those_above_unless_a_file_is_in_the_way(tmp_path):
+    storage.make_folder(tmp_path / "a" / "b" / "c")
+    storage.make_folder(tmp_path / "a" / "b" / "c")
+    assert (tmp_path / "a" / "b" / "c").is_dir()
+    (tmp_path / "file").touch()
+    with pytest.raises(ArtefactError, match=r"file is a file; expected a folder, or nothing"):
+        storage.make_folder(tmp_path / "file")
+
+
+@pytest.fixture
+def large(tmp_path, monkeypatch):
+    """A folder with a file that counts as large: 200,000 bytes, of which 16 blocks of 1,024 are its sample."""
+    monkeypatch.setattr(storage, "LARGE_BYTES", 100_000)
+    monkeypatch.setattr(storage, "SAMPLE_BLOCKS", 16)
+    monkeypatch.setattr(storage, "SAMPLE_BLOCK_BYTES", 1024)
+    return make(tmp_path / "a", np.random.default_rng(0).bytes(200_000))
+
+
+def flip(file, offset):
+    with file.open("r+b") as stream:
+        stream.seek(offset)
+        byte = stream.read(1)
+        stream.seek(offset)
+        stream.write(bytes([byte[0] ^ 1]))
+
+
+def test_a_fast_verify_reads_blocks_of_large_files_and_all_of_others(large):
+    file = large / "sub" / "数据.bin"
+    manifest = storage.verify(large, fast=True)
+    assert manifest.files["sub/数据.bin"].sample and not manifest.files["sub/deep/empty"].sample
+    assert json.loads((large / storage.MANIFEST).read_text())["version"] == 2
+    for offset in (0, 1023, 199_999, 200_000 - 1024, (200_000 - 1024) // 15):
+        flip(file, offset)
+        with pytest.raises(
+            ArtefactError, match=r"数据\.bin is damaged: expected sha256 of its sample \w{64}, found \w{64}"
+        ):
+            storage.verify(large, fast=True)
+        flip(file, offset)
+    flip(file, 2000)  # between blocks
+    storage.verify(large, fast=True)
+    with pytest.raises(ArtefactError, match=r"数据\.bin is damaged: expected sha256 \w{64}, found"):
+        storage.verify(large)
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ArtefactError, match="expected 200000 bytes, found 199999"):
+        storage.verify(large, fast=True)
+
+
+def test_a_large_file_of_which_a_part_was_lost_is_noticed_by_a_fast_verify(large):
+    file = large / "sub" / "数据.bin"
+    data = file.read_bytes()
+    longest = (200_000 - 1024) // 15 + 1024  # a gap of this length or longer touches a block
+    for start in range(0, 200_000 - longest, 9973):
+        file.write_bytes(data[:start] + bytes(longest) + data[start + longest :])
+        with pytest.raises(ArtefactError, match="sample"):
+            storage.verify(large, fast=True)
+
+
+def test_a_manifest_without_samples_is_what_the_first_release_reads(tmp_path):
+    path = make(tmp_path / "a")
+    assert json.loads((path / storage.MANIFEST).read_text())["version"] == 1
+
+
+def table(*values):
     return pa.table({"x": list(values)})
 
 
