@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Protocol, get_args
+from typing import Any, Protocol, get_args
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
+from retrieval import storage
 from retrieval.attribute_cells import (
     FAMILY,
     GROUP,
@@ -24,6 +25,7 @@ from retrieval.attribute_cells import (
 )
 from retrieval.catalogue import PreparedCatalogue
 from retrieval.sources import ID_COLUMNS, as_text, find_column, is_id, natural_key
+from retrieval.storage import ArtefactError
 
 GROUPINGS = {"group": GROUP, "group_id": GROUP, "family": FAMILY, "family_id": FAMILY}
 """Columns that are groups and families, whatever they hold."""
@@ -215,6 +217,30 @@ class FileSource:
         if characters > LONG_TEXT * known:
             return f"texts of {characters / known:,.0f} characters"
         return "number" if numbers else "path" if path else "category"
+
+
+def open_source(path: Path) -> AttributeSource:
+    """The attributes in a prepared catalogue, or in anyone's files.
+
+    Raises:
+        ValueError: see `FileSource`.
+        ArtefactError: see `CatalogueSource`.
+    """
+    return CatalogueSource(path) if (path / storage.MANIFEST).exists() else FileSource(path)
+
+
+def known_source(meta: Mapping[str, Any]) -> AttributeSource | None:
+    """The catalogue that embeddings were made from, provided that it is there and still the same.
+
+    Args:
+        meta: of the embeddings: the catalogue's fingerprint, and a hint where it lies.
+    """
+    path = meta.get("hints", {}).get("catalogue")
+    try:
+        same = path is not None and PreparedCatalogue(path).fingerprint == meta.get("catalogue")
+    except (ArtefactError, OSError, ValueError):
+        return None
+    return CatalogueSource(path) if same else None
 
 
 def _files(path: Path) -> list[Path]:

@@ -28,6 +28,9 @@ from retrieval.attribute_cells import FAMILY, GROUP, TEXT, Kind, checked_kind
 from retrieval.attribute_sources import Batches
 from retrieval.storage import ArtefactError
 
+ATTRIBUTES_FILE = "attributes.arrow"
+"""Where an index keeps it."""
+
 KIND_KEY, ROWS_KEY = b"kind", b"rows"
 """Of the metadata of a column, and of the file."""
 

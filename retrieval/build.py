@@ -18,6 +18,9 @@ from numpy.typing import NDArray
 
 from retrieval import gpu, resources, storage, versions
 from retrieval.assemble import IDS_FILE, INDEX_FILE, write_mapped, write_products
+from retrieval.attribute_sources import AttributeSource, known_source, open_source
+from retrieval.attribute_writer import write_attributes
+from retrieval.attributes import ATTRIBUTES_FILE
 from retrieval.embeddings import EmbeddingBatch, EmbeddingReader
 from retrieval.encoded import GROUPING_BYTES, Blocks
 from retrieval.engine import Engine, Settings, lists_of
@@ -75,6 +78,7 @@ def build_index(
     *,
     target: Target | None = None,
     queries: EmbeddingReader | None = None,
+    attributes: Path | None = None,
     overwrite: bool = False,
 ) -> Manifest:
     """Build an index and publish it as the version in use.
@@ -89,6 +93,8 @@ def build_index(
         target: what the index should reach: the factory (where it is "auto") and how to search are chosen for it, and
             nothing is published that does not reach it.
         queries: real queries to choose by, of every kind that will be asked; None: the products themselves.
+        attributes: what filters ask for: a prepared catalogue, or a Parquet or CSV file with a column of ids; None for
+            the catalogue that was embedded, where it is there and still the same.
         overwrite: publish a new version of an index that is there; the old one is kept.
 
     Raises:
@@ -114,12 +120,15 @@ def build_index(
         raise ArtefactError(
             f"{output} already exists and holds an index: choose another place, or publish a new version (overwrite)"
         )
+    source = known_source(reader.meta) if attributes is None else open_source(attributes)
     meta: dict[str, Any] = {"format": FORMAT}
     with _leaving_nothing(output), versions.publish(output, kind=KIND, meta=meta, upgrade=overwrite) as folder:
         if design is None:
             built = _whole(reader, folder, choice, recipe)
         else:
             built = _mapped(reader, folder, output, choice, recipe, target, queries)
+        if source is not None:
+            meta["attributes"] = _write_attributes(folder, source)
         storage.write_json(folder / SETTINGS_FILE, built.settings)
         meta.update(
             model=reader.meta.get("model"),
@@ -135,6 +144,18 @@ def build_index(
         )
     Workspace.remove(output)
     return storage.read_manifest(versions.current(output), KIND)
+
+
+def _write_attributes(folder: Path, source: AttributeSource) -> dict[str, Any]:
+    """Write what is known of the products whose ids were written; returns what the manifest says of it."""
+    with pa.memory_map(str(folder / IDS_FILE)) as file, storage.create(folder / ATTRIBUTES_FILE) as stream:
+        ids = pa.ipc.open_file(file).read_all().column("product_id")
+        report = write_attributes(stream, ids.chunks, [source], folder)
+    if report["rows_without"]:
+        logger.warning("%s of %s products are not in %s", f"{report['rows_without']:,}", f"{len(ids):,}", source.name)
+    for column, why in source.ignored.items():
+        logger.info("no attribute: %s: %s", column, why)
+    return {"kinds": report["kinds"], "rows_without": report["rows_without"]}
 
 
 @contextmanager
