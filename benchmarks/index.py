@@ -115,7 +115,9 @@ class StageFailed(Exception):
 
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit code."""
-    parser = ArgumentParser(prog="python -m benchmarks.index", description=__doc__, allow_abbrev=False)
+    parser = ArgumentParser(
+        prog="python -m benchmarks.index", description=(__doc__ or "").splitlines()[0], allow_abbrev=False
+    )
     parser.add_argument("--json", type=Path, default=None, help="file of the figures")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK:,} vectors: a look, not a result")
     parser.add_argument("--n", type=int, default=None, help=f"number of vectors ({FULL:,})")

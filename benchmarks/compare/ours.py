@@ -23,6 +23,7 @@ import numpy as np
 
 import retrieval.build
 from benchmarks.compare.peers import (
+    K_FACTORS,
     PROBES,
     Arm,
     Point,
@@ -44,7 +45,6 @@ from retrieval.index import ProductIndex
 from retrieval.tune import Target
 from retrieval.workspace import BLOCK_ROWS, Workspace
 
-K_FACTORS = (2.0, 4.0, 6.0, 8.0, 12.0)
 COLD = (0.95, 0.99)
 """Recall whose points are searched again with an empty page cache."""
 

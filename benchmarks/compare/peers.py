@@ -38,11 +38,11 @@ SLOW_ENOUGH = 0.85
 """Single queries are timed for points of at least this recall, or for the best one."""
 
 FLAT = 0.0005
-"""The next step of the main parameter must gain this much recall, or the sweep ends."""
+"""The next step of a parameter must gain this much recall, or no further one is tried."""
 
 PROBES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 EFS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
-K_FACTORS = (2.0, 4.0, 6.0, 8.0, 12.0)
+K_FACTORS = (2.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0)
 PER_LIST = 64
 """Training vectors per list for FAISS's own arms: its default, 256, takes longer and finds no more here."""
 
@@ -569,7 +569,11 @@ def sweep(arm: Arm, queries: Vectors, exact: Rows, task: Task) -> list[Point]:
     best = -1.0
     arm.threads(task.threads)
     for number, settings in enumerate(arm.grid()):
-        inner = [_batch(arm, queries, exact, point, task) for point in settings]
+        inner: list[Point] = []
+        for point in settings:
+            inner.append(_batch(arm, queries, exact, point, task))
+            if len(inner) > 1 and inner[-1]["recall"] < inner[-2]["recall"] + FLAT:
+                break
         tried += inner
         reached = max(point["recall"] for point in inner)
         if number >= arm.pinned and (reached >= ENOUGH or reached < best + FLAT):
