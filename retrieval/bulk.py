@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from retrieval import storage
+from retrieval import files, storage
 from retrieval.embeddings import EmbeddingBatch, EmbeddingReader
 from retrieval.engine import Settings
 from retrieval.index import ProductIndex, checked_k
@@ -126,9 +125,13 @@ def _search(index: ProductIndex, batch: EmbeddingBatch, k: int, settings: Settin
 
 def _join(parts: Path, output: Path) -> None:
     """All shards as one file; the shards go when it stands."""
-    files = sorted(parts.glob("*.parquet"))
-    with storage.write_file(output) as temporary, pq.ParquetWriter(temporary, pq.read_schema(files[0])) as writer:
-        for file in files:
-            for batch in pq.ParquetFile(file).iter_batches(131_072):
+    shards = sorted(parts.glob("*.parquet"))
+    with (
+        storage.write_file(output) as temporary,
+        storage.create(temporary) as file,
+        pq.ParquetWriter(file, pq.read_schema(shards[0])) as writer,
+    ):
+        for shard in shards:
+            for batch in pq.ParquetFile(shard).iter_batches(131_072):
                 writer.write_batch(batch)
-    shutil.rmtree(parts)
+    files.system.rmtree(parts)

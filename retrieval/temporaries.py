@@ -96,19 +96,20 @@ class Temporary(NamedTuple):
 @contextmanager
 def temporary(path: Path, *, folder: bool) -> Iterator[Temporary]:
     """A locked temporary name beside `path`, gone after the block; what killed writers left there is removed first."""
-    files.make_folder(path.parent)
-    sweep(path)
-    while True:
-        name = temporary_name(path)
-        if folder:
-            files.system.mkdir(name)
-        else:
-            files.create(name).close()
-        taken = lock(name)
-        if taken is not None:
-            if taken.held is not False and name.exists():
-                break
+    taken = None
+    while taken is None:
+        files.make_folder(path.parent)
+        with suppress(FileNotFoundError):  # a failing run has just removed the folder that it had made
+            sweep(path)
+            name = temporary_name(path)
+            if folder:
+                files.system.mkdir(name)
+            else:
+                files.create(name).close()
+            taken = lock(name)
+        if taken is not None and (taken.held is False or not taken.is_of(name)):
             taken.close()  # another writer's sweep came between
+            taken = None
     try:
         yield Temporary(name, taken)
     finally:

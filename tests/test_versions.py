@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from faults import Disk, Failing, PowerCut, Watched, using
 
-from retrieval import storage, temporaries, versions
+from retrieval import files, storage, temporaries, versions
 from retrieval.storage import ArtefactError
 
 ARTEFACTS = Path(__file__).parent / "artefacts"
@@ -207,7 +207,7 @@ def damaged_pointer(root, damage):
 
 POINTERS = {
     "missing": r"i has no CURRENT: write one of the versions there into it \(000001, 000002\), or build anew",
-    "nowhere": r"CURRENT names version 000009, which is not there or not finished: write one",
+    "nowhere": r"CURRENT names version 000009, which is not there: write one",
     b"": r"CURRENT is damaged: expected the name of a version such as 000001, found b''",
     b"000002": "CURRENT is damaged",
     b"../../x\n": "CURRENT is damaged",
@@ -539,3 +539,18 @@ def test_publishers_killed_at_any_moment_leave_a_version_in_use_and_nothing_else
     put(root, b"1")
     assert len(names(root)) == 2
     assert not [name for name in everything(root) if name.endswith(".tmp")]
+
+
+def test_a_failing_run_that_removes_the_folders_it_made_does_not_disturb_another(tmp_path, monkeypatch):
+    removed = []
+
+    def made_and_removed(path):
+        make_folder(path)
+        if path.name == "versions" and not removed:
+            removed.append(path)
+            path.rmdir()
+            path.parent.rmdir()
+
+    make_folder = files.make_folder
+    monkeypatch.setattr(files, "make_folder", made_and_removed)
+    assert served(put(tmp_path / "i", b"1")) == b"1" and removed
