@@ -6,8 +6,9 @@ A search among all rows that visits P lists sees rows of the P nearest ones. To 
   a list, and lists that sum up to P are visited. (P / s lists would hold as many such rows; fewer do, since the best of
   fewer rows are further apart.)
 * Where it has, a query may be far from all that may be found. It sees those rows at about the same distance, so that
-  its neighbours spread over many lists. Lists are visited too, then, that are hardly further away than those where the
-  first rows were met: how much that is, the query's own P nearest lists tell.
+  its neighbours spread over many lists. Lists are visited too, then, that are not much further away than those where
+  the first rows were met. The further these are from where the query stands, the further it goes; the unit is the
+  distance that its own P nearest lists span.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from retrieval.mapped import quantizer_parameters
 SHARE_EXPONENT = 0.5
 """What a list counts: its share of rows that may be found to this power."""
 
-REACH = 0.5
-"""How much further away lists are visited, in parts of the distance that a search among all rows covers."""
+NEAR, FAR = 0.5, 1.5
+"""How much further away lists are visited, in that unit: for a query among the rows that may be found, and at most."""
 
 ANCHOR = 2
 """Rows met per result wanted before that distance begins."""
@@ -41,6 +42,9 @@ MOST = 0.9
 STEP = 1.25
 """Numbers of lists are rounded up to powers of this: there are few different ones then, and parameters for each."""
 
+NOTHING = -1e30
+"""Scores below it mean that FAISS found no list."""
+
 Vectors = NDArray[np.float32]
 Mask = NDArray[np.bool_]
 Lists = tuple[NDArray[np.int64], Vectors]
@@ -54,6 +58,9 @@ class SelectedLists:
         ivf: FAISS index with L lists.
         lists_of: as of `lists_of_rows`.
         mask: (N,) bool, the rows that may be found.
+
+    Attributes:
+        unrelated: the selection has nothing to do with the vectors.
     """
 
     def __init__(self, ivf: Any, lists_of: NDArray[Any], mask: Mask) -> None:
@@ -64,7 +71,7 @@ class SelectedLists:
         self._weights = ((self._rows / np.maximum(sizes, 1)) ** SHARE_EXPONENT).astype(np.float32)
         share = self._rows.sum() / sizes.sum()
         self._mean_weight = share**SHARE_EXPONENT
-        self._unrelated = _is_unrelated(self._rows, sizes, share)
+        self.unrelated = _is_unrelated(self._rows, sizes, share)
         self._held = int(np.count_nonzero(self._rows))
         self._selector: Any = None
         if self._held < MOST * self._total and isinstance(self._quantizer, faiss.IndexFlat | faiss.IndexRefine):
@@ -80,7 +87,7 @@ class SelectedLists:
             nprobe: lists that a search among all rows visits.
             k: results wanted.
         """
-        if self._unrelated:
+        if self.unrelated:
             count = min(self._total, stepped(nprobe / self._mean_weight))
             return _compact(*self._nearest(queries, count, False))
         asked, selective = stepped(1.5 * nprobe / self._mean_weight), self._selector is not None
@@ -89,12 +96,14 @@ class SelectedLists:
         while True:
             asked = min(most, asked)
             lists, scores = self._nearest(queries, asked, selective)
-            reach = _reach(scores[:, :nprobe] if first is None else first)
+            own = scores[:, :nprobe] if first is None else first
             rows = self._rows[lists] * (lists >= 0)
             enough = np.cumsum(self._weights[lists] * (rows > 0), axis=1) >= nprobe
             met = np.cumsum(rows, axis=1) >= ANCHOR * k
             anchor = np.take_along_axis(scores, met.argmax(axis=1)[:, None], axis=1)
-            done = enough & met & (scores < anchor - REACH * reach)
+            span = own[:, :1] - np.where(own > NOTHING, own, np.inf).min(axis=1, keepdims=True)
+            further = np.minimum(NEAR * span + np.maximum(own[:, :1] - anchor, 0), FAR * span)
+            done = enough & met & (scores < anchor - further)
             if asked == most or done[:, -1].all():
                 needed = ~done
                 needed[:, 1:] |= ~enough[:, :-1]  # the list with which it is enough is needed too
@@ -155,13 +164,6 @@ def _is_unrelated(rows: NDArray[np.int64], sizes: NDArray[np.int64], share: floa
     observed = np.average((rows[filled] / sizes[filled] - share) ** 2, weights=sizes[filled])
     by_chance = share * (1 - share) * np.count_nonzero(filled) / sizes.sum()
     return bool(observed - by_chance <= UNRELATED * share**2)
-
-
-def _reach(scores: Vectors) -> Vectors:
-    """(Q, 1) how much lower the last list scores than the first."""
-    last = np.where(scores > -1e30, scores, np.inf).min(axis=1, keepdims=True)  # where there is none, it is -1e38
-    reach: Vectors = scores[:, :1] - last
-    return reach
 
 
 def _compact(lists: NDArray[np.int64], scores: Vectors, kept: Mask | None = None) -> Lists:

@@ -29,6 +29,13 @@ FEW_BYTES = 3 << 20
 BLOCK_BYTES = 32 << 20
 """Vectors that are decoded at a time."""
 
+WIDER, WIDEST = 2, 8
+"""Times as many candidates where a selection has to do with the vectors: codes hardly tell rows apart that are all far
+away. The second where the first was not enough."""
+
+LATE = 0.1
+"""It was not enough where more than this share of the results came from the last half of the candidates."""
+
 CACHED = 8
 """Selections that are remembered."""
 
@@ -137,9 +144,11 @@ class SelectiveSearch:
         scores = np.full((len(queries), k), -np.inf, np.float32)
         rows = np.full((len(queries), k), -1, np.int64)
         wanted = min(k, selection.count)
+        if not wanted or not len(queries):
+            return scores, rows
         width = self._width(wanted, settings, selection)
-        block = max(1, BLOCK_BYTES // (4 * self.engine.index.d * max(width, 1)))
-        for start in range(0, len(queries) if wanted else 0, block):
+        block = max(1, BLOCK_BYTES // (4 * self.engine.index.d * width))
+        for start in range(0, len(queries), block):
             part = slice(start, start + block)
             scores[part, :wanted], rows[part, :wanted] = self._search(queries[part], wanted, width, settings, selection)
         return scores, rows
@@ -155,10 +164,16 @@ class SelectiveSearch:
             return self._compare_all(queries, k, selection)
         asked = _transformed(engine.index, queries)
         lists = selection.lists.to_visit(asked, settings.nprobe or engine.ivf.nprobe, k)
-        scores, rows = self._scan(queries, asked, k, width, selection, lists)
+        related = engine.fine is not None and not selection.lists.unrelated
+        scores, rows, late = self._scan(queries, asked, k, width * WIDER if related else width, selection, lists)
+        if related and late.any():
+            numbers, closeness = (np.ascontiguousarray(array[late]) for array in lists)
+            scores[late], rows[late], _ = self._scan(
+                queries[late], asked[late], k, width * WIDEST, selection, (numbers, closeness)
+            )
         if (lacking := rows[:, -1] < 0).any():
             everywhere = selection.lists.all(asked[lacking])
-            scores[lacking], rows[lacking] = self._scan(
+            scores[lacking], rows[lacking], _ = self._scan(
                 queries[lacking], asked[lacking], k, width, selection, everywhere
             )
         if (lacking := rows[:, -1] < 0).any() and engine.fine is not None:
@@ -174,7 +189,9 @@ class SelectiveSearch:
             width *= 2 if self.engine.fine is None else DUPLICATES
         return max(k, int(np.ceil(width)))
 
-    def _scan(self, queries: Vectors, asked: Vectors, k: int, width: int, selection: Selection, lists: Lists) -> Found:
+    def _scan(
+        self, queries: Vectors, asked: Vectors, k: int, width: int, selection: Selection, lists: Lists
+    ) -> tuple[Vectors, Rows, Mask]:
         """The best of the rows in some lists: candidates by their codes, then ranked by finer vectors.
 
         Args:
@@ -184,22 +201,29 @@ class SelectiveSearch:
             width: candidates.
             selection: the rows.
             lists: to scan.
+
+        Returns:
+            (Q, k) scores and rows, and (Q,) whether more candidates would give better results.
         """
         engine, (numbers, closeness) = self.engine, lists
+        width = max(k, min(width, selection.count * (2 if engine.spill else 1)))
         scores, rows = np.empty((len(queries), width), np.float32), np.empty((len(queries), width), np.int64)
         pointers = [faiss.swig_ptr(array) for array in (asked, numbers, closeness, scores, rows)]
         parameters = selection.parameters(numbers.shape[1])
         engine.ivf.search_preassigned_c(len(asked), pointers[0], width, *pointers[1:], False, parameters)
+        late = np.zeros(len(queries), np.bool_)
         if engine.fine is not None:
             vectors = engine.fine.sa_decode(codes_of(engine.fine)[rows.ravel()]).reshape(*rows.shape, -1)
             scores = (vectors @ queries[:, :, None])[:, :, 0]
             scores[rows < 0] = -np.inf
             order = np.argsort(-scores, axis=1, kind="stable")
+            late = np.count_nonzero(order[:, :k] >= width // 2, axis=1) > LATE * k
             scores, rows = np.take_along_axis(scores, order, axis=1), np.take_along_axis(rows, order, axis=1)
+            late &= rows[:, -1] >= 0
         scores[rows < 0] = -np.inf
         if engine.spill:
-            return first_of_each(scores, rows, k, beside=engine.fine is not None)
-        return scores[:, :k], rows[:, :k]
+            return (*first_of_each(scores, rows, k, beside=engine.fine is not None), late)
+        return scores[:, :k], rows[:, :k], late
 
     def _compare_all(self, queries: Vectors, k: int, selection: Selection) -> Found:
         """Compare with every selected row, in blocks."""
