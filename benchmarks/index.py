@@ -14,7 +14,8 @@ the peers. The arms:
 
 Vectors are `faiss.contrib`'s SyntheticDataset (256 dimensions, inner product, unit length), or those of an embeddings
 folder with noisy copies up to N (--real). Results of arms that are done are kept in DIR and used again while data,
-settings, versions, and for our arms the source, are the same.
+settings, versions, and for our arms the source, are the same. DIR needs about 4 KB a vector while HNSW is measured, and
+2.5 KB without it; a run within 24 GiB of memory at 10 million vectors has the arms ours, ours-target, floor and exact.
 
 Keys of FILE, and a plot of recall and queries a second beside it:
     data       n, dim, measured (queries), tuned_by (other queries), seed, real, noise, digest
@@ -246,7 +247,10 @@ def _measured(run: Run, arm: str) -> dict[str, Any]:
             if point := cheapest(search["points"], level):
                 result["cold"][str(level)] = stage(run, arm, "cold", {"settings": point["settings"]})
     if arm == "ours":
-        result["extras"] = stage(run, arm, "extras")
+        try:
+            result["extras"] = stage(run, arm, "extras")
+        except StageFailed as error:  # the figures of the index stand all the same
+            result["extras"] = {"filters": {"error": str(error)}}
     if not run.keep and arm not in ours.ARMS:
         shutil.rmtree(folder)
     return result

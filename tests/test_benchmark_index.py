@@ -142,7 +142,7 @@ def test_report_has_every_figure(report: dict[str, Any], tmp_path: Path, capsys:
     assert point["p50_ms"] > 0
     assert ours["at"]["0.95"]["cold_p50_ms"] > 0
     assert {"sample", "train", "encode", "lists", "publish"} <= ours["build"]["seconds"].keys()
-    assert sum(ours["build"]["seconds"].values()) == pytest.approx(ours["build"]["total_s"], abs=0.2)
+    assert sum(ours["build"]["seconds"].values()) == pytest.approx(ours["build"]["total_s"], abs=0.5)
     assert ours["touched_per_vector"] > 16 / 2  # codes of a 4-bit PQ of 8 pieces at least
     expected = ours["at"]["0.95"]["qps"] / exact["at"]["0.95"]["qps"]
     assert report["ratios"]["0.95"]["ours"]["exact"] == pytest.approx(expected, abs=0.001)

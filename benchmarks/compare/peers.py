@@ -10,6 +10,7 @@ from /proc.
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import json
 import math
@@ -28,7 +29,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-VERSION = 1
+VERSION = 2
 """Of what is measured and how; results of another version are measured anew."""
 
 ENOUGH = 0.997
@@ -41,10 +42,10 @@ FLAT = 0.0005
 """The next step of a parameter must gain this much recall, or no further one is tried."""
 
 PROBES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
-EFS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+EFS = (10, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 K_FACTORS = (2.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0)
-PER_LIST = 64
-"""Training vectors per list for FAISS's own arms: its default, 256, takes longer and finds no more here."""
+PER_CENTROID = 64
+"""Training vectors per list, and per value of an 8-bit code, for FAISS's own arms: its default, 256, takes longer."""
 
 BLOCK = 100_000
 Vectors = NDArray[np.float32]
@@ -111,6 +112,10 @@ class VectorFile:
     def all(self) -> Vectors:
         """All of them."""
         return self.rows(0, self.count)
+
+    def mapped(self) -> Vectors:
+        """All of them as a map of the file: whoever adds block by block to a growing array needs twice its memory."""
+        return np.load(self._file, mmap_mode="r")
 
     def blocks(self) -> Iterator[tuple[int, Vectors]]:
         """(first row, block) of all vectors."""
@@ -217,13 +222,18 @@ class FaissArm(Arm):
         index = faiss.index_factory(vectors.dim, factory, faiss.METRIC_INNER_PRODUCT)
         stages, said = Stages(), factory
         if not index.is_trained:
-            size = min(vectors.count, max(65_536, PER_LIST * int(_number(factory, r"IVF(\d+)"))))
+            size = min(vectors.count, max(65_536, PER_CENTROID * int(_number(factory, r"IVF(\d+)"))))
             said = f"{factory}, trained on {size:,}"
+            if isinstance(index, faiss.IndexIVFPQ):
+                index.pq.cp.max_points_per_centroid = PER_CENTROID
             with stages.timed("train"):
                 index.train(vectors.sample(size))
         with stages.timed("add"):
-            for _, block in vectors.blocks():
-                index.add(block)
+            if factory.startswith("HNSW"):
+                index.add(vectors.mapped())
+            else:
+                for _, block in vectors.blocks():
+                    index.add(block)
         with stages.timed("write"):
             faiss.write_index(index, str(folder / "index.faiss"))
         return {"settings": said, "seconds": stages}
@@ -286,8 +296,7 @@ class Exact(FaissArm):
 
         vectors = VectorFile(task.data / "vectors.npy")
         index = faiss.IndexFlatIP(vectors.dim)
-        for _, block in vectors.blocks():
-            index.add(block)
+        index.add(vectors.mapped())
         self._use(index)
 
 
@@ -542,6 +551,7 @@ def measure(arm: Arm, task: Task) -> dict[str, Any]:
     queries = np.load(task.data / "queries.npy")
     exact = np.load(task.data / "exact.npy")[:, : task.k]
     arm.load()
+    give_back()
     before, load = {name: memory(name) for name in ("RssAnon", "RssFile")}, os.getloadavg()[0]
     started = time.perf_counter()
     arm.open(task.folder, task)
@@ -661,6 +671,11 @@ class AnonymousPeak:
 def memory(name: str) -> int:
     """Bytes of a line of /proc/self/status: RssAnon, RssFile, VmHWM."""
     return int(_number(Path("/proc/self/status").read_text(encoding="ascii"), rf"{name}:\s+(\d+)")) * 1024
+
+
+def give_back() -> None:
+    """Hand free memory back to the system: an index that was put there would not count as growth."""
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 def memory_available() -> int:

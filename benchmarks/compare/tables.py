@@ -13,13 +13,14 @@ from rich.table import Table
 
 from benchmarks.compare.figures import exponent, train_add
 
-COLUMNS = ("train+add s", "build s", "peak MB", "disk B", "hot B", "touched B")
+COLUMNS = ("train+add s", "tune s", "build s", "peak MB", "disk B", "hot B", "touched B")
+TUNING = ("choose", "measure")
 AT = ("recall", "queries/s", "p50 ms", "p99 ms", "cold p50", "cold p99", "lists %")
 
 
 def show(report: dict[str, Any]) -> None:
     """Print all tables."""
-    console = Console(width=None if sys.stdout.isatty() else 150)
+    console = Console(width=None if sys.stdout.isatty() else 170)
     for table in (_builds(report), *(_searches(report, level) for level in report["ratios"])):
         console.print(table)
     for name in ("filters", "updates"):
@@ -43,6 +44,7 @@ def _builds(report: dict[str, Any]) -> Table:
         build = arm["build"]
         figures = [
             _number(train_add(arm), ".1f"),
+            _number(sum(build["seconds"].get(name, 0.0) for name in TUNING) or None, ".1f"),
             f"{build['total_s']:,.1f}",
             f"{build['peak_rss_bytes'] / 1e6:,.0f}",
             *(f"{arm[f'{what}_per_vector']:,.0f}" for what in ("disk", "hot", "touched")),
@@ -58,7 +60,7 @@ def _searches(report: dict[str, Any], level: str) -> Table:
         "x: queries a second of our arms over the row's, both interpolated to the recall itself; - : not reached",
     )
     for name in ("arm", *AT, *(f"{name} x" for name in mine), "settings"):
-        table.add_column(name, justify="left" if name in ("arm", "settings") else "right", no_wrap=True)
+        table.add_column(name, justify="left" if name in ("arm", "settings") else "right", no_wrap=name != "settings")
     for name, arm in report["arms"].items():
         if arm["status"] != "ok":
             continue
@@ -103,6 +105,7 @@ def draw(report: dict[str, Any], file: Path) -> Path:
                 "o-" if own else "s--",
                 linewidth=2 if own else 1,
                 markersize=3,
+                color="black" if name == "exact" else None,
                 label=name,
             )
     axes.set_yscale("log")
