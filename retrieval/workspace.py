@@ -4,12 +4,13 @@ index.building/
 begun.json                  what is built from what: another build starts anew
 trained.faiss               index with empty lists
 finer.faiss                 ranges of the finer vectors, where there are any
-training.json               what the manifest will say of training; written last of the three
+training.json               what the manifest will say of training, and digests of these two; written last of the three
 000000-0000000000.parquet   encoded vectors, a block each
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import re
@@ -90,17 +91,36 @@ class Workspace:
 
     def trained(self, train: Callable[[], tuple[Trained, dict[str, Any]]]) -> tuple[Trained, dict[str, Any]]:
         """What an earlier run has learned, else what `train` learns; and what the manifest says of the training."""
-        if not (self.path / TRAINING_FILE).exists():
+        if self._learned() is None:
+            for block in self.path.glob("*.parquet"):  # of another training
+                files.system.unlink(block)
             trained, about = train()
+            digests = {}
             for name, index in ((TRAINED_FILE, trained.index), (FINER_FILE, trained.finer)):
                 if index is not None:
-                    storage.write_bytes(self.path / name, faiss.serialize_index(index).tobytes())
-            storage.write_json(self.path / TRAINING_FILE, {**about, "spill": trained.spill})
+                    data = faiss.serialize_index(index).tobytes()
+                    storage.write_bytes(self.path / name, data)
+                    digests[name] = hashlib.sha256(data).hexdigest()
+            storage.write_json(self.path / TRAINING_FILE, {**about, "spill": trained.spill, "files": digests})
         # Read back even what has just been learned: a build that was killed and one that was not do the same.
-        about = json.loads((self.path / TRAINING_FILE).read_text(encoding="utf-8"))
+        about = self._learned()
+        if about is None:
+            raise ArtefactError(f"what was written to {self.path} is not what is there: is its disk damaged?")
+        finer = faiss.read_index(str(self.path / FINER_FILE)) if FINER_FILE in about.pop("files") else None
         index = faiss.read_index(str(self.path / TRAINED_FILE))
-        finer = faiss.read_index(str(self.path / FINER_FILE)) if (self.path / FINER_FILE).exists() else None
         return Trained(index, finer, centroids_of(index), about.pop("spill")), about
+
+    def _learned(self) -> dict[str, Any] | None:
+        """What training.json says; None where that or a file it names is missing or damaged.
+
+        A folder that is being removed when its process is killed loses its files in any order.
+        """
+        try:
+            about: dict[str, Any] = json.loads((self.path / TRAINING_FILE).read_text(encoding="utf-8"))
+            digests = {name: hashlib.sha256((self.path / name).read_bytes()).hexdigest() for name in about["files"]}
+        except (FileNotFoundError, ValueError, KeyError):
+            return None
+        return about if digests == about["files"] else None
 
     def encode(self, reader: EmbeddingReader, trained: Trained) -> list[Path]:
         """Encode what earlier runs have not; returns the files of all blocks in the order of their rows."""
