@@ -112,7 +112,8 @@ def current(root: Path | str) -> Path:
     elif name is None:
         problem = f"{root / CURRENT} is damaged: expected the name of a version such as 000001, found {pointer[:40]!r}"
     else:
-        problem = f"{root / CURRENT} names version {name}, which is not there or not finished"
+        problem = f"{root / CURRENT} names version {name}, which "
+        problem += f"has no {MANIFEST}" if (root / VERSIONS / name).is_dir() else "is not there"
     there = [folder.name for folder in versions(root)]
     remedy = f"write one of the versions there into it ({', '.join(there)}), or build anew" if there else "build it"
     raise ArtefactError(f"{problem}: {remedy}")
