@@ -100,7 +100,7 @@ class Engine:
                     fine = open_fine(folder / FINE_FILE, rows, dim)
                     index, keep = faiss.IndexRefine(stored, fine), (*keep, fine)
                 engine = cls(index, rows, spill=bool(meta.get("spill")), keep=keep)
-        except (RuntimeError, OSError, ValueError) as error:
+        except Exception as error:  # whatever a library makes of a file that is none of its own
             raise ArtefactError(f"{folder} cannot be opened as an index: {error}") from None
         if (engine.index.ntotal, engine.index.d) != (rows, dim):
             raise ArtefactError(

@@ -89,6 +89,8 @@ def attach(index: Any, file: Path, sizes: NDArray[np.int64]) -> Any:
     Raises:
         ValueError: sizes, index and file do not belong together.
     """
+    if sizes.ndim != 1 or sizes.dtype != np.int64:
+        raise ValueError(f"sizes of lists are {sizes.dtype} of shape {sizes.shape}; expected int64, one for each list")
     expected = file_bytes(sizes, index.code_size)
     if len(sizes) != index.nlist or (sizes < 0).any() or file.stat().st_size != expected:
         raise ValueError(

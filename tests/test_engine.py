@@ -172,3 +172,10 @@ def test_files_of_other_sizes_than_the_manifest_says_are_refused(build, tmp_path
     folder = next(tmp_path_factory.getbasetemp().glob(f"engines*/{factory}False")) / "versions" / "000001"
     with pytest.raises(ArtefactError, match=rf"manifest {rows} vectors of {dim} dim|expected {rows} of {dim}"):
         Engine.open(folder, {"count": rows, "dim": dim})
+
+
+@pytest.mark.parametrize("content", [b"null", b"", b"IxFI", b"junk" * 100])
+def test_a_file_that_is_no_index_is_refused(tmp_path, content):
+    (tmp_path / "index.faiss").write_bytes(content)
+    with pytest.raises(ArtefactError, match="cannot be opened as an index"):
+        Engine.open(tmp_path, {"count": 10, "dim": 16})

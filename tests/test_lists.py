@@ -144,3 +144,10 @@ def test_lists_that_do_not_belong_to_the_index_are_refused(tmp_path, index, size
     (tmp_path / "lists.bin").write_bytes(stream.getvalue()[: len(stream.getvalue()) - cut])
     with pytest.raises(ValueError, match=r"lists\.bin has \d+ bytes; \d lists of 2-byte codes for an index of 5 lists"):
         attach(faiss.clone_index(index), tmp_path / "lists.bin", np.array(sizes, np.int64))
+
+
+@pytest.mark.parametrize("sizes", [np.array(5), np.zeros(5), np.zeros((5, 1), np.int64), np.zeros(5, np.uint64)])
+def test_sizes_of_another_type_or_shape_are_refused(tmp_path, index, sizes):
+    (tmp_path / "lists.bin").touch()
+    with pytest.raises(ValueError, match=r"sizes of lists are .* of shape .*; expected int64, one for each list"):
+        attach(faiss.clone_index(index), tmp_path / "lists.bin", sizes)
