@@ -112,8 +112,10 @@ class SelectedLists:
 
     def all(self, queries: Vectors) -> Lists:
         """All lists that hold rows of the selection, for each query."""
-        lists, scores = self._nearest(queries, self._total, False)
-        return _compact(lists, scores, self._rows[lists] * (lists >= 0) > 0)
+        held = np.flatnonzero(self._rows)
+        centres = np.stack([self._quantizer.reconstruct(int(number)) for number in held])
+        lists = np.tile(held, (len(queries), 1))
+        return lists, np.ascontiguousarray(queries @ centres.T, np.float32)
 
     def _nearest(self, queries: Vectors, count: int, selective: bool) -> Lists:
         """(Q, count) the nearest lists, of all or of those that hold rows, -1 where fewer were found."""
@@ -171,7 +173,7 @@ def _compact(lists: NDArray[np.int64], scores: Vectors, kept: Mask | None = None
     kept = lists >= 0 if kept is None else kept
     if kept.all() and kept.size:
         return lists, scores
-    width = stepped(int(kept.sum(axis=1).max(initial=1)))
+    width = min(lists.shape[1], stepped(int(kept.sum(axis=1).max(initial=1))))  # FAISS takes no more than there are
     front, front_scores = np.full((len(lists), width), -1, np.int64), np.zeros((len(lists), width), np.float32)
     query, place = np.nonzero(kept)
     to = (np.cumsum(kept, axis=1) - 1)[query, place]
