@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from retrieval.build import Recipe, build_index
+from retrieval.embeddings import EmbeddingReader, EmbeddingWriter
+from retrieval.engine import Settings
+from retrieval.filters import parse
+from retrieval.finding import FEW_LEFT_OUT, Finder
+from retrieval.index import ProductIndex
+from tests.attribute_rows import table_of
+
+DIM, COUNT = 16, 2000
+KINDS = {"price": "number", "brand": "category", "group": "category", "family": "category"}
+RNG = np.random.default_rng(0)
+PRICES, BRANDS, GROUPS = RNG.uniform(0, 100, COUNT), RNG.integers(0, 5, COUNT), RNG.integers(-1, 400, COUNT)
+CENTRES = RNG.standard_normal((400, DIM))
+VECTORS = CENTRES[GROUPS] + 0.4 * RNG.standard_normal((COUNT, DIM))
+VECTORS = (VECTORS / np.linalg.norm(VECTORS, axis=1, keepdims=True)).astype(np.float32)
+QUERIES = VECTORS[:20]
+ALIVE = RNG.random(COUNT) < 0.95
+THOROUGH = Settings(32, 200.0)
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    rows = [
+        {
+            "id": f"p{row}",
+            "price": PRICES[row],
+            "brand": f"b{BRANDS[row]}",
+            "group": f"g{GROUPS[row]}" if GROUPS[row] >= 0 else None,
+            "family": f"f{GROUPS[row] // 40}" if GROUPS[row] >= 0 else None,
+        }
+        for row in range(COUNT)
+    ]
+    return table_of(tmp_path_factory.mktemp("t") / "attributes.arrow", rows, KINDS)
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory):
+    root = tmp_path_factory.mktemp("i")
+    writer = EmbeddingWriter(root / "e", dim=DIM)
+    writer.write("s", [f"p{i}" for i in range(COUNT)], VECTORS)
+    writer.finish(["s"])
+    build_index(EmbeddingReader(root / "e"), root / "i", Recipe("IVF32,PQ8x4fsr,Refine(SQ8)", spill=True))
+    return ProductIndex.open(root / "i").engine
+
+
+@pytest.fixture(params=[-1, 3 << 20], ids=["lists", "one by one"])
+def finder(engine, table, request, monkeypatch):
+    monkeypatch.setattr("retrieval.selection.FEW_BYTES", request.param)
+    return Finder(engine, table, ALIVE)
+
+
+def naive(engine, query, k, *, allowed=None, without=(), without_groups=False, codes=None):
+    """Walk down the ranking of the vectors that the index keeps."""
+    vectors = engine.fine.reconstruct_n(0, COUNT)
+    banned = {GROUPS[row] for row in without if without_groups and GROUPS[row] >= 0}
+    taken, hits = set(), []
+    for row in np.argsort(-(vectors @ query), kind="stable"):
+        if not ALIVE[row] or row in without or GROUPS[row] in banned or not (allowed is None or allowed[row]):
+            continue
+        if codes is not None and codes[row] in taken:
+            continue
+        taken |= {codes[row]} if codes is not None and codes[row] >= 0 else set()
+        hits.append(int(row))
+    return (hits + [-1] * k)[:k]
+
+
+CASES = {
+    "nothing": ({}, {}),
+    "filter": (
+        {"filter": parse("price < 30 and brand in (b1, b2)")},
+        {"allowed": (PRICES < 30) & np.isin(BRANDS, (1, 2))},
+    ),
+    "few match": ({"filter": parse("price < 0.2")}, {"allowed": PRICES < 0.2}),
+    "rows": ({"without": np.arange(5)}, {"without": range(5)}),
+    "many rows": ({"without": np.arange(FEW_LEFT_OUT + 1)}, {"without": range(FEW_LEFT_OUT + 1)}),
+    "rows and their groups": (
+        {"without": np.arange(5), "without_groups": True},
+        {"without": range(5), "without_groups": True},
+    ),
+    "rows and their groups, many": (
+        {"without": np.arange(90), "without_groups": True},
+        {"without": range(90), "without_groups": True},
+    ),
+    "one per group": ({"one_per": "group"}, {"codes": GROUPS}),
+    "one per family": ({"one_per": "family"}, {"codes": np.where(GROUPS < 0, -1, GROUPS // 40)}),
+    "all at once": (
+        {"filter": parse("price > 20"), "without": np.arange(7), "without_groups": True, "one_per": "group"},
+        {"allowed": PRICES > 20, "without": range(7), "without_groups": True, "codes": GROUPS},
+    ),
+    "few match, one per family": (
+        {"filter": parse("price < 1"), "without": np.arange(120), "one_per": "family"},
+        {"allowed": PRICES < 1, "without": range(120), "codes": np.where(GROUPS < 0, -1, GROUPS // 40)},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("k", [1, 10, 60])
+def test_what_is_found_is_the_ranking_without_what_may_not_be_found(finder, engine, case, k):
+    asked, meaning = CASES[case]
+    scores, rows = finder.search(QUERIES, k, THOROUGH, **asked)
+    for query, its_scores, found in zip(QUERIES, scores, rows, strict=True):
+        expected = naive(engine, query, k, **meaning)
+        assert [row < 0 for row in found] == [row < 0 for row in expected]
+        true_scores = (engine.fine.reconstruct_n(0, COUNT) @ query)[found[found >= 0]]
+        assert np.allclose(its_scores[found >= 0], true_scores, atol=1e-6)
+        assert len({*found.tolist()} ^ {*expected}) <= (2 if k > 10 else 0)  # ties
+
+
+def test_deleted_products_are_not_counted(finder):
+    assert finder.count(None) == ALIVE.sum()
+    assert finder.count(parse("price < 50")) == (ALIVE & (PRICES < 50)).sum()
+    assert finder.count(parse("price is missing")) == 0
+
+
+def test_what_takes_attributes_says_when_there_are_none(engine, tmp_path):
+    bare = Finder(engine, None, None)
+    assert (bare.search(QUERIES, 5, THOROUGH, without=np.arange(3))[1] >= 3).all()
+    for asked in (
+        {"filter": parse("a = b")},
+        {"one_per": "group"},
+        {"without": np.arange(3), "without_groups": True},
+    ):
+        with pytest.raises(ValueError, match="this index knows no attributes of its products: build it with them"):
+            bare.search(QUERIES, 5, THOROUGH, **asked)
+    rows = [{"id": str(row), "price": 1.0} for row in range(COUNT)]
+    ungrouped = Finder(engine, table_of(tmp_path / "a.arrow", rows, {"price": "number"}), None)
+    with pytest.raises(ValueError, match=r"no attribute 'family' in .*a.arrow; there are price: build the index with"):
+        ungrouped.search(QUERIES, 5, THOROUGH, one_per="family")
+
+
+def test_a_filter_that_does_not_fit_is_refused_each_time(finder):
+    for _ in range(2):
+        with pytest.raises(ValueError, match="no attribute 'prize'"):
+            finder.search(QUERIES, 5, THOROUGH, filter=parse("prize < 5"))
