@@ -22,6 +22,7 @@ import faiss
 import numpy as np
 
 import retrieval.build
+from benchmarks.compare.extras import measure_filters, measure_updates
 from benchmarks.compare.peers import (
     K_FACTORS,
     PROBES,
@@ -212,29 +213,6 @@ def drop(file: Path) -> None:
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(descriptor)
-
-
-def measure_filters(index: ProductIndex, data: Path, k: int) -> dict[str, Any] | None:
-    """Recall@k and latency of filtered searches, beside unfiltered ones, by selectivity.
-
-    To be filled: for selectivities 0.1 %, 1 %, 10 % and 50 %, `{"0.01": {"recall": .., "p50_ms": .., "ratio": ..}}`
-    with the ratio to the unfiltered latency at recall 0.95. The truth is exact search over the rows that pass.
-
-    Returns:
-        None while it is not measured: the report then has no such section.
-    """
-    return None
-
-
-def measure_updates(index: ProductIndex, data: Path, work: Path) -> dict[str, Any] | None:
-    """Seconds and recall of updates of an index: upserts, deletions, the drift gauge before and after.
-
-    To be filled: works on a copy of the index under `work`.
-
-    Returns:
-        None while it is not measured: the report then has no such section.
-    """
-    return None
 
 
 def extras(task: Task) -> dict[str, Any]:

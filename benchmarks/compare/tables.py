@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,20 @@ def show(report: dict[str, Any]) -> None:
     console = Console(width=None if sys.stdout.isatty() else 170)
     for table in (_builds(report), *(_searches(report, level) for level in report["ratios"])):
         console.print(table)
-    for name in ("filters", "updates"):
-        if name in report:
-            console.print(name, report[name])
+    if isinstance(report.get("filters"), list):
+        console.print(_filters(report["filters"]))
+    if report.get("updates"):
+        console.print("update:", ", ".join(f"{name} {value}" for name, value in report["updates"].items()))
+
+
+def _filters(rows: Sequence[Mapping[str, Any]]) -> Table:
+    table = _table("searches among some rows, one at a time on one thread", "x: p50 over that of a search among all")
+    for name in ("rows", "share", "number", "recall@10", "p50 ms", "p99 ms", "x", "first ms"):
+        table.add_column(name, justify="left" if name == "rows" else "right", no_wrap=True)
+    for row in rows:
+        figures = (f"{row['recall']:.3f}", f"{row['p50_ms']:.3f}", f"{row['p99_ms']:.3f}", f"{row['ratio']:.2f}")
+        table.add_row(row["filter"], f"{row['share']:.2%}", f"{row['rows']:,}", *figures, f"{row['first_ms']:.1f}")
+    return table
 
 
 def _builds(report: dict[str, Any]) -> Table:
