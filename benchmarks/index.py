@@ -28,7 +28,8 @@ Keys of FILE, and a plot of recall and queries a second beside it:
         points   recall (recall@10 against exact search), qps (a batch on all threads), p50_ms and p99_ms (one query at
                  a time on one thread), lists_share, settings; only those that no other one beats
         hot_per_vector, touched_per_vector (codes, rows and centres that searches touch, mapped or not), disk_per_vector
-        at       recall level -> qps, p50_ms, lists_share between the points around it; point: the cheapest measured
+        at       recall level -> qps, p50_ms, lists_share between the points around it; bound: even the cheapest
+                 setting finds more, so qps is less than could be; point: the cheapest measured
                  one that reaches it; of ours cold_p50_ms, cold_p99_ms, cold_first_ms, cold_faults of that point after
                  the index's files were dropped from the page cache
     ratios     recall level -> our arm -> other arm -> qps of ours over theirs
@@ -285,7 +286,8 @@ def stage(run: Run, arm: str, name: str, options: dict[str, Any] | None = None) 
         str(asked.resolve()),
     ]
     names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
-    environment = {**os.environ, **dict.fromkeys(names, str(run.threads))}
+    # No arm uses a GPU here: benchmarks.gpu compares building with and without one.
+    environment = {**os.environ, **dict.fromkeys(names, str(run.threads)), "CUDA_VISIBLE_DEVICES": ""}
     with log.open("wb") as stream:
         try:
             done = subprocess.run(
@@ -336,7 +338,8 @@ def figures_of(result: dict[str, Any], n: int) -> dict[str, Any]:
         figures = {name: at_recall(points, level, name) for name in ("qps", "p50_ms", "lists_share")}
         if figures["qps"] is not None:
             cold = result.get("cold", {}).get(str(level), {})
-            at[str(level)] = {**figures, "point": cheapest(points, level), **cold}
+            bound = min(point["recall"] for point in points) > level
+            at[str(level)] = {**figures, "bound": bound, "point": cheapest(points, level), **cold}
     return {
         "status": "ok",
         "build": build,

@@ -68,7 +68,8 @@ def _searches(report: dict[str, Any], level: str) -> Table:
     mine = list(report["ratios"][level])
     table = _table(
         f"recall@10 {level}: the cheapest measured point that reaches it",
-        "x: queries a second of our arms over the row's, both interpolated to the recall itself; - : not reached",
+        "x: queries a second of our arms over the row's, both interpolated to the recall itself; <=: the row could be "
+        "faster, even its cheapest setting finds more; - : not reached",
     )
     for name in ("arm", *AT, *(f"{name} x" for name in mine), "settings"):
         table.add_column(name, justify="left" if name in ("arm", "settings") else "right", no_wrap=name != "settings")
@@ -92,7 +93,7 @@ def _searches(report: dict[str, Any], level: str) -> Table:
             _number(at.get("cold_p50_ms"), ".3f"),
             _number(at.get("cold_p99_ms"), ".3f"),
             _number(None if share is None else 100 * share, ".3f"),
-            *(_number(value, ".2f") for value in ratios),
+            *(("<=" if at.get("bound") and value else "") + _number(value, ".2f") for value in ratios),
             ", ".join(str(v) if k == "parameters" else f"{k} {v:g}" for k, v in point["settings"].items()),
         )
     return table
