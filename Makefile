@@ -10,7 +10,7 @@ PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13; do \
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help setup demo test lint clean bench-setup
+.PHONY: help setup demo test lint reliability clean bench-setup
 
 help:  ## Show the targets.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -68,6 +68,10 @@ bench-setup:  ## Install the libraries that the index benchmark compares with, i
 	$(PYTHON) -m venv .venv-autofaiss
 	.venv-autofaiss/bin/python -m pip install --quiet 'autofaiss>=2.18' 'numpy<2' 'pyarrow<20' \
 		|| echo "skipped: autofaiss could not be installed" >&2
+
+reliability: $(INSTALLED)  ## Kill, starve and damage index folders at length (25 minutes); the table at the end is also reliability.json.
+	TRITOWER_RELIABILITY=full TRITOWER_RELIABILITY_REPORT=reliability.json OMP_NUM_THREADS=1 $(BIN)/pytest -q -rs \
+		tests/reliability tests/test_storage.py tests/test_versions.py tests/test_workspace.py tests/test_update.py
 
 clean:  ## Remove the demo, caches and build leftovers; .venv stays.
 	rm -rf demo build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

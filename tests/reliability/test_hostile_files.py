@@ -17,7 +17,7 @@ MEMORY_MIB, SECONDS = 512, 20
 def test_files_changed_with_their_digests_end_at_most_the_process_that_opens_them(tmp_path, factory, figures):
     root = build(embed(tmp_path / "e", 200), tmp_path / "index", factory)
     (tmp_path / "work").mkdir()
-    cases = 700 if FULL else 60
+    cases = 700 if FULL else 25
     arguments = [versions.current(root), tmp_path / "work", cases, MEMORY_MIB, SECONDS]
     program = Path(__file__).with_name("hostile_files.py")
     done = subprocess.run([sys.executable, program, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True)

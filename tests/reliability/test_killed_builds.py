@@ -4,12 +4,16 @@ import json
 import re
 import subprocess
 import sys
+import threading
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from faults import using
 from small import FACTORY, FULL, ROOT, answers, build, digests, embed, leftovers, served
 
+from retrieval import files, storage, versions
 from retrieval.index import ProductIndex
 
 HERE = Path(__file__).parent
@@ -87,6 +91,41 @@ def test_of_two_builders_at_once_one_wins_and_the_other_is_told(tmp_path, old, f
         assert served(root) in [alone[seed] for seed in (0, 1) if outcome["codes"][seed] == 0]
         assert leftovers(root) == []
         figures["T9 pairs of builders that did not mix"] += 1
+
+
+class Meeting(files.System):
+    """Whoever is about to make its version the one in use waits for another who is, for a moment."""
+
+    def __init__(self):
+        self.barrier = threading.Barrier(2)
+
+    def rename(self, old, new):
+        if new.name.isdecimal():
+            with suppress(threading.BrokenBarrierError):
+                self.barrier.wait(1)
+        super().rename(old, new)
+
+
+def test_only_one_publisher_at_a_time_decides_which_version_is_in_use(tmp_path):
+    outcomes, ready = [], threading.Barrier(2)
+
+    def work(content):
+        try:
+            with versions.publish(tmp_path / "index", kind="index", meta={}) as folder:
+                storage.write_text(folder / "x", content)
+                ready.wait()
+            outcomes.append("published")
+        except storage.ArtefactError as error:
+            outcomes.append(str(error).split(" at ")[0])
+
+    with using(Meeting()):
+        threads = [threading.Thread(target=work, args=(content,)) for content in "ab"]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert sorted(outcomes) == ["conflict", "published"]
+    assert [folder.name for folder in versions.versions(tmp_path / "index")] == ["000001"]
 
 
 def digests_of_build(root, embeddings, factory, seed):
