@@ -232,13 +232,17 @@ def search(
 def update(
     index: Path,
     upsert: Path | None = None,
+    delete: Path | None = None,
+    attributes: Path | None = None,
+    model: Path | None = None,
     ids: Path | None = None,
     id_column: str | None = None,
     embedding_column: str | None = None,
     normalize: bool = False,
-    delete: Path | None = None,
-    model: Path | None = None,
     batch_size: int = 256,
+    num_workers: int = 0,
+    accelerator: str = "auto",
+    precision: str = "32-true",
     compact: bool = False,
     strict: bool = False,
     json: bool = False,
@@ -249,42 +253,49 @@ def update(
 
     Args:
         index: index folder.
-        upsert: a prepared catalogue, of which products that are new or have changed are embedded; or embeddings.
+        upsert: a prepared catalogue, of which products that are new or have changed are embedded; or embeddings, as
+            build takes them.
+        delete: text file of ids to take out, one per line.
+        attributes: new attributes for filters, of some products or of all, as build takes them; those of the catalogue
+            that the products are from when not given.
+        model: for a catalogue, the model folder; the one that made the embeddings when not given.
         ids: for .npy, the ids, as in build.
         id_column: column of ids in Parquet; guessed when not given.
         embedding_column: column of vectors in Parquet; guessed when not given.
         normalize: bring vectors of any length to length 1.
-        delete: text file of ids to take out, one per line.
-        model: model folder, for a catalogue; the one that made the embeddings when not given.
         batch_size: products embedded at a time.
+        num_workers: processes that read and decode.
+        accelerator: auto, cpu or gpu, to embed on.
+        precision: 32-true, or bf16-mixed on a GPU.
         compact: close up the rows of products that are gone even where they are few.
         strict: refuse ids to delete that are not there.
         json: print JSON.
     """
-    from retrieval import files, storage
+    from retrieval import storage
     from retrieval.embeddings import EmbeddingReader
     from retrieval.index import ProductIndex
     from retrieval.present import describe_update, find_model, show
-    from retrieval.update import read_ids_to_delete, to_json, update_index
+    from retrieval.update import Catalogue, read_ids_to_delete, update_index
 
-    if upsert is None and delete is None and not compact:
-        raise ValueError("nothing to do: give upsert, delete or compact")
+    if upsert is None and delete is None and attributes is None and not compact:
+        raise ValueError("nothing to do: give upsert, delete, attributes or compact")
+    source: EmbeddingReader | Catalogue | None = None
     opened = ProductIndex.open(index, fall_back=False)
-    source, unchanged = None if upsert is None else _side(upsert, "products"), 0
-    embedded = None
     if (
         upsert is not None
         and (upsert / storage.MANIFEST).exists()
         and storage.read_manifest(upsert).kind == "catalogue"
     ):
-        from towers.changes import embed_changes
+        folder = find_model(opened, model)
 
-        embedded, unchanged = embed_changes(find_model(opened, model), upsert, opened, batch_size)
-        source = embedded
-    reader = None
-    if source is not None:
-        reader = EmbeddingReader(
-            source,
+        from towers.changes import ChangedProducts
+        from towers.embed import Options
+
+        options = Options(batch_size, num_workers, accelerator, devices=1, precision=precision, progress=not json)
+        source = ChangedProducts(folder, upsert, options)
+    elif upsert is not None:
+        source = EmbeddingReader(
+            _side(upsert, "products"),
             ids=ids,
             id_column=id_column,
             embedding_column=embedding_column,
@@ -292,11 +303,9 @@ def update(
             normalize=normalize,
         )
     gone = [] if delete is None else read_ids_to_delete(delete)
-    report = update_index(index, upsert=reader, delete=gone, compact=compact, strict=strict, unchanged=unchanged)
-    if embedded is not None:
-        files.remove(embedded)
+    report = update_index(index, upsert=source, delete=gone, attributes=attributes, compact=compact, strict=strict)
     if json:
-        print(to_json(report))
+        print(report.to_json())
     else:
         show(describe_update(report))
     return 0

@@ -96,6 +96,13 @@ def item_digest(item: Item) -> int:
     return int.from_bytes(digest.digest(), "little", signed=True)
 
 
+def product_digests(shard: Path) -> np.ndarray:
+    """(B,) int64 `item_digest` of the products in a shard, read a few at a time."""
+    with pq.ParquetFile(shard) as file:
+        batches = (batch.to_pylist() for batch in file.iter_batches(256))
+        return np.fromiter((item_digest(product_item(row)) for rows in batches for row in rows), np.int64)
+
+
 def query_item(row: Mapping[str, Any]) -> Item:
     """A row of `queries/` as an item; one that asks by product has nothing of its own."""
     return Item(text={"query": row["text"]} if row["text"] else {}, images=tuple(row["images"] or ()))

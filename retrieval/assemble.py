@@ -1,9 +1,11 @@
-"""Write the files of an index whose lists are mapped, from encoded vectors: table of ids, finer vectors, lists."""
+"""Write the files of an index: of one whose lists are mapped from encoded vectors; ids and attributes of any."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
@@ -11,10 +13,15 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from retrieval import storage
+from retrieval.attribute_sources import AttributeSource
+from retrieval.attribute_writer import write_attributes
+from retrieval.attributes import ATTRIBUTES_FILE
 from retrieval.encoded import Source, grouped_lists
 from retrieval.lists import write_list
 from retrieval.mapped import Trained, write_fine_header
 from retrieval.progress import counted
+
+logger = logging.getLogger(__name__)
 
 INDEX_FILE, LISTS_FILE, SIZES_FILE, FINE_FILE, IDS_FILE = (
     "index.faiss",
@@ -48,7 +55,7 @@ def write_mapped(folder: Path, trained: Trained, sources: Sequence[Placed], *, q
     nlist = trained.index.nlist
     sizes = np.zeros(nlist, np.int64)
     for source, moved in sources:
-        sizes += source.sizes(nlist) if isinstance(moved, int) else _kept_sizes(source, moved, nlist)
+        sizes += source.sizes(nlist, None if isinstance(moved, int) else moved >= 0)
     with storage.create(folder / LISTS_FILE) as file:
         lists = grouped_lists(sources, sizes, trained.index.code_size)
         if not quiet:
@@ -69,6 +76,28 @@ def write_products(file: Path, parts: Iterable[pa.Table]) -> None:
             table.write_table(part.cast(schema), max_chunksize=65_536)
 
 
+def attach_attributes(folder: Path, sources: Sequence[AttributeSource]) -> dict[str, Any]:
+    """Write what is known of the products whose ids were written; returns what the manifest says of it.
+
+    Args:
+        folder: of the version.
+        sources: where attributes come from; the last one that knows a product describes it.
+
+    Raises:
+        ValueError: see `write_attributes`.
+    """
+    with pa.memory_map(str(folder / IDS_FILE)) as file, storage.create(folder / ATTRIBUTES_FILE) as stream:
+        ids = pa.ipc.open_file(file).read_all().column("product_id")
+        report = write_attributes(stream, ids.chunks, sources, folder)
+    if report["rows_without"]:
+        names = " nor in ".join(source.name for source in sources)
+        logger.warning("%s of %s products are not in %s", f"{report['rows_without']:,}", f"{len(ids):,}", names)
+    for source in sources:
+        for column, why in source.ignored.items():
+            logger.info("no attribute: %s: %s", column, why)
+    return {"kinds": report["kinds"], "rows_without": report["rows_without"]}
+
+
 def _kept(source: Source, moved: NDArray[np.int64] | int) -> Iterable[pa.Table]:
     row = 0
     for part in source.products():
@@ -81,10 +110,3 @@ def _kept_fine(source: Source, moved: NDArray[np.int64] | int) -> Iterable[NDArr
     for fine in source.fine():
         yield fine if isinstance(moved, int) else fine[moved[row : row + len(fine)] >= 0]
         row += len(fine)
-
-
-def _kept_sizes(source: Source, moved: NDArray[np.int64], nlist: int) -> NDArray[np.int64]:
-    sizes = np.zeros(nlist, np.int64)
-    for entries in source.entries(0, nlist):
-        sizes += np.bincount(entries.lists[moved[entries.rows] >= 0], minlength=nlist)
-    return sizes

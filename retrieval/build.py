@@ -17,10 +17,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from retrieval import gpu, resources, storage, versions
-from retrieval.assemble import IDS_FILE, INDEX_FILE, write_mapped, write_products
-from retrieval.attribute_sources import AttributeSource, known_source, open_source
-from retrieval.attribute_writer import write_attributes
-from retrieval.attributes import ATTRIBUTES_FILE
+from retrieval.assemble import IDS_FILE, INDEX_FILE, attach_attributes, write_mapped, write_products
+from retrieval.attribute_sources import known_source, open_source
 from retrieval.embeddings import EmbeddingBatch, EmbeddingReader
 from retrieval.encoded import GROUPING_BYTES, Blocks
 from retrieval.engine import Engine, Settings, lists_of
@@ -128,7 +126,7 @@ def build_index(
         else:
             built = _mapped(reader, folder, output, choice, recipe, target, queries)
         if source is not None:
-            meta["attributes"] = _write_attributes(folder, source)
+            meta["attributes"] = attach_attributes(folder, [source])
         storage.write_json(folder / SETTINGS_FILE, built.settings)
         meta.update(
             model=reader.meta.get("model"),
@@ -144,18 +142,6 @@ def build_index(
         )
     Workspace.remove(output)
     return storage.read_manifest(versions.current(output), KIND)
-
-
-def _write_attributes(folder: Path, source: AttributeSource) -> dict[str, Any]:
-    """Write what is known of the products whose ids were written; returns what the manifest says of it."""
-    with pa.memory_map(str(folder / IDS_FILE)) as file, storage.create(folder / ATTRIBUTES_FILE) as stream:
-        ids = pa.ipc.open_file(file).read_all().column("product_id")
-        report = write_attributes(stream, ids.chunks, [source], folder)
-    if report["rows_without"]:
-        logger.warning("%s of %s products are not in %s", f"{report['rows_without']:,}", f"{len(ids):,}", source.name)
-    for column, why in source.ignored.items():
-        logger.info("no attribute: %s: %s", column, why)
-    return {"kinds": report["kinds"], "rows_without": report["rows_without"]}
 
 
 @contextmanager

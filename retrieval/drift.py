@@ -1,25 +1,39 @@
-"""Does an index still suit the products that it holds? Three figures, before and after an update."""
+"""Does an index still suit the products that it holds? It was trained on those of another day.
+
+Products are known as the index keeps them, by its finer vectors; where it keeps none, only the sizes of its lists and
+what is new can tell.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
 
 import faiss
 import numpy as np
 from numpy.typing import NDArray
 
 from retrieval import metrics
+from retrieval.clustering import Centroids
 from retrieval.engine import Engine, Settings
 from retrieval.mapped import centroids_of
+from retrieval.previous import fine_blocks
 from retrieval.probes import without_own
+from retrieval.progress import counted
 
-PROBES = 200
+PROBES = 500
+"""Products that are asked."""
+
 SAMPLE = 2000
+"""Products whose errors are averaged."""
+
 K = 10
 
 RECALL_LIMIT = 0.02
 ERROR_LIMIT = 1.25
 IMBALANCE_LIMIT = 1.5
+FINE_LIMIT = 0.001
 GROWTH_LIMIT = 2.0
 
 
@@ -27,28 +41,46 @@ GROWTH_LIMIT = 2.0
 class Drift:
     """The state of an index.
 
+    Errors are mean squared distances in shares of the mean squared length of the vectors; None where not known.
+
     Attributes:
-        recall: recall@10 of products asked with the index's settings, against exact search over its finer vectors.
+        count: products.
+        recall: recall@10 of products asked with the index's own settings, against comparing with every product.
         imbalance: L x sum(size^2) / (sum of sizes)^2 of its lists: 1 where all are equal, and how many times longer
             than that a search takes.
-        error: mean squared distance of products to the centre of their nearest list.
-        new_error: the same of products that the last update has brought; None where there are none.
+        list_error: distance of products to the centre of the nearest list.
+        code_error: distance of products to what their codes say.
+        new_list_error: `list_error` of the products that the last update has brought.
+        new_code_error: `code_error` of these.
+        new_fine_error: their distance to their finer vectors: ranges of these are those of products of another day.
         dead: share of rows that are empty.
     """
 
-    recall: float
+    count: int
+    recall: float | None
     imbalance: float
-    error: float
-    new_error: float | None
+    list_error: float | None
+    code_error: float | None
+    new_list_error: float | None
+    new_code_error: float | None
+    new_fine_error: float | None
     dead: float
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Drift:
+        """Undo `to_json`."""
+        return cls(**data)
 
 
 def gauge(
     engine: Engine,
     settings: Settings,
     alive: NDArray[np.bool_],
-    fresh: NDArray[np.bool_],
-    sizes: NDArray[np.int64],
+    new: NDArray[np.float32] | None = None,
     seed: int = 0,
 ) -> Drift:
     """Measure an index whose lists are mapped.
@@ -56,64 +88,134 @@ def gauge(
     Args:
         engine: the index.
         settings: how it is searched.
-        alive: (N,) bool, rows that hold a product.
-        fresh: (N,) bool, rows that the last update has brought.
-        sizes: (L,) sizes of the lists.
-        seed: of the products that are asked.
+        alive: (N,) bool, rows that hold a product; at least one.
+        new: (B, D) vectors of products that the last update has brought, as they were given; None for none.
+        seed: of the choice of products.
     """
     generator = np.random.default_rng(seed)
-    centroids = centroids_of(engine.ivf).vectors
-
-    def error(rows: NDArray[np.int64]) -> float:
-        vectors = _vectors(engine, generator.permutation(rows)[:SAMPLE])
-        scores = faiss.knn(vectors, centroids, 1, metric=faiss.METRIC_INNER_PRODUCT)[0][:, 0]
-        return round(float((np.einsum("ij,ij->i", vectors, vectors) + 1 - 2 * scores).mean()), 5)
-
-    total = sizes.sum()
+    centroids = centroids_of(engine.ivf)
+    recall: float | None = None
+    errors = new_errors = Errors(None, None, None)
+    if engine.fine is not None:
+        recall = _recall(engine, settings, alive, generator)
+        rows = generator.permutation(np.flatnonzero(alive))[:SAMPLE]
+        errors = _errors(engine, centroids, _vectors(engine, rows))
+    if new is not None and len(new):
+        new_errors = _errors(engine, centroids, new)
     return Drift(
-        recall=round(_recall(engine, settings, alive, generator), 4),
-        imbalance=round(float(len(sizes) * (sizes.astype(float) ** 2).sum() / max(total, 1) ** 2), 3),
-        error=error(np.flatnonzero(alive)),
-        new_error=error(np.flatnonzero(fresh & alive)) if (fresh & alive).any() else None,
+        count=int(alive.sum()),
+        recall=recall,
+        imbalance=imbalance_of(np.array([engine.ivf.get_list_size(number) for number in range(engine.ivf.nlist)])),
+        list_error=errors.of_lists,
+        code_error=errors.of_codes,
+        new_list_error=new_errors.of_lists,
+        new_code_error=new_errors.of_codes,
+        new_fine_error=new_errors.of_fine,
         dead=round(float(1 - alive.mean()), 4),
     )
 
 
-def _recall(engine: Engine, settings: Settings, alive: NDArray[np.bool_], generator: np.random.Generator) -> float:
+def imbalance_of(sizes: NDArray[np.int64]) -> float:
+    """L x sum(size^2) / (sum of sizes)^2 of (L,) sizes of lists, as FAISS's imbalance factor."""
+    shares = sizes / max(sizes.sum(), 1)
+    return round(float(len(sizes) * (shares**2).sum()), 3)
+
+
+def _recall(
+    engine: Engine,
+    settings: Settings,
+    alive: NDArray[np.bool_],
+    generator: np.random.Generator,
+) -> float:
+    """Recall@10 of products; each is left out of its own results."""
     rows = generator.permutation(np.flatnonzero(alive))[:PROBES]
     k = min(K, int(alive.sum()) - 1)
     if k < 1:
         return 1.0
     queries = _vectors(engine, rows)
-    bits = np.packbits(alive, bitorder="little")
-    selector = faiss.IDSelectorBitmap(bits)
-    parameters = faiss.SearchParameters(sel=selector)  # type: ignore[call-arg]
-    truth = without_own(engine.fine.search(queries, k + 1, params=parameters)[1], rows)
+    queries /= np.linalg.norm(queries, axis=1, keepdims=True)
+    truth = without_own(_nearest(engine, alive, queries, k + 1), rows)
     found = without_own(engine.search(queries, k + 1, settings)[1], rows)
-    return metrics.recall_at_k(found, truth, k)
+    return round(metrics.recall_at_k(found, truth, k), 4)
+
+
+def _nearest(engine: Engine, alive: NDArray[np.bool_], queries: NDArray[np.float32], k: int) -> NDArray[np.int64]:
+    """(Q, k) nearest rows that hold a product, by comparing with all of them."""
+    best = faiss.ResultHeap(len(queries), k, keep_max=True)
+    for rows, vectors in _living(engine, alive):
+        scores, found = faiss.knn(queries, vectors, min(k, len(rows)), metric=faiss.METRIC_INNER_PRODUCT)
+        best.add_result(scores, rows[found])
+    best.finalize()
+    nearest: NDArray[np.int64] = best.I
+    return nearest
+
+
+def _living(engine: Engine, alive: NDArray[np.bool_]) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+    """(B,) rows that hold a product and their (B, D) vectors, block by block."""
+    first = 0
+    for codes in counted(fine_blocks(engine.fine), len(alive), len, "compare products to measure by", "vectors"):
+        there = np.flatnonzero(alive[first : first + len(codes)])
+        if len(there):
+            yield first + there, engine.fine.sa_decode(codes[there])
+        first += len(codes)
+
+
+class Errors(NamedTuple):
+    """What is lost of products, as of `Drift`."""
+
+    of_lists: float | None
+    of_codes: float | None
+    of_fine: float | None
+
+
+def _errors(engine: Engine, centroids: Centroids, vectors: NDArray[np.float32]) -> Errors:
+    """What is lost of (B, D) vectors."""
+    nearest = faiss.knn(vectors, centroids.vectors, 1, metric=faiss.METRIC_INNER_PRODUCT)[1][:, 0]
+    centres = centroids.vectors[nearest]
+    pq, origin = engine.ivf.pq, centres if engine.ivf.by_residual else np.float32(0)
+    coded = pq.decode(pq.compute_codes(vectors - origin)) + origin
+    fine = None if engine.fine is None else engine.fine.sa_decode(engine.fine.sa_encode(vectors))
+    square = float(np.square(vectors).sum(axis=1).mean())
+
+    def error(kept: NDArray[np.float32] | None) -> float | None:
+        return None if kept is None else round(float(np.square(vectors - kept).sum(axis=1).mean()) / square, 6)
+
+    return Errors(error(centres), error(coded), error(fine))
 
 
 def _vectors(engine: Engine, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-    """(B, D) finer vectors of rows, of unit length."""
-    vectors = np.stack([engine.vector(int(row)) for row in rows])
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    """(B, D) finer vectors of rows."""
+    return np.stack([engine.vector(int(row)) for row in rows])
 
 
-def verdict(built: Drift, now: Drift, count: int, built_count: int) -> str:
-    """Whether to build the index anew, and why, in words."""
+def verdict(built: Drift, now: Drift) -> str:
+    """Whether to build an index anew, and why, in words.
+
+    Args:
+        built: its state when it was built.
+        now: its state now.
+    """
     reasons = []
-    if built.recall - now.recall > RECALL_LIMIT:
-        fall = f"recall@{K} of products asked fell from {built.recall:.3f} to {now.recall:.3f}"
+    if built.recall is not None and now.recall is not None and built.recall - now.recall > RECALL_LIMIT:
+        fall = f"recall@{K} on products asked fell from {built.recall:.3f} to {now.recall:.3f}"
         reasons.append(f"{fall} (limit: {100 * RECALL_LIMIT:g} points)")
     if now.imbalance > IMBALANCE_LIMIT * built.imbalance:
-        reasons.append(
-            f"imbalance rose from {built.imbalance:.2f} to {now.imbalance:.2f} (limit: {IMBALANCE_LIMIT:g} times)"
-        )
-    if now.new_error is not None and now.new_error > ERROR_LIMIT * built.error:
-        reasons.append(
-            f"new products lie {now.new_error / built.error:.2f} times as far from their lists' centres as those it "
-            f"was trained on (limit: {ERROR_LIMIT:g})"
-        )
-    if count > GROWTH_LIMIT * built_count:
-        reasons.append(f"it was built for {built_count:,} products and holds {count:,}: more lists would be faster")
-    return f"build anew: {'; '.join(reasons)}" if reasons else "no need to build anew"
+        rise = f"the imbalance of lists rose from {built.imbalance:.2f} to {now.imbalance:.2f}"
+        reasons.append(f"{rise} (limit: {IMBALANCE_LIMIT:g} times)")
+    for what, new, usual in (
+        ("their lists' centres", now.new_list_error, built.list_error),
+        ("what their codes say", now.new_code_error, built.code_error),
+    ):
+        if new is not None and usual is not None and new > ERROR_LIMIT * max(usual, 1e-4):
+            far = f"new products lie {new / max(usual, 1e-4):.2f} times as far from {what} as those it was built for"
+            reasons.append(f"{far} (limit: {ERROR_LIMIT:g})")
+    if now.new_fine_error is not None and now.new_fine_error > FINE_LIMIT:
+        lost = f"vectors to re-rank by lose {now.new_fine_error:.2%} of new products (limit: {FINE_LIMIT:.2%})"
+        reasons.append(f"{lost}: their ranges are too narrow for them")
+    if now.count > GROWTH_LIMIT * built.count:
+        grown = f"it was built for {built.count:,} products and holds {now.count:,}"
+        reasons.append(f"{grown} (limit: {GROWTH_LIMIT:g} times): more lists would be faster")
+    if reasons:
+        return f"build anew: {'; '.join(reasons)}"
+    unknown = "; without vectors to re-rank by, only the sizes of lists can tell" if now.recall is None else ""
+    return f"no need to build anew{unknown}"

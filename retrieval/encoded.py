@@ -43,11 +43,11 @@ class Source(Protocol):
     def count(self) -> int:
         """Number of rows."""
 
-    def sizes(self, num_lists: int) -> NDArray[np.int64]:
-        """(L,) entries of each list."""
+    def sizes(self, num_lists: int, kept: NDArray[np.bool_] | None = None) -> NDArray[np.int64]:
+        """(L,) entries of each list; only of the rows that are `kept`, (N,) bool, where that is given."""
 
     def entries(self, first: int, end: int) -> Iterator[Entries]:
-        """What stands in lists first to end - 1."""
+        """What stands in lists first to end - 1, in as many parts as is convenient."""
 
     def products(self) -> Iterator[pa.Table]:
         """product_id and content row by row, nulls for a deleted row."""
@@ -82,13 +82,16 @@ class Blocks:
         """Number of rows."""
         return sum(self._counts)
 
-    def sizes(self, num_lists: int) -> NDArray[np.int64]:
-        """(L,) entries of each list."""
+    def sizes(self, num_lists: int, kept: NDArray[np.bool_] | None = None) -> NDArray[np.int64]:
+        """(L,) entries of each list; only of the rows that are `kept`, (N,) bool, where that is given."""
         sizes = np.zeros(num_lists, np.int64)
-        for file in self.files:
+        row = 0
+        for file, count in zip(self.files, self._counts, strict=True):
             for column in pq.read_table(file, columns=[f"list{i}" for i in range(self._spread)]).columns:
                 lists = column.to_numpy()
-                sizes += np.bincount(lists[lists >= 0], minlength=num_lists)
+                inside = lists >= 0 if kept is None else (lists >= 0) & kept[row : row + count]
+                sizes += np.bincount(lists[inside], minlength=num_lists)
+            row += count
         return sizes
 
     def entries(self, first: int, end: int) -> Iterator[Entries]:

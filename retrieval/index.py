@@ -230,9 +230,14 @@ class ProductIndex:
         """Product ids of all rows, memory-mapped; null for an empty row."""
         return self._ids.column
 
-    def contents(self) -> NDArray[np.int64]:
-        """(N,) digest of what each row was embedded from; 0 where unknown, and for an empty row."""
-        return self._ids.contents()
+    def contents(self) -> pa.ChunkedArray:
+        """Digest of what each row was embedded from (int64); null where unknown, and for an empty row."""
+        return self._ids.contents
+
+    def alive(self) -> NDArray[np.bool_]:
+        """(N,) bool: rows that hold a product."""
+        alive: NDArray[np.bool_] = pc.is_valid(self.all_ids()).to_numpy()
+        return alive
 
     def row_of(self, product_id: str) -> int:
         """The row number of a product.
@@ -262,20 +267,15 @@ class IdTable:
     """Row number -> product id, as a memory-mapped Arrow file."""
 
     def __init__(self, file: Path) -> None:
-        self._table = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
-        self.column: pa.ChunkedArray = self._table.column("product_id")
+        table = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
+        self.column: pa.ChunkedArray = table.column("product_id")
+        unknown = pa.chunked_array([pa.nulls(len(table), pa.int64())])
+        self.contents: pa.ChunkedArray = table.column("content") if "content" in table.column_names else unknown
         lengths = [len(chunk) for chunk in self.column.chunks]
         self._starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
 
     def __len__(self) -> int:
         return len(self.column)
-
-    def contents(self) -> NDArray[np.int64]:
-        """(N,) int64 digests, 0 where unknown."""
-        if "content" not in self._table.column_names:
-            return np.zeros(len(self), np.int64)
-        digests: NDArray[np.int64] = pc.fill_null(self._table.column("content"), 0).to_numpy()
-        return digests
 
     def take(self, rows: NDArray[np.int64]) -> NDArray[np.object_]:
         """Ids of rows, None for -1: in Python, -1 would be the last product."""

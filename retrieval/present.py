@@ -250,33 +250,32 @@ def describe_update(report: UpdateReport) -> Table:
     """What an update did, and how the index was before and after it."""
     title = f"version {report.version}" if report.version else "nothing to do"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    for name in ("", "before", "after"):
-        table.add_column(name, justify="right" if name else "left", no_wrap=True)
-    counts = {
-        "added": report.added,
-        "changed": report.replaced,
-        "unchanged": report.unchanged,
-        "deleted": report.deleted,
-    }
-    for name, count in counts.items():
-        table.add_row(name, "", f"{count:,}")
+    table.add_column("")
+    for name in ("before", "after"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name in ("given", "added", "replaced", "unchanged", "deleted"):
+        table.add_row(name, "", f"{getattr(report, name):,}")
     if report.unknown:
-        table.add_row(f"to delete, not there: {', '.join(report.unknown[:3])}", "", f"{len(report.unknown):,}")
+        some = ", ".join([*report.unknown[:3], *["..."] * (len(report.unknown) > 3)])
+        table.add_row(Text(f"to delete, but not there: {some}"), "", f"{len(report.unknown):,}")
     table.add_row("products", "", f"{report.count:,}")
-    table.add_row("rows" + (", closed up" if report.compacted else ""), "", f"{report.rows:,}")
+    table.add_row("rows, empty ones closed up" if report.compacted else "rows", "", f"{report.rows:,}")
     if report.before is not None and report.after is not None:
         table.add_section()
         names = {
-            "recall": "recall@10 of products asked",
+            "recall": "recall@10 on products asked",
             "imbalance": "imbalance of lists",
-            "error": "error of lists",
-            "new_error": "the same of new products",
+            "list_error": "distance to lists' centres",
+            "new_list_error": "the same of new products",
+            "code_error": "distance to codes",
+            "new_code_error": "the same of new products",
+            "new_fine_error": "distance of new products to vectors to re-rank by",
             "dead": "share of empty rows",
         }
         for name, words in names.items():
             values = (getattr(state, name) for state in (report.before, report.after))
-            table.add_row(words, *("" if value is None else f"{value:.3f}" for value in values))
-    table.caption = report.verdict
+            table.add_row(words, *("" if value is None else f"{value:.4f}" for value in values))
+    table.caption, table.caption_justify = report.verdict, "left"
     return table
 
 

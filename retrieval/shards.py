@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 
 from retrieval import storage
 from retrieval.storage import JSON, ArtefactError, Manifest
+from retrieval.temporaries import is_temporary
 
 BEGUN = "begun.json"
 
@@ -39,7 +40,7 @@ class ShardFolder:
             self._check_same({name: meta.get(name) for name in self.identity})
         elif (self.path / BEGUN).exists():
             self._check_same(self._read_begun())
-        elif self.path.exists() and any(self.path.iterdir()):
+        elif self.path.exists() and not all(is_temporary(entry.name) for entry in self.path.iterdir()):
             raise ArtefactError(f"{self.path} exists and was not begun by this program: choose another place")
         else:
             storage.write_json(self.path / BEGUN, self.identity)

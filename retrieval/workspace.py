@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import faiss
@@ -26,18 +24,16 @@ from retrieval.embeddings import EmbeddingBatch, EmbeddingReader
 from retrieval.encoded import to_table
 from retrieval.mapped import Trained, centroids_of
 from retrieval.progress import counted
-from retrieval.shards import BEGUN, ShardFolder
+from retrieval.shards import ShardFolder
 from retrieval.storage import ArtefactError
-from retrieval.temporaries import Lock, is_temporary, lock
-
-logger = logging.getLogger(__name__)
+from retrieval.work_folder import WorkFolder, remove_work
 
 BLOCK_ROWS = 65_536
 TRAINED_FILE, FINER_FILE, TRAINING_FILE = "trained.faiss", "finer.faiss", "training.json"
 
 
-class Workspace:
-    """The unfinished build of one place. One process at a time works in it.
+class Workspace(WorkFolder):
+    """The unfinished build of one place.
 
     Args:
         output: the place of the index.
@@ -51,8 +47,6 @@ class Workspace:
     def __init__(
         self, output: Path, reader: EmbeddingReader, factory: str, seed: int, sample: int, spill: bool
     ) -> None:
-        self.path = _place(output)
-        self._lock = self._take(output)
         identity = {
             "embeddings": reader.fingerprint or reader.stamp(),
             "factory": factory,
@@ -63,31 +57,18 @@ class Workspace:
             "normalize": reader.normalize,
             "faiss": faiss.__version__,
         }
-        self._keep_only(identity)
+        ours = "|".join([*map(re.escape, (TRAINED_FILE, FINER_FILE, TRAINING_FILE)), r"\d{6}-\d{10}\.parquet"])
+        super().__init__(output, "build", identity, ours)
         self._blocks = ShardFolder(self.path, kind="encoded", identity=identity)
 
-    def __enter__(self) -> Workspace:
-        """Nothing but itself."""
-        return self
+    def worth_keeping(self) -> bool:
+        """Whether the training is finished."""
+        return (self.path / TRAINING_FILE).exists()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Let other processes work here. What is finished stays, unless that is nothing or the input was refused."""
-        refused = kind is not None and issubclass(kind, ValueError)
-        if refused or (kind is not None and not (self.path / TRAINING_FILE).exists()):
-            files.remove(self.path)
-        self._lock.close()
-
-    @classmethod
-    def remove(cls, output: Path) -> None:
+    @staticmethod
+    def remove(output: Path) -> None:
         """Remove the workspace of a finished build, unless another run works there by now."""
-        held = lock(_place(output))
-        if held is None:
-            return
-        with held:
-            if held.held is not False:
-                files.remove(_place(output))
+        remove_work(output, "build")
 
     def trained(self, train: Callable[[], tuple[Trained, dict[str, Any]]]) -> tuple[Trained, dict[str, Any]]:
         """What an earlier run has learned, else what `train` learns; and what the manifest says of the training."""
@@ -130,44 +111,6 @@ class Workspace:
             if not self._blocks.done(name):
                 self._blocks.write(name, to_table(batch.ids, trained.encode(batch.vectors), batch.digests()))
         return [self.path / f"{name}.parquet" for name in names]
-
-    def _take(self, output: Path) -> Lock:
-        """Make the folder and lock it."""
-        while True:
-            files.make_folder(self.path)
-            held = lock(self.path)
-            if held is not None and held.held is False:
-                raise ArtefactError(f"another run is building {output} (in {self.path}): wait for it, or stop it")
-            if held is not None and held.is_of(self.path):  # else a finishing run has removed it meanwhile
-                return held
-
-    def _keep_only(self, identity: dict[str, Any]) -> None:
-        """Remove what an earlier build of something else has left, and nothing that no build has made."""
-        if others := sorted(file.name for file in self.path.iterdir() if not _is_ours(file.name)):
-            raise ArtefactError(
-                f"{self.path} is where this build would work, but holds other things ({', '.join(others[:5])}): move "
-                "them, or choose another place"
-            )
-        begun = self.path / BEGUN
-        try:
-            same = json.loads(begun.read_text(encoding="utf-8")) == json.loads(json.dumps(identity))
-        except (FileNotFoundError, ValueError):
-            same = False
-        if same:
-            return
-        for file in list(self.path.iterdir()):
-            logger.info("removed from an unfinished build of something else: %s", file)
-            files.system.unlink(file)
-
-
-def _place(output: Path) -> Path:
-    return output.with_name(f"{output.name}.building")
-
-
-def _is_ours(name: str) -> bool:
-    """Whether a build makes files of this name."""
-    own = (BEGUN, TRAINED_FILE, FINER_FILE, TRAINING_FILE)
-    return name in own or is_temporary(name) or re.fullmatch(r"\d{6}-\d{10}\.parquet", name) is not None
 
 
 def _named(reader: EmbeddingReader) -> Iterator[tuple[str, EmbeddingBatch]]:

@@ -4,19 +4,28 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from faults import Failing, Watched, using
 from hypothesis import HealthCheck, settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from living import (
+    Killed,
+    Killing,
+    LivingFlatIndex,
+    LivingIndex,
+    LivingSpilledIndex,
+    embed,
+    unit,
+    vectors,
+)
 
 from retrieval import storage, versions
+from retrieval.attributes import ATTRIBUTES_FILE, AttributeTable
 from retrieval.build import Recipe, build_index
-from retrieval.drift import Drift, verdict
+from retrieval.bulk import bulk_search
 from retrieval.embeddings import EmbeddingReader, EmbeddingWriter
 from retrieval.exact import exact_search
 from retrieval.index import ProductIndex
@@ -25,29 +34,23 @@ from retrieval.update import read_ids_to_delete, update_index
 
 DIM = 16
 FACTORY = "IVF16,PQ8x4fsr,Refine(SQ8)"
+WIDE = {"nprobe": 16, "k_factor": 1000.0}
 
 
-def unit(array):
-    return (array / np.linalg.norm(array, axis=-1, keepdims=True)).astype(np.float32)
+@pytest.fixture(scope="module")
+def origin(tmp_path_factory):
+    """An index of 800 products, built once."""
+    folder = tmp_path_factory.mktemp("origin")
+    reader = embed(folder / "e", vectors(800), [f"p{i}" for i in range(800)])
+    build_index(reader, folder / "i", Recipe(FACTORY))
+    return folder
 
 
-def vectors(count, seed=0):
-    generator = np.random.default_rng(seed)
-    centres = np.random.default_rng(99).standard_normal((20, DIM))
-    return unit(centres[generator.integers(0, 20, count)] + 0.5 * generator.standard_normal((count, DIM)))
-
-
-def embed(folder, rows, ids, contents=None, model="model-a"):
-    writer = EmbeddingWriter(folder, dim=rows.shape[1], model=model)
-    writer.write("shard-0", list(ids), rows, contents=contents)
-    writer.finish(["shard-0"])
-    return EmbeddingReader(folder)
-
-
-def built(folder, count=800, factory=FACTORY):
-    reader = embed(folder / "e", vectors(count), [f"p{i}" for i in range(count)])
-    build_index(reader, folder / "i", Recipe(factory))
-    return folder / "i", reader
+@pytest.fixture
+def built(origin, tmp_path):
+    """A copy of that index and its embeddings."""
+    shutil.copytree(origin / "i", tmp_path / "i")
+    return tmp_path / "i", EmbeddingReader(origin / "e")
 
 
 def found(root, queries, k=10, **options):
@@ -56,48 +59,65 @@ def found(root, queries, k=10, **options):
     return index.ids(hits.rows), hits
 
 
-WIDE = {"nprobe": 16, "k_factor": 1000.0}
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
 
 
-def test_products_come_change_and_go(tmp_path):
-    root, _ = built(tmp_path)
+def test_products_come_change_and_go(built, tmp_path):
+    root, _ = built
     new = vectors(50, seed=5)
     upsert = embed(tmp_path / "u", new, [f"p{i}" for i in range(20)] + [f"n{i}" for i in range(30)])
     report = update_index(root, upsert=upsert, delete=["p100", "p101", "nobody"])
-    assert (report.added, report.replaced, report.unchanged, report.deleted) == (30, 20, 0, 2)
+    assert (report.given, report.added, report.replaced, report.unchanged, report.deleted) == (50, 30, 20, 0, 2)
     assert (report.unknown, report.count, report.rows, report.version) == (["nobody"], 828, 850, "000002")
     index = ProductIndex.open(root)
     assert len(index) == 828 and index.engine.count == 850 and len(index.all_ids()) == 850
     ids, _ = found(root, new, 1, **WIDE)
     assert ids[:, 0].tolist() == [f"p{i}" for i in range(20)] + [f"n{i}" for i in range(30)]
-    everything = set(found(root, new, 828, **WIDE)[0].ravel()) - {None}
-    assert everything == {f"p{i}" for i in range(800) if i not in (100, 101)} | {f"n{i}" for i in range(30)}
-    with pytest.raises(ValueError, match="no product 'p100'"):
+    everything = found(root, new, 850, **WIDE)[0]
+    assert everything.shape == (50, 828), "no more results than products"
+    assert set(everything.ravel()) == {f"p{i}" for i in range(800) if i not in (100, 101)} | {
+        f"n{i}" for i in range(30)
+    }
+    with pytest.raises(ValueError, match="no product 'p100' among the 828"):
         index.row_of("p100")
+    about = index.manifest.meta["update"]
+    assert about == {
+        "generation": 1,
+        "base": "000001",
+        "added": 30,
+        "replaced": 20,
+        "unchanged": 0,
+        "deleted": 2,
+        "compacted": False,
+    }
 
 
-def test_deleting_one_product_changes_no_other_result(tmp_path):
-    root, reader = built(tmp_path)
+def test_deleting_one_product_changes_no_other_result(built):
+    root, reader = built
     queries = np.concatenate([batch.vectors for batch in reader.batches()])[:20]
-    before, _ = found(root, queries, 11)
+    before, hits_before = found(root, queries, 11)
     update_index(root, delete=["p500"])
-    after, _ = found(root, queries, 11)
+    after, hits_after = found(root, queries, 11)
     for query in range(20):
-        kept = [product for product in before[query] if product != "p500"]
-        assert after[query][: len(kept)].tolist() == kept
-    rows = ProductIndex.open(root)
-    assert all(rows.row_of(f"p{i}") == i for i in (0, 499, 501, 799))
+        kept = before[query] != "p500"
+        assert after[query][: kept.sum()].tolist() == before[query][kept].tolist()
+        assert hits_after.scores[query][: kept.sum()].tolist() == hits_before.scores[query][kept].tolist()
+    index = ProductIndex.open(root)
+    assert all(index.row_of(f"p{i}") == i for i in range(800) if i != 500)
 
 
-def test_what_is_there_as_it_is_is_left_alone(tmp_path):
-    root, reader = built(tmp_path)
+def test_what_is_there_as_it_is_is_left_alone(built, tmp_path):
+    root, reader = built
     report = update_index(root, upsert=reader)
-    assert (report.version, report.unchanged, report.verdict) == (None, 800, "nothing to do")
-    assert versions.current(root).name == "000001"
+    assert (report.version, report.given, report.unchanged, report.verdict) == (None, 800, 800, None)
+    assert update_index(root, delete=["nobody"]).version is None
+    assert update_index(root).version is None
+    assert names(root / "versions") == ["000001"] and names(tmp_path) == ["i"]
 
 
-def test_empty_rows_are_closed_up_when_they_are_many(tmp_path):
-    root, reader = built(tmp_path)
+def test_empty_rows_are_closed_up_when_they_are_many(built):
+    root, reader = built
     few = update_index(root, delete=[f"p{i}" for i in range(100)])
     assert not few.compacted and few.rows == 800
     many = update_index(root, delete=[f"p{i}" for i in range(100, 300)])
@@ -105,138 +125,327 @@ def test_empty_rows_are_closed_up_when_they_are_many(tmp_path):
     stored = np.concatenate([batch.vectors for batch in reader.batches()])
     ids, _ = found(root, stored[300:], 1, **WIDE)
     assert ids[:, 0].tolist() == [f"p{i}" for i in range(300, 800)]
-    assert update_index(root, compact=True).version is None
+    assert update_index(root, compact=True).version is None, "there is no empty row"
+
+
+def test_few_empty_rows_are_closed_up_when_asked_for(built):
+    root, _ = built
+    update_index(root, delete=["p0"])
+    report = update_index(root, compact=True)
+    assert report.compacted and (report.version, report.rows) == ("000003", 799)
+    assert ProductIndex.open(root).row_of("p1") == 0
+    assert update_index(root, delete=["p1"], compact=True).rows == 798
 
 
 @pytest.mark.parametrize(
     ("ids", "delete", "problem"),
     [
-        (["a", "b", "a"], [], "ids appear more than once; 'a' 2 times"),
-        (["a", "p1"], ["p1"], "'p1' is both to change and to delete"),
-        ([], ["p1", "p1"], "'p1' appears twice"),
+        (["a", "b", "a"], [], "1 ids appear more than once; 'a' 2 times"),
+        (["a", "p1"], ["p1"], "'p1' is both to change and to delete; 1 ids are like this"),
+        ([], ["p1", "p1"], "ids to delete: 'p1' appears more than once"),
     ],
 )
-def test_contradictions_are_refused_before_anything_is_written(tmp_path, ids, delete, problem):
-    root, _ = built(tmp_path)
+def test_contradictions_are_refused_before_anything_is_written(built, tmp_path, ids, delete, problem):
+    root, _ = built
     upsert = embed(tmp_path / "u", vectors(len(ids), 3), ids) if ids else None
     with pytest.raises(ValueError, match=problem):
         update_index(root, upsert=upsert, delete=delete)
-    assert versions.current(root).name == "000001"
-    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "u") == ["e", "i"]
+    assert names(root / "versions") == ["000001"]
+    assert [name for name in names(tmp_path) if name != "u"] == ["i"]
 
 
-def test_other_models_dimensions_and_unknown_ids_are_refused(tmp_path):
-    root, _ = built(tmp_path)
-    with pytest.raises(ArtefactError, match="is of model model-b"):
+def test_faulty_vectors_refuse_the_whole_update(built, tmp_path):
+    root, _ = built
+    rows = np.stack([*vectors(3), np.zeros(DIM)])
+    pq.write_table(pa.table({"id": list("abcd"), "v": rows.tolist()}), tmp_path / "u.parquet")
+    with pytest.raises(ValueError, match=r"u\.parquet: row 3 \(id 'd'\) is a zero vector"):
+        update_index(root, upsert=EmbeddingReader(tmp_path / "u.parquet"))
+    assert names(root / "versions") == ["000001"]
+
+
+def test_other_models_metrics_and_dimensions_and_unknown_ids_are_refused(built, tmp_path):
+    root, _ = built
+    with pytest.raises(ArtefactError, match=r"is of model model-b, but .* was built from embeddings of model-a"):
         update_index(root, upsert=embed(tmp_path / "b", vectors(3), "xyz", model="model-b"))
     with pytest.raises(ValueError, match=r"has dimension 8, .* has 16"):
         update_index(root, upsert=embed(tmp_path / "d", unit(np.ones((3, 8))), "xyz"))
+    writer = EmbeddingWriter(tmp_path / "m", dim=DIM, model="model-a", metric="inner_product")
+    writer.write("s", list("xyz"), vectors(3))
+    writer.finish(["s"])
+    for metric in (None, "cosine"):
+        with pytest.raises(ValueError, match=r"has metric inner_product, .* has cosine"):
+            update_index(root, upsert=EmbeddingReader(tmp_path / "m", metric=metric))
     with pytest.raises(ValueError, match=r"1 ids to delete are not in .* \(strict\): nobody"):
         update_index(root, delete=["nobody"], strict=True)
     with pytest.raises(ValueError, match="no product would be left"):
         update_index(root, delete=[f"p{i}" for i in range(800)])
+    assert names(root / "versions") == ["000001"] and "i.updating" not in names(tmp_path)
 
 
-def test_an_index_that_cannot_be_updated_says_so(tmp_path):
-    root, _ = built(tmp_path, factory="IVF8,SQ8")
+def test_an_index_that_cannot_be_updated_says_so(origin, tmp_path):
+    build_index(EmbeddingReader(origin / "e"), tmp_path / "i", Recipe("IVF8,SQ8"))
     with pytest.raises(ArtefactError, match=r"is IVF8,SQ8, which cannot be updated: build it anew"):
-        update_index(root, delete=["p1"])
+        update_index(tmp_path / "i", delete=["p1"])
     first = Path(__file__).parent / "artefacts" / "first_ivf"
-    with pytest.raises(ArtefactError, match="index of the first release: build it anew"):
+    with pytest.raises(ArtefactError, match="an index of the first release: name the place of its versions, or build"):
         update_index(first, delete=["p1"])
+    with pytest.raises(ArtefactError, match="is one version"):
+        update_index(versions.current(origin / "i"), delete=["p1"])
 
 
-def test_two_updates_at_once_do_not_mix(tmp_path, monkeypatch):
-    root, _ = built(tmp_path)
-    from retrieval import update as module
+def test_too_little_memory_or_disk_is_told_before(built, tmp_path, monkeypatch):
+    from retrieval import resources
+
+    root, _ = built
+    monkeypatch.setattr(resources, "available_memory", lambda: 1 << 20)
+    with pytest.raises(ValueError, match="of memory"):
+        update_index(root, delete=["p1"])
+    assert names(root / "versions") == ["000001"] and "i.updating" not in names(tmp_path)
+
+
+def test_two_updates_at_once_do_not_mix(built, tmp_path, monkeypatch):
+    from retrieval import next_version
+
+    root, reader = built
+    write = next_version.write_mapped
 
     def meanwhile(*arguments, **options):
         monkeypatch.undo()
-        update_index(root, delete=["p1"])
-        return module.write_mapped(*arguments, **options)
+        with pytest.raises(ArtefactError, match=r"another run is updating .*/i \(in .*/i\.updating\)"):
+            update_index(root, delete=["p1"])
+        build_index(reader, root, Recipe("IVF4,PQ8x4fs"), overwrite=True)
+        return write(*arguments, **options)
 
-    monkeypatch.setattr(module, "write_mapped", meanwhile)
-    with pytest.raises(ArtefactError, match="conflict"):
+    monkeypatch.setattr(next_version, "write_mapped", meanwhile)
+    with pytest.raises(ArtefactError, match=r"conflict at .*: this run started from 000001, but 000002 is in use"):
         update_index(root, delete=["p2"])
     index = ProductIndex.open(root)
-    assert len(index) == 799 and index.row_of("p2") == 2
+    assert len(index) == 800 and index.row_of("p2") == 2 and index.manifest.meta["factory"] == "IVF4,PQ8x4fs"
 
 
-def test_a_killed_update_leaves_the_old_version_and_is_done_by_the_same_call(tmp_path):
-    root, _ = built(tmp_path)
+def test_whoever_reads_the_old_version_keeps_it(built):
+    root, _ = built
+    index = ProductIndex.open(root)
+    before = index.search(vectors(5, 2), 10).rows
+    for i in range(4):
+        update_index(root, delete=[f"p{i}"])
+    assert index.version.is_dir() and np.array_equal(index.search(vectors(5, 2), 10).rows, before)
+    assert index.ids(np.array([0])).tolist() == ["p0"]
+
+
+def test_an_update_killed_for_real_is_done_by_the_same_call(built, tmp_path):
+    root, _ = built
     embed(tmp_path / "u", vectors(40, 7), [f"n{i}" for i in range(40)])
     script = f"""
         import os, signal
-        from retrieval import assemble, update
+        from retrieval import next_version, update
         from retrieval.embeddings import EmbeddingReader
-        real = update.write_mapped
+        real = next_version.write_mapped
         def half(*arguments, **options):
             real(*arguments, **options)
             os.kill(os.getpid(), signal.SIGKILL)
-        update.write_mapped = half
+        next_version.write_mapped = half
         update.update_index({str(root)!r}, upsert=EmbeddingReader({str(tmp_path / "u")!r}))
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], cwd=Path(__file__).parents[1])
     assert done.returncode == -9
-    assert len(ProductIndex.open(root)) == 800
+    assert len(ProductIndex.open(root)) == 800 and names(tmp_path / "i.updating") == ["begun.json", "encoded"]
     report = update_index(root, upsert=EmbeddingReader(tmp_path / "u"))
     assert (report.added, report.count) == (40, 840)
-    assert sorted(path.name for path in (root / "versions").iterdir()) == ["000001", "000002"]
+    assert names(root / "versions") == ["000001", "000002"] and names(tmp_path) == ["i", "u"]
+
+
+def test_what_a_killed_update_has_encoded_is_not_encoded_again(built, tmp_path, monkeypatch):
+    from retrieval import next_version, plan
+    from retrieval.mapped import Trained
+
+    root, _ = built
+    for module in (next_version, plan):
+        monkeypatch.setattr(module, "BLOCK", 10)
+    upsert = embed(tmp_path / "u", vectors(40, 7), [f"n{i}" for i in range(40)])
+    blocks, encode = [], Trained.encode
+
+    def counted(self, some):
+        if len(blocks) == 2:
+            raise KeyboardInterrupt
+        blocks.append(len(some))
+        return encode(self, some)
+
+    monkeypatch.setattr(Trained, "encode", counted)
+    with pytest.raises(KeyboardInterrupt):
+        update_index(root, upsert=upsert)
+    monkeypatch.setattr(Trained, "encode", lambda self, some: blocks.append(len(some)) or encode(self, some))
+    assert update_index(root, upsert=upsert).added == 40
+    assert blocks == [10, 10, 10, 10]
+    ids, _ = found(root, vectors(40, 7), 1, **WIDE)
+    assert ids[:, 0].tolist() == [f"n{i}" for i in range(40)]
+
+
+def test_what_is_left_of_another_update_is_not_mixed_in(built, tmp_path):
+    root, _ = built
+    one = embed(tmp_path / "one", vectors(40, 7), [f"n{i}" for i in range(40)])
+    other = embed(tmp_path / "other", vectors(40, 8), [f"n{i}" for i in range(40)])
+    with pytest.raises(Killed), using(Killing(60)):
+        update_index(root, upsert=one)
+    assert (tmp_path / "i.updating" / "encoded").is_dir()
+    update_index(root, upsert=other)
+    ids, _ = found(root, vectors(40, 8), 1, **WIDE)
+    assert ids[:, 0].tolist() == [f"n{i}" for i in range(40)]
+
+
+def test_other_things_where_an_update_would_work_are_left_alone(built, tmp_path):
+    root, _ = built
+    (tmp_path / "i.updating").mkdir()
+    (tmp_path / "i.updating" / "thesis.tex").write_text("mine")
+    with pytest.raises(ArtefactError, match=r"i\.updating is where this update would work, but holds .*thesis\.tex"):
+        update_index(root, delete=["p1"])
+    assert names(tmp_path / "i.updating") == ["thesis.tex"]
+
+
+def test_whatever_fails_the_old_version_or_the_new_one_is_there(built, tmp_path):
+    root, _ = built
+    upsert = embed(tmp_path / "u", vectors(30, 7), [f"p{i}" for i in range(10)] + [f"n{i}" for i in range(20)])
+    shutil.copytree(root, tmp_path / "kept")
+    seen = Watched()
+    with using(seen):
+        update_index(root, upsert=upsert, delete=["p100"], measure=False)
+    for fail_at in range(1, len(seen.calls), 4):
+        shutil.rmtree(root)
+        shutil.copytree(tmp_path / "kept", root)
+        try:
+            with using(Failing(fail_at, 28)):
+                update_index(root, upsert=upsert, delete=["p100"], measure=False)
+        except (OSError, ArtefactError) as error:
+            assert "space left" in str(error)
+        assert len(ProductIndex.open(root, fall_back=False)) in (800, 819), fail_at
+        report = update_index(root, upsert=upsert, delete=["p100"], measure=False)
+        assert (report.count, ProductIndex.open(root).engine.count) == (819, 830), fail_at
+        assert names(tmp_path) == ["i", "kept", "u"] and len(names(root / "versions")) == 2, fail_at
 
 
 def test_digests_tell_what_has_changed(tmp_path):
-    rows = vectors(700)
-    ids = [f"p{i}" for i in range(700)]
+    rows, ids = vectors(700), [f"p{i}" for i in range(700)]
     build_index(embed(tmp_path / "e", rows, ids, contents=range(700)), tmp_path / "i", Recipe(FACTORY))
     digests = [-1 if i < 5 else i for i in range(700)]
     report = update_index(tmp_path / "i", upsert=embed(tmp_path / "u", rows, ids, contents=digests))
     assert (report.replaced, report.unchanged) == (5, 695)
+    assert ProductIndex.open(tmp_path / "i").contents().to_pylist() == [
+        *[None] * 5,
+        *range(5, 700),
+        *[-1] * 5,
+    ]
 
 
-def test_exact_search_never_sees_what_was_deleted(tmp_path):
-    root, _ = built(tmp_path)
-    update_index(root, delete=["p0", "p1"])
-    live = embed(tmp_path / "live", vectors(800)[2:], [f"p{i}" for i in range(2, 800)])
-    exact = exact_search(live, ProductIndex.open(root), vectors(800)[2:6], 1)
-    assert ProductIndex.open(root).ids(exact.hits.rows)[:, 0].tolist() == ["p2", "p3", "p4", "p5"]
+def test_a_column_called_content_in_files_of_others_means_nothing(built, tmp_path):
+    root, _ = built
+    for seed, expected in ((7, "added"), (8, "replaced")):
+        columns = {"id": ["x", "y"], "v": vectors(2, seed).tolist(), "content": [1, 2]}
+        pq.write_table(pa.table(columns), tmp_path / f"{seed}.parquet")
+        report = update_index(root, upsert=EmbeddingReader(tmp_path / f"{seed}.parquet"))
+        assert getattr(report, expected) == 2
+    assert update_index(root, upsert=EmbeddingReader(tmp_path / "8.parquet")).unchanged == 2
 
 
-def test_the_gauge_tells_products_of_another_kind(tmp_path):
-    root, _ = built(tmp_path)
-    report = update_index(root, delete=["p1"])
-    assert report.verdict == "no need to build anew"
-    assert report.before is not None and report.before.recall > 0.8 and report.before.new_error is None
-    strange = unit(np.random.default_rng(1).standard_normal((700, DIM)))
-    report = update_index(root, upsert=embed(tmp_path / "u", strange, [f"n{i}" for i in range(700)]))
-    assert report.verdict.startswith("build anew: ") and "as far from their lists' centres" in report.verdict
-    meta = ProductIndex.open(root).manifest.meta
-    assert meta["drift"]["verdict"] == report.verdict and meta["updates"] == 2
+def without_contents(root):
+    """Rewrite an index as one that knows nothing of what was embedded."""
+    folder = versions.current(root)
+    ids = pa.array(ProductIndex.open(root).all_ids().to_pylist(), pa.string())
+    (folder / "ids.arrow").unlink()
+    with pa.ipc.new_file(folder / "ids.arrow", pa.schema([("product_id", pa.string())])) as file:
+        file.write_table(pa.table({"product_id": ids}))
+    meta = storage.read_manifest(folder).meta
+    (folder / storage.MANIFEST).unlink()
+    storage.seal(folder, kind="index", meta=meta)
 
 
-def test_verdicts_by_hand():
-    good = Drift(recall=0.97, imbalance=1.1, error=0.4, new_error=0.41, dead=0.0)
-    assert verdict(good, good, 100, 100) == "no need to build anew"
-    worse = Drift(recall=0.91, imbalance=1.8, error=0.4, new_error=0.6, dead=0.1)
-    said = verdict(good, worse, 250, 100)
-    assert "fell from 0.970 to 0.910 (limit: 2 points)" in said
-    assert "imbalance rose from 1.10 to 1.80" in said
-    assert "1.50 times as far" in said and "built for 100 products and holds 250" in said
+def test_where_an_index_does_not_know_what_was_embedded_all_has_changed(built, tmp_path):
+    root, _ = built
+    without_contents(root)
+    assert ProductIndex.open(root).contents().null_count == 800
+    zeros = embed(tmp_path / "u", vectors(800)[:10], [f"p{i}" for i in range(10)], contents=[0] * 10)
+    assert update_index(root, upsert=zeros).replaced == 10
+    assert update_index(root, upsert=zeros).unchanged == 10
+    assert ProductIndex.open(root).contents().null_count == 800, "ten rows are empty, ten are new"
+
+
+def test_searches_of_every_kind_never_see_what_was_deleted(built, tmp_path):
+    root, _ = built
+    gone = [f"p{i}" for i in range(40)]
+    update_index(root, delete=gone)
+    index = ProductIndex.open(root)
+    live = embed(tmp_path / "live", vectors(800)[40:], [f"p{i}" for i in range(40, 800)])
+    exact = exact_search(live, index, vectors(800)[40:44], 1)
+    assert index.ids(exact.hits.rows)[:, 0].tolist() == ["p40", "p41", "p42", "p43"]
+    every = embed(tmp_path / "every", vectors(800)[:50], [f"p{i}" for i in range(50)])
+    bulk_search(index, every, tmp_path / "hits.parquet", k=20)
+    hits = pq.read_table(tmp_path / "hits.parquet")
+    assert hits.column("product_id").null_count == 0
+    assert not set(hits.column("product_id").to_pylist()) & set(gone)
+    assert index.ids(np.array([0, 39, -1, 40])).tolist() == [None, None, None, "p40"]
+    assert index.alive().sum() == 760 and not index.alive()[:40].any()
+
+
+@pytest.mark.parametrize(
+    "recipe", [Recipe("IVF16,PQ8x4fs"), Recipe("IVF16,PQ4x4fsr,Refine(SQfp16)", spill=True), Recipe("Flat")]
+)
+def test_every_kind_of_index_that_can_be_updated(origin, tmp_path, recipe):
+    root = tmp_path / "i"
+    build_index(EmbeddingReader(origin / "e"), root, recipe)
+    new = vectors(5, 9)
+    report = update_index(root, upsert=embed(tmp_path / "u", new, list("abcde")), delete=["p0"])
+    wide = {} if recipe.factory == "Flat" else {"nprobe": 16}
+    assert (report.count, report.rows) == (804, 804 if recipe.factory == "Flat" else 805)
+    ids, _ = found(root, new, 804, **wide)
+    assert {tuple(sorted(row)) for row in ids} == {tuple(sorted([*(f"p{i}" for i in range(1, 800)), *"abcde"]))}
+    if recipe.factory != "IVF16,PQ8x4fs":
+        assert found(root, new, 1, **wide)[0][:, 0].tolist() == list("abcde")
+    assert update_index(root, compact=True).compacted is (recipe.factory != "Flat")
+    assert {tuple(sorted(row)) for row in found(root, new, 804, **wide)[0]} == {tuple(sorted(ids[0]))}
 
 
 def test_ids_to_delete_are_verbatim(tmp_path):
     file = tmp_path / "ids.txt"
     file.write_bytes("007\r\n 8\n\nä,b\n".encode())
     assert read_ids_to_delete(file) == ["007", " 8", "ä,b"]
+    file.write_bytes(b"\xff\n")
+    with pytest.raises(ValueError, match=r"ids\.txt is not text in UTF-8"):
+        read_ids_to_delete(file)
 
 
-def test_flat_indexes_are_written_anew(tmp_path):
-    reader = embed(tmp_path / "e", vectors(50), [f"p{i}" for i in range(50)])
-    build_index(reader, tmp_path / "i")
-    new = vectors(5, 9)
-    report = update_index(tmp_path / "i", upsert=embed(tmp_path / "u", new, list("abcde")), delete=["p0"])
-    assert (report.count, report.rows) == (54, 54)
-    ids, _ = found(tmp_path / "i", new, 1)
-    assert ids[:, 0].tolist() == list("abcde")
+def attributes_of(root):
+    """Id -> price and brand."""
+    index = ProductIndex.open(root)
+    table = AttributeTable(index.version / ATTRIBUTES_FILE)
+    assert table.count == index.engine.count
+    rows = np.arange(table.count)
+    values = zip(table.decoded("price", rows).to_pylist(), table.decoded("brand", rows).to_pylist(), strict=True)
+    return dict(zip(index.all_ids().to_pylist(), values, strict=True))
+
+
+def test_attributes_go_with_the_products(origin, tmp_path):
+    root = tmp_path / "i"
+    prices = {"product_id": [f"p{i}" for i in range(800)], "price": np.arange(800.0), "brand": ["a", "b"] * 400}
+    pq.write_table(pa.table(prices), tmp_path / "prices.parquet")
+    build_index(EmbeddingReader(origin / "e"), root, Recipe(FACTORY), attributes=tmp_path / "prices.parquet")
+    upsert = embed(tmp_path / "u", vectors(2, 5), ["p1", "new"])
+    update_index(root, upsert=upsert, delete=["p0"])
+    expected = {f"p{i}": (float(i), "ab"[i % 2]) for i in range(1, 800)}
+    assert attributes_of(root) == {None: (None, None), "new": (None, None), **expected}, "p1 keeps what it had"
+    some = {"product_id": ["new", "p2"], "price": [5.0, 6.0], "brand": ["c", "c"]}
+    pq.write_table(pa.table(some), tmp_path / "some.parquet")
+    report = update_index(root, attributes=tmp_path / "some.parquet", compact=True)
+    assert (report.version, report.rows) == ("000003", 800)
+    assert attributes_of(root) == {**expected, "new": (5.0, "c"), "p2": (6.0, "c")}
+    kinds = {"price": "number", "brand": "category"}
+    assert ProductIndex.open(root).manifest.meta["attributes"] == {"kinds": kinds, "rows_without": 0}
+
+
+def test_an_index_without_attributes_takes_those_it_is_given(built, tmp_path):
+    root, _ = built
+    pq.write_table(pa.table({"product_id": ["p1"], "price": [5.0], "brand": ["c"]}), tmp_path / "some.parquet")
+    update_index(root, attributes=tmp_path / "some.parquet")
+    known = attributes_of(root)
+    assert known.pop("p1") == (5.0, "c") and set(known.values()) == {(None, None)}
 
 
 def edited(catalogue, folder, edit):
@@ -249,146 +458,144 @@ def edited(catalogue, folder, edit):
     return folder
 
 
-def test_of_a_catalogue_only_what_has_changed_is_embedded(tiny_run, tiny_catalogue, tmp_path, capsys, monkeypatch):
-    import index as commands
-    from towers import changes
+@pytest.fixture(scope="module")
+def of_catalogue(tiny_run, tiny_catalogue, tmp_path_factory):
+    """An index of the tiny catalogue as the tiny model sees it."""
     from towers.embed import embed as embed_catalogue
 
-    model = tiny_run / "model"
-    embed_catalogue(model, tiny_catalogue, tmp_path / "e")
-    root = tmp_path / "i"
-    build_index(EmbeddingReader(tmp_path / "e" / "products"), root)
-    capsys.readouterr()  # the bars of embedding
-    asked = []
-    encode = changes._encode
-    monkeypatch.setattr(changes, "_encode", lambda *a: asked.extend(a[1]) or encode(*a))
+    folder = tmp_path_factory.mktemp("of-catalogue")
+    embed_catalogue(tiny_run / "model", tiny_catalogue, folder / "e", accelerator="cpu")
+    build_index(EmbeddingReader(folder / "e" / "products"), folder / "i", Recipe("IVF4,PQ4x4fsr,Refine(SQfp16)"))
+    return folder / "i"
 
-    def run(catalogue):
-        code = commands.main(
-            ["update", "--index", str(root), "--upsert", str(catalogue), "--model", str(model), "--json"]
-        )
-        return json.loads(capsys.readouterr().out) if code == 0 else code
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The rows that are encoded, as the model is asked for them."""
+    from towers.embed import ProductTable
+
+    rows, original = [], ProductTable.__getitem__
+    monkeypatch.setattr(ProductTable, "__getitem__", lambda self, some: rows.extend(some) or original(self, some))
+    return rows
+
+
+def change_three(rows):
+    """Another text, another price, and a new product at the end of the first shard."""
+    for row in rows:
+        if row["product_id"] == "003-0":
+            row["text"]["title"] = "a wholly new title"
+        if row["product_id"] == "044-1":
+            row["attributes"]["price"] = 1.5
+    return [*rows, rows[0] | {"product_id": "new", "images": []}] if rows[0]["product_id"] == "000-0" else rows
+
+
+def test_of_a_catalogue_only_what_has_changed_is_embedded(
+    of_catalogue, tiny_run, tiny_catalogue, tmp_path, capsys, asked
+):
+    import index as commands
+    from towers.embed import embed as embed_catalogue
+
+    root = tmp_path / "i"
+    shutil.copytree(of_catalogue, root)
+    capsys.readouterr()
+
+    def run(catalogue, *more):
+        code = commands.main(["update", "--index", str(root), "--upsert", str(catalogue), "--json", *more])
+        printed = capsys.readouterr()
+        return json.loads(printed.out) if code == 0 else printed.err
 
     assert (run(tiny_catalogue)["unchanged"], run(tiny_catalogue)["version"], asked) == (120, None, [])
-
-    def edit(rows):
-        for row in rows:
-            if row["product_id"] == "003-0":
-                row["text"]["title"] = "a wholly new title"
-            if row["product_id"] == "004-1":
-                row["attributes"]["price"] = 1.5
-        return [*rows, rows[0] | {"product_id": "new", "images": []}] if rows[0]["product_id"] == "000-0" else rows
-
-    changed = edited(tiny_catalogue, tmp_path / "changed", edit)
+    changed = edited(tiny_catalogue, tmp_path / "changed", change_three)
+    (tmp_path / "gone.txt").write_text("005-0\n", encoding="utf-8")
+    assert "'005-0' is both to change and to delete" in run(changed, "--delete", str(tmp_path / "gone.txt"))
+    asked.clear()
     report = run(changed)
     assert (report["added"], report["replaced"], report["unchanged"], len(asked)) == (1, 2, 118, 3)
-    embed_catalogue(model, changed, tmp_path / "all")
+    embed_catalogue(tiny_run / "model", changed, tmp_path / "all", accelerator="cpu")
     index = ProductIndex.open(root)
     for batch in EmbeddingReader(tmp_path / "all" / "products").batches():
         for product, vector in zip(batch.ids.to_pylist(), batch.vectors, strict=True):
-            assert np.allclose(index.vector_of(product), vector, atol=2e-3)
+            assert index.vector_of(product) @ vector > 0.9999
     assert index.manifest.meta["catalogue"] == storage.fingerprint(changed)
-    assert [path.name for path in tmp_path.iterdir() if "updating" in path.name] == []
+    assert index.manifest.meta["hints"]["catalogue"] == str(changed)
+    assert attributes_of(root)["044-1"][0] == 1.5 and attributes_of(root)["new"] == attributes_of(root)["000-0"]
+    assert not [name for name in names(tmp_path) if "updating" in name]
 
 
-def test_the_command_updates_and_says_what_it_did(tmp_path, capsys):
+def test_a_part_of_a_catalogue_does_not_take_the_place_of_the_whole(of_catalogue, tiny_run, tiny_catalogue, tmp_path):
+    from towers.changes import ChangedProducts
+
+    root = tmp_path / "i"
+    shutil.copytree(of_catalogue, root)
+    part = edited(tiny_catalogue, tmp_path / "part", lambda rows: change_three(rows)[:8])
+    report = update_index(root, upsert=ChangedProducts(tiny_run / "model", part))
+    assert (report.given, report.added, report.replaced, report.count) == (16, 0, 1, 120)
+    meta = ProductIndex.open(root).manifest.meta
+    assert meta["catalogue"] == storage.fingerprint(tiny_catalogue)
+    assert meta["hints"]["catalogue"] == str(tiny_catalogue)
+
+
+def test_a_killed_update_embeds_no_shard_twice(of_catalogue, tiny_run, tiny_catalogue, tmp_path, asked, monkeypatch):
+    from retrieval.embeddings import EmbeddingWriter
+    from towers.changes import ChangedProducts
+
+    root = tmp_path / "i"
+    shutil.copytree(of_catalogue, root)
+    changed = edited(tiny_catalogue, tmp_path / "changed", change_three)
+    write, shards = EmbeddingWriter.write, []
+
+    def second_fails(self, shard, *arguments, **options):
+        if shards:
+            raise RuntimeError("gone")
+        shards.append(shard)
+        write(self, shard, *arguments, **options)
+
+    monkeypatch.setattr(EmbeddingWriter, "write", second_fails)
+    with pytest.raises(RuntimeError, match="gone"):
+        update_index(root, upsert=ChangedProducts(tiny_run / "model", changed))
+    assert len(ProductIndex.open(root)) == 120 and (tmp_path / "i.updating" / "embedded").is_dir()
+    monkeypatch.setattr(EmbeddingWriter, "write", write)
+    asked.clear()
+    report = update_index(root, upsert=ChangedProducts(tiny_run / "model", changed))
+    assert (report.added, report.replaced, len(asked)) == (1, 2, 1), "two rows of the first shard were done"
+    assert names(tmp_path) == ["changed", "i"]
+
+
+def test_a_catalogue_needs_the_model_of_the_index(of_catalogue, tiny_catalogue, tiny_run, tmp_path):
+    from towers.changes import ChangedProducts
+
+    build_index(embed(tmp_path / "e", vectors(20), [f"p{i}" for i in range(20)]), tmp_path / "i")
+    with pytest.raises(ArtefactError, match=r"the catalogue's model is of model .* built from embeddings of model-a"):
+        update_index(tmp_path / "i", upsert=ChangedProducts(tiny_run / "model", tiny_catalogue))
+
+
+def test_the_command_updates_and_says_what_it_did(built, tmp_path, capsys):
     import index as commands
 
-    root, _ = built(tmp_path)
+    root, _ = built
     embed(tmp_path / "u", vectors(3, 5), ["x", "y", "z"])
-    (tmp_path / "gone.txt").write_text("p5\n", encoding="utf-8")
-    arguments = [
-        "update",
-        "--index",
-        str(root),
-        "--upsert",
-        str(tmp_path / "u"),
-        "--delete",
-        str(tmp_path / "gone.txt"),
-    ]
-    assert commands.main([*arguments, "--json"]) == 0
+    (tmp_path / "gone.txt").write_text("p5\nno[/]body\n", encoding="utf-8")
+    given = ["--upsert", str(tmp_path / "u"), "--delete", str(tmp_path / "gone.txt")]
+    assert commands.main(["update", "--index", str(root), *given, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert (report["added"], report["deleted"], report["count"]) == (3, 1, 802)
+    assert report["verdict"] == "no need to build anew"
+    assert commands.main(["update", "--index", str(root), "--delete", str(tmp_path / "gone.txt")]) == 0
+    printed = capsys.readouterr().out
+    assert "nothing to do" in printed and "to delete, but not there: p5, no[/]body" in printed
+    (tmp_path / "gone.txt").write_text("p6\n", encoding="utf-8")
+    assert commands.main(["update", "--index", str(root), "--delete", str(tmp_path / "gone.txt")]) == 0
+    printed = capsys.readouterr().out
+    assert "version 000003" in printed and "recall@10 on products asked" in printed
+    assert "no need to build anew" in printed
     assert commands.main(["update", "--index", str(root)]) == 1
-    assert "nothing to do: give upsert, delete or compact" in capsys.readouterr().err
-
-
-class LivingIndex(RuleBasedStateMachine):
-    """An index against a dict: whatever is done, it finds what the dict holds, and nothing else."""
-
-    factory = FACTORY
-    start = 640
-    wide = WIDE
-
-    @initialize()
-    def build(self):
-        import tempfile
-
-        self.folder = Path(tempfile.mkdtemp())
-        rows = vectors(self.start, seed=1)
-        self.truth = {f"p{i}": row for i, row in enumerate(rows)}
-        build_index(embed(self.folder / "e", rows, self.truth), self.folder / "i", Recipe(self.factory))
-        self.turn = 0
-
-    def change(self, upsert, delete, compact=False):
-        self.turn += 1
-        reader = None
-        if upsert:
-            reader = embed(self.folder / f"u{self.turn}", np.stack(list(upsert.values())), list(upsert))
-        report = update_index(self.folder / "i", upsert=reader, delete=delete, compact=compact, measure=False)
-        for product in delete:
-            self.truth.pop(product, None)
-        self.truth |= upsert
-        assert report.count == len(self.truth)
-
-    @rule(count=st.integers(1, 20), seed=st.integers(0, 10**6))
-    def add(self, count, seed):
-        self.change({f"n{seed}-{i}": row for i, row in enumerate(vectors(count, seed))}, [])
-
-    @rule(seed=st.integers(0, 10**6), count=st.integers(1, 20))
-    def upsert(self, seed, count):
-        chosen = np.random.default_rng(seed).choice(sorted(self.truth), count)
-        rows = vectors(count, seed + 1)
-        self.change(dict(zip(chosen.tolist(), rows, strict=True)), [])
-
-    @precondition(lambda self: len(self.truth) > 450)
-    @rule(seed=st.integers(0, 10**6), count=st.integers(1, 60))
-    def delete(self, seed, count):
-        self.change({}, sorted(set(np.random.default_rng(seed).choice(sorted(self.truth), count).tolist())))
-
-    @rule()
-    def compact(self):
-        self.change({}, [], compact=True)
-
-    @invariant()
-    def finds_what_the_dict_holds(self):
-        if not hasattr(self, "truth"):
-            return
-        index = ProductIndex.open(self.folder / "i")
-        assert len(index) == len(self.truth)
-        everything = index.search(vectors(1, 3), len(index), **self.wide)
-        assert set(index.ids(everything.rows).ravel().tolist()) == set(self.truth)
-        some = sorted(self.truth)[:: max(1, len(self.truth) // 20)]
-        own = index.ids(index.search(np.stack([self.truth[i] for i in some]), 1, **self.wide).rows)[:, 0]
-        assert own.tolist() == some
-
-    def teardown(self):
-        import shutil
-
-        if hasattr(self, "folder"):
-            shutil.rmtree(self.folder)
-
-
-class LivingFlatIndex(LivingIndex):
-    factory = "Flat"
-    start = 500
-    wide: ClassVar[dict] = {}
+    assert "nothing to do: give upsert, delete, attributes or compact" in capsys.readouterr().err
 
 
 few = settings(
-    max_examples=6, stateful_step_count=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+    max_examples=5, stateful_step_count=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
 )
-LivingIndex.TestCase.settings = few
-LivingFlatIndex.TestCase.settings = few
 TestLivingIndex = LivingIndex.TestCase
+TestLivingSpilledIndex = LivingSpilledIndex.TestCase
 TestLivingFlatIndex = LivingFlatIndex.TestCase
+TestLivingIndex.settings = TestLivingSpilledIndex.settings = TestLivingFlatIndex.settings = few

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning as L
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from datamodules.batch import Item, NumberedItems
 from datamodules.examples import index_in
-from datamodules.parquet import Table, item_digest, product_item, query_item
+from datamodules.parquet import Table, product_digests, product_item, query_item
 from datamodules.preprocess import ItemPreprocess
 from retrieval import storage
 from retrieval.embeddings import EmbeddingWriter
@@ -38,6 +38,18 @@ ItemView = Callable[[Item], Item]
 def as_it_is(item: Item) -> Item:
     """All of an item."""
     return item
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to embed; as of `embed`, and whether to show on stdout how far it is."""
+
+    batch_size: int = 256
+    num_workers: int = 0
+    accelerator: str = "auto"
+    devices: int | str = "auto"
+    precision: Any = "32-true"
+    progress: bool = True
 
 
 def embed(
@@ -71,7 +83,7 @@ def embed(
         product_view: what of a product is shown, e.g. to measure what happens without its pictures.
         query_view: what of a query is shown; what a kind of query leaves out stays out.
     """
-    quiet_lightning()
+    options = Options(batch_size, num_workers, accelerator, devices, precision)
     two_tower = load_model(model)
     storage.read_manifest(catalogue, kind="catalogue")
     tables = {side: Table(catalogue / side) for side in ("products", "queries") if (catalogue / side).is_dir()}
@@ -91,31 +103,58 @@ def embed(
             catalogue=storage.fingerprint(catalogue),
             id_column="product_id" if side == "products" else "query_id",
         )
-        shards = [s for s in range(len(table.shards)) if table.shard_starts[s] < table.shard_starts[s + 1]]
-        missing = [shard for shard in shards if not writer.done(table.shards[shard].stem)]
-        logger.info("%s: %d of %d shards to embed", side, len(missing), len(shards))
-        rows: Dataset[NumberedItems]
+        data: Dataset[NumberedItems]
         if side == "products":
-            rows, encoder = ProductTable(table, preprocess.product, product_view), two_tower.product
+            data, encoder = ProductTable(table, preprocess.product, product_view), two_tower.product
         else:
-            rows, encoder = QueryTable(table, tables["products"], preprocess.query, query_view), two_tower.query
-        trainer = L.Trainer(
-            accelerator=accelerator,
-            devices=devices,
-            precision=precision,
-            use_distributed_sampler=False,  # every process has shards of its own
-            callbacks=[ShardWriter(writer, table, missing)],
-            logger=False,
-            enable_checkpointing=False,
-            enable_model_summary=False,
-        )
-        if missing:
-            loaders = ShardLoaders(rows, table, missing, batch_size, num_workers)
-            trainer.predict(_Encode(encoder), datamodule=loaders, return_predictions=False)
-        trainer.strategy.barrier("embedded")  # every process has written its shards
-        if trainer.is_global_zero:
-            hints = {"model": str(model.resolve()), "catalogue": str(catalogue.resolve())}
-            writer.finish([table.shards[shard].stem for shard in shards], hints)
+            data, encoder = QueryTable(table, tables["products"], preprocess.query, query_view), two_tower.query
+        rows = {shard: np.arange(*table.shard_starts[shard : shard + 2]) for shard in range(len(table.shards))}
+        rows = {shard: some for shard, some in rows.items() if len(some)}
+        hints = {"model": str(model.resolve()), "catalogue": str(catalogue.resolve())}
+        embed_rows(data, encoder, table, rows, writer, hints, options)
+
+
+def embed_rows(
+    data: Dataset[NumberedItems],
+    encoder: Encoder,
+    table: Table,
+    rows: Mapping[int, np.ndarray],
+    writer: EmbeddingWriter,
+    hints: Mapping[str, str],
+    options: Options,
+) -> None:
+    """Embed some rows of a table and finish their folder; shards that are written already are left alone.
+
+    Args:
+        data: the items of row numbers.
+        encoder: what embeds them.
+        table: what they are rows of.
+        rows: shard -> row numbers, ascending, at least one.
+        writer: takes a shard at a time.
+        hints: where model and catalogue lie.
+        options: how.
+    """
+    quiet_lightning()
+    missing = {shard: some for shard, some in rows.items() if not writer.done(table.shards[shard].stem)}
+    side = "products" if writer.id_column == "product_id" else "queries"
+    logger.info("%s: %d of %d shards to embed", side, len(missing), len(rows))
+    trainer = L.Trainer(
+        accelerator=options.accelerator,
+        devices=options.devices,
+        precision=options.precision,
+        use_distributed_sampler=False,  # every process has shards of its own
+        callbacks=[ShardWriter(writer, table, missing)],
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=options.progress,
+    )
+    if missing:
+        loaders = ShardLoaders(data, missing, options.batch_size, options.num_workers)
+        trainer.predict(_Encode(encoder), datamodule=loaders, return_predictions=False)
+    trainer.strategy.barrier("embedded")  # every process has written its shards
+    if trainer.is_global_zero:
+        writer.finish([table.shards[shard].stem for shard in rows], dict(hints))
 
 
 def all_items(tables: dict[str, Table]) -> Iterator[Item]:
@@ -166,39 +205,35 @@ class QueryTable(Dataset[NumberedItems]):
 class ShardBatches(Sampler[np.ndarray]):
     """Row numbers in batches that never cross shards."""
 
-    def __init__(self, table: Table, shards: list[int], batch_size: int) -> None:
-        bounds = [(table.shard_starts[shard], table.shard_starts[shard + 1]) for shard in shards]
-        self.batches = [
-            (s, min(s + batch_size, stop)) for start, stop in bounds for s in range(start, stop, batch_size)
-        ]
+    def __init__(self, rows: Iterable[np.ndarray], batch_size: int) -> None:
+        self.batches = [some[start : start + batch_size] for some in rows for start in range(0, len(some), batch_size)]
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        for start, stop in self.batches:
-            yield np.arange(start, stop)
+        return iter(self.batches)
 
 
 class ShardLoaders(L.LightningDataModule):
     """Each process embeds shards of its own."""
 
     def __init__(
-        self, rows: Dataset[NumberedItems], table: Table, shards: list[int], batch_size: int, num_workers: int
+        self, data: Dataset[NumberedItems], rows: Mapping[int, np.ndarray], batch_size: int, num_workers: int
     ) -> None:
         super().__init__()
         self.allow_zero_length_dataloader_with_multiple_devices = True  # fewer shards than processes
-        self.rows, self.table, self.shards = rows, table, shards
+        self.data, self.rows = data, rows
         self.batch_size, self.num_workers = batch_size, num_workers
 
     def predict_dataloader(self) -> DataLoader[NumberedItems]:
         """The rows of this process's shards, in order."""
         assert self.trainer is not None
-        own = self.shards[self.trainer.global_rank :: self.trainer.world_size]
+        own = list(self.rows.values())[self.trainer.global_rank :: self.trainer.world_size]
         return DataLoader(
-            self.rows,
+            self.data,
             batch_size=None,
-            sampler=ShardBatches(self.table, own, self.batch_size),
+            sampler=ShardBatches(own, self.batch_size),
             num_workers=self.num_workers,
             multiprocessing_context="spawn" if self.num_workers else None,
         )
@@ -231,10 +266,10 @@ class _Encode(L.LightningModule):
 
 
 class ShardWriter(L.Callback):
-    """Writes a shard as soon as its last row is encoded."""
+    """Writes a shard as soon as the last of its rows that are wanted is encoded."""
 
-    def __init__(self, writer: EmbeddingWriter, table: Table, shards: list[int]) -> None:
-        self.writer, self.table, self.shards = writer, table, shards
+    def __init__(self, writer: EmbeddingWriter, table: Table, rows: Mapping[int, np.ndarray]) -> None:
+        self.writer, self.table, self.rows = writer, table, rows
         self.pending: list[Prediction] = []
         self.unknown = 0
 
@@ -246,7 +281,7 @@ class ShardWriter(L.Callback):
         is_query = self.writer.id_column == "query_id"
         last_row = int(outputs.row[-1]) // (len(KINDS) if is_query else 1)
         shard = int(np.searchsorted(self.table.shard_starts, last_row, side="right")) - 1
-        if last_row + 1 == self.table.shard_starts[shard + 1]:
+        if last_row == self.rows[shard][-1]:
             self.write(shard, is_query)
 
     def write(self, shard: int, is_query: bool) -> None:
@@ -255,8 +290,9 @@ class ShardWriter(L.Callback):
         self.pending = []
         self.unknown += int((~known).sum())
         start, stop = self.table.shard_starts[shard : shard + 2]
-        if len(seen := np.unique(row // (len(KINDS) if is_query else 1))) != stop - start:
-            raise RuntimeError(f"{len(seen)} of {stop - start} rows of shard {shard} were encoded: nothing is written.")
+        wanted = len(self.rows[shard])
+        if len(seen := np.unique(row // (len(KINDS) if is_query else 1))) != wanted:
+            raise RuntimeError(f"{len(seen)} of {wanted} rows of shard {shard} were encoded: nothing is written.")
         ids = self.table.column(self.writer.id_column)[start:stop].to_pylist()
         name = self.table.shards[shard].stem
         if is_query:
@@ -264,10 +300,8 @@ class ShardWriter(L.Callback):
             kinds = [KINDS[number % len(KINDS)] for number in row]
             self.writer.write(name, [ids[number // len(KINDS) - start] for number in row], embedding, kinds)
         else:
-            stored = pq.read_table(self.table.shards[shard]).to_batches(max_chunksize=256)
-            contents = [item_digest(product_item(one)) for batch in stored for one in batch.to_pylist()]
-            in_order = [contents[number - start] for number in row]
-            self.writer.write(name, [ids[number - start] for number in row], embedding, contents=in_order)
+            contents = product_digests(self.table.shards[shard])[row - start]
+            self.writer.write(name, [ids[number - start] for number in row], embedding, contents=contents.tolist())
 
     def on_predict_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Say what the model could not read."""

@@ -1,0 +1,204 @@
+"""The version of an index that follows another one: its lists are copied without what is gone and with what is new."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from retrieval import resources, storage, versions
+from retrieval.assemble import IDS_FILE, INDEX_FILE, Placed, attach_attributes, write_mapped, write_products
+from retrieval.attribute_sources import AttributeSource, known_source, open_source
+from retrieval.attributes import ATTRIBUTES_FILE, AttributeTable, TableSource
+from retrieval.drift import SAMPLE, Drift, gauge, verdict
+from retrieval.embeddings import EmbeddingReader
+from retrieval.encoded import GROUPING_BYTES, Blocks, to_table
+from retrieval.engine import Engine
+from retrieval.factory import parse_mapped
+from retrieval.index import FORMAT, KIND, SETTINGS_FILE, ProductIndex
+from retrieval.mapped import Trained
+from retrieval.plan import BLOCK, Plan
+from retrieval.previous import Version, products_of, trained_of
+from retrieval.progress import counted
+from retrieval.shards import ShardFolder
+from retrieval.work_folder import WorkFolder
+
+COMPACT_ABOVE = 0.2
+"""Share of empty rows above which an update closes them up."""
+
+
+class NextVersion:
+    """The version that follows an opened index, from a plan.
+
+    Args:
+        index: the old version.
+        reader: embeddings of products that are new, changed, or as they were; None for none.
+        meta: where all products given are from.
+        plan: what to do.
+        work: for what is unfinished.
+
+    Attributes:
+        count: products.
+        rows: rows, empty ones included.
+        compacted: whether empty rows are closed up.
+        needed: whether it would be another one than the old version.
+    """
+
+    def __init__(
+        self,
+        index: ProductIndex,
+        reader: EmbeddingReader | None,
+        meta: Mapping[str, Any],
+        plan: Plan,
+        work: WorkFolder,
+    ) -> None:
+        self.index, self.reader, self.meta, self.plan, self.work = index, reader, meta, plan, work
+        self.alive = index.alive()
+        self.gone = plan.gone | ~self.alive
+        self.count = int((~self.gone).sum()) + plan.new
+        self.whole = plan.new + plan.unchanged == self.count
+        """Whether all products of the new version were given: whatever they are from describes all of them."""
+        self.compacted, self.rows = False, len(self.gone) + plan.new
+        self.attributes: list[AttributeSource] = []
+        self.needed = plan.changes
+        self._sample: list[NDArray[np.float32]] = []
+        if self.count == 0:
+            raise ValueError(f"{index.path}: no product would be left; remove the index itself if that is meant")
+
+    def choose(self, compact: bool, attributes: Path | None) -> None:
+        """Decide whether rows are closed up, where attributes come from, and whether there is anything to do."""
+        meta, table = self.index.manifest.meta, self.index.version / ATTRIBUTES_FILE
+        new = known_source(self.meta) if attributes is None else open_source(attributes)
+        another = self.whole and new is not None and self.meta.get("catalogue") != meta.get("catalogue")
+        self.needed |= attributes is not None or (compact and not self.alive.all()) or (another and table.exists())
+        if self.needed:
+            flat = isinstance(self.index.engine.index, faiss.IndexFlat)
+            self.compacted = flat or compact or self.count < (1 - COMPACT_ABOVE) * self.rows
+            self.rows = self.count if self.compacted else self.rows
+        replaced = attributes is None and self.whole and new is not None
+        if table.exists() and not replaced:
+            name = f"{self.index.path} ({self.index.version.name})"
+            self.attributes.append(TableSource(AttributeTable(table), self.index.all_ids(), name))
+        if new is not None and (self.attributes or replaced or attributes is not None):
+            self.attributes.append(new)  # else some products had attributes and most had none
+
+    def publish(self, measure: bool) -> dict[str, Any]:
+        """Write it; returns what its manifest says. With `measure`, that tells the drift where lists are mapped."""
+        index = self.index
+        meta = {**index.manifest.meta, "format": FORMAT, "count": self.count, "rows": self.rows, **self._about()}
+        with versions.publish(index.path, kind=KIND, meta=meta, base=index.version.name) as folder:
+            if isinstance(index.engine.index, faiss.IndexFlat):
+                self._write_flat(folder)
+            else:
+                self._check_room()
+                self._write_mapped(folder)
+            if self.attributes:
+                meta["attributes"] = attach_attributes(folder, self.attributes)
+            storage.write_bytes(folder / SETTINGS_FILE, (index.version / SETTINGS_FILE).read_bytes())
+            # Read back: whatever is lost on the way to a disk, no index is published that does not open.
+            engine = Engine.open(folder, meta)
+            if measure and engine.ivf is not None:
+                meta["drift"] = self._measure(engine)
+        return meta
+
+    def _about(self) -> dict[str, Any]:
+        """What the manifest says of the update, and of where the products are from."""
+        plan, meta = self.plan, self.index.manifest.meta
+        update = {
+            "generation": meta.get("update", {}).get("generation", 0) + 1,
+            "base": self.index.version.name,
+            **{name: getattr(plan, name) for name in ("added", "replaced", "unchanged", "deleted")},
+            "compacted": self.compacted,
+        }
+        if not self.whole or self.meta.get("catalogue") is None:
+            return {"update": update}
+        hints = {**meta.get("hints", {}), **self.meta.get("hints", {})}
+        return {"update": update, "catalogue": self.meta["catalogue"], "hints": hints}
+
+    def _measure(self, engine: Engine) -> dict[str, Any]:
+        """The gauge before and after, and the verdict, for the manifest."""
+        index = self.index
+        known = index.manifest.meta.get("drift")
+        if known:
+            built, before = Drift.from_json(known["built"]), Drift.from_json(known["after"])
+        else:
+            built = before = gauge(index.engine, index.settings, self.alive)
+        kept = np.ones(self.rows - self.plan.new, bool) if self.compacted else ~self.gone
+        alive = np.concatenate([kept, np.ones(self.plan.new, bool)])
+        new = np.concatenate(self._sample) if self._sample else None
+        after = gauge(engine, index.settings, alive, new)
+        states = {"built": built, "before": before, "after": after}
+        return {**{name: state.to_json() for name, state in states.items()}, "verdict": verdict(built, after)}
+
+    def _write_mapped(self, folder: Path) -> None:
+        trained = trained_of(self.index)
+        kept = ~self.gone
+        moved = np.where(kept, np.cumsum(kept) - 1, -1) if self.compacted else np.arange(len(kept))
+        sources: list[Placed] = [(Version(self.index, self.gone), moved)]
+        if self.plan.new:
+            sources.append((self._encoded(trained), self.rows - self.plan.new))
+        write_mapped(folder, trained, sources)
+
+    def _encoded(self, trained: Trained) -> Blocks:
+        """What is new, encoded; earlier runs may have done a part."""
+        folder = ShardFolder(self.work.path / "encoded", kind="encoded", identity=self.work.identity)
+        files = []
+        for name, batch, kept in self._new():
+            if not folder.done(name):
+                encoded = trained.encode(np.ascontiguousarray(batch.vectors[kept]))
+                folder.write(name, to_table(batch.ids.filter(pa.array(kept)), encoded, batch.digests()[kept]))
+            files.append(folder.path / f"{name}.parquet")
+        return Blocks(files)
+
+    def _write_flat(self, folder: Path) -> None:
+        """An exact index has no rows to spare: it is written anew."""
+        old, new = self.index.engine.index, faiss.IndexFlatIP(self.index.dim)
+
+        def products() -> Iterable[pa.Table]:
+            row = 0
+            for part in products_of(self.index, self.gone):
+                kept = ~self.gone[row : row + len(part)]
+                new.add(old.reconstruct_n(row, len(part))[kept])
+                yield part.filter(pa.array(kept))
+                row += len(part)
+            for _, batch, kept in self._new():
+                new.add(batch.vectors[kept])
+                ids = batch.ids.filter(pa.array(kept))
+                yield pa.table({"product_id": ids, "content": batch.digests()[kept]})
+
+        write_products(folder / IDS_FILE, products())
+        with storage.create(folder / INDEX_FILE) as file:
+            faiss.write_index(new, faiss.PyCallbackIOWriter(file.write))
+
+    def _new(self) -> Iterable[tuple[str, Any, NDArray[np.bool_]]]:
+        """Name, embeddings and (B,) bool mask of what is new of them, block by block; the same in every run."""
+        if self.reader is None:
+            return
+        batches = counted(self.reader.batches(BLOCK), self.reader.count, lambda batch: len(batch.ids), "add", "vectors")
+        self._sample = []
+        chosen = np.random.default_rng(0).permutation(np.flatnonzero(self.plan.keep))[:SAMPLE]
+        sampled = np.isin(np.arange(len(self.plan.keep)), chosen)
+        first = 0
+        for number, batch in enumerate(batches):
+            of = slice(first, first + len(batch.ids))
+            kept, first = self.plan.keep[of], of.stop
+            if kept.any():
+                self._sample.append(batch.vectors[sampled[of]])
+                yield f"{number:06d}", batch, kept
+
+    def _check_room(self) -> None:
+        """Refuse what does not fit in memory or on the disk."""
+        index = self.index
+        design = parse_mapped(index.manifest.meta["factory"])
+        assert design is not None
+        need = resources.predict(
+            self.rows, index.dim, design, sample=1, spill=index.engine.spill, block=BLOCK, grouping=GROUPING_BYTES
+        )
+        there = sum(entry.bytes for entry in index.manifest.files.values()) / len(self.gone)
+        resources.check(replace(need, disk=int(there * (self.rows + self.plan.new))), index.path)

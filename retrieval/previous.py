@@ -1,0 +1,95 @@
+"""A published version as a source of encoded vectors for the next one: read list by list, never as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import faiss
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from retrieval.assemble import INDEX_FILE, LISTS_FILE, SIZES_FILE
+from retrieval.encoded import Entries
+from retrieval.index import ProductIndex
+from retrieval.lists import read_lists, read_rows
+from retrieval.mapped import Trained, centroids_of
+from retrieval.selection import codes_of
+
+BLOCK = 65_536
+"""Rows read at a time."""
+
+
+class Version:
+    """The encoded vectors of an opened index whose lists are mapped (`retrieval.encoded.Source`).
+
+    Args:
+        index: the version.
+        gone: (N,) bool, rows that are empty from now on: they leave the lists, and their ids are null.
+    """
+
+    def __init__(self, index: ProductIndex, gone: NDArray[np.bool_]) -> None:
+        self._index, self._gone = index, gone
+        self._file = index.version / LISTS_FILE
+        self._sizes: NDArray[np.int64] = np.load(index.version / SIZES_FILE, allow_pickle=False)
+
+    @property
+    def count(self) -> int:
+        """Number of rows, empty ones included."""
+        return len(self._gone)
+
+    def sizes(self, num_lists: int, kept: NDArray[np.bool_] | None = None) -> NDArray[np.int64]:
+        """See `Source`."""
+        there = ~self._gone if kept is None else kept & ~self._gone
+        lists = read_rows(self._file, self._sizes, self._index.engine.ivf.code_size)
+        return np.fromiter((np.count_nonzero(there[rows]) for rows in lists), np.int64, num_lists)
+
+    def entries(self, first: int, end: int) -> Iterator[Entries]:
+        """See `Source`."""
+        ivf = self._index.engine.ivf
+        for number, (codes, rows) in enumerate(read_lists(self._file, ivf, self._sizes, first, end), first):
+            there = ~self._gone[rows]
+            yield Entries(np.full(np.count_nonzero(there), number), rows[there], codes[there])
+
+    def products(self) -> Iterator[pa.Table]:
+        """See `Source`."""
+        return products_of(self._index, self._gone)
+
+    def fine(self) -> Iterator[NDArray[np.uint8]]:
+        """See `Source`."""
+        return fine_blocks(self._index.engine.fine)
+
+
+def products_of(index: ProductIndex, gone: NDArray[np.bool_]) -> Iterator[pa.Table]:
+    """product_id and content of an index row by row, nulls for a row that is `gone`, (N,) bool."""
+    row = 0
+    table = pa.table({"product_id": index.all_ids(), "content": index.contents()})
+    for batch in table.to_batches(BLOCK):
+        there = pa.array(~gone[row : row + len(batch)])
+        columns = [pc.if_else(there, column, pa.scalar(None, column.type)) for column in batch.columns]
+        yield pa.table(columns, names=batch.schema.names)
+        row += len(batch)
+
+
+def fine_blocks(fine: Any) -> Iterator[NDArray[np.uint8]]:
+    """(B, F) codes of all finer vectors, row by row."""
+    codes = codes_of(fine)
+    for start in range(0, len(codes), BLOCK):
+        yield codes[start : start + BLOCK]
+
+
+def trained_of(index: ProductIndex) -> Trained:
+    """What encoded the vectors of an opened index whose lists are mapped."""
+    engine = index.engine
+    empty = faiss.read_index(str(index.version / INDEX_FILE))  # as it is stored: without lists
+    return Trained(empty, engine.fine and _without_vectors(engine.fine), centroids_of(empty), engine.spill)
+
+
+def _without_vectors(fine: Any) -> Any:
+    """An empty index with the ranges of finer vectors."""
+    empty = faiss.IndexScalarQuantizer(fine.d, fine.sq.qtype, fine.metric_type)
+    faiss.copy_array_to_vector(faiss.vector_to_array(fine.sq.trained), empty.sq.trained)
+    empty.is_trained = True
+    return empty
