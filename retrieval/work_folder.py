@@ -39,7 +39,11 @@ class WorkFolder:
         self.path, self._output, self._kind = _place(output, kind), output, kind
         self.identity, self._ours = json.loads(json.dumps(identity)), ours
         self._lock = self._take()
-        self._keep_only_same()
+        try:
+            self._begin()
+        except BaseException:  # nobody enters: the same process may try again
+            self._lock.close()
+            raise
 
     def __enter__(self) -> Self:
         """Nothing but itself."""
@@ -54,6 +58,10 @@ class WorkFolder:
                 files.remove(self.path)
         finally:
             self._lock.close()
+
+    def _begin(self) -> None:
+        """Make the folder ready for this work."""
+        self._keep_only_same()
 
     def worth_keeping(self) -> bool:
         """Whether there is something to go on with."""

@@ -59,7 +59,10 @@ class Workspace(WorkFolder):
         }
         ours = "|".join([*map(re.escape, (TRAINED_FILE, FINER_FILE, TRAINING_FILE)), r"\d{6}-\d{10}\.parquet"])
         super().__init__(output, "build", identity, ours)
-        self._blocks = ShardFolder(self.path, kind="encoded", identity=identity)
+
+    def _begin(self) -> None:
+        super()._begin()
+        self._blocks = ShardFolder(self.path, kind="encoded", identity=self.identity)
 
     def worth_keeping(self) -> bool:
         """Whether the training is finished."""
