@@ -161,22 +161,20 @@ def search_parameters(index: Any, nprobe: int, selector: Any = None) -> Any:
     return make.SearchParametersIVF(**options)
 
 
-def quantizer_parameters(index: Any, nprobe: int, lists: Any = None) -> Any:
+def quantizer_parameters(index: Any, nprobe: int) -> Any:
     """How the quantizer of an IVF index finds `nprobe` lists; where that is through groups, enough groups are visited.
 
     Args:
         index: an IVF index.
         nprobe: lists to find.
-        lists: FAISS IDSelector of the lists that may be found; None for all. They may be far away, in any group.
     """
-    options: dict[str, Any] = {} if lists is None else {"sel": lists}
     quantizer = faiss.downcast_index(index.quantizer)
     if not isinstance(quantizer, faiss.IndexRefine):
-        return make.SearchParameters(**options) if options else None
+        return None
     groups = faiss.downcast_index(quantizer.base_index).nlist
     lists_per_group = index.nlist / groups
-    visited = groups if lists is not None else min(groups, math.ceil(groups / 8 + 8 * nprobe / lists_per_group))
-    inner = make.SearchParametersIVF(nprobe=visited, **options)
+    visited = min(groups, math.ceil(groups / 8 + 8 * nprobe / lists_per_group))
+    inner = make.SearchParametersIVF(nprobe=visited)
     factor = min(1.5 + 8 / nprobe, index.nlist / nprobe)  # by their codes, the nearest few are hard to tell
     return make.IndexRefineSearchParameters(k_factor=factor, base_index_params=inner)
 

@@ -14,6 +14,7 @@ A search among all rows that visits P lists sees rows of the P nearest ones. To 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cached_property
 from typing import Any
 
 import faiss
@@ -36,8 +37,8 @@ UNRELATED = 0.1
 """Variance of the lists' shares beyond chance, in parts of the mean share squared, up to which a selection counts as
 one that has nothing to do with the vectors."""
 
-MOST = 0.9
-"""Share of lists that hold rows above which all are looked up: leaving some out costs more."""
+COMPARED = 6000
+"""Lists that are all compared with a query sooner than looked up."""
 
 STEP = 1.25
 """Numbers of lists are rounded up to powers of this: there are few different ones then, and parameters for each."""
@@ -72,12 +73,8 @@ class SelectedLists:
         share = self._rows.sum() / sizes.sum()
         self._mean_weight = share**SHARE_EXPONENT
         self.unrelated = _is_unrelated(self._rows, sizes, share)
-        self._held = int(np.count_nonzero(self._rows))
-        self._selector: Any = None
-        if self._held < MOST * self._total and isinstance(self._quantizer, faiss.IndexFlat | faiss.IndexRefine):
-            self._bits = np.packbits(self._rows > 0, bitorder="little")
-            self._selector = faiss.IDSelectorBitmap(self._bits)
-        self._parameters: dict[tuple[int, bool], Any] = {}
+        self._held = np.flatnonzero(self._rows)
+        self._parameters: dict[int, Any] = {}
 
     def to_visit(self, queries: Vectors, nprobe: int, k: int) -> Lists:
         """The lists that each query has to visit for k results.
@@ -88,43 +85,81 @@ class SelectedLists:
             k: results wanted.
         """
         if self.unrelated:
-            count = min(self._total, stepped(nprobe / self._mean_weight))
-            return _compact(*self._nearest(queries, count, False))
-        asked, selective = stepped(1.5 * nprobe / self._mean_weight), self._selector is not None
-        most = self._held if selective else self._total
-        first = self._nearest(queries, min(nprobe, self._total), False)[1] if selective else None
-        while True:
-            asked = min(most, asked)
-            lists, scores = self._nearest(queries, asked, selective)
-            own = scores[:, :nprobe] if first is None else first
-            rows = self._rows[lists] * (lists >= 0)
-            enough = np.cumsum(self._weights[lists] * (rows > 0), axis=1) >= nprobe
-            met = np.cumsum(rows, axis=1) >= ANCHOR * k
-            anchor = np.take_along_axis(scores, met.argmax(axis=1)[:, None], axis=1)
-            span = own[:, :1] - np.where(own > NOTHING, own, np.inf).min(axis=1, keepdims=True)
-            further = np.minimum(NEAR * span + np.maximum(own[:, :1] - anchor, 0), FAR * span)
-            done = enough & met & (scores < anchor - further)
-            if asked == most or done[:, -1].all():
-                needed = ~done
-                needed[:, 1:] |= ~enough[:, :-1]  # the list with which it is enough is needed too
-                return _compact(lists, scores, needed & (rows > 0))
-            asked *= 4
+            return _compact(*self._nearest(queries, stepped(nprobe / self._mean_weight)))
+        few = len(self._held) <= COMPARED
+        found = self._nearest(queries, nprobe if few else max(nprobe, stepped(1.5 * nprobe / self._mean_weight)))
+        own = found[1][:, :nprobe]
+        best, span = own[:, :1], own[:, :1] - np.where(own > NOTHING, own, np.inf).min(axis=1, keepdims=True)
+        done = np.zeros(len(queries), np.bool_)
+        if not few:
+            needed, done = self._needed(*found, best, span, nprobe, k)
+        if done.all():
+            return _compact(*found, needed)
+        left = ~done
+        lists, scores = self._ranked(queries[left])
+        further = _compact(lists, scores, self._needed(lists, scores, best[left], span[left], nprobe, k)[0])
+        if left.all():
+            return further
+        return _merged(done, _compact(found[0][done], found[1][done], needed[done]), further)
 
     def all(self, queries: Vectors) -> Lists:
         """All lists that hold rows of the selection, for each query."""
-        held = np.flatnonzero(self._rows)
-        centres = np.stack([self._quantizer.reconstruct(int(number)) for number in held])
-        lists = np.tile(held, (len(queries), 1))
-        return lists, np.ascontiguousarray(queries @ centres.T, np.float32)
+        return self._ranked(queries)
 
-    def _nearest(self, queries: Vectors, count: int, selective: bool) -> Lists:
-        """(Q, count) the nearest lists, of all or of those that hold rows, -1 where fewer were found."""
-        key = count, selective
-        if key not in self._parameters:
-            selector = self._selector if selective else None
-            self._parameters[key] = quantizer_parameters(self._ivf, count, selector)
-        scores, lists = self._quantizer.search(queries, count, params=self._parameters[key])
+    def _needed(
+        self, lists: NDArray[np.int64], scores: Vectors, best: Vectors, span: Vectors, nprobe: int, k: int
+    ) -> tuple[Mask, Mask]:
+        """Which lists to visit, and for which queries they are enough.
+
+        Args:
+            lists: (Q, W), nearest first, -1 where there are none.
+            scores: (Q, W).
+            best: (Q, 1) score of the nearest of all lists.
+            span: (Q, 1) how much lower the `nprobe`-th of all lists scores.
+            nprobe: lists that a search among all rows visits.
+            k: results wanted.
+        """
+        rows = self._rows[lists] * (lists >= 0)
+        enough = np.cumsum(self._weights[lists] * (rows > 0), axis=1) >= nprobe
+        met = np.cumsum(rows, axis=1) >= ANCHOR * k
+        anchor = np.take_along_axis(scores, met.argmax(axis=1)[:, None], axis=1)
+        further = np.minimum(NEAR * span + np.maximum(best - anchor, 0), FAR * span)
+        over = enough & met & (scores < anchor - further)
+        needed = ~over
+        needed[:, 1:] |= ~enough[:, :-1]  # the list with which it is enough is needed too
+        return needed & (rows > 0), over[:, -1]
+
+    def _nearest(self, queries: Vectors, count: int) -> Lists:
+        """(Q, count) the nearest of all lists, -1 where fewer were found."""
+        count = min(count, self._total)
+        if count not in self._parameters:
+            self._parameters[count] = quantizer_parameters(self._ivf, count)
+        scores, lists = self._quantizer.search(queries, count, params=self._parameters[count])
         return lists, scores
+
+    def _ranked(self, queries: Vectors) -> Lists:
+        """(Q, H) all lists that hold rows, nearest first."""
+        held, dim = self._held, queries.shape[1]
+        if len(queries) == 1:  # without a copy of their centres
+            scores = np.empty((1, len(held)), np.float32)
+            pointers = faiss.swig_ptr(scores), faiss.swig_ptr(queries), self._centres.get_xb(), faiss.swig_ptr(held)
+            faiss.fvec_inner_products_by_idx(*pointers, dim, 1, len(held))
+        else:
+            centres = faiss.rev_swig_ptr(self._centres.get_xb(), self._total * dim).reshape(-1, dim)
+            scores = np.ascontiguousarray(queries @ centres[held].T)
+        order = np.argsort(-scores, axis=1)
+        return held[order], np.take_along_axis(scores, order, axis=1)
+
+    @cached_property
+    def _centres(self) -> Any:
+        """FAISS index of the centres of all lists."""
+        if isinstance(self._quantizer, faiss.IndexFlat):
+            return self._quantizer
+        if isinstance(self._quantizer, faiss.IndexRefine):
+            return faiss.downcast_index(self._quantizer.refine_index)
+        flat = faiss.IndexFlatIP(self._quantizer.d)
+        flat.add(self._quantizer.reconstruct_n(0, self._total))
+        return flat
 
 
 def lists_of_rows(engine: Engine) -> NDArray[Any]:
@@ -179,3 +214,12 @@ def _compact(lists: NDArray[np.int64], scores: Vectors, kept: Mask | None = None
     to = (np.cumsum(kept, axis=1) - 1)[query, place]
     front[query, to], front_scores[query, to] = lists[query, place], scores[query, place]
     return front, front_scores
+
+
+def _merged(first: Mask, some: Lists, others: Lists) -> Lists:
+    """The lists of all queries, of which the first ones are those where (Q,) `first` is True."""
+    width = max(some[0].shape[1], others[0].shape[1])
+    lists, scores = np.full((len(first), width), -1, np.int64), np.zeros((len(first), width), np.float32)
+    for which, (numbers, closeness) in ((first, some), (~first, others)):
+        lists[which, : numbers.shape[1]], scores[which, : numbers.shape[1]] = numbers, closeness
+    return lists, scores

@@ -27,14 +27,11 @@ FEW_BYTES = 3 << 20
 """Vectors for re-ranking up to which all are compared: a quarter of a millisecond's work. They are copied and kept."""
 
 BLOCK_BYTES = 32 << 20
-"""Vectors that are decoded at a time."""
+"""What is held at a time of vectors that are decoded, and of lists to visit."""
 
-WIDER, WIDEST = 2, 8
+WIDER = 4
 """Times as many candidates where a selection has to do with the vectors: codes hardly tell rows apart that are all far
-away. The second where the first was not enough."""
-
-LATE = 0.1
-"""It was not enough where more than this share of the results came from the last half of the candidates."""
+away."""
 
 CACHED = 8
 """Selections that are remembered."""
@@ -147,7 +144,8 @@ class SelectiveSearch:
         if not wanted or not len(queries):
             return scores, rows
         width = self._width(wanted, settings, selection)
-        block = max(1, BLOCK_BYTES // (4 * self.engine.index.d * width))
+        held = max(4 * self.engine.index.d * width, 16 * (self.engine.lists or 0))  # vectors or lists of a query
+        block = max(1, BLOCK_BYTES // held)
         for start in range(0, len(queries), block):
             part = slice(start, start + block)
             scores[part, :wanted], rows[part, :wanted] = self._search(queries[part], wanted, width, settings, selection)
@@ -156,7 +154,7 @@ class SelectiveSearch:
     def _search(self, queries: Vectors, k: int, width: int, settings: Settings, selection: Selection) -> Found:
         """(Q, k) of a block of queries, k at most the number of selected rows."""
         engine = self.engine
-        if selection.count * vector_bytes(engine) <= FEW_BYTES:
+        if self._is_small(selection):
             part, among = selection.gathered
             scores, places = part.search(queries, k)
             return scores, among[places]
@@ -164,34 +162,31 @@ class SelectiveSearch:
             return self._compare_all(queries, k, selection)
         asked = _transformed(engine.index, queries)
         lists = selection.lists.to_visit(asked, settings.nprobe or engine.ivf.nprobe, k)
-        related = engine.fine is not None and not selection.lists.unrelated
-        scores, rows, late = self._scan(queries, asked, k, width * WIDER if related else width, selection, lists)
-        if related and late.any():
-            numbers, closeness = (np.ascontiguousarray(array[late]) for array in lists)
-            scores[late], rows[late], _ = self._scan(
-                queries[late], asked[late], k, width * WIDEST, selection, (numbers, closeness)
-            )
+        scores, rows = self._scan(queries, asked, k, width, selection, lists)
         if (lacking := rows[:, -1] < 0).any():
             everywhere = selection.lists.all(asked[lacking])
-            scores[lacking], rows[lacking], _ = self._scan(
+            scores[lacking], rows[lacking] = self._scan(
                 queries[lacking], asked[lacking], k, width, selection, everywhere
             )
         if (lacking := rows[:, -1] < 0).any() and engine.fine is not None:
             scores[lacking], rows[lacking] = self._compare_all(queries[lacking], k, selection)
         return scores, rows
 
+    def _is_small(self, selection: Selection) -> bool:
+        """Whether all rows are compared; without finer vectors there is no quick way to them."""
+        return self.engine.fine is not None and selection.count * self.engine.fine.sa_code_size() <= FEW_BYTES
+
     def _width(self, k: int, settings: Settings, selection: Selection) -> int:
         """Candidates of each query."""
-        width = float(k)
-        if self.engine.fine is not None:
-            width = min(max(k, FEWEST) * settings.k_factor, selection.count)
-        if self.engine.spill:
-            width *= 2 if self.engine.fine is None else DUPLICATES
-        return max(k, int(np.ceil(width)))
+        engine, width = self.engine, float(k)
+        if engine.fine is not None and engine.ivf is not None and not self._is_small(selection):
+            width = max(k, FEWEST) * settings.k_factor * (1 if selection.lists.unrelated else WIDER)
+            width = max(k, min(width, selection.count))
+        if engine.spill:
+            width *= 2 if engine.fine is None else DUPLICATES
+        return int(np.ceil(width))
 
-    def _scan(
-        self, queries: Vectors, asked: Vectors, k: int, width: int, selection: Selection, lists: Lists
-    ) -> tuple[Vectors, Rows, Mask]:
+    def _scan(self, queries: Vectors, asked: Vectors, k: int, width: int, selection: Selection, lists: Lists) -> Found:
         """The best of the rows in some lists: candidates by their codes, then ranked by finer vectors.
 
         Args:
@@ -201,29 +196,22 @@ class SelectiveSearch:
             width: candidates.
             selection: the rows.
             lists: to scan.
-
-        Returns:
-            (Q, k) scores and rows, and (Q,) whether more candidates would give better results.
         """
         engine, (numbers, closeness) = self.engine, lists
-        width = max(k, min(width, selection.count * (2 if engine.spill else 1)))
         scores, rows = np.empty((len(queries), width), np.float32), np.empty((len(queries), width), np.int64)
         pointers = [faiss.swig_ptr(array) for array in (asked, numbers, closeness, scores, rows)]
         parameters = selection.parameters(numbers.shape[1])
         engine.ivf.search_preassigned_c(len(asked), pointers[0], width, *pointers[1:], False, parameters)
-        late = np.zeros(len(queries), np.bool_)
         if engine.fine is not None:
             vectors = engine.fine.sa_decode(codes_of(engine.fine)[rows.ravel()]).reshape(*rows.shape, -1)
             scores = (vectors @ queries[:, :, None])[:, :, 0]
             scores[rows < 0] = -np.inf
             order = np.argsort(-scores, axis=1, kind="stable")
-            late = np.count_nonzero(order[:, :k] >= width // 2, axis=1) > LATE * k
             scores, rows = np.take_along_axis(scores, order, axis=1), np.take_along_axis(rows, order, axis=1)
-            late &= rows[:, -1] >= 0
         scores[rows < 0] = -np.inf
         if engine.spill:
-            return (*first_of_each(scores, rows, k, beside=engine.fine is not None), late)
-        return scores[:, :k], rows[:, :k], late
+            return first_of_each(scores, rows, k, beside=engine.fine is not None)
+        return scores[:, :k], rows[:, :k]
 
     def _compare_all(self, queries: Vectors, k: int, selection: Selection) -> Found:
         """Compare with every selected row, in blocks."""
@@ -240,11 +228,6 @@ class SelectiveSearch:
     @cached_property
     def _lists_of(self) -> NDArray[Any]:
         return lists_of_rows(self.engine)
-
-
-def vector_bytes(engine: Engine) -> float:
-    """Bytes of a vector to compare; infinite where there is no quick way to them."""
-    return np.inf if engine.fine is None else float(engine.fine.sa_code_size())
 
 
 def codes_of(fine: Any) -> NDArray[np.uint8]:

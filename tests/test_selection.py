@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retrieval import clustering, mapped, selection
+from retrieval import clustering, mapped, selected_lists, selection
 from retrieval.build import Recipe, build_index
 from retrieval.embeddings import EmbeddingReader, EmbeddingWriter
 from retrieval.engine import Engine, Settings
@@ -163,10 +163,11 @@ def masks():
     }
 
 
-@pytest.mark.parametrize("spill", [False, True])
+@pytest.mark.parametrize(("spill", "compared"), [(False, 6000), (True, 6000), (False, 0)])
 @pytest.mark.parametrize("name", masks())
-def test_a_selection_keeps_the_recall_of_a_search_among_all(build, many, name, spill):
+def test_a_selection_keeps_the_recall_of_a_search_among_all(build, many, monkeypatch, name, spill, compared):
     """Also where the rows that may be found are far from the query, asked with the settings that suit all rows."""
+    monkeypatch.setattr(selected_lists, "COMPARED", compared)
     engine = build("IVF64,PQ8x4fsr,Refine(SQ8)", spill)
     search, mask = SelectiveSearch(engine), masks()[name]
     everything = np.ones(COUNT, bool)
@@ -182,7 +183,9 @@ def test_a_selection_keeps_the_recall_of_a_search_among_all(build, many, name, s
     assert recall(rows, brute_force(VECTORS, mask, QUERIES, 10)[1]) >= 0.94
 
 
-def test_a_query_is_answered_alone_as_among_others(build, many):
+@pytest.mark.parametrize("compared", [0, 6000])
+def test_a_query_is_answered_alone_as_among_others(build, many, monkeypatch, compared):
+    monkeypatch.setattr(selected_lists, "COMPARED", compared)
     engine = build("IVF64,PQ8x4fsr,Refine(SQ8)", True)
     search = SelectiveSearch(engine)
     for mask in masks().values():
@@ -203,8 +206,10 @@ def test_blocks_of_queries_are_answered_as_one(build, many, monkeypatch):
     assert np.array_equal(whole[1], parts[1]) and np.allclose(whole[0], parts[0], atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["random half", "one cluster", "three clusters and strays"])
-def test_lists_found_through_groups_give_the_same(tmp_path, monkeypatch, many, name):
+@pytest.mark.parametrize("compared", [0, 6000])
+@pytest.mark.parametrize("name", ["random half", "one cluster", "half of the clusters", "three clusters and strays"])
+def test_lists_found_through_groups_give_the_same(tmp_path, monkeypatch, many, name, compared):
+    monkeypatch.setattr(selected_lists, "COMPARED", compared)
     for module in (clustering, mapped):
         monkeypatch.setattr(module, "FLAT_LISTS", 16)
     writer = EmbeddingWriter(tmp_path / "e", dim=DIM)
@@ -214,9 +219,12 @@ def test_lists_found_through_groups_give_the_same(tmp_path, monkeypatch, many, n
     engine = ProductIndex.open(tmp_path / "i").engine
     assert isinstance(faiss.downcast_index(engine.ivf.quantizer), faiss.IndexRefine)
     search, mask = SelectiveSearch(engine), masks()[name]
-    found = search.search(QUERIES, 10, Settings(16, 8.0), search.select(mask))
+    chosen = search.select(mask)
+    found = search.search(QUERIES, 10, Settings(16, 8.0), chosen)
     check_complete(*found, mask, 10)
     assert recall(found[1], brute_force(VECTORS, mask, QUERIES, 10)[1]) >= 0.94
+    alone = [search.search(query[None], 10, Settings(16, 8.0), chosen)[1][0] for query in QUERIES]
+    assert recall(np.stack(alone), found[1]) == 1
 
 
 # --- Which lists.
