@@ -8,7 +8,6 @@ from typing import NamedTuple
 import faiss
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from retrieval.embeddings import EmbeddingBatch, EmbeddingReader
@@ -65,14 +64,13 @@ def exact_search(
 
 def _index_rows(ids: pa.ChunkedArray, index: ProductIndex) -> NDArray[np.int64]:
     """(N,) row numbers in the index of products in the reader's order: joined by id, not by order."""
-    all_ids = index.all_ids().cast(pa.large_string()).combine_chunks()
-    rows = pc.index_in(ids, value_set=all_ids)
-    if rows.null_count or len(ids) != len(index):
+    rows = index.rows_of(ids)
+    if (missing := int((rows < 0).sum())) or len(ids) != len(index):
         raise ArtefactError(
-            f"{index.path} holds {len(index):,} products, the embeddings {len(ids):,}, of which {rows.null_count:,} "
-            "are not in the index: build the index from these embeddings"
+            f"{index.path} holds {len(index):,} products, the embeddings {len(ids):,}, of which {missing:,} are not in "
+            "the index: build the index from these embeddings, or update it with them"
         )
-    return np.asarray(rows.to_numpy(), np.int64)
+    return rows
 
 
 def _shown(products: EmbeddingReader, block: int) -> Iterator[EmbeddingBatch]:

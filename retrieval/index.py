@@ -250,6 +250,12 @@ class ProductIndex:
             raise ValueError(f"no product {product_id!r} among the {len(self):,} of {self.path}")
         return row
 
+    def rows_of(self, product_ids: pa.Array | pa.ChunkedArray) -> NDArray[np.int64]:
+        """(B,) row numbers of products, -1 where there is no such one. Reads all ids: ask for many at once."""
+        known = self.all_ids().cast(pa.large_string()).combine_chunks()
+        found = pc.index_in(product_ids.cast(pa.large_string()), value_set=known, skip_nulls=True)
+        return np.asarray(pc.fill_null(found, -1).to_numpy(), np.int64)
+
     def vector_of(self, product_id: str) -> NDArray[np.float32]:
         """The vector of a product as the index keeps it, (D,) float32, of unit length under cosine.
 

@@ -158,7 +158,7 @@ def _answers(
     products = pc.unique(qrels.column("product_id"))
     rows = rows_of(products.to_pylist(), index)
     unknown = rows < 0
-    rows[unknown] = len(index) + np.arange(unknown.sum())  # relevant all the same, and never found
+    rows[unknown] = index.engine.count + np.arange(unknown.sum())  # relevant all the same, and never found
     row = rows[pc.index_in(qrels.column("product_id"), value_set=products).to_numpy()]
     grade = qrels.column("relevance").to_numpy()
     grouped: dict[str, dict[int, float]] = {}
@@ -174,9 +174,7 @@ def _answers(
 
 def rows_of(product_ids: list[str], index: ProductIndex) -> NDArray[np.int64]:
     """(N,) rows of products, -1 for those that the index does not hold."""
-    all_ids = index.all_ids().cast(pa.large_string()).combine_chunks()
-    rows = pc.index_in(pa.array(product_ids, pa.large_string()), value_set=all_ids)
-    return np.asarray(pc.fill_null(rows, NONE).to_numpy(zero_copy_only=False)).astype(np.int64)
+    return index.rows_of(pa.array(product_ids, pa.large_string()))
 
 
 def _padded(rows: list[NDArray], fill: float) -> NDArray:

@@ -81,7 +81,7 @@ def make_plan(
     if unchanged is not None:
         _check_not_both(unchanged, leaving)
     gone = np.zeros(len(index.all_ids()), bool)
-    rows = rows_of(index, leaving)
+    rows = index.rows_of(leaving)
     unknown = leaving.filter(pa.array(rows < 0)).to_pylist()
     if strict and unknown:
         raise ValueError(f"{len(unknown)} ids to delete are not in {index.path} (strict): {', '.join(unknown[:5])}")
@@ -92,7 +92,7 @@ def make_plan(
     upsert.check_unique()
     given = pa.chunked_array(list(upsert.ids()), pa.large_string())
     _check_not_both(given, leaving)
-    rows = rows_of(index, given)
+    rows = index.rows_of(given)
     there, same = rows >= 0, _same(index, upsert, rows)
     gone[rows[there & ~same]] = True
     return Plan(
@@ -104,13 +104,6 @@ def make_plan(
         deleted=len(leaving) - len(unknown),
         unknown=unknown,
     )
-
-
-def rows_of(index: ProductIndex, ids: pa.Array | pa.ChunkedArray) -> NDArray[np.int64]:
-    """(B,) rows of ids, -1 where there are none. Looks at all ids of the index: ask for many at once."""
-    known = index.all_ids().cast(pa.large_string()).combine_chunks()
-    found = pc.index_in(ids, value_set=known, skip_nulls=True)
-    return np.asarray(pc.fill_null(found, -1).to_numpy(), np.int64)
 
 
 def known_digests(index: ProductIndex, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:

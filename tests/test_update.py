@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from embedded import write_embeddings
 from faults import Failing, Watched, using
 from hypothesis import HealthCheck, settings
 from living import (
@@ -26,7 +27,9 @@ from retrieval import storage, versions
 from retrieval.attributes import ATTRIBUTES_FILE, AttributeTable
 from retrieval.build import Recipe, build_index
 from retrieval.bulk import bulk_search
+from retrieval.catalogue import PreparedCatalogue
 from retrieval.embeddings import EmbeddingReader, EmbeddingWriter
+from retrieval.evaluate import Options, evaluate
 from retrieval.exact import exact_search
 from retrieval.index import ProductIndex
 from retrieval.storage import ArtefactError
@@ -567,6 +570,29 @@ def test_a_catalogue_needs_the_model_of_the_index(of_catalogue, tiny_catalogue, 
     build_index(embed(tmp_path / "e", vectors(20), [f"p{i}" for i in range(20)]), tmp_path / "i")
     with pytest.raises(ArtefactError, match=r"the catalogue's model is of model .* built from embeddings of model-a"):
         update_index(tmp_path / "i", upsert=ChangedProducts(tiny_run / "model", tiny_catalogue))
+
+
+def test_an_updated_index_is_evaluated_as_one_built_anew(tiny_catalogue, tmp_path):
+    write_embeddings(tiny_catalogue, tmp_path / "e")
+    products = EmbeddingReader(tmp_path / "e" / "products")
+    recipe = Recipe("IVF4,PQ4x4fsr,Refine(SQfp16)", nprobe=4, k_factor=100)
+    build_index(products, tmp_path / "updated", recipe)
+    rows = np.concatenate([batch.vectors for batch in products.batches()])
+    ids = [product for batch in products.batches() for product in batch.ids.to_pylist()]
+    gone = [product for product in ids if product.startswith("00")]
+    kept = [row for row, product in enumerate(ids) if product not in gone]
+    live = embed(tmp_path / "live", rows[kept], [ids[row] for row in kept])
+    build_index(live, tmp_path / "anew", recipe)
+    assert update_index(tmp_path / "updated", delete=gone, measure=False).rows == 120
+    queries, catalogue = EmbeddingReader(tmp_path / "e" / "queries"), PreparedCatalogue(tiny_catalogue)
+    options = Options(split=None, latency_queries=0)
+    reports = [
+        evaluate(ProductIndex.open(tmp_path / name), live, queries, catalogue=catalogue, options=options).report
+        for name in ("updated", "anew")
+    ]
+    assert reports[0]["judged_products_not_in_index"] == reports[1]["judged_products_not_in_index"] > 0
+    assert reports[0]["tasks"]["exact"] == reports[1]["tasks"]["exact"]
+    assert reports[0]["baselines"] == reports[1]["baselines"]
 
 
 def test_the_command_updates_and_says_what_it_did(built, tmp_path, capsys):

@@ -14,7 +14,7 @@ from datamodules.parquet import Table, product_digests
 from retrieval import storage
 from retrieval.embeddings import EmbeddingReader, EmbeddingWriter
 from retrieval.index import ProductIndex
-from retrieval.plan import known_digests, rows_of
+from retrieval.plan import known_digests
 from retrieval.progress import counted
 from retrieval.update import Embedded
 from towers.embed import Options, ProductTable, as_it_is, embed_rows
@@ -45,7 +45,7 @@ class ChangedProducts:
         """See `Catalogue`."""
         table = Table(self._catalogue / "products")
         ids = table.column("product_id").cast(pa.large_string())
-        changed = _changed(table, *known_digests(index, rows_of(index, ids)))
+        changed = _changed(table, *known_digests(index, index.rows_of(ids)))
         unchanged = ids.filter(pa.array(~changed))
         if not changed.any():
             return Embedded(None, unchanged)
