@@ -171,14 +171,9 @@ def test_a_selection_keeps_the_recall_of_a_search_among_all(build, many, monkeyp
     engine = build("IVF64,PQ8x4fsr,Refine(SQ8)", spill)
     search, mask = SelectiveSearch(engine), masks()[name]
     everything = np.ones(COUNT, bool)
-    plain = next(
-        Settings(nprobe, 8.0)
-        for nprobe in range(1, 65)
-        if recall(
-            engine.search(QUERIES, 10, Settings(nprobe, 8.0))[1], brute_force(VECTORS, everything, QUERIES, 10)[1]
-        )
-        >= 0.95
-    )
+    truth = brute_force(VECTORS, everything, QUERIES, 10)[1]
+    points = (Settings(nprobe, k_factor) for k_factor in (2.0, 3.0, 4.0, 8.0) for nprobe in range(1, 65))
+    plain = next(point for point in points if recall(engine.search(QUERIES, 10, point)[1], truth) >= 0.95)
     rows = search.search(QUERIES, 10, plain, search.select(mask))[1]
     assert recall(rows, brute_force(VECTORS, mask, QUERIES, 10)[1]) >= 0.94
 
@@ -278,6 +273,19 @@ def test_half_of_the_rows_cost_a_root_of_two_as_many_lists(build):
 @given(st.integers(1, 10**6))
 def test_numbers_of_lists_are_rounded_up_to_few(number):
     assert number <= stepped(number) <= np.ceil(number * 1.25)
+
+
+@pytest.mark.parametrize("spill", [False, True])
+@pytest.mark.parametrize(("name", "times"), [("random half", 1), ("one side", 4), ("three clusters and strays", 4)])
+def test_candidates_that_codes_hardly_tell_apart_are_more(build, many, monkeypatch, name, times, spill):
+    """Ten candidates per result, of rows that may be found; rows in two lists are met more often."""
+    search, widths, scan = SelectiveSearch(build("IVF64,PQ8x4fsr,Refine(SQ8)", spill)), [], SelectiveSearch._scan
+    monkeypatch.setattr(SelectiveSearch, "_scan", lambda *args: widths.append(args[4]) or scan(*args))
+    chosen = search.select(masks()[name])
+    for k in (5, 10, 20, 1000):
+        search.search(QUERIES, k, Settings(4, 10.0), chosen)
+    wanted = [min(width, chosen.count) for width in (times * 100, times * 100, times * 200, chosen.count)]
+    assert [*dict.fromkeys(widths)] == [*dict.fromkeys(np.ceil(width * (1.5 if spill else 1)) for width in wanted)]
 
 
 # --- Selections.
