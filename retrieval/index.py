@@ -6,6 +6,7 @@ versions/000001/
 index.faiss     FAISS index; the id of a vector in it is its row number
 lists.bin, lists.npy, vectors.faiss   its lists and finer vectors, mapped (retrieval/mapped.py)
 ids.arrow       row number -> product id, memory-mapped
+attributes.arrow   row number -> what filters ask for, memory-mapped; where the index was built with attributes
 settings.json   how to search unless told otherwise
 manifest.json   model, metric, dimension, count, factory string and reason, digests
 """
@@ -13,6 +14,7 @@ manifest.json   model, metric, dimension, count, factory string and reason, dige
 from __future__ import annotations
 
 import json
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +25,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from retrieval import storage, versions
 from retrieval.assemble import IDS_FILE
+from retrieval.attributes import ATTRIBUTES_FILE, AttributeTable
 from retrieval.engine import Engine, Settings, is_whole
+from retrieval.filters import Filter, parse
+from retrieval.finding import NO_ROWS, Finder, Grouping
 from retrieval.points import Tuning
 from retrieval.storage import ArtefactError, Manifest
 from retrieval.vectors import Metric, checked_metric, checked_vectors
@@ -70,6 +75,7 @@ class ProductIndex:
         engine: the FAISS side.
         metric: what vectors are compared by.
         dim: D.
+        attributes: what filters ask for, or None.
     """
 
     def __init__(
@@ -80,9 +86,10 @@ class ProductIndex:
         ids: IdTable,
         settings: Settings,
         tuning: Tuning | None = None,
+        attributes: AttributeTable | None = None,
     ) -> None:
         self.path = self.version = path
-        self.note = ""
+        self.note, self.attributes = "", attributes
         self.manifest, self.settings, self.engine, self.tuning = manifest, settings, engine, tuning
         self.metric: Metric = checked_metric(manifest.meta["metric"])
         self.dim: int = manifest.meta["dim"]
@@ -116,6 +123,7 @@ class ProductIndex:
         engine = Engine.open(path, manifest.meta)
         try:
             ids = IdTable(path / IDS_FILE)
+            attributes = AttributeTable(path / ATTRIBUTES_FILE) if ATTRIBUTES_FILE in manifest.files else None
             stored = json.loads((path / SETTINGS_FILE).read_text(encoding="utf-8"))
             tuning = Tuning.from_json(stored.pop("tuning")) if "tuning" in stored else None
             settings = Settings(**stored).checked(engine.lists)
@@ -123,7 +131,11 @@ class ProductIndex:
             raise ArtefactError(f"{path} cannot be opened as an index: {error}") from None
         if len(ids) != engine.count:
             raise ArtefactError(f"{path}: files do not belong together: {engine.count} vectors, {len(ids)} ids")
-        return cls(path, manifest, engine, ids, settings, tuning)
+        if attributes is not None and len(attributes) != len(ids):
+            raise ArtefactError(
+                f"{path}: files do not belong together: {len(ids)} ids, attributes of {len(attributes)}"
+            )
+        return cls(path, manifest, engine, ids, settings, tuning, attributes)
 
     def __len__(self) -> int:
         """Number of products; an index that was updated may have more rows, empty ones."""
@@ -168,8 +180,14 @@ class ProductIndex:
         nprobe: int | None = None,
         k_factor: float | None = None,
         settings: Settings | None = None,
+        filter: Filter | str | None = None,
+        without: NDArray[np.int64] = NO_ROWS,
+        without_groups: bool = False,
+        one_per: Grouping | None = None,
     ) -> Hits:
-        """The nearest products of each query.
+        """The nearest products of each query; with the last four arguments, of those that may be found.
+
+        A search that may not find everything finds K products unless there are fewer: it goes as far as it takes.
 
         Args:
             vectors: (Q, D) query vectors, of unit length under cosine.
@@ -179,15 +197,46 @@ class ProductIndex:
             nprobe: lists to visit.
             k_factor: candidates to re-rank per result.
             settings: what `resolve` returned, in place of all these.
+            filter: what may be found, as `retrieval.filters` writes it; None for all.
+            without: rows that may not be found.
+            without_groups: nor may other products of their groups.
+            one_per: find at most one product of each "group" or "family".
 
         Raises:
-            ValueError: what `checked_vectors` refuses, k < 1, or settings that do not suit this index.
+            ValueError: what `checked_vectors` refuses, k < 1, settings that do not suit this index, a filter that is
+                none or does not suit its attributes, or groups or families that the index does not know.
         """
         k = min(checked_k(k), len(self))
         queries = checked_vectors(vectors, dim=self.dim, metric=self.metric, where="queries")
         if settings is None:
             settings = self.resolve(nprobe, k_factor, recall=recall, kind=kind)
-        return Hits(*self.engine.search(queries, k, settings.checked(self.engine.lists)))
+        settings = settings.checked(self.engine.lists)
+        if filter is None and one_per is None and not len(without):
+            return Hits(*self.engine.search(queries, k, settings))
+        chosen = parse(filter) if isinstance(filter, str) else filter
+        return Hits(
+            *self._finder.search(
+                queries,
+                k,
+                settings,
+                filter=chosen,
+                without=without,
+                without_groups=without_groups,
+                one_per=one_per,
+            )
+        )
+
+    def count(self, filter: Filter | str) -> int:
+        """How many products a filter matches.
+
+        Raises:
+            ValueError: a filter that is none or does not suit the attributes of this index.
+        """
+        return self._finder.count(parse(filter) if isinstance(filter, str) else filter)
+
+    @cached_property
+    def _finder(self) -> Finder:
+        return Finder(self.engine, self.attributes, None if len(self) == len(self._ids) else self.alive())
 
     def resolve(
         self,

@@ -1,14 +1,19 @@
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 
+from retrieval import storage
 from retrieval.build import Recipe, build_index
 from retrieval.embeddings import EmbeddingReader, EmbeddingWriter
 from retrieval.engine import Settings
 from retrieval.filters import parse
 from retrieval.finding import FEW_LEFT_OUT, Finder
 from retrieval.index import ProductIndex
+from retrieval.storage import ArtefactError
+from retrieval.update import update_index
 from tests.attribute_rows import table_of
 
 DIM, COUNT = 16, 2000
@@ -138,3 +143,72 @@ def test_a_filter_that_does_not_fit_is_refused_each_time(finder):
     for _ in range(2):
         with pytest.raises(ValueError, match="no attribute 'prize'"):
             finder.search(QUERIES, 5, THOROUGH, filter=parse("prize < 5"))
+
+
+# --- Through an index.
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory):
+    """An index with the attributes of a CSV file in another order, of which every seventh product was taken out."""
+    root = tmp_path_factory.mktemp("index")
+    writer = EmbeddingWriter(root / "e", dim=DIM)
+    writer.write("s", [f"p{row}" for row in range(COUNT)], VECTORS)
+    writer.finish(["s"])
+    order = np.random.default_rng(3).permutation(COUNT)
+    lines = [f"p{row},{float(PRICES[row])!r},b{BRANDS[row]},{'' if GROUPS[row] < 0 else GROUPS[row]}" for row in order]
+    (root / "a.csv").write_text("\n".join(["product_id,price,brand,group_id", *lines]))
+    recipe = Recipe("IVF32,PQ8x4fsr,Refine(SQ8)")
+    build_index(EmbeddingReader(root / "e"), root / "i", recipe, attributes=root / "a.csv")
+    update_index(root / "i", delete=[f"p{row}" for row in range(0, COUNT, 7)])
+    return ProductIndex.open(root / "i")
+
+
+def test_an_index_finds_what_a_filter_matches(index):
+    hits = index.search(QUERIES, 10, filter="price < 30 and brand in (b1, b2)")
+    for id in index.ids(hits.rows).ravel():
+        row = int(id[1:])
+        assert PRICES[row] < 30 and BRANDS[row] in (1, 2) and row % 7
+    alive = np.arange(COUNT) % 7 > 0
+    assert index.count("price < 30") == (alive & (PRICES < 30)).sum()
+    assert index.count(parse("price is missing")) == 0  # the rows of deleted products are no products without a price
+
+
+@pytest.mark.parametrize("filter", ["price < 0.05", "price < -1", 'brand = "none"'])
+def test_fewer_products_than_asked_for_are_all_found(index, filter):
+    matching = {f"p{row}" for row in range(COUNT) if row % 7 and PRICES[row] < 0.05 and filter == "price < 0.05"}
+    hits = index.search(QUERIES, 10, filter=filter)
+    assert hits.rows.shape == (len(QUERIES), 10)
+    for rows, scores in zip(hits.rows, hits.scores, strict=True):
+        assert set(index.ids(rows[rows >= 0])) == matching
+        assert np.isneginf(scores[rows < 0]).all()
+
+
+def test_an_index_leaves_out_products_and_their_groups(index):
+    rows = np.array([index.row_of("p1"), index.row_of("p2")])
+    hits = index.search(QUERIES, 10, without=rows, without_groups=True, one_per="group")
+    groups = [[GROUPS[int(id[1:])] for id in ids] for ids in index.ids(hits.rows)]
+    for found in groups:
+        known = [group for group in found if group >= 0]
+        assert len(known) == len(set(known))
+        assert not {GROUPS[1], GROUPS[2]} & set(known)
+
+
+def test_a_filter_on_an_index_is_checked(index):
+    with pytest.raises(
+        ValueError, match=r"filter: no attribute 'colour'; there are group, price, brand, at character 1: \^colour"
+    ):
+        index.search(QUERIES, 10, filter="colour = red")
+    with pytest.raises(ValueError, match=r"filter: expected a value, found the end"):
+        index.count("price <")
+
+
+def test_attributes_of_other_rows_are_refused(index, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(index.version, copy)
+    table_of(copy / "attributes.arrow", [{"id": "a", "price": 1.0}], {"price": "number"})
+    meta = storage.read_manifest(copy).meta
+    (copy / "manifest.json").unlink()
+    storage.seal(copy, kind="index", meta=meta)
+    with pytest.raises(ArtefactError, match=r"do not belong together: 2000 ids, attributes of 1"):
+        ProductIndex.open(copy)
