@@ -6,6 +6,7 @@ import atexit
 import gc
 import shutil
 import tempfile
+from collections import Counter
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -24,6 +25,8 @@ from retrieval.update import UpdateReport, update_index
 
 DIM = 16
 SEEDS = st.integers(0, 10**6)
+KILLS = st.integers(0, 120).map(lambda number: number or None)
+"""The operation before which an update is killed; None = it is not."""
 
 
 def unit(array):
@@ -86,7 +89,10 @@ class LivingIndex(RuleBasedStateMachine):
         given: id -> vector as it was given.
         truth: id -> vector as it is read from embeddings.
         rows: id -> row.
+        done: changes and kills so far, of all machines.
     """
+
+    done: ClassVar[Counter[str]] = Counter()
 
     recipe = Recipe("IVF16,PQ8x4fsr,Refine(SQ8)")
     start = 640
@@ -115,16 +121,18 @@ class LivingIndex(RuleBasedStateMachine):
         if upsert:
             reader = embed(self.folder / f"u{self.turn}", np.stack(list(upsert.values())), list(upsert))
         old = dict(self.truth)
+        self.done["changes"] += 1
         if kill_at is not None:
-            with suppress(Killed), using(Killing(kill_at)):
+            with suppress(Killed), using(killing := Killing(kill_at)):
                 update_index(self.root, upsert=reader, delete=delete, compact=compact, measure=False)
             gc.collect()  # its locks go with it
+            self.done["kills"] += killing.dead
             self.served(old, self.after(reader, delete))
         report = update_index(self.root, upsert=reader, delete=delete, compact=compact, measure=False)
         self.check_report(report, reader, delete, old, killed=kill_at is not None)
         self.truth = self.after(reader, delete)
         self.given |= upsert
-        self.follow_rows(old, report.compacted)
+        self.follow_rows(old)
         others = [path.name for path in self.folder.iterdir() if path.name not in ("i", *self.uploads())]
         assert others == [], "nothing is left beside the index"
         assert all(path.name.isdigit() for path in (self.root / "versions").iterdir())
@@ -156,24 +164,23 @@ class LivingIndex(RuleBasedStateMachine):
             product in old and np.array_equal(old[product], vector) for product, vector in new.items()
         )
 
-    def follow_rows(self, old, compacted):
+    def follow_rows(self, old):
         """What has not changed keeps its row, unless rows were closed up; then all keep their order."""
         index = ProductIndex.open(self.root)
+        compacted = index.manifest.meta.get("update", {}).get("compacted", False)  # maybe by the run that was killed
         now = {product: row for row, product in enumerate(index.all_ids().to_pylist()) if product is not None}
         same = [product for product in self.truth if product in old and self.truth[product] is old[product]]
-        if not compacted and not self.always_compact:
-            assert all(now[product] == self.rows[product] for product in same if product in self.rows)
+        if not compacted:
+            assert all(now[product] == self.rows[product] for product in same)
         by_row = sorted(same, key=self.rows.__getitem__)
         assert sorted(same, key=now.__getitem__) == by_row
         self.rows = now
 
-    always_compact = False
-
-    @rule(count=st.integers(1, 20), seed=SEEDS, kill_at=st.none() | st.integers(1, 160))
+    @rule(count=st.integers(1, 20), seed=SEEDS, kill_at=KILLS)
     def add(self, count, seed, kill_at):
         self.change({f"n{seed}-{i}": row for i, row in enumerate(vectors(count, seed))}, [], kill_at)
 
-    @rule(seed=SEEDS, count=st.integers(1, 20), delete=st.integers(0, 20), kill_at=st.none() | st.integers(1, 160))
+    @rule(seed=SEEDS, count=st.integers(1, 20), delete=st.integers(0, 20), kill_at=KILLS)
     def change_and_delete(self, seed, count, delete, kill_at):
         """New vectors for some, the ones they have for others, and some more are gone."""
         chosen = np.random.default_rng(seed).permutation(sorted(self.truth)).tolist()
@@ -188,7 +195,7 @@ class LivingIndex(RuleBasedStateMachine):
         self.change({f"{twin}'": self.given[twin]}, [])
 
     @precondition(lambda self: len(self.truth) > 450)
-    @rule(seed=SEEDS, count=st.integers(1, 60), kill_at=st.none() | st.integers(1, 120))
+    @rule(seed=SEEDS, count=st.integers(1, 60), kill_at=KILLS)
     def delete(self, seed, count, kill_at):
         chosen = np.random.default_rng(seed).permutation(sorted(self.truth))[:count].tolist()
         self.change({}, [*chosen, "nobody"], kill_at)
@@ -249,4 +256,3 @@ class LivingFlatIndex(LivingIndex):
     recipe = Recipe("Flat")
     start = 500
     wide: ClassVar[dict[str, Any]] = {}
-    always_compact = True
