@@ -22,11 +22,14 @@ from retrieval.previous import fine_blocks
 from retrieval.probes import without_own
 from retrieval.progress import counted
 
-PROBES = 500
-"""Products that are asked."""
-
 SAMPLE = 2000
 """Products whose errors are averaged."""
+
+PROBES = 1000
+"""Of these, those that are asked."""
+
+MIXERS = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F], np.uint64)
+"""Odd numbers without a pattern."""
 
 K = 10
 
@@ -81,7 +84,6 @@ def gauge(
     settings: Settings,
     alive: NDArray[np.bool_],
     new: NDArray[np.float32] | None = None,
-    seed: int = 0,
 ) -> Drift:
     """Measure an index whose lists are mapped.
 
@@ -90,15 +92,13 @@ def gauge(
         settings: how it is searched.
         alive: (N,) bool, rows that hold a product; at least one.
         new: (B, D) vectors of products that the last update has brought, as they were given; None for none.
-        seed: of the choice of products.
     """
-    generator = np.random.default_rng(seed)
     centroids = centroids_of(engine.ivf)
     recall: float | None = None
     errors = new_errors = Errors(None, None, None)
     if engine.fine is not None:
-        recall = _recall(engine, settings, alive, generator)
-        rows = generator.permutation(np.flatnonzero(alive))[:SAMPLE]
+        rows = _drawn(engine, alive)
+        recall = _recall(engine, settings, alive, rows[:PROBES])
         errors = _errors(engine, centroids, _vectors(engine, rows))
     if new is not None and len(new):
         new_errors = _errors(engine, centroids, new)
@@ -121,14 +121,27 @@ def imbalance_of(sizes: NDArray[np.int64]) -> float:
     return round(float(len(sizes) * (shares**2).sum()), 3)
 
 
-def _recall(
-    engine: Engine,
-    settings: Settings,
-    alive: NDArray[np.bool_],
-    generator: np.random.Generator,
-) -> float:
-    """Recall@10 of products; each is left out of its own results."""
-    rows = generator.permutation(np.flatnonzero(alive))[:PROBES]
+def _drawn(engine: Engine, alive: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Up to SAMPLE rows that hold a product, drawn by what the vectors are.
+
+    So the same products are asked before and after, wherever their rows are: chance does not look like a change.
+    """
+    rows = np.flatnonzero(alive)
+    keys = np.concatenate([_keys(codes) for codes in fine_blocks(engine.fine)])[rows]
+    drawn: NDArray[np.int64] = rows[np.argsort(keys, kind="stable")[:SAMPLE]]
+    return drawn
+
+
+def _keys(codes: NDArray[np.uint8]) -> NDArray[np.uint64]:
+    """(B,) a number without a pattern for each of (B, F) codes; equal ones have equal numbers."""
+    words = np.zeros((len(codes), 16), np.uint8)
+    words[:, : codes.shape[1]] = codes[:, :16]
+    mixed: NDArray[np.uint64] = (words.view(np.uint64) * MIXERS).sum(axis=1, dtype=np.uint64)
+    return (mixed ^ (mixed >> np.uint64(29))) * MIXERS[0]
+
+
+def _recall(engine: Engine, settings: Settings, alive: NDArray[np.bool_], rows: NDArray[np.int64]) -> float:
+    """Recall@10 of products by their rows; each is left out of its own results."""
     k = min(K, int(alive.sum()) - 1)
     if k < 1:
         return 1.0

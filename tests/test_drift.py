@@ -59,6 +59,21 @@ def test_recall_is_that_of_comparing_with_every_living_product(root):
         assert gauge(engine, settings, alive).recall == pytest.approx(np.mean(shares), abs=2e-3)
 
 
+def test_the_same_products_are_asked_wherever_their_rows_are(root):
+    def asked():
+        index = ProductIndex.open(root)
+        return index.ids(module._drawn(index.engine, index.alive())).tolist()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "SAMPLE", 50)
+        before = asked()
+        assert len(set(before)) == 50
+        ranks = np.array([int(product[1:]) for product in before])
+        assert 200 < ranks.mean() < 600 and ranks.max() > 600, "drawn from all"
+        update_index(root, delete=["p700", before[0]], compact=True)
+        assert asked()[:-1] == before[1:]
+
+
 def test_errors_by_hand(root):
     index = ProductIndex.open(root)
     new = vectors(40, 3)
