@@ -27,7 +27,7 @@ EXTRAS = PROJECT["optional-dependencies"]
 # timm and open_clip import torchvision, and it has to fit torch, so its bound belongs to ours.
 NEVER_IMPORTED = {"torchvision"}
 
-OURS = {*PACKAGES, *COMMANDS, "benchmarks", "tests", *(path.stem for path in (ROOT / "tests").glob("*.py"))}
+OURS = {*PACKAGES, *COMMANDS, "benchmarks", "tests", *(path.stem for path in (ROOT / "tests").rglob("*.py"))}
 PROVIDERS = packages_distributions()
 
 
