@@ -188,7 +188,13 @@ def _identity(index: ProductIndex, upsert: EmbeddingReader | Catalogue | None) -
     if not isinstance(upsert, EmbeddingReader):
         index.check_model(upsert.meta["model"], "the catalogue's model")
         return {**base, "catalogue": upsert.meta["catalogue"], "model": upsert.meta["model"]}
-    index.check_model(upsert.meta.get("model"), str(upsert.source))
+    model = upsert.meta.get("model")
+    if model is None and index.model is not None:
+        raise ArtefactError(
+            f"{upsert.source} does not say which model made it, and {index.path} is of model {index.model}: give the "
+            "embeddings folder that `embed` made, or the catalogue; or build an index from embeddings like these"
+        )
+    index.check_model(model, str(upsert.source))
     metric = upsert.meta.get("metric", upsert.metric)
     for name, mine, theirs in (("dimension", index.dim, upsert.dim), ("metric", index.metric, metric)):
         if mine != theirs:

@@ -157,8 +157,16 @@ def test_contradictions_are_refused_before_anything_is_written(built, tmp_path, 
     assert [name for name in names(tmp_path) if name != "u"] == ["i"]
 
 
-def test_faulty_vectors_refuse_the_whole_update(built, tmp_path):
-    root, _ = built
+@pytest.fixture
+def of_unknown_model(tmp_path):
+    """An index of embeddings that do not say who made them."""
+    embed(tmp_path / "e", vectors(100), [f"p{i}" for i in range(100)], model=None)
+    build_index(EmbeddingReader(tmp_path / "e"), tmp_path / "i", Recipe("IVF4,PQ8x4fsr,Refine(SQ8)"))
+    return tmp_path / "i"
+
+
+def test_faulty_vectors_refuse_the_whole_update(of_unknown_model, tmp_path):
+    root = of_unknown_model
     rows = np.stack([*vectors(3), np.zeros(DIM)])
     pq.write_table(pa.table({"id": list("abcd"), "v": rows.tolist()}), tmp_path / "u.parquet")
     with pytest.raises(ValueError, match=r"u\.parquet: row 3 \(id 'd'\) is a zero vector"):
@@ -170,6 +178,9 @@ def test_other_models_metrics_and_dimensions_and_unknown_ids_are_refused(built, 
     root, _ = built
     with pytest.raises(ArtefactError, match=r"is of model model-b, but .* was built from embeddings of model-a"):
         update_index(root, upsert=embed(tmp_path / "b", vectors(3), "xyz", model="model-b"))
+    unknown = embed(tmp_path / "unknown", vectors(3), "xyz", model=None)
+    with pytest.raises(ArtefactError, match=r"unknown does not say which model made it, and .*/i is of model model-a"):
+        update_index(root, upsert=unknown)
     with pytest.raises(ValueError, match=r"has dimension 8, .* has 16"):
         update_index(root, upsert=embed(tmp_path / "d", unit(np.ones((3, 8))), "xyz"))
     writer = EmbeddingWriter(tmp_path / "m", dim=DIM, model="model-a", metric="inner_product")
@@ -339,8 +350,8 @@ def test_digests_tell_what_has_changed(tmp_path):
     ]
 
 
-def test_a_column_called_content_in_files_of_others_means_nothing(built, tmp_path):
-    root, _ = built
+def test_a_column_called_content_in_files_of_others_means_nothing(of_unknown_model, tmp_path):
+    root = of_unknown_model
     for seed, expected in ((7, "added"), (8, "replaced")):
         columns = {"id": ["x", "y"], "v": vectors(2, seed).tolist(), "content": [1, 2]}
         pq.write_table(pa.table(columns), tmp_path / f"{seed}.parquet")
