@@ -31,6 +31,7 @@ from retrieval.catalogue import PreparedCatalogue
 from retrieval.embeddings import EmbeddingReader, EmbeddingWriter
 from retrieval.evaluate import Options, evaluate
 from retrieval.exact import exact_search
+from retrieval.filters import parse
 from retrieval.index import ProductIndex
 from retrieval.storage import ArtefactError
 from retrieval.update import read_ids_to_delete, update_index
@@ -452,6 +453,30 @@ def test_attributes_go_with_the_products(origin, tmp_path):
     assert attributes_of(root) == {**expected, "new": (5.0, "c"), "p2": (6.0, "c")}
     kinds = {"price": "number", "brand": "category"}
     assert ProductIndex.open(root).manifest.meta["attributes"] == {"kinds": kinds, "rows_without": 0}
+
+
+@pytest.mark.parametrize("filter", ["price >= 0", "price is missing", "not (price < 790)", "brand != a"])
+@pytest.mark.parametrize("factory", [FACTORY, "Flat"])
+def test_filters_see_what_is_there_now_and_nothing_else(origin, tmp_path, filter, factory):
+    root = tmp_path / "i"
+    prices = {"product_id": [f"p{i}" for i in range(800)], "price": np.arange(800.0), "brand": ["a", "b"] * 400}
+    pq.write_table(pa.table(prices), tmp_path / "prices.parquet")
+    build_index(EmbeddingReader(origin / "e"), root, Recipe(factory), attributes=tmp_path / "prices.parquet")
+    upsert = embed(tmp_path / "u", vectors(30, 5), [f"p{i}" for i in range(20)] + [f"n{i}" for i in range(10)])
+    update_index(root, upsert=upsert, delete=[f"p{i}" for i in range(780, 798)])
+    price = {f"p{i}": i for i in range(800) if not 780 <= i < 798} | {f"n{i}": None for i in range(10)}
+    matches = {
+        "price >= 0": lambda i: price[i] is not None,
+        "price is missing": lambda i: price[i] is None,
+        "not (price < 790)": lambda i: price[i] is not None and price[i] >= 790,
+        "brand != a": lambda i: price[i] is not None and price[i] % 2 == 1,
+    }
+    expected = {product for product in price if matches[filter](product)}
+    index = ProductIndex.open(root)
+    found = index.ids(index.search(vectors(3, 1), 1000, filter=parse(filter)).rows)
+    for row in found.tolist():
+        there = [product for product in row if product is not None]
+        assert len(there) == len(set(there)) and set(there) == expected
 
 
 def test_an_index_without_attributes_takes_those_it_is_given(built, tmp_path):
