@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from retrieval import storage, versions
 from retrieval.build import Recipe, build_index
@@ -36,9 +38,19 @@ def embed(folder: Path, count: int, shards: int = 1, seed: int = 0, ids: Sequenc
     return folder
 
 
-def build(embeddings: Path, root: Path, factory: str = FACTORY, seed: int = 0) -> Path:
+def describe(embeddings: Path) -> Path:
+    """A file beside embeddings with attributes of their products."""
+    file = embeddings.with_name(f"{embeddings.name}.attributes.parquet")
+    ids = [product_id for batch in EmbeddingReader(embeddings).ids() for product_id in batch.to_pylist()]
+    brands, prices = (("Acme", "商品", None)[row % 3] for row in range(len(ids))), range(len(ids))
+    pq.write_table(pa.table({"product_id": ids, "brand": list(brands), "price": list(prices)}), file)
+    return file
+
+
+def build(embeddings: Path, root: Path, factory: str = FACTORY, seed: int = 0, attributes: Path | None = None) -> Path:
     """Build, or publish a new version."""
-    build_index(EmbeddingReader(embeddings), root, Recipe(factory, seed=seed), overwrite=True)
+    recipe = Recipe(factory, seed=seed)
+    build_index(EmbeddingReader(embeddings), root, recipe, attributes=attributes, overwrite=True)
     return root
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small import FACTORY, FULL, ROOT, answers, build, embed, unit_vectors
+from small import FACTORY, FULL, ROOT, answers, build, describe, embed, unit_vectors
 
 from retrieval import storage, versions
 from retrieval.index import ProductIndex
@@ -18,8 +18,16 @@ from retrieval.storage import ArtefactError
 
 FACTORIES = [FACTORY, "Flat"]
 FILES = {
-    FACTORY: ["ids.arrow", "index.faiss", "lists.bin", "lists.npy", "settings.json", "vectors.faiss"],
-    "Flat": ["ids.arrow", "index.faiss", "settings.json"],
+    FACTORY: [
+        "attributes.arrow",
+        "ids.arrow",
+        "index.faiss",
+        "lists.bin",
+        "lists.npy",
+        "settings.json",
+        "vectors.faiss",
+    ],
+    "Flat": ["attributes.arrow", "ids.arrow", "index.faiss", "settings.json"],
 }
 CASES = [(factory, name) for factory in FACTORIES for name in [*FILES[factory], "manifest.json"]]
 EXPECTED_AND_FOUND = {
@@ -34,7 +42,8 @@ def indexes(tmp_path_factory):
     """Factory -> an index of one version."""
     folder = tmp_path_factory.mktemp("one")
     embeddings = embed(folder / "e", 200)
-    return {factory: build(embeddings, folder / factory, factory) for factory in FACTORIES}
+    attributes = describe(embeddings)
+    return {factory: build(embeddings, folder / factory, factory, attributes=attributes) for factory in FACTORIES}
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +51,13 @@ def pairs(tmp_path_factory):
     """Factory -> an index of two versions, of other products each, and what the older one answers."""
     folder = tmp_path_factory.mktemp("two")
     embeddings = [embed(folder / f"e{seed}", 200, seed=seed) for seed in (5, 0)]
-    roots = {factory: build(embeddings[0], folder / factory, factory) for factory in FACTORIES}
+    attributes = [describe(each) for each in embeddings]
+    roots = {
+        factory: build(embeddings[0], folder / factory, factory, attributes=attributes[0]) for factory in FACTORIES
+    }
     before = {factory: answers(root) for factory, root in roots.items()}
     for factory, root in roots.items():
-        build(embeddings[1], root, factory)
+        build(embeddings[1], root, factory, attributes=attributes[1])
     return {factory: (roots[factory], before[factory]) for factory in FACTORIES}
 
 
@@ -71,6 +83,12 @@ def offsets(size):
     wanted = size if FULL and size <= 64 << 10 else 200 if FULL else 12
     chosen = np.linspace(0, size - 1, min(size, wanted)).astype(int)
     return sorted({*chosen.tolist()})
+
+
+@pytest.mark.parametrize("factory", FACTORIES)
+def test_these_are_all_files_of_an_index(indexes, factory):
+    folder = versions.current(indexes[factory])
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*FILES[factory], "manifest.json"])
 
 
 @pytest.mark.parametrize(("factory", "name"), CASES)

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from small import FACTORY, FULL, ROOT, build, embed
+from small import FACTORY, FULL, ROOT, build, describe, embed
 
 from retrieval import versions
 
@@ -15,7 +15,8 @@ MEMORY_MIB, SECONDS = 512, 20
 
 @pytest.mark.parametrize("factory", [FACTORY, "IVF8,PQ4x4fs", "Flat"])
 def test_files_changed_with_their_digests_end_at_most_the_process_that_opens_them(tmp_path, factory, figures):
-    root = build(embed(tmp_path / "e", 200), tmp_path / "index", factory)
+    embeddings = embed(tmp_path / "e", 200)
+    root = build(embeddings, tmp_path / "index", factory, attributes=describe(embeddings))
     (tmp_path / "work").mkdir()
     cases = 700 if FULL else 25
     arguments = [versions.current(root), tmp_path / "work", cases, MEMORY_MIB, SECONDS]
