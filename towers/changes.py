@@ -27,14 +27,14 @@ class ChangedProducts:
     Args:
         model: model folder.
         catalogue: prepared catalogue.
-        options: how to embed.
+        options: how to embed; one device, since only one process at a time updates an index.
 
     Raises:
         ArtefactError: no finished catalogue or model folder, or a damaged one.
     """
 
     def __init__(self, model: Path, catalogue: Path, options: Options | None = None) -> None:
-        self._model, self._catalogue, self._options = model, catalogue, options or Options()
+        self._model, self._catalogue, self._options = model, catalogue, options or Options(devices=1)
         self.meta: Mapping[str, Any] = {
             "model": storage.read_manifest(model, "model").fingerprint,
             "catalogue": storage.verify(catalogue, "catalogue").fingerprint,
