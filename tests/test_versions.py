@@ -519,6 +519,17 @@ def plain(path):
     return re.sub(r"\.[0-9a-f]{8}\.tmp", ".tmp", path.as_posix())
 
 
+def test_a_version_loses_its_name_on_disk_before_its_files_go(tmp_path):
+    """Else a loss of power might leave a version without some of its files."""
+    root = put(put(tmp_path / "i", b"1"), b"2")
+    with using(watched := Watched()):
+        assert versions.collect(root, keep=1) == ["000001"]
+    calls = [(operation, plain(path.relative_to(root))) for operation, path in watched.calls]
+    renamed = calls.index(("rename", "versions/000001"))
+    flushed = calls.index(("fsync", "versions"), renamed)
+    assert calls.index(("rmtree", TEMPORARY.removeprefix("i/"))) > flushed
+
+
 def test_publishers_killed_at_any_moment_leave_a_version_in_use_and_nothing_else(tmp_path):
     root = put(tmp_path / "i", b"1")
     program = (
