@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # each command imports what it needs: help is there at once, 
     from retrieval.catalogue import Card, PreparedCatalogue
     from retrieval.engine import Settings
     from retrieval.index import ProductIndex
+    from retrieval.likes import Weighted
 
 
 def embed(
@@ -83,6 +84,7 @@ def build(
     memory: str | None = None,
     latency_ms: float | None = None,
     queries: Path | None = None,
+    attributes: Path | None = None,
     build_memory: str | None = None,
     overwrite: bool = False,
 ) -> int:
@@ -112,6 +114,8 @@ def build(
         memory: what searches may touch again and again: 1GiB, 500MB. Vectors for re-ranking stay on disk.
         latency_ms: median time of one query on one thread to stay within.
         queries: embeddings of real queries to choose by, of all kinds; products as queries are always asked too.
+        attributes: what filters ask for, by product id: a prepared catalogue, or Parquet or CSV files; those of the
+            catalogue that was embedded when not given.
         build_memory: what the build may take; 80 % of what is free when not given.
         overwrite: publish a new version of an index that is there; the old one is kept.
     """
@@ -141,7 +145,9 @@ def build(
         if queries is None
         else EmbeddingReader(_side(queries, "queries"), metric=reader.metric, normalize=normalize)
     )
-    manifest = build_index(reader, output, recipe, target=target, queries=asked, overwrite=overwrite)
+    manifest = build_index(
+        reader, output, recipe, target=target, queries=asked, attributes=attributes, overwrite=overwrite
+    )
     if "candidates" in manifest.meta:
         show(describe_candidates(manifest))
     if target is not None:
@@ -157,8 +163,13 @@ def search(
     text: str = "",
     image: list[Path] = [],  # noqa: B006  # nobody changes it, and None would mean the same as an empty list
     attribute: list[str] = [],  # noqa: B006
-    like: str = "",
+    like: list[str] = [],  # noqa: B006
+    unlike: list[str] = [],  # noqa: B006
+    unlike_text: str = "",
     vector: Path | None = None,
+    filter: str | None = None,
+    one_per: Literal["group", "family"] | None = None,
+    include_groups: bool = False,
     k: int = 10,
     recall: float | None = None,
     nprobe: int | None = None,
@@ -169,10 +180,10 @@ def search(
     exclude_self: bool = False,
     normalize: bool = False,
 ) -> int:
-    """Search by any mix of text, pictures, attributes, a product to be like and a vector; or for many queries at once.
+    """Search by any mix of text, pictures, attributes, products to be like or unlike and a vector; or for many queries.
 
-    Text, pictures and attributes together are one query, which the model encodes. A product to be like and a vector
-    count as much as it: the query is the sum of the unit vectors.
+    Text, pictures and attributes together are one query, which the model encodes. Each product to be like and a vector
+    count as much as it: the query is the sum of the unit vectors. What to be unlike is subtracted.
 
     Args:
         index: index folder.
@@ -181,8 +192,13 @@ def search(
         text: what a customer types.
         image: picture files, of one thing.
         attribute: facts as name=value, e.g. brand=Acme price=59.9 "category=Shoes > Boots" "tags=red|wool".
-        like: id of a product; it is left out of its own hits.
+        like: ids of products, each as ID or ID=WEIGHT; they and all of their groups are left out of the hits.
+        unlike: ids of products to lead away from, in the same way.
+        unlike_text: a text to lead away from.
         vector: .npy file with one vector.
+        filter: what may be found: 'price<50 and brand in (Acme, Zed) and category under "Shoes"'.
+        one_per: find at most one product of each group, or of each family.
+        include_groups: find products of the same group as those to be like or unlike, too: offers of the same thing.
         k: number of hits.
         recall: recall against exact search to reach, of an index that was built for one; the cheapest way is taken.
         nprobe: lists to visit; more find more and take longer.
@@ -195,29 +211,47 @@ def search(
         normalize: bring given vectors of any length to length 1.
     """
     from retrieval.index import ProductIndex, checked_k
-    from retrieval.present import Found, combine, find_catalogue
+    from retrieval.likes import combined
+    from retrieval.present import Found, find_catalogue
 
     opened = ProductIndex.open(index)
-    one = any((text, image, attribute, like, vector))
+    products = _weighted(opened, like, 1) + _weighted(opened, unlike, -1)
+    one = any((text, image, attribute, products, unlike_text, vector))
     if queries is not None or output is not None:
         if queries is None or output is None or one or json or html:
             raise ValueError("queries and output go together, and with no single query, json or html")
         settings = opened.resolve(nprobe, recall=recall)
-        return _search_many(opened, queries, output, k, settings, exclude_self, normalize)
+        return _search_many(opened, queries, output, k, settings, exclude_self, normalize, filter, one_per)
     if exclude_self:
         raise ValueError("exclude_self is for many queries (queries, output)")
     known = find_catalogue(opened, catalogue)
     vectors, card = _encode(opened, model, text, image, attribute) if text or image or attribute else ([], None)
-    if like:
-        vectors.append(opened.vector_of(like))
+    weights = [1.0] * len(vectors)
+    if unlike_text:
+        vectors += _encode(opened, model, unlike_text, [], [])[0]
+        weights.append(-1.0)
+    for what, weight in products:
+        vectors.append(opened.vector_of(what))
+        weights.append(weight)
     if vector is not None:
         vectors.append(_read_vector(vector, opened, normalize))
-    query = vectors[0] if vectors and len(vectors) == 1 else combine(vectors)
-    settings = opened.resolve(nprobe, recall=recall, kind=_kind(text, image, attribute, like))
-    hits = opened.search(query.reshape(1, -1), checked_k(k) + bool(like), settings=settings)
-    if like:
-        hits = hits.without(opened.row_of(like), k)
-    found = Found(opened, card or _like_card(known, like), hits, k, settings, known)
+        weights.append(1.0)
+    query = vectors[0].reshape(1, -1) if weights == [1.0] else combined(vectors, weights)
+    settings = opened.resolve(nprobe, recall=recall, kind=_kind(text, image, attribute, bool(products or unlike_text)))
+    import numpy as np
+
+    hits = opened.search(
+        query,
+        checked_k(k),
+        settings=settings,
+        filter=filter,
+        without=np.array([opened.row_of(what) for what, _ in products], np.int64),
+        without_groups=not include_groups and opened.attributes is not None and "group" in opened.attributes.kinds,
+        one_per=one_per,
+    )
+    matching = None if filter is None else opened.count(filter)
+    shown = card or _like_card(known, products[0].what if products else "")
+    found = Found(opened, shown, hits, k, settings, known, matching)
     if html is not None:
         found.write_html(html)
     if json:
@@ -420,29 +454,45 @@ def _search_many(
     settings: Settings,
     exclude_self: bool,
     normalize: bool,
+    filter: str | None,
+    one_per: Literal["group", "family"] | None,
 ) -> int:
     from retrieval.bulk import bulk_search
     from retrieval.embeddings import EmbeddingReader
 
     reader = EmbeddingReader(queries, metric=index.metric, normalize=normalize)
-    result = bulk_search(index, reader, output, k=k, settings=settings, exclude_self=exclude_self)
+    result = bulk_search(
+        index, reader, output, k=k, settings=settings, exclude_self=exclude_self, filter=filter, one_per=one_per
+    )
     done_before = result.queries - result.searched
     earlier = f", {done_before:,} of them in an earlier run" if done_before else ""
     print(f"hits: {output}: {result.hits:,} for {result.queries:,} queries{earlier}")
     if result.hits < result.queries * k:
-        print(f"fewer than {k} hits for some queries: the index holds {len(index):,} products", file=sys.stderr)
+        what = "the index holds" if filter is None else "the filter matches"
+        count = len(index) if filter is None else index.count(filter)
+        print(f"fewer than {k} hits for some queries: {what} {count:,} products", file=sys.stderr)
     return 0
 
 
-def _kind(text: str, image: list[Path], attribute: list[str], like: str) -> str | None:
+def _weighted(index: ProductIndex, texts: list[str], sign: int) -> list[Weighted]:
+    """Products to be like, or unlike, with their weights."""
+    import pyarrow as pa
+
+    from retrieval.likes import parse_weighted
+
+    def is_id(text: str) -> bool:
+        return bool((index.rows_of(pa.array([text])) >= 0).all())
+
+    return [parse_weighted(text, is_id, sign=sign) for text in texts]
+
+
+def _kind(text: str, image: list[Path], attribute: list[str], more: bool) -> str | None:
     """The kind of a query as embeddings name it."""
-    if like and not (text or image or attribute):
-        return "product"
-    return (
-        {(True, False): "text", (False, True): "image"}.get((bool(text), bool(image)), "fused")
-        if not (attribute or like)
-        else "fused"
-    )
+    if not (text or image or attribute):
+        return "product" if more else None
+    if attribute or more or (text and image):
+        return "fused"
+    return "text" if text else "image"
 
 
 def _picture(file: Path) -> bytes:

@@ -14,6 +14,8 @@ import pyarrow.parquet as pq
 from retrieval import files, storage
 from retrieval.embeddings import EmbeddingBatch, EmbeddingReader
 from retrieval.engine import Settings
+from retrieval.filters import Filter, parse
+from retrieval.finding import Grouping
 from retrieval.index import ProductIndex, checked_k
 from retrieval.progress import counted
 from retrieval.shards import ShardFolder
@@ -45,6 +47,8 @@ def bulk_search(
     k: int = 100,
     settings: Settings | None = None,
     exclude_self: bool = False,
+    filter: Filter | str | None = None,
+    one_per: Grouping | None = None,
 ) -> BulkResult:
     """Write the nearest products of every query: query_id, product_id, rank (from 1), score, and kind if queries have.
 
@@ -57,6 +61,8 @@ def bulk_search(
         k: results per query; fewer where the index holds or finds fewer.
         settings: how to search; None for the index's own.
         exclude_self: leave out the product with the query's own id.
+        filter: what may be found; None for all.
+        one_per: find at most one product of each "group" or "family".
 
     Raises:
         ValueError: k < 1, or settings or vectors that do not suit the index.
@@ -69,6 +75,9 @@ def bulk_search(
     if single and output.exists():
         raise ArtefactError(f"{output} already exists: choose another place")
     settings = settings or index.settings
+    chosen = parse(filter) if isinstance(filter, str) else filter
+    if chosen is not None:
+        index.count(chosen)  # refuses a filter that does not suit before anything is written
     identity = {
         "index": index.manifest.fingerprint,
         "queries": queries.fingerprint or queries.stamp(),
@@ -76,6 +85,8 @@ def bulk_search(
         "nprobe": settings.nprobe,
         "k_factor": settings.k_factor,
         "exclude_self": exclude_self,
+        "filter": None if chosen is None else str(chosen),
+        "one_per": one_per,
     }
     folder = ShardFolder(output.with_name(f"{output.name}.parts") if single else output, kind=KIND, identity=identity)
     names, searched = [], 0
@@ -83,7 +94,8 @@ def bulk_search(
     for name, batch in blocks:
         names.append(name)
         if not folder.done(name):
-            folder.write(name, _search(index, batch, k, settings, exclude_self), row_group_size=131_072)
+            table = _search(index, batch, k, settings, exclude_self, chosen, one_per)
+            folder.write(name, table, row_group_size=131_072)
             searched += len(batch.ids)
     hits = folder.finish(names).meta["count"]
     if single:
@@ -100,8 +112,16 @@ def _blocks(queries: EmbeddingReader) -> Iterator[tuple[str, EmbeddingBatch]]:
             row += len(batch.ids)
 
 
-def _search(index: ProductIndex, batch: EmbeddingBatch, k: int, settings: Settings, exclude_self: bool) -> pa.Table:
-    hits = index.search(batch.vectors, k + exclude_self, settings=settings)
+def _search(
+    index: ProductIndex,
+    batch: EmbeddingBatch,
+    k: int,
+    settings: Settings,
+    exclude_self: bool,
+    filter: Filter | None,
+    one_per: Grouping | None,
+) -> pa.Table:
+    hits = index.search(batch.vectors, k + exclude_self, settings=settings, filter=filter, one_per=one_per)
     query, place = np.nonzero(hits.rows >= 0)  # -1 never reaches the table of ids
     product_ids = index.all_ids().take(pa.array(hits.rows[query, place]))
     query_ids = batch.ids.take(pa.array(query)).cast(pa.string())

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich import box, filesize
 from rich.console import Console
 from rich.table import Table
@@ -37,6 +36,7 @@ class Found:
         wanted: the number of hits that were asked for.
         settings: how it was searched.
         catalogue: tells titles and pictures; None where it is not known.
+        matching: number of products that the filter matches; None without a filter.
     """
 
     index: ProductIndex
@@ -45,6 +45,7 @@ class Found:
     wanted: int
     settings: Settings
     catalogue: PreparedCatalogue | None
+    matching: int | None = None
 
     def scored(self) -> list[tuple[str, float]]:
         """Product ids with their scores, best first; rows of -1 are no hits."""
@@ -57,6 +58,8 @@ class Found:
         count = len(self.scored())
         if count >= self.wanted:
             return ""
+        if self.matching is not None:
+            return f"{count} hits: the filter matches {self.matching:,} products"
         if len(self.index) <= self.wanted:
             return f"{count} hits: the index holds {len(self.index)} products"
         return f"{count} of {self.wanted} hits found in {self.settings.nprobe} lists: visit more with nprobe"
@@ -145,21 +148,6 @@ def find_model(index: ProductIndex, path: Path | None) -> Path:
     path = Path(hint) if path is None else path
     index.check_model(storage.read_manifest(path, "model").fingerprint, str(path))
     return path
-
-
-def combine(vectors: list[np.ndarray]) -> np.ndarray:
-    """(1, D) sum of unit vectors, of unit length.
-
-    Raises:
-        ValueError: none was given, or they cancel each other out.
-    """
-    if not vectors:
-        raise ValueError("nothing to search for: give text, image, attribute, like or vector, or queries")
-    total = np.sum([vector.ravel() / np.linalg.norm(vector) for vector in vectors], axis=0)
-    length = np.linalg.norm(total)
-    if length < 1e-6:
-        raise ValueError("the parts of the query point in opposite directions and leave nothing to search for")
-    return (total / length)[None].astype(np.float32)
 
 
 def describe_index(path: Path, manifest: Manifest) -> Table:
