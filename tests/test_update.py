@@ -4,6 +4,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -34,7 +35,7 @@ from retrieval.exact import exact_search
 from retrieval.filters import parse
 from retrieval.index import ProductIndex
 from retrieval.storage import ArtefactError
-from retrieval.update import read_ids_to_delete, update_index
+from retrieval.update import Embedded, read_ids_to_delete, update_index
 
 DIM = 16
 FACTORY = "IVF16,PQ8x4fsr,Refine(SQ8)"
@@ -236,6 +237,23 @@ def test_two_updates_at_once_do_not_mix(built, tmp_path, monkeypatch):
         update_index(root, delete=["p2"])
     index = ProductIndex.open(root)
     assert len(index) == 800 and index.row_of("p2") == 2 and index.manifest.meta["factory"] == "IVF4,PQ8x4fs"
+
+
+def test_what_was_compared_with_an_older_version_is_not_published(built):
+    root, reader = built
+
+    class Slow:
+        """A catalogue that takes long to embed: another version is published meanwhile."""
+
+        meta: ClassVar[dict] = {"model": "model-a", "catalogue": "c"}
+
+        def embed(self, index, folder):
+            build_index(reader, root, Recipe("IVF4,PQ8x4fs"), overwrite=True)
+            return Embedded(None, pa.chunked_array([["p1"]]))
+
+    with pytest.raises(ArtefactError, match=r"conflict at .*: this run started from 000001, but 000002 is in use"):
+        update_index(root, upsert=Slow(), delete=["p2"])
+    assert ProductIndex.open(root).row_of("p2") == 2
 
 
 def test_whoever_reads_the_old_version_keeps_it(built):
@@ -572,6 +590,8 @@ def test_a_part_of_a_catalogue_does_not_take_the_place_of_the_whole(of_catalogue
     meta = ProductIndex.open(root).manifest.meta
     assert meta["catalogue"] == storage.fingerprint(tiny_catalogue)
     assert meta["hints"]["catalogue"] == str(tiny_catalogue)
+    before, after = attributes_of(of_catalogue), attributes_of(root)
+    assert after.pop(None) == (None, None) and after == before, "whatever the part does not know stays"
 
 
 def test_a_killed_update_embeds_no_shard_twice(of_catalogue, tiny_run, tiny_catalogue, tmp_path, asked, monkeypatch):
