@@ -530,6 +530,23 @@ def test_a_version_loses_its_name_on_disk_before_its_files_go(tmp_path):
     assert calls.index(("rmtree", TEMPORARY.removeprefix("i/"))) > flushed
 
 
+@pytest.mark.parametrize("make", [publish_new, new_folder])
+def test_what_a_disk_gives_back_otherwise_than_it_was_given_is_not_published(tmp_path, make, monkeypatch):
+    def lossy_seal(folder, **options):
+        seal(folder, **options)
+        (folder / "x").write_bytes(b"???")
+
+    root, seal = (
+        (put if make is publish_new else lambda path, _: first_release(path))(tmp_path / "i", b"old"),
+        storage.seal,
+    )
+    before = everything(root)
+    monkeypatch.setattr(storage, "seal", lossy_seal)
+    with pytest.raises(ArtefactError, match=r"x is damaged: expected sha256 \w{64}, found \w{64}"):
+        make(root)
+    assert everything(root) == before and now(root) in (b"old", b"first")
+
+
 def test_publishers_killed_at_any_moment_leave_a_version_in_use_and_nothing_else(tmp_path):
     root = put(tmp_path / "i", b"1")
     program = (
