@@ -13,7 +13,7 @@ STEPS = 20
 """Changes to one index."""
 
 SEEDS = 20 if FULL else 1
-CHANGES = int(os.environ.get("TRITOWER_CHANGES", 6000 if FULL else 300))
+CHANGES = int(os.environ.get("TRITOWER_CHANGES", 9600 if FULL else 300))
 """Of all kinds of index, with all seeds."""
 
 
