@@ -69,7 +69,7 @@ bench-setup:  ## Install the libraries that the index benchmark compares with, i
 	.venv-autofaiss/bin/python -m pip install --quiet 'autofaiss>=2.18' 'numpy<2' 'pyarrow<20' \
 		|| echo "skipped: autofaiss could not be installed" >&2
 
-reliability: $(INSTALLED)  ## Kill, starve and damage index folders at length (about 30 minutes), with a table at the end.
+reliability: $(INSTALLED)  ## Kill, starve and damage index folders at length (about 20 minutes), with a table at the end.
 	TRITOWER_RELIABILITY=full TRITOWER_RELIABILITY_REPORT=reliability.json OMP_NUM_THREADS=1 $(BIN)/pytest -q -rs \
 		tests/reliability tests/test_storage.py tests/test_versions.py tests/test_workspace.py tests/test_update.py
 
