@@ -120,10 +120,10 @@ def build(
         overwrite: publish a new version of an index that is there; the old one is kept.
     """
     from retrieval.build import Recipe, build_index
+    from retrieval.building.resources import parse_bytes
+    from retrieval.building.tune import Target
     from retrieval.embeddings import EmbeddingReader
     from retrieval.present import describe_candidates, describe_index, describe_points, show
-    from retrieval.resources import parse_bytes
-    from retrieval.tune import Target
 
     target = None
     if recall is not None:

@@ -7,7 +7,8 @@ arm without a GPU hides it (CUDA_VISIBLE_DEVICES). The stored index is one for t
 On a machine without a GPU the command says so and ends with exit code 1.
 
 Keys of FILE:
-    data, machine   as of benchmarks.million, and gpu: its name
+    data            as of benchmarks.index
+    machine         cores, version of FAISS, name of the GPU
     arms            "gpu" and "cpu", each: train_s, build_s, peak_rss_mb, gpu_mb (memory of the GPU in use right after
                     the build, None without one), points: nprobe, recall@10, qps
     ratios          build_s and train_s of cpu over gpu
@@ -16,23 +17,29 @@ Keys of FILE:
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import faiss
 import numpy as np
 from jsonargparse import ArgumentParser
-from numpy.typing import NDArray
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.million import DIM, SEED, alone, build_default, make_vectors, search_exactly
+from benchmarks.compare.vectors import Source, prepare
 from retrieval import metrics, storage
+from retrieval.build import build_index
+from retrieval.embeddings import EmbeddingReader
 from retrieval.index import ProductIndex
 from retrieval.latency import measure_latency
 
@@ -62,38 +69,46 @@ def main(arguments: list[str] | None = None) -> int:
 
 def measure(n: int, num_queries: int, work: Path) -> dict[str, Any]:
     """Both arms on the same vectors."""
-    queries = alone(make_vectors, n, num_queries, work)
-    exact = alone(search_exactly, n, queries, work)["rows"]
-    arms = {name: alone(build_and_search, queries, exact, work, name == "gpu") for name in ("gpu", "cpu")}
+    source = Source(n, queries=2 * num_queries)
+    data = alone(prepare, source, work)
+    arms = {name: alone(build_and_search, work, name == "gpu") for name in ("gpu", "cpu")}
     return {
-        "data": {"n": n, "dim": DIM, "queries": num_queries, "seed": SEED},
+        "data": data,
         "machine": {"cores": os.cpu_count(), "faiss": faiss.__version__, "gpu": gpu_says("name")},
         "arms": arms,
         "ratios": {name: round(arms["cpu"][name] / max(arms["gpu"][name], 1e-9), 2) for name in ("build_s", "train_s")},
     }
 
 
-def build_and_search(queries: NDArray[np.float32], exact: NDArray[np.int64], work: Path, gpu: bool) -> dict[str, Any]:
+def alone(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function in a fresh process."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def build_and_search(work: Path, gpu: bool) -> dict[str, Any]:
     """Build the default index in this process and search it on the CPU."""
     if not gpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before FAISS asks for its devices
-    built = build_default(work)
-    if (built["training"]["device"] == "gpu") != gpu:
-        raise RuntimeError(f"expected training on the {'GPU' if gpu else 'CPU'}, was {built['training']['device']}")
+    started = time.perf_counter()
+    training = build_index(EmbeddingReader(work / "embeddings"), work / "index").meta["training"]
+    seconds = time.perf_counter() - started
+    if (training["device"] == "gpu") != gpu:
+        raise RuntimeError(f"expected training on the {'GPU' if gpu else 'CPU'}, was {training['device']}")
     memory = gpu_says("memory.used") if gpu else None
+    queries, exact = np.load(work / "queries.npy"), np.load(work / "exact.npy")
     index = ProductIndex.open(work / "index")
     points = []
     for nprobe in (p for p in PROBED if p <= (index.num_lists or 0)):
         rows = index.search(queries, 10, nprobe=nprobe).rows
         qps = measure_latency(index, queries, repeats=len(queries), settings=index.resolve(nprobe))["qps"]
-        points.append(
-            {"nprobe": nprobe, "recall@10": round(metrics.recall_at_k(rows, exact[:, :10], 10), 4), "qps": qps}
-        )
+        recall = round(metrics.recall_at_k(rows, exact[:, :10], 10), 4)
+        points.append({"nprobe": nprobe, "recall@10": recall, "qps": qps})
     shutil.rmtree(work / "index")
     return {
-        "train_s": built["train_s"],
-        "build_s": built["seconds"],
-        "peak_rss_mb": built["peak_rss_mb"],
+        "train_s": training["seconds"],
+        "build_s": round(seconds, 1),
+        "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
         "gpu_mb": memory,
         "points": points,
     }

@@ -229,7 +229,7 @@ def _versions(python: Path, packages: list[str]) -> dict[str, str]:
 def source_digest() -> str:
     """Of the engine's source: other code is another arm."""
     digest = hashlib.sha256()
-    for file in [*sorted((ROOT / "retrieval").glob("*.py")), Path(ours.__file__)]:
+    for file in [*sorted((ROOT / "retrieval").rglob("*.py")), Path(ours.__file__)]:
         digest.update(file.name.encode() + file.read_bytes())
     return digest.hexdigest()[:16]
 

@@ -16,13 +16,11 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from retrieval import gpu, resources, storage, versions
-from retrieval.assemble import IDS_FILE, INDEX_FILE, attach_attributes, write_mapped, write_products
-from retrieval.attribute_sources import known_source, open_source
-from retrieval.embeddings import EmbeddingBatch, EmbeddingReader
-from retrieval.encoded import GROUPING_BYTES, Blocks
-from retrieval.engine import Engine, Settings, lists_of
-from retrieval.factory import (
+from retrieval import storage, versions
+from retrieval.building import gpu, resources
+from retrieval.building.assemble import IDS_FILE, INDEX_FILE, attach_attributes, write_mapped, write_products
+from retrieval.building.encoded import GROUPING_BYTES, Blocks
+from retrieval.building.factory import (
     CODEBOOK,
     MIN_POINTS_PER_LIST,
     Choice,
@@ -32,14 +30,17 @@ from retrieval.factory import (
     parse_mapped,
     train_size,
 )
+from retrieval.building.mapped import Trained, train
+from retrieval.building.points import Tuning
+from retrieval.building.probes import PER_KIND, of_products, of_queries, with_truth
+from retrieval.building.tune import PART, Target, choose, measure, reached
+from retrieval.building.workspace import BLOCK_ROWS, Workspace
+from retrieval.embeddings import EmbeddingBatch, EmbeddingReader
+from retrieval.engine import Engine, Settings, lists_of
+from retrieval.filtering.attribute_sources import known_source, open_source
 from retrieval.index import FORMAT, KIND, SETTINGS_FILE
-from retrieval.mapped import Trained, train
-from retrieval.points import Tuning
-from retrieval.probes import PER_KIND, of_products, of_queries, with_truth
 from retrieval.progress import counted
 from retrieval.storage import ArtefactError, Manifest
-from retrieval.tune import PART, Target, choose, measure, reached
-from retrieval.workspace import BLOCK_ROWS, Workspace
 
 logger = logging.getLogger(__name__)
 

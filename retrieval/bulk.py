@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 from retrieval import files, storage
 from retrieval.embeddings import EmbeddingBatch, EmbeddingReader
 from retrieval.engine import Settings
-from retrieval.filters import Filter, parse
-from retrieval.finding import Grouping
+from retrieval.filtering.filters import Filter, parse
+from retrieval.filtering.finding import Grouping
 from retrieval.index import ProductIndex, checked_k
 from retrieval.progress import counted
 from retrieval.shards import ShardFolder

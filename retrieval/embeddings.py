@@ -22,6 +22,8 @@ from retrieval.storage import JSON, Manifest
 from retrieval.vectors import Metric, checked_metric, checked_vectors, content_of
 
 KIND = "embeddings"
+BATCH = 16_384
+"""Vectors read at a time. Larger arrays would be memory that the system gives anew for each: twice the time."""
 
 
 class EmbeddingWriter:
@@ -169,12 +171,12 @@ class EmbeddingReader:
         found = [(part.reads, file, file.stat()) for part in self.parts for file in part.files]
         return [[reads, file.name, status.st_size, status.st_mtime_ns] for reads, file, status in found]
 
-    def batches(self, batch_size: int = 65_536) -> Iterator[EmbeddingBatch]:
+    def batches(self, batch_size: int = BATCH) -> Iterator[EmbeddingBatch]:
         """All embeddings, in the order of the shards' names (numbers in names count as numbers)."""
         for part in self.parts:
             yield from self.part_batches(part, batch_size)
 
-    def part_batches(self, part: Part, batch_size: int = 65_536) -> Iterator[EmbeddingBatch]:
+    def part_batches(self, part: Part, batch_size: int = BATCH) -> Iterator[EmbeddingBatch]:
         """The embeddings of one shard.
 
         Raises:

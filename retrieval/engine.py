@@ -13,9 +13,9 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from retrieval.assemble import FINE_FILE, INDEX_FILE, LISTS_FILE, SIZES_FILE
-from retrieval.lists import attach
-from retrieval.mapped import make, open_fine, search_parameters
+from retrieval.building.assemble import FINE_FILE, INDEX_FILE, LISTS_FILE, SIZES_FILE
+from retrieval.building.lists import attach
+from retrieval.building.mapped import make, open_fine, search_parameters
 from retrieval.storage import ArtefactError
 
 FEWEST = 10
@@ -194,6 +194,16 @@ def first_of_each(
         k: at most K.
         beside: a row scores the same from both of its lists, so it stands beside itself. Codes alone score differently.
     """
+    found_scores = np.full((len(rows), k), -np.inf, np.float32)
+    found_rows = np.full((len(rows), k), -1, np.int64)
+    if len(rows) == 1:  # for a few dozen results, a loop takes a third of what a dozen calls of NumPy do
+        places: dict[int, int] = {}
+        for place, row in enumerate(rows[0].tolist()):
+            if row >= 0 and row not in places:
+                places[row] = place
+        kept = list(places.values())[:k]
+        found_scores[0, : len(kept)], found_rows[0, : len(kept)] = scores[0, kept], rows[0, kept]
+        return found_scores, found_rows
     same, tied = rows[:, 1:] == rows[:, :-1], scores[:, 1:] == scores[:, :-1]
     first = rows >= 0
     first[:, 1:] &= ~same
@@ -204,8 +214,6 @@ def first_of_each(
         first[query] &= rows[query] >= 0
     place = first.cumsum(axis=1) - 1
     first &= place < k
-    found_scores = np.full((len(rows), k), -np.inf, np.float32)
-    found_rows = np.full((len(rows), k), -1, np.int64)
     query, column = np.nonzero(first)
     to = place[query, column]
     found_scores[query, to], found_rows[query, to] = scores[query, column], rows[query, column]

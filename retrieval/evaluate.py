@@ -28,7 +28,7 @@ from retrieval.exact import exact_search
 from retrieval.index import ProductIndex
 from retrieval.judgements import Questions, make_questions, rows_of
 from retrieval.latency import measure_latency
-from retrieval.lexical import LEXICAL
+from retrieval.lexical import LEXICAL, reciprocal_rank_fusion
 
 REPORT_VERSION = 1
 DEPTH = 100
@@ -140,7 +140,7 @@ def evaluate(
         "catalogue_is_that_of_the_index": catalogue is None
         or catalogue.fingerprint == index.manifest.meta["catalogue"],
         "tasks": _tasks(questions, found),
-        "baselines": _baselines(index, catalogue, table, questions, options),
+        "baselines": _baselines(index, catalogue, table, questions, found["ann"], options),
     }
     if options.latency_queries:
         settings = index.resolve(options.nprobe, recall=options.recall)
@@ -283,9 +283,19 @@ def _baselines(
     catalogue: PreparedCatalogue | None,
     table: pa.Table | None,
     questions: Questions,
+    served: NDArray[np.int64],
     options: Options,
 ) -> dict[str, Any]:
-    """BM25, TF-IDF and Jaccard on typed texts, and on products asked by their title."""
+    """BM25, TF-IDF and Jaccard on typed texts and on products asked by their title, and BM25 fused with the index.
+
+    Args:
+        index: what users search.
+        catalogue: where texts are from; None: there are none.
+        table: its queries.
+        questions: what is asked.
+        served: (Q, DEPTH) rows that the index found.
+        options: how.
+    """
     if catalogue is None or table is None or not options.lexical:
         return {}
     typed = dict(zip(table.column("query_id").to_pylist(), table.column("text").to_pylist(), strict=True))
@@ -309,7 +319,11 @@ def _baselines(
             ranked = rank(words[kind], DEPTH + 1)
             in_index = np.where(ranked >= 0, rows[ranked], metrics.NONE)
             got = _without(in_index, in_index == questions.source[of][:, None])
-            results[name][kind] = measure(got, questions.relevant[of], questions.judged[of], questions.grades[of])
+            judged = questions.relevant[of], questions.judged[of], questions.grades[of]
+            results[name][kind] = measure(got, *judged)
+            if name == "bm25":
+                both = reciprocal_rank_fusion([got, served[of]])
+                results.setdefault("hybrid", {})[kind] = measure(both, *judged)
     return results
 
 

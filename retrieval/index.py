@@ -4,7 +4,7 @@ index/
 CURRENT         which version is in use
 versions/000001/
 index.faiss     FAISS index; the id of a vector in it is its row number
-lists.bin, lists.npy, vectors.faiss   its lists and finer vectors, mapped (retrieval/mapped.py)
+lists.bin, lists.npy, vectors.faiss   its lists and finer vectors, mapped (retrieval/building/mapped.py)
 ids.arrow       row number -> product id, memory-mapped
 attributes.arrow   row number -> what filters ask for, memory-mapped; where the index was built with attributes
 settings.json   how to search unless told otherwise
@@ -24,12 +24,12 @@ import pyarrow.compute as pc
 from numpy.typing import ArrayLike, NDArray
 
 from retrieval import storage, versions
-from retrieval.assemble import IDS_FILE
-from retrieval.attributes import ATTRIBUTES_FILE, AttributeTable
+from retrieval.building.assemble import IDS_FILE
+from retrieval.building.points import Tuning
 from retrieval.engine import Engine, Settings, is_whole
-from retrieval.filters import Filter, parse
-from retrieval.finding import NO_ROWS, Finder, Grouping
-from retrieval.points import Tuning
+from retrieval.filtering.attributes import ATTRIBUTES_FILE, AttributeTable
+from retrieval.filtering.filters import Filter, parse
+from retrieval.filtering.finding import NO_ROWS, Finder, Grouping
 from retrieval.storage import ArtefactError, Manifest
 from retrieval.vectors import Metric, checked_metric, checked_vectors
 
@@ -197,7 +197,7 @@ class ProductIndex:
             nprobe: lists to visit.
             k_factor: candidates to re-rank per result.
             settings: what `resolve` returned, in place of all these.
-            filter: what may be found, as `retrieval.filters` writes it; None for all.
+            filter: what may be found, as `retrieval.filtering.filters` writes it; None for all.
             without: rows that may not be found.
             without_groups: nor may other products of their groups.
             one_per: find at most one product of each "group" or "family".

@@ -102,6 +102,29 @@ LEXICAL: dict[str, Callable[[Sequence[str]], Ranking]] = {"bm25": bm25, "tfidf":
 """Name -> a function that takes the products' texts and gives the function that ranks them."""
 
 
+def reciprocal_rank_fusion(rankings: Sequence[NDArray[np.int64]], constant: int = 60) -> NDArray[np.int64]:
+    """One ranking of several: what stands at rank r in one of them has 1 / (constant + r) points (SIGIR 2009, Cormack).
+
+    Args:
+        rankings: (Q, K) rows each, best first, -1 padded.
+        constant: the larger it is, the less the first ranks stand out.
+
+    Returns:
+        (Q, K) rows, most points first, equal points by row; -1 padded.
+    """
+    width = max(ranking.shape[1] for ranking in rankings)
+    fused = np.full((len(rankings[0]), width), NONE)
+    for query in range(len(fused)):
+        points: dict[int, float] = {}
+        for ranking in rankings:
+            for rank, row in enumerate(ranking[query].tolist(), start=1):
+                if row != NONE:
+                    points[row] = points.get(row, 0.0) + 1 / (constant + rank)
+        best = sorted(points, key=lambda row: (-points[row], row))[:width]
+        fused[query, : len(best)] = best
+    return fused
+
+
 def _counts(texts: Sequence[str], vocabulary: dict[str, int], grow: bool = False) -> sp.csr_array:
     """(N, V) float64 numbers of occurrences; words outside the vocabulary are added or left out."""
     columns, starts = [], [0]

@@ -14,8 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from retrieval import storage
+from retrieval.building.factory import parse_mapped
 from retrieval.catalogue import Card, PreparedCatalogue
-from retrieval.factory import parse_mapped
 from retrieval.index import Hits, ProductIndex, Settings
 from retrieval.pages import Hit, Section, facts_of, write_sheet
 from retrieval.storage import ArtefactError, Manifest

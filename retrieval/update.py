@@ -27,13 +27,13 @@ import faiss
 import pyarrow as pa
 
 from retrieval import versions
-from retrieval.assemble import LISTS_FILE
-from retrieval.drift import Drift
+from retrieval.building.assemble import LISTS_FILE
 from retrieval.embeddings import EmbeddingReader
 from retrieval.index import ProductIndex
-from retrieval.next_version import NextVersion
-from retrieval.plan import Plan, make_plan
 from retrieval.storage import ArtefactError
+from retrieval.updating.drift import Drift
+from retrieval.updating.next_version import NextVersion
+from retrieval.updating.plan import Plan, make_plan
 from retrieval.work_folder import WorkFolder, remove_work
 
 

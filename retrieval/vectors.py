@@ -62,7 +62,7 @@ def checked_vectors(
         expected = "(B, D)" if dim is None else f"(B, {dim})"
         raise ValueError(f"{where}: shape {array.shape}; expected {expected}, one vector per row")
     with np.errstate(over="ignore"):
-        array = np.ascontiguousarray(array, dtype=np.float32)
+        given, array = array, np.ascontiguousarray(array, dtype=np.float32)
 
     def refuse(bad: NDArray[np.bool_], problem: str) -> None:
         if bad.any():
@@ -85,7 +85,8 @@ def checked_vectors(
     if ((length < 1e-30) | (length > 1e30)).any():  # outside float32's range
         return np.divide(array, length[:, None], out=np.empty_like(array), casting="same_kind")
     length[np.abs(np.square(length) - 1) <= EXACT] = 1  # as they are, whatever stands beside them
-    return array / length.astype(np.float32)[:, None]
+    into = None if np.shares_memory(array, given) else array  # what was made here may be overwritten
+    return np.divide(array, length.astype(np.float32)[:, None], out=into)
 
 
 def _is_fine_already(vectors: ArrayLike, dim: int | None) -> TypeGuard[NDArray[np.float32]]:

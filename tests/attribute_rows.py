@@ -7,9 +7,9 @@ from pathlib import Path
 import pyarrow as pa
 
 from retrieval import storage
-from retrieval.attribute_cells import TEXT, cells
-from retrieval.attribute_writer import write_attributes
-from retrieval.attributes import AttributeTable
+from retrieval.filtering.attribute_cells import TEXT, cells
+from retrieval.filtering.attribute_writer import write_attributes
+from retrieval.filtering.attributes import AttributeTable
 
 TYPES = {
     "number": pa.float64(),

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retrieval import storage
-from retrieval.attribute_cells import TEXT, cells, path_text
-from retrieval.attribute_sources import CatalogueSource, FileSource
-from retrieval.attribute_writer import write_attributes
-from retrieval.attributes import AttributeTable, TableSource
-from retrieval.filters import parse
+from retrieval.filtering.attribute_cells import TEXT, cells, path_text
+from retrieval.filtering.attribute_sources import CatalogueSource, FileSource
+from retrieval.filtering.attribute_writer import write_attributes
+from retrieval.filtering.attributes import AttributeTable, TableSource
+from retrieval.filtering.filters import parse
 from retrieval.storage import ArtefactError
 from tests.attribute_rows import RowSource, table_of, write_table
 from tests.catalogues import write_catalogue

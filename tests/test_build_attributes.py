@@ -11,10 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 from embedded import write_embeddings
 
-from retrieval.attributes import ATTRIBUTES_FILE, AttributeTable, Numbers
 from retrieval.build import Recipe, build_index
 from retrieval.embeddings import EmbeddingReader
-from retrieval.filters import parse
+from retrieval.filtering.attributes import ATTRIBUTES_FILE, AttributeTable, Numbers
+from retrieval.filtering.filters import parse
 from retrieval.index import ProductIndex
 from retrieval.storage import ArtefactError
 

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retrieval import clustering
-from retrieval.clustering import GROUPS_VISITED, SPILL_CANDIDATES, Centroids, find_centroids, grouped
+from retrieval.building import clustering
+from retrieval.building.clustering import GROUPS_VISITED, SPILL_CANDIDATES, Centroids, find_centroids, grouped
 
 
 def unit(array):

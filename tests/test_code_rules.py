@@ -154,7 +154,7 @@ def test_training_needs_no_faiss():
 
 
 def test_searching_and_preparing_start_without_torch():
-    light = [module_name(path) for path in (ROOT / "retrieval").glob("*.py")]
+    light = [module_name(path) for path in (ROOT / "retrieval").rglob("*.py")]
     light += [name for name in FORBIDDEN if name.startswith("datamodules.")]
     code = f"import sys, index, {', '.join(light)}\nsys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0

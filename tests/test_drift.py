@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from living import DIM, embed, unit, vectors
 
-from retrieval import drift as module
 from retrieval.build import Recipe, build_index
-from retrieval.drift import Drift, gauge, imbalance_of, verdict
 from retrieval.index import ProductIndex
 from retrieval.update import update_index
+from retrieval.updating import drift as module
+from retrieval.updating.drift import Drift, gauge, imbalance_of, verdict
 
 GOOD = Drift(
     count=100,

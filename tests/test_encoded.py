@@ -5,13 +5,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retrieval import encoded
-from retrieval.assemble import write_mapped
-from retrieval.encoded import Blocks, grouped_lists, to_table
+from retrieval.building import encoded
+from retrieval.building.assemble import write_mapped
+from retrieval.building.encoded import Blocks, grouped_lists, to_table
+from retrieval.building.factory import parse_mapped
+from retrieval.building.mapped import Encoded, train
 from retrieval.engine import Engine, Settings
-from retrieval.factory import parse_mapped
 from retrieval.index import IdTable
-from retrieval.mapped import Encoded, train
 
 LISTS, CODE, FINE = 7, 3, 5
 

@@ -190,7 +190,7 @@ def test_judged_products_that_the_index_lacks_count_as_never_found(folders, tmp_
 
 def test_lexical_rows_stand_beside_text_and_product_queries(folders):
     baselines = measured(folders).report["baselines"]
-    assert list(baselines) == ["bm25", "tfidf", "jaccard"]
+    assert list(baselines) == ["bm25", "hybrid", "tfidf", "jaccard"]
     for kinds in baselines.values():
         assert set(kinds) == {"text", "product:text"}
         assert kinds["text"]["hit@10"]["value"] == 1  # the query is the title of a product

@@ -7,8 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from retrieval.build import make_index
-from retrieval.engine import lists_of
-from retrieval.factory import (
+from retrieval.building.factory import (
     Mapped,
     choose_factory,
     default_nprobe,
@@ -17,6 +16,7 @@ from retrieval.factory import (
     parse_mapped,
     train_size,
 )
+from retrieval.engine import lists_of
 
 
 @given(st.integers(1, 10**9), st.integers(1, 2048))
@@ -39,13 +39,13 @@ def test_the_default_factory_is_always_legal(count, dim):
 
 @pytest.mark.parametrize(
     ("count", "lists"),
-    [(624, 8), (3000, 64), (6000, 128), (10**4, 128), (10**5, 2048), (10**6, 16384), (10**7, 65536), (10**8, 131072)],
+    [(624, 8), (3000, 64), (6000, 128), (10**4, 128), (10**5, 2048), (10**6, 8192), (10**7, 32768), (10**8, 65536)],
 )
 def test_default_lists_by_size(count, lists):
-    """The power of two nearest to the lesser of 16 sqrt(N) and N / 61: of 10,000 that is 164, of 10 million 50,596."""
+    """The power of two nearest to the lesser of 8 sqrt(N) and N / 61: of 10,000 that is 164, of 10 million 25,298."""
     assert choose_factory(count, 256).factory == f"IVF{lists},PQ64x4fsr,Refine(SQ8)"
     assert num_lists(count) == lists
-    aim = min(16 * math.sqrt(count), count / 61)
+    aim = min(8 * math.sqrt(count), count / 61)
     assert all(abs(math.log2(lists / aim)) <= abs(math.log2(other / aim)) for other in (lists // 2, lists * 2))
 
 

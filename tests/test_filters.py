@@ -11,10 +11,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from retrieval.attributes import CACHED_MASKS
-from retrieval.filter_parser import MAX_DEPTH
-from retrieval.filter_terms import Not, Test, all_of, negated, some_of
-from retrieval.filters import MAX_CHARACTERS, Filter, parse
+from retrieval.filtering.attributes import CACHED_MASKS
+from retrieval.filtering.filter_parser import MAX_DEPTH
+from retrieval.filtering.filter_terms import Not, Test, all_of, negated, some_of
+from retrieval.filtering.filters import MAX_CHARACTERS, Filter, parse
 from tests.attribute_rows import table_of
 
 KINDS = {
@@ -361,7 +361,7 @@ def test_text_in_one_way_of_writing(text, canonical):
 
 def test_masks_are_remembered_by_what_they_mean(table, monkeypatch):
     first = parse("price<50  and brand=Acme").mask(table)
-    monkeypatch.setattr("retrieval.filters.matches", lambda *_: pytest.fail("computed again"))
+    monkeypatch.setattr("retrieval.filtering.filters.matches", lambda *_: pytest.fail("computed again"))
     again = parse("price < 5e1 and brand = 'Acme'").mask(table)
     assert again.tolist() == first.tolist()
     again[:] = True  # a caller's copy

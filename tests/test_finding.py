@@ -9,8 +9,8 @@ from retrieval import storage
 from retrieval.build import Recipe, build_index
 from retrieval.embeddings import EmbeddingReader, EmbeddingWriter
 from retrieval.engine import Settings
-from retrieval.filters import parse
-from retrieval.finding import FEW_LEFT_OUT, Finder
+from retrieval.filtering.filters import parse
+from retrieval.filtering.finding import FEW_LEFT_OUT, Finder
 from retrieval.index import ProductIndex
 from retrieval.storage import ArtefactError
 from retrieval.update import update_index
@@ -55,7 +55,7 @@ def engine(tmp_path_factory):
 
 @pytest.fixture(params=[-1, 3 << 20], ids=["lists", "one by one"])
 def finder(engine, table, request, monkeypatch):
-    monkeypatch.setattr("retrieval.selection.FEW_BYTES", request.param)
+    monkeypatch.setattr("retrieval.filtering.selection.FEW_BYTES", request.param)
     return Finder(engine, table, ALIVE)
 
 

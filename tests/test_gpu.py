@@ -4,8 +4,8 @@ import faiss
 import numpy as np
 import pytest
 
-from retrieval import clustering, gpu
-from retrieval.clustering import find_centroids
+from retrieval.building import clustering, gpu
+from retrieval.building.clustering import find_centroids
 
 
 def unit(count, dim=16, seed=0):

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from retrieval import build as build_module
 from retrieval import metrics, storage
 from retrieval.build import Recipe, build_index, uniform_sample
+from retrieval.building.factory import default_nprobe
 from retrieval.embeddings import EmbeddingReader, EmbeddingWriter
-from retrieval.factory import default_nprobe
 from retrieval.index import ProductIndex
 from retrieval.storage import ArtefactError
 

@@ -4,7 +4,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from retrieval.lexical import LEXICAL, bm25, jaccard, tf_idf, tokenize
+from retrieval.lexical import LEXICAL, bm25, jaccard, reciprocal_rank_fusion, tf_idf, tokenize
 
 TEXTS = ["Red shoe", "red red hat", "blue hat", "", "女士连衣裙 red", "連衣裙 blue"]
 
@@ -87,3 +87,9 @@ def test_rankings_equal_the_definitions(make, score):
     agree = (got == want).mean()
     assert agree > 0.97  # near-ties may swap
     assert np.array_equal(np.sort(got, axis=1), np.sort(want, axis=1))
+
+
+def test_rank_fusion_by_hand():
+    """Row 7: 1/61 + 1/62. Row 5: 1/61 + 1/63. Row 9, in one ranking alone: 1/62."""
+    one, other = np.array([[5, 7, -1], [-1, -1, -1]]), np.array([[7, 9, 5], [2, 1, -1]])
+    assert reciprocal_rank_fusion([one, other]).tolist() == [[7, 5, 9], [2, 1, -1]]

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retrieval.lists import attach, extents, file_bytes, pack, read_lists, write_list
+from retrieval.building.lists import attach, extents, file_bytes, pack, read_lists, write_list
 
 
 def vectors_of(count, dim, seed=0):

@@ -5,14 +5,15 @@ import faiss
 import numpy as np
 import pytest
 
-from retrieval import mapped, metrics
+from retrieval import metrics
 from retrieval.build import Recipe, build_index
+from retrieval.building import mapped
+from retrieval.building.factory import parse_mapped
+from retrieval.building.lists import read_lists
+from retrieval.building.mapped import centroids_of, open_fine, search_parameters, train, write_fine_header
 from retrieval.embeddings import EmbeddingReader, EmbeddingWriter
 from retrieval.engine import Settings
-from retrieval.factory import parse_mapped
 from retrieval.index import ProductIndex
-from retrieval.lists import read_lists
-from retrieval.mapped import centroids_of, open_fine, search_parameters, train, write_fine_header
 from retrieval.storage import ArtefactError
 
 DIM = 32

@@ -7,14 +7,14 @@ from collections import namedtuple
 import numpy as np
 import pytest
 
-from retrieval import resources
 from retrieval.build import Recipe, build_index
+from retrieval.building import resources
+from retrieval.building.encoded import GROUPING_BYTES
+from retrieval.building.factory import Mapped, parse_mapped
+from retrieval.building.resources import Need, available_memory, check, parse_bytes, predict
+from retrieval.building.workspace import BLOCK_ROWS
 from retrieval.embeddings import EmbeddingReader, EmbeddingWriter
-from retrieval.encoded import GROUPING_BYTES
-from retrieval.factory import Mapped, parse_mapped
 from retrieval.index import ProductIndex
-from retrieval.resources import Need, available_memory, check, parse_bytes, predict
-from retrieval.workspace import BLOCK_ROWS
 
 GIB = 1 << 30
 Usage = namedtuple("Usage", "total used free")

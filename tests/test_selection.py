@@ -8,13 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retrieval import clustering, mapped, selected_lists, selection
 from retrieval.build import Recipe, build_index
+from retrieval.building import clustering, mapped
 from retrieval.embeddings import EmbeddingReader, EmbeddingWriter
 from retrieval.engine import Engine, Settings
+from retrieval.filtering import selected_lists, selection
+from retrieval.filtering.selected_lists import SelectedLists, lists_of_rows, stepped
+from retrieval.filtering.selection import CACHED, SelectiveSearch
 from retrieval.index import ProductIndex
-from retrieval.selected_lists import SelectedLists, lists_of_rows, stepped
-from retrieval.selection import CACHED, SelectiveSearch
 
 DIM, COUNT = 16, 3000
 CLUSTERS = 30

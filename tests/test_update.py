@@ -25,14 +25,14 @@ from living import (
 )
 
 from retrieval import storage, versions
-from retrieval.attributes import ATTRIBUTES_FILE, AttributeTable
 from retrieval.build import Recipe, build_index
 from retrieval.bulk import bulk_search
 from retrieval.catalogue import PreparedCatalogue
 from retrieval.embeddings import EmbeddingReader, EmbeddingWriter
 from retrieval.evaluate import Options, evaluate
 from retrieval.exact import exact_search
-from retrieval.filters import parse
+from retrieval.filtering.attributes import ATTRIBUTES_FILE, AttributeTable
+from retrieval.filtering.filters import parse
 from retrieval.index import ProductIndex
 from retrieval.storage import ArtefactError
 from retrieval.update import Embedded, read_ids_to_delete, update_index
@@ -210,7 +210,7 @@ def test_an_index_that_cannot_be_updated_says_so(origin, tmp_path):
 
 
 def test_too_little_memory_or_disk_is_told_before(built, tmp_path, monkeypatch):
-    from retrieval import resources
+    from retrieval.building import resources
 
     root, _ = built
     monkeypatch.setattr(resources, "available_memory", lambda: 1 << 20)
@@ -220,7 +220,7 @@ def test_too_little_memory_or_disk_is_told_before(built, tmp_path, monkeypatch):
 
 
 def test_two_updates_at_once_do_not_mix(built, tmp_path, monkeypatch):
-    from retrieval import next_version
+    from retrieval.updating import next_version
 
     root, reader = built
     write = next_version.write_mapped
@@ -271,7 +271,8 @@ def test_an_update_killed_for_real_is_done_by_the_same_call(built, tmp_path):
     embed(tmp_path / "u", vectors(40, 7), [f"n{i}" for i in range(40)])
     script = f"""
         import os, signal
-        from retrieval import next_version, update
+        from retrieval import update
+        from retrieval.updating import next_version
         from retrieval.embeddings import EmbeddingReader
         real = next_version.write_mapped
         def half(*arguments, **options):
@@ -289,8 +290,8 @@ def test_an_update_killed_for_real_is_done_by_the_same_call(built, tmp_path):
 
 
 def test_what_a_killed_update_has_encoded_is_not_encoded_again(built, tmp_path, monkeypatch):
-    from retrieval import next_version, plan
-    from retrieval.mapped import Trained
+    from retrieval.building.mapped import Trained
+    from retrieval.updating import next_version, plan
 
     root, _ = built
     for module in (next_version, plan):

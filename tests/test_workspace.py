@@ -10,14 +10,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from retrieval import build as build_module
-from retrieval import workspace
 from retrieval.build import Recipe, build_index
+from retrieval.building import workspace
+from retrieval.building.mapped import Trained
+from retrieval.building.tune import Target
+from retrieval.building.workspace import Workspace
 from retrieval.embeddings import EmbeddingReader, EmbeddingWriter
 from retrieval.index import ProductIndex
-from retrieval.mapped import Trained
 from retrieval.storage import ArtefactError
-from retrieval.tune import Target
-from retrieval.workspace import Workspace
 
 COUNT, DIM, BLOCK = 3000, 16, 300  # 12 blocks: three shards of 1,000 rows as 300 + 300 + 300 + 100
 RECIPE = Recipe("IVF32,PQ4x4fsr,Refine(SQ8)")
@@ -127,10 +127,10 @@ def test_an_interrupted_build_goes_on_and_makes_the_same_index(tmp_path, reader,
 def test_a_killed_build_goes_on_and_makes_the_same_index(tmp_path, reader, whole, watch, kill_at):
     program = f"""
         import os, signal
-        from retrieval import workspace
+        from retrieval.building import workspace
         from retrieval.build import Recipe, build_index
         from retrieval.embeddings import EmbeddingReader
-        from retrieval.mapped import Trained
+        from retrieval.building.mapped import Trained
         workspace.BLOCK_ROWS = {BLOCK}
         encode, done = Trained.encode, []
         def encode_or_die(self, vectors):

@@ -14,9 +14,9 @@ from datamodules.parquet import Table, product_digests
 from retrieval import storage
 from retrieval.embeddings import EmbeddingReader, EmbeddingWriter
 from retrieval.index import ProductIndex
-from retrieval.plan import known_digests
 from retrieval.progress import counted
 from retrieval.update import Embedded
+from retrieval.updating.plan import known_digests
 from towers.embed import Options, ProductTable, as_it_is, embed_rows
 from towers.model_folder import load_model
 

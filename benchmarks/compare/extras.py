@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from retrieval import metrics
 from retrieval.embeddings import EmbeddingReader, EmbeddingWriter
+from retrieval.filtering.selection import SelectiveSearch
 from retrieval.index import ProductIndex
-from retrieval.selection import SelectiveSearch
 from retrieval.update import update_index
 
 SELECTIVITIES = (0.0001, 0.001, 0.01, 0.1, 0.5)

@@ -37,14 +37,14 @@ from benchmarks.compare.peers import (
     load_faiss,
     main,
 )
-from retrieval import resources
 from retrieval.build import Recipe, build_index
+from retrieval.building import resources
+from retrieval.building.encoded import GROUPING_BYTES
+from retrieval.building.factory import parse_mapped
+from retrieval.building.tune import Target
+from retrieval.building.workspace import BLOCK_ROWS, Workspace
 from retrieval.embeddings import EmbeddingReader
-from retrieval.encoded import GROUPING_BYTES
-from retrieval.factory import parse_mapped
 from retrieval.index import ProductIndex
-from retrieval.tune import Target
-from retrieval.workspace import BLOCK_ROWS, Workspace
 
 COLD = (0.95, 0.99)
 """Recall whose points are searched again with an empty page cache."""

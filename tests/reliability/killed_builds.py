@@ -17,10 +17,11 @@ from forks import ended, forked, kill
 
 import index
 import retrieval.build
+import retrieval.building.tune
 import retrieval.embeddings
-import retrieval.present
-import retrieval.tune  # noqa: F401
-from retrieval import mapped, storage, versions
+import retrieval.present  # noqa: F401
+from retrieval import storage, versions
+from retrieval.building import mapped
 
 
 def build(embeddings: str, root: Path, factory: str, log: Path) -> int:

@@ -15,9 +15,9 @@ from forks import ended, forked
 
 import index
 import retrieval.build
+import retrieval.building.tune
 import retrieval.embeddings
-import retrieval.present
-import retrieval.tune  # noqa: F401
+import retrieval.present  # noqa: F401
 
 
 def main(embeddings: str, folder: Path, rounds: int, old: str, factory: str) -> None:

@@ -90,8 +90,8 @@ def choose_factory(count: int, dim: int) -> Choice:
 
 
 def num_lists(count: int) -> int:
-    """The power of two nearest to 16 x sqrt(count), or to what leaves 61 vectors in a list."""
-    return int(2 ** round(math.log2(max(1, min(16 * math.sqrt(count), count / POINTS_PER_LIST)))))
+    """The power of two nearest to 8 x sqrt(count), or to what leaves 61 vectors in a list."""
+    return int(2 ** round(math.log2(max(1, min(8 * math.sqrt(count), count / POINTS_PER_LIST)))))
 
 
 def num_pieces(dim: int) -> int | None:

@@ -11,19 +11,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from retrieval.assemble import INDEX_FILE, LISTS_FILE, SIZES_FILE
-from retrieval.encoded import Entries
+from retrieval.building.assemble import INDEX_FILE, LISTS_FILE, SIZES_FILE
+from retrieval.building.encoded import Entries
+from retrieval.building.lists import read_lists, read_rows
+from retrieval.building.mapped import Trained, centroids_of
+from retrieval.filtering.selection import codes_of
 from retrieval.index import ProductIndex
-from retrieval.lists import read_lists, read_rows
-from retrieval.mapped import Trained, centroids_of
-from retrieval.selection import codes_of
 
 BLOCK = 65_536
 """Rows read at a time."""
 
 
 class Version:
-    """The encoded vectors of an opened index whose lists are mapped (`retrieval.encoded.Source`).
+    """The encoded vectors of an opened index whose lists are mapped (`retrieval.building.encoded.Source`).
 
     Args:
         index: the version.

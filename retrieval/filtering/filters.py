@@ -17,10 +17,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from retrieval.attribute_cells import Kind
-from retrieval.attributes import AttributeTable, Mask
-from retrieval.filter_parser import fail, parse_term
-from retrieval.filter_terms import Term, matches, misfit, tests_of
+from retrieval.filtering.attribute_cells import Kind
+from retrieval.filtering.attributes import AttributeTable, Mask
+from retrieval.filtering.filter_parser import fail, parse_term
+from retrieval.filtering.filter_terms import Term, matches, misfit, tests_of
 
 MAX_CHARACTERS = 100_000
 

@@ -7,11 +7,11 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from retrieval.attributes import AttributeTable
 from retrieval.distinct import one_each, with_relatives, without_rows
 from retrieval.engine import Engine, Settings
-from retrieval.filters import Filter
-from retrieval.selection import Found, Mask, Rows, Selection, SelectiveSearch, Vectors
+from retrieval.filtering.attributes import AttributeTable
+from retrieval.filtering.filters import Filter
+from retrieval.filtering.selection import Found, Mask, Rows, Selection, SelectiveSearch, Vectors
 
 Grouping = Literal["group", "family"]
 

@@ -20,9 +20,9 @@ from typing import Any
 import faiss
 
 from retrieval import files, storage
+from retrieval.building.encoded import to_table
+from retrieval.building.mapped import Trained, centroids_of
 from retrieval.embeddings import EmbeddingBatch, EmbeddingReader
-from retrieval.encoded import to_table
-from retrieval.mapped import Trained, centroids_of
 from retrieval.progress import counted
 from retrieval.shards import ShardFolder
 from retrieval.storage import ArtefactError

@@ -15,12 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from retrieval import metrics
-from retrieval.clustering import Centroids
+from retrieval.building.clustering import Centroids
+from retrieval.building.mapped import centroids_of
+from retrieval.building.probes import without_own
 from retrieval.engine import Engine, Settings
-from retrieval.mapped import centroids_of
-from retrieval.previous import fine_blocks
-from retrieval.probes import without_own
 from retrieval.progress import counted
+from retrieval.updating.previous import fine_blocks
 
 SAMPLE = 2000
 """Products whose errors are averaged."""

@@ -12,21 +12,22 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from retrieval import resources, storage, versions
-from retrieval.assemble import IDS_FILE, INDEX_FILE, Placed, attach_attributes, write_mapped, write_products
-from retrieval.attribute_sources import AttributeSource, known_source, open_source
-from retrieval.attributes import ATTRIBUTES_FILE, AttributeTable, TableSource
-from retrieval.drift import SAMPLE, Drift, gauge, verdict
+from retrieval import storage, versions
+from retrieval.building import resources
+from retrieval.building.assemble import IDS_FILE, INDEX_FILE, Placed, attach_attributes, write_mapped, write_products
+from retrieval.building.encoded import GROUPING_BYTES, Blocks, to_table
+from retrieval.building.factory import parse_mapped
+from retrieval.building.mapped import Trained
 from retrieval.embeddings import EmbeddingReader
-from retrieval.encoded import GROUPING_BYTES, Blocks, to_table
 from retrieval.engine import Engine
-from retrieval.factory import parse_mapped
+from retrieval.filtering.attribute_sources import AttributeSource, known_source, open_source
+from retrieval.filtering.attributes import ATTRIBUTES_FILE, AttributeTable, TableSource
 from retrieval.index import FORMAT, KIND, SETTINGS_FILE, ProductIndex
-from retrieval.mapped import Trained
-from retrieval.plan import BLOCK, Plan
-from retrieval.previous import Version, products_of, trained_of
 from retrieval.progress import counted
 from retrieval.shards import ShardFolder
+from retrieval.updating.drift import SAMPLE, Drift, gauge, verdict
+from retrieval.updating.plan import BLOCK, Plan
+from retrieval.updating.previous import Version, products_of, trained_of
 from retrieval.work_folder import WorkFolder
 
 COMPACT_ABOVE = 0.2

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from retrieval.mapped import Encoded
+from retrieval.building.mapped import Encoded
 
 GROUPING_BYTES = 512 << 20
 """Codes that are regrouped at a time."""

@@ -13,9 +13,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from retrieval.attribute_cells import TEXT, Kind
-from retrieval.attribute_sources import AttributeSource
-from retrieval.attributes import KIND_KEY, ROWS_KEY
+from retrieval.filtering.attribute_cells import TEXT, Kind
+from retrieval.filtering.attribute_sources import AttributeSource
+from retrieval.filtering.attributes import KIND_KEY, ROWS_KEY
 from retrieval.storage import JSON
 
 

@@ -24,14 +24,15 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from rich.filesize import decimal
 
-from retrieval import metrics, resources
-from retrieval.assemble import write_mapped
-from retrieval.encoded import GROUPING_BYTES, Blocks, to_table
+from retrieval import metrics
+from retrieval.building import resources
+from retrieval.building.assemble import write_mapped
+from retrieval.building.encoded import GROUPING_BYTES, Blocks, to_table
+from retrieval.building.factory import CODEBOOK, MIN_POINTS_PER_LIST, Mapped, num_lists
+from retrieval.building.mapped import train
+from retrieval.building.points import Point, Tuning, pareto
+from retrieval.building.probes import Probe, counts, with_truth
 from retrieval.engine import Engine, Settings
-from retrieval.factory import CODEBOOK, MIN_POINTS_PER_LIST, Mapped, num_lists
-from retrieval.mapped import train
-from retrieval.points import Point, Tuning, pareto
-from retrieval.probes import Probe, counts, with_truth
 
 logger = logging.getLogger(__name__)
 
@@ -259,16 +260,19 @@ def _demanded(points: Sequence[Point], target: Target) -> tuple[Point | None, fl
 def sweep(engine: Engine, probe: Probe, k: int, enough: float) -> list[Point]:
     """Points from few lists to as many as bring more than `enough` recall, none beaten in both recall and latency."""
     points: list[Point] = []
-    best = -1.0
+    best, first = -1.0, 0
+    factors = K_FACTORS if engine.fine is not None else K_FACTORS[:1]
     for nprobe in [p for p in PROBED if p < engine.lists] + [engine.lists]:  # type: ignore[operator]
         before = 0.0
-        for k_factor in K_FACTORS if engine.fine is not None else K_FACTORS[:1]:
-            settings = Settings(nprobe, k_factor)
-            recall = float(recalls_of(engine, probe, k, settings).mean())
+        for number in range(first, len(factors)):
+            started = time.perf_counter()
+            recall = float(recalls_of(engine, probe, k, Settings(nprobe, factors[number])).mean())
             if recall < before + ENOUGH and before:
                 break
-            points.append(Point(nprobe, k_factor, round(recall, 5)))
-            before = recall
+            qps = round(len(probe.vectors) / (time.perf_counter() - started))
+            points.append(Point(nprobe, factors[number], round(recall, 5), qps=qps))
+            before, enough_factor = recall, number
+        first = max(first, enough_factor - 2)  # with more lists, fewer candidates than these are never the best choice
         if before >= min(1.0, enough + ENOUGH) or before < best + ENOUGH:
             break
         best = max(best, before)
@@ -285,11 +289,8 @@ def recalls_of(engine: Engine, probe: Probe, k: int, settings: Settings) -> NDAr
 
 
 def time_point(engine: Engine, probe: Probe, k: int, point: Point) -> Point:
-    """A point with its latency on one thread and its throughput on all."""
+    """A point with its latency on one thread."""
     k = min(k, engine.count)
-    started = time.perf_counter()
-    engine.search(probe.vectors, k, point.settings)
-    qps = len(probe.vectors) / (time.perf_counter() - started)
     threads = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(1)
     try:
@@ -298,7 +299,7 @@ def time_point(engine: Engine, probe: Probe, k: int, point: Point) -> Point:
     finally:
         faiss.omp_set_num_threads(threads)
     p50, p99 = np.quantile(seconds, [0.5, 0.99]) * 1000
-    return replace(point, p50_ms=round(float(p50), 4), p99_ms=round(float(p99), 4), qps=round(qps))
+    return replace(point, p50_ms=round(float(p50), 4), p99_ms=round(float(p99), 4))
 
 
 def measure(engine: Engine, probes: Sequence[Probe], target: Target) -> Tuning:

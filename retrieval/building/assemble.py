@@ -13,12 +13,12 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from retrieval import storage
-from retrieval.attribute_sources import AttributeSource
-from retrieval.attribute_writer import write_attributes
-from retrieval.attributes import ATTRIBUTES_FILE
-from retrieval.encoded import Source, grouped_lists
-from retrieval.lists import write_list
-from retrieval.mapped import Trained, write_fine_header
+from retrieval.building.encoded import Source, grouped_lists
+from retrieval.building.lists import write_list
+from retrieval.building.mapped import Trained, write_fine_header
+from retrieval.filtering.attribute_sources import AttributeSource
+from retrieval.filtering.attribute_writer import write_attributes
+from retrieval.filtering.attributes import ATTRIBUTES_FILE
 from retrieval.progress import counted
 
 logger = logging.getLogger(__name__)

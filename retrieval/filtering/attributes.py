@@ -24,8 +24,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from retrieval.attribute_cells import FAMILY, GROUP, TEXT, Kind, checked_kind
-from retrieval.attribute_sources import Batches
+from retrieval.filtering.attribute_cells import FAMILY, GROUP, TEXT, Kind, checked_kind
+from retrieval.filtering.attribute_sources import Batches
 from retrieval.storage import ArtefactError
 
 ATTRIBUTES_FILE = "attributes.arrow"
@@ -69,7 +69,7 @@ class AttributeTable:
     """Attributes by row. Opening it reads nothing but the names of its columns; several threads may use it at once.
 
     Args:
-        file: as `retrieval.attribute_writer` wrote it.
+        file: as `retrieval.filtering.attribute_writer` wrote it.
 
     Attributes:
         kinds: attribute -> kind.

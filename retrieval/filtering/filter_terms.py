@@ -22,8 +22,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from retrieval.attribute_cells import LEVEL_SEPARATOR, TEXT, VALUE_SEPARATOR, Kind, path_text, value_text
-from retrieval.attributes import AttributeTable, Mask, Numbers, Texts
+from retrieval.filtering.attribute_cells import LEVEL_SEPARATOR, TEXT, VALUE_SEPARATOR, Kind, path_text, value_text
+from retrieval.filtering.attributes import AttributeTable, Mask, Numbers, Texts
 
 Operator = Literal["<", "<=", ">", ">=", "=", "in", "under", "has", "known"]
 

@@ -1,8 +1,8 @@
 """Search among some rows only, however few or many they are and wherever they lie.
 
     few rows     their vectors are gathered once and all compared: exact
-    many rows    lists are visited, as many as it takes (retrieval/selected_lists.py), and scanned with a bitmap of the
-                 rows; where that finds fewer than there are, all lists, and at last all rows
+    many rows    lists are visited, as many as it takes (selected_lists.py), and scanned with a bitmap of the rows;
+                 where that finds fewer than there are, all lists, and at last all rows
 
 So a selection of k rows or more always gives k results.
 """
@@ -19,9 +19,9 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
+from retrieval.building.mapped import make
 from retrieval.engine import DUPLICATES, FEWEST, Engine, Settings, first_of_each
-from retrieval.mapped import make
-from retrieval.selected_lists import Lists, SelectedLists, lists_of_rows
+from retrieval.filtering.selected_lists import Lists, SelectedLists, lists_of_rows
 
 FEW_BYTES = 3 << 20
 """Vectors for re-ranking up to which all are compared: a quarter of a millisecond's work. They are copied and kept."""

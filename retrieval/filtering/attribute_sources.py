@@ -12,7 +12,8 @@ import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
 from retrieval import storage
-from retrieval.attribute_cells import (
+from retrieval.catalogue import PreparedCatalogue
+from retrieval.filtering.attribute_cells import (
     FAMILY,
     GROUP,
     LEVEL_SEPARATOR,
@@ -23,7 +24,6 @@ from retrieval.attribute_cells import (
     is_list,
     is_text,
 )
-from retrieval.catalogue import PreparedCatalogue
 from retrieval.sources import ID_COLUMNS, as_text, find_column, is_id, natural_key
 from retrieval.storage import ArtefactError
 
@@ -40,7 +40,7 @@ Batches = Iterator[pa.Array]
 
 
 class AttributeSource(Protocol):
-    """Attributes of products, which `retrieval.attributes` joins to the rows of an index by id."""
+    """Attributes of products, which `retrieval.filtering.attributes` joins to the rows of an index by id."""
 
     @property
     def name(self) -> str:

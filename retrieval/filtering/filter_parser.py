@@ -1,4 +1,4 @@
-"""From the text of a filter to its terms; the grammar stands in retrieval/filters.py."""
+"""From the text of a filter to its terms; the grammar stands in retrieval/filtering/filters.py."""
 
 from __future__ import annotations
 
@@ -6,7 +6,18 @@ import math
 import re
 from typing import NamedTuple, NoReturn, cast
 
-from retrieval.filter_terms import KEYWORDS, NUMBER, WORD, Operator, Term, Test, Value, all_of, negated, some_of
+from retrieval.filtering.filter_terms import (
+    KEYWORDS,
+    NUMBER,
+    WORD,
+    Operator,
+    Term,
+    Test,
+    Value,
+    all_of,
+    negated,
+    some_of,
+)
 
 MAX_DEPTH = 50
 """Parentheses and `not` within each other."""
@@ -29,7 +40,7 @@ def parse_term(text: str) -> Term:
     """The terms of a filter.
 
     Raises:
-        ValueError: see `retrieval.filters.parse`.
+        ValueError: see `retrieval.filtering.filters.parse`.
     """
     parser = _Parser(_tokens(text), text)
     term = parser.any()

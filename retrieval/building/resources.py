@@ -9,9 +9,9 @@ from pathlib import Path
 
 from rich.filesize import decimal
 
-from retrieval.factory import Mapped, train_size
-from retrieval.lists import BLOCK
-from retrieval.mapped import TRAINED_CODES
+from retrieval.building.factory import Mapped, train_size
+from retrieval.building.lists import BLOCK
+from retrieval.building.mapped import TRAINED_CODES
 
 try:
     import resource

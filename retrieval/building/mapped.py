@@ -1,9 +1,9 @@
 """The index that is built by default: small lists of 4-bit codes that are scanned, and finer vectors that re-rank.
 
 Both are mapped from files, so memory holds little more than the centres of the lists. They are FAISS's own parts, put
-together here: `IndexIVFPQFastScan` over lists of our layout (retrieval/lists.py), an `IndexScalarQuantizer` for the
-finer vectors, `IndexRefine` around both. Where lists are many, the quantizer that finds them is such an index itself,
-over their centres.
+together here: `IndexIVFPQFastScan` over lists of our layout (`retrieval.building.lists`), an `IndexScalarQuantizer` for
+the finer vectors, `IndexRefine` around both. Where lists are many, the quantizer that finds them is such an index
+itself, over their centres.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from retrieval.clustering import FLAT_LISTS, Centroids, find_centroids, grouped
-from retrieval.factory import Mapped
+from retrieval.building.clustering import FLAT_LISTS, Centroids, find_centroids, grouped
+from retrieval.building.factory import Mapped
 from retrieval.storage import ArtefactError
 
 TRAINED_CODES = 65_536

@@ -20,7 +20,7 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from retrieval import gpu
+from retrieval.building import gpu
 from retrieval.progress import counted
 
 FLAT_LISTS = 1024

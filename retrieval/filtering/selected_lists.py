@@ -2,9 +2,9 @@
 
 A search among all rows that visits P lists sees rows of the P nearest ones. To find as much among some rows takes more:
 
-* Where the selection has nothing to do with the vectors, a list of which the share s may be found counts as sqrt(s) of
+* Where the selection has nothing to do with the vectors, a list of which the share s may be found counts as s^0.35 of
   a list, and lists that sum up to P are visited. (P / s lists would hold as many such rows; fewer do, since the best of
-  fewer rows are further apart.)
+  fewer rows are further apart. With this power, a tenth of the rows is found as well as all of them.)
 * Where it has, a query may be far from all that may be found. It sees those rows at about the same distance, so that
   its neighbours spread over many lists. Lists are visited too, then, that are not much further away than those where
   the first rows were met. The further these are from where the query stands, the further it goes; the unit is the
@@ -21,10 +21,10 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
+from retrieval.building.mapped import quantizer_parameters
 from retrieval.engine import Engine
-from retrieval.mapped import quantizer_parameters
 
-SHARE_EXPONENT = 0.5
+SHARE_EXPONENT = 0.35
 """What a list counts: its share of rows that may be found to this power."""
 
 NEAR, FAR = 0.5, 1.5

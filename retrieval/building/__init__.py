@@ -1,0 +1,1 @@
+"""How an index is chosen, trained, filled and tuned."""
