@@ -194,7 +194,7 @@ def choose(part: Vectors, probes: Sequence[Probe], target: Target, count: int, s
         candidate if candidate.why_not else _measure(candidate, part, probes, target, count, seed, shared)
         for candidate in candidates(count, part.shape[1], target, finer)
     ]
-    measured.sort(key=lambda c: (c.point is None, c.point.p50_ms if c.point else 0.0))
+    measured.sort(key=lambda c: -_qps(c.point))
     winner = measured[0]
     if winner.point is None:
         best = max((c.best for c in measured if c.best is not None), default=0.0)
@@ -205,8 +205,8 @@ def choose(part: Vectors, probes: Sequence[Probe], target: Target, count: int, s
         )
     others = f" of {sum(c.point is not None for c in measured)} that reach it" if len(measured) > 1 else ""
     reason = (
-        f"the fastest{others}: recall@{target.k} {winner.point.recall:.3f} in {winner.point.p50_ms:.3f} ms on "
-        f"{len(part):,} vectors; no learned rotation: re-ranking makes its gain vanish"
+        f"the fastest{others}: recall@{target.k} {winner.point.recall:.3f} at {_qps(winner.point):,.0f} queries a "
+        f"second on {len(part):,} vectors; no learned rotation: re-ranking makes its gain vanish"
     )
     return Chosen(winner, measured, reason)
 
@@ -247,14 +247,19 @@ def _measure(
         points = [_demanded(sweep(engine, probe, target.k, target.recall), target) for probe in probes]
     reached = [point for point, _ in points if point is not None]
     best = min(best for _, best in points)
-    slowest = max(reached, key=lambda p: p.p50_ms or 0.0) if len(reached) == len(points) else None
+    slowest = min(reached, key=_qps) if len(reached) == len(points) else None
     return replace(candidate, seconds=round(seconds, 1), point=slowest, best=round(best, 4))
 
 
 def _demanded(points: Sequence[Point], target: Target) -> tuple[Point | None, float]:
     """The cheapest point that is asked for, and the best recall of all."""
     fits = [p for p in points if p.recall >= target.recall and (p.p50_ms or 0.0) <= (target.latency_ms or np.inf)]
-    return min(fits, key=lambda p: p.p50_ms or 0.0, default=None), max(p.recall for p in points)
+    return max(fits, key=_qps, default=None), max(p.recall for p in points)
+
+
+def _qps(point: Point | None) -> float:
+    """Queries a second, which candidates are compared by: on a part, the latency of one query is mostly overhead."""
+    return 0.0 if point is None or point.qps is None else point.qps
 
 
 def sweep(engine: Engine, probe: Probe, k: int, enough: float) -> list[Point]:
