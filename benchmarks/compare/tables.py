@@ -169,22 +169,25 @@ def show_growth(reports: Sequence[dict[str, Any]], files: Sequence[Path]) -> int
 
     matplotlib.use("agg")
     from matplotlib import pyplot
+    from matplotlib.lines import Line2D
 
     found = growth(reports)
     table = _table("growth with the number of vectors", "exponent e of value ~ N^e, and times, from the row before")
     for name in ("figure", "arm", "N", "value", "exponent", "times"):
         table.add_column(name, justify="left" if name in ("figure", "arm") else "right", no_wrap=True)
-    figure, plots = pyplot.subplots(1, len(found), figsize=(4 * len(found), 3.6), dpi=110)
+    figure, plots = pyplot.subplots(1, len(found), figsize=(4 * len(found), 3.6), dpi=110, layout="constrained")
+    colours = {arm: f"C{i}" for i, arm in enumerate(dict.fromkeys(arm for arms in found.values() for arm in arms))}
     for axes, (what, arms) in zip(plots, found.items(), strict=True):
         for arm, rows in arms.items():
             for row in rows:
                 cells = [f"{row['n']:,}", f"{row['value']:,.3f}", _number(row["exponent"], ".2f")]
                 table.add_row(what, arm, *cells, _number(row["times"], ".2f"))
-            axes.plot([row["n"] for row in rows], [row["value"] for row in rows], "o-", markersize=3, label=arm)
+            values = [row["value"] for row in rows]
+            axes.plot([row["n"] for row in rows], values, "o-", markersize=3, color=colours[arm])
         axes.set(xscale="log", yscale="log", xlabel="vectors", title=what)
         axes.grid(alpha=0.3)
-    plots[0].legend(fontsize=7, frameon=False)
-    figure.tight_layout()
+    lines = [Line2D([], [], color=colour, marker="o", markersize=3, label=arm) for arm, colour in colours.items()]
+    figure.legend(handles=lines, fontsize=7, frameon=False, loc="outside right upper")
     file = files[-1].with_name("growth.png")
     figure.savefig(file)
     pyplot.close(figure)
