@@ -15,16 +15,17 @@ if TYPE_CHECKING:  # preparing a catalogue reads items too, and must start witho
     from torch import Tensor
 
 Side = Literal["query", "product"]
-Relation = Literal["product", "group", "family", "title", "picture", "query"]
+Relation = Literal["product", "group", "family", "title", "picture", "model", "category", "branch", "query"]
 
 MODALITIES = ("text", "image", "attribute")
 """The order of the modality axis M everywhere: features, `present`, gate shares."""
 
-RELATIONS = ("product", "group", "family", "title", "picture", "query")
+RELATIONS = ("product", "group", "family", "title", "picture", "model", "category", "branch", "query")
 """The order of the relation axis R of `Batch.query_keys` and `Batch.product_keys`.
 
 Equal keys mean: the same product, the same thing (another seller's), variants of one style, the same normalised title,
-the same picture bytes, an answer to the same query.
+the same picture bytes, the same brand and model number, the same category, the category above it in the tree, an answer
+to the same query.
 """
 
 NO_KEY = -1
@@ -54,7 +55,8 @@ class Example(NamedTuple):
         query_keys: R keys, one for each of `RELATIONS`; those of the whole product, whatever its view leaves out.
         product_keys: R keys.
         weight: graded relevance, 0 to 1 (click < cart < buy); 1 by default.
-        label: for labelled pairs, how similar they are; None elsewhere.
+        label: for labelled pairs, how similar they are, 0 to 1; None elsewhere.
+        frequency: how often this product is trained on, 1 = as often as the average.
     """
 
     query: Item
@@ -63,6 +65,7 @@ class Example(NamedTuple):
     product_keys: Sequence[int]
     weight: float = 1.0
     label: float | None = None
+    frequency: float = 1.0
 
 
 class AttributeTensors(NamedTuple):
@@ -90,6 +93,8 @@ class Items(NamedTuple):
         image_row: (N,) int64, ascending: the item a picture belongs to.
         attribute: see `AttributeTensors`.
         present: (B, M) bool, True = there. A row without a True is an item of which this model knows no modality.
+        part: (B, M) bool, some of those that are there, for a second embedding of each item in training; None
+            elsewhere.
     """
 
     text: Tensor | None
@@ -97,6 +102,7 @@ class Items(NamedTuple):
     image_row: Tensor | None
     attribute: AttributeTensors | None
     present: Tensor
+    part: Tensor | None = None
 
     def rows(self, start: int, stop: int) -> Items:
         """Items `start` to `stop` (exclusive) as views of the same tensors."""
@@ -112,6 +118,7 @@ class Items(NamedTuple):
             image_row=image_row,
             attribute=None if self.attribute is None else AttributeTensors(*(t[start:stop] for t in self.attribute)),
             present=self.present[start:stop],
+            part=None if self.part is None else self.part[start:stop],
         )
 
 
@@ -124,7 +131,9 @@ class Batch(NamedTuple):
         query_keys: (B, R) int64, one column per relation of `RELATIONS`; -1 = none.
         product_keys: (P, R) int64; the loss turns equal keys into positive, ignored or negative by its configuration.
         weight: (B,) float32 graded relevance.
-        label: (B,) float32 or None.
+        label: (B,) float32 how similar the two of a labelled pair are, 0 to 1; NaN where they have no label; None where
+            no pair of the batch has one.
+        frequency: (P,) float32 how often each product is trained on, 1 = as often as the average; None = all alike.
     """
 
     query: Items
@@ -133,6 +142,7 @@ class Batch(NamedTuple):
     product_keys: Tensor
     weight: Tensor
     label: Tensor | None = None
+    frequency: Tensor | None = None
 
 
 class NumberedItems(NamedTuple):

@@ -117,5 +117,22 @@ def product_keys(row: Mapping[str, Any]) -> list[int]:
         *(stable_hash(row[relation]) if row[relation] else NO_KEY for relation in ("group", "family")),
         stable_hash(" ".join(title.lower().split())) if title else NO_KEY,
         stable_hash(images[0]) if images else NO_KEY,
+        *attribute_keys(row.get("attributes") or {}),
         NO_KEY,
+    ]
+
+
+MODEL = ("model", "model_number", "mpn", "part_number", "style_number")
+"""Attributes that, with the brand, name a thing."""
+
+
+def attribute_keys(attributes: Mapping[str, Any]) -> list[int]:
+    """The keys `model`, `category` and `branch` of a product's attributes."""
+    brand, path = attributes.get("brand"), attributes.get("category")
+    model = next((attributes[name] for name in MODEL if attributes.get(name)), None)
+    levels = [path] if isinstance(path, str) and path else list(path or ())
+    return [
+        stable_hash(f"{brand}\0{model}".lower()) if brand and model else NO_KEY,
+        stable_hash("\0".join(levels)) if levels else NO_KEY,
+        stable_hash("\0".join(levels[:-1])) if levels[1:] else NO_KEY,
     ]

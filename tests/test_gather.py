@@ -13,7 +13,8 @@ from torch import distributed as dist
 from datamodules.batch import NO_KEY, RELATIONS, Batch
 from towers.encoder import Encoder
 from towers.gather import gather_rows, num_processes
-from towers.loss import ContrastiveLoss, InfoNCE, SigmoidLoss
+from towers.label_loss import CoSENT, PairLoss
+from towers.loss import InfoNCE, Loss, SigmoidLoss
 
 QUERIES, EXTRA = 8, 4  # over all processes
 
@@ -35,14 +36,22 @@ def make_batch(encoder: Encoder, queries: list[int], products: list[int]) -> Bat
         query_keys=keys(QUERIES, 0)[queries],
         product_keys=keys(QUERIES + EXTRA, 1)[products],
         weight=weight[queries],
+        label=torch.tensor([1.0, torch.nan, 0.0, 0.5, 0.3, torch.nan, 1.0, 0.0])[queries],
+        frequency=torch.linspace(0.5, 2.0, QUERIES + EXTRA)[products],
     )
 
 
-def losses() -> dict[str, ContrastiveLoss]:
-    return {"InfoNCE": InfoNCE(), "sigmoid": SigmoidLoss(bias=-1.0)}
+def losses() -> dict[str, Loss]:
+    return {
+        "InfoNCE": InfoNCE(),
+        "same side, log q": InfoNCE(same_side=True, log_q=0.5),
+        "sigmoid": SigmoidLoss(bias=-1.0),
+        "pairs": PairLoss(),
+        "CoSENT": CoSENT(),
+    }
 
 
-def step(encoder: Encoder, loss: ContrastiveLoss, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def step(encoder: Encoder, loss: Loss, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The loss and the gradients of everything that learns."""
     encoder.zero_grad()
     value = loss(encoder(batch.query).embedding, encoder(batch.product).embedding, batch)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from datamodules.batch import NO_KEY, RELATIONS, Batch, Items
+from towers import loss as loss_module
 from towers.loss import ContrastiveLoss, InfoNCE, SigmoidLoss, targets
 
 NOTHING = Items(None, None, None, None, torch.ones(0, 3, dtype=torch.bool))
@@ -29,7 +30,8 @@ def keys(rows: int, **columns: list[int]) -> Tensor:
 def make_batch(query_keys: Tensor, product_keys: Tensor | None = None, weight: list[float] | None = None) -> Batch:
     product_keys = query_keys if product_keys is None else product_keys
     weights = torch.ones(len(query_keys)) if weight is None else torch.tensor(weight)
-    return Batch(NOTHING, NOTHING, query_keys, product_keys, weights)
+    frequency = torch.arange(1, len(product_keys) + 1) / 2
+    return Batch(NOTHING, NOTHING, query_keys, product_keys, weights, frequency=frequency)
 
 
 def unit(rows: int, dim: int = 5, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -48,11 +50,19 @@ def reference(loss: ContrastiveLoss, query: Tensor, product: Tensor, batch: Batc
         weight = max([1.0 if answer else 0.0] + [w for name, w in loss.positives.items() if equal[name]])
         return None if not weight and any(equal[name] for name in loss.ignored) else weight
 
-    def direction(rows: Tensor, columns: Tensor, row_keys: Tensor, column_keys: Tensor) -> float:
+    def direction(rows: int, columns: tuple[Tensor, Tensor, Tensor], own: tuple[Tensor, Tensor, Tensor]) -> float:
+        """Of the first rows of their own side (vectors, keys, frequencies), against the columns of the other."""
         total = 0.0
-        for i in range(len(rows)):
-            kinds = [kind(row_keys[i], column_keys[j], i == j) for j in range(len(columns))]
-            logits = [scale * float(rows[i] @ columns[j]) for j in range(len(columns))]
+        for i in range(rows):
+            row, row_keys, _ = (part[i] for part in own)
+            seen = [(*values, i == j) for j, values in enumerate(zip(*columns, strict=True))]
+            if loss.same_side:
+                seen += [(*values, False) for j, values in enumerate(zip(*own, strict=True)) if j != i]
+            kinds = [kind(row_keys, key, answer) for _, key, _, answer in seen]
+            logits = [
+                scale * float(row @ column) - (0 if k else loss.log_q * math.log(often))
+                for (column, _, often, _), k in zip(seen, kinds, strict=True)
+            ]
             log_sum = math.log(sum(math.exp(x) for x, k in zip(logits, kinds, strict=True) if k is not None))
             attract = sum(k * (x - log_sum) for x, k in zip(logits, kinds, strict=True) if k)
             total -= batch.weight[i].item() * attract / sum(k for k in kinds if k)
@@ -67,10 +77,9 @@ def reference(loss: ContrastiveLoss, query: Tensor, product: Tensor, batch: Batc
                 if weight is not None:
                     total += batch.weight[i].item() * (weight or 1) * math.log1p(math.exp(-logit if weight else logit))
         return total / total_weight
-    rows = len(query)
-    forth = direction(query, product, batch.query_keys, batch.product_keys)
-    back = direction(product[:rows], query, batch.product_keys[:rows], batch.query_keys)
-    return (forth + back) / 2
+    queries = query, batch.query_keys, torch.ones(len(query))
+    products = product, batch.product_keys, batch.frequency
+    return (direction(len(query), products, queries) + direction(len(query), queries, products)) / 2
 
 
 @pytest.mark.parametrize("rows", [1, 2, 8])
@@ -116,22 +125,53 @@ def batches(draw: st.DrawFn) -> tuple[int, int, list[list[int]], list[list[int]]
     )
 
 
-@given(drawn=batches(), sigmoid=st.booleans(), seed=st.integers(0, 9))
-@settings(max_examples=100, deadline=None)
-def test_losses_equal_loops_in_float64(drawn: tuple, sigmoid: bool, seed: int) -> None:
+RELATED = {"positives": {"product": 1.0, "group": 0.4, "query": 1.0}, "ignored": ["family", "title"]}
+LOSSES = {
+    "infonce": lambda: InfoNCE(**RELATED),
+    "same side": lambda: InfoNCE(**RELATED, same_side=True),
+    "log q": lambda: InfoNCE(**RELATED, log_q=0.7),
+    "same side, log q": lambda: InfoNCE(**RELATED, same_side=True, log_q=1.0),
+    "sigmoid": lambda: SigmoidLoss(bias=-2.0, **RELATED),
+}
+
+
+@given(drawn=batches(), name=st.sampled_from(list(LOSSES)), seed=st.integers(0, 9))
+@settings(max_examples=150, deadline=None)
+def test_losses_equal_loops_in_float64(drawn: tuple, name: str, seed: int) -> None:
     rows, extra, query_keys, product_keys, weight = drawn
     torch.manual_seed(seed)
-    relations = {"positives": {"product": 1.0, "group": 0.4, "query": 1.0}, "ignored": ["family", "title"]}
-    loss = SigmoidLoss(bias=-2.0, **relations) if sigmoid else InfoNCE(**relations)
+    loss = LOSSES[name]()
     batch = make_batch(torch.tensor(query_keys), torch.tensor(product_keys), weight)
     query, product = unit(rows), unit(rows + extra)
     value = loss(query, product, batch).item()
     assert value == pytest.approx(reference(loss, query, product, batch), abs=1e-5, rel=1e-5)
 
 
+@pytest.mark.parametrize("name", LOSSES)
+def test_blocks_have_loss_and_gradients_of_the_whole_and_hold_no_more(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    query, product = unit(17).requires_grad_(), unit(20).requires_grad_()
+    keys = torch.randint(-1, 3, (20, len(RELATIONS)))
+    batch = make_batch(keys[:17], keys, torch.rand(17).tolist())
+    loss = LOSSES[name]()
+
+    def step() -> list[Tensor]:
+        value = loss(query, product, batch)
+        return [value, *torch.autograd.grad(value, [query, product, *loss.parameters()])]
+
+    whole, shapes = step(), []
+    monkeypatch.setattr(loss_module, "BLOCK", 100)
+    monkeypatch.setattr(loss_module, "targets", lambda *a: shapes.append((len(a[0]), len(a[1]))) or targets(*a))
+    for mine, expected in zip(step(), whole, strict=True):
+        torch.testing.assert_close(mine, expected, atol=1e-6, rtol=1e-5)
+    assert len(shapes) > 4 and max(rows * columns for rows, columns in shapes) <= 100
+
+
 def test_swapping_query_and_product_leaves_the_loss() -> None:
     query, product = unit(6), unit(6)
-    query_keys, product_keys = torch.randint(-1, 3, (6, 6)), torch.randint(-1, 3, (6, 6))
+    query_keys, product_keys = torch.randint(-1, 3, (2, 6, len(RELATIONS)))
     weight = [1.0, 0.5, 1.0, 0.2, 1.0, 0.0]
     for loss in (InfoNCE(), SigmoidLoss()):
         one = loss(query, product, make_batch(query_keys, product_keys, weight))

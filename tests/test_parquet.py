@@ -84,16 +84,32 @@ def test_a_query_has_a_text_or_pictures_or_neither() -> None:
 
 def keys(**changes: object) -> dict[str, int]:
     row = {"product_id": "7", "group": "g", "family": "f", "text": {"title": "Red  Mug"}, "images": [b"1", b"2"]}
+    row |= {"attributes": {"brand": "Acme", "mpn": "X-1", "category": ["Home", "Kitchen", "Mugs"]}}
     return dict(zip(RELATIONS, product_keys({**row, **changes}), strict=True))
 
 
 def test_keys_are_equal_where_products_are_related() -> None:
     base, other = keys(), keys(product_id="8", text={"title": "red mug"}, images=[b"1", b"3"])
-    assert [name for name in RELATIONS if base[name] == other[name]] == ["group", "family", "title", "picture", "query"]
+    assert [name for name in RELATIONS if base[name] == other[name]] == list(RELATIONS[1:])
     assert base["query"] == NO_KEY
     assert len({base[name] for name in RELATIONS}) == len(RELATIONS)
 
 
+@pytest.mark.parametrize(
+    ("attributes", "same"),
+    [
+        ({"brand": "ACME", "model": "x-1", "category": ["Home", "Kitchen", "Bowls"]}, ["model", "branch"]),
+        ({"brand": "Other", "mpn": "X-1", "category": ["Home", "Kitchen", "Mugs"]}, ["category", "branch"]),
+        ({"brand": "Acme", "category": ["Home", "Garden", "Mugs"]}, []),
+        ({"mpn": "X-1", "category": "Home"}, []),
+        ({}, []),
+    ],
+)
+def test_brand_and_model_and_place_in_the_tree_are_keys(attributes: dict[str, object], same: list[str]) -> None:
+    base, other = keys(), keys(attributes=attributes)
+    assert [name for name in ("model", "category", "branch") if base[name] == other[name]] == same
+
+
 def test_what_a_product_lacks_has_no_key() -> None:
-    bare = keys(group=None, family=None, text={"title": None}, images=[])
+    bare = keys(group=None, family=None, text={"title": None}, images=[], attributes=None)
     assert {name for name in RELATIONS if bare[name] == NO_KEY} == {*RELATIONS} - {"product"}

@@ -3,6 +3,9 @@
 Which other pairs of a batch are positives too, or are left out, follows from equal keys (see
 `datamodules.batch.RELATIONS`): the same product twice in a batch is never pushed apart.
 
+Rows are compared in blocks, so that no more than a few million of the B x P similarities are held at a time: what a
+large batch costs here is time and never memory.
+
 Under several processes each one holds its own rows; queries and products of all are gathered with gradient, and each
 process returns its share of the loss times the number of processes. Distributed training averages gradients, so they
 are exactly those of one process with the whole batch.
@@ -11,14 +14,19 @@ are exactly those of one process with the whole batch.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from datamodules.batch import NO_KEY, RELATIONS, Batch, Relation
 from towers.gather import gather_rows, num_processes
+
+BLOCK = 1 << 22
+"""Similarities that are held at a time; each takes about 40 bytes while its gradient is made."""
 
 
 class Targets(NamedTuple):
@@ -34,7 +42,12 @@ class Targets(NamedTuple):
 
 
 def targets(
-    query_keys: Tensor, product_keys: Tensor, answer: Tensor, positives: dict[Relation, float], ignored: list[Relation]
+    query_keys: Tensor,
+    product_keys: Tensor,
+    answer: Tensor,
+    positives: dict[Relation, float],
+    ignored: list[Relation],
+    itself: Tensor | None = None,
 ) -> Targets:
     """Pairs by their keys: the largest weight of the relations that hold; else left out; else negative.
 
@@ -44,6 +57,7 @@ def targets(
         answer: (B,) int64 column of the product that answers each query: always a positive of weight 1.
         positives: weight of each relation that makes a positive.
         ignored: relations that leave a pair out which is no positive.
+        itself: (B,) int64 column that is the row itself, and is left out; None where there is none.
     """
     shape = (len(query_keys), len(product_keys))
     positive = torch.zeros(shape, device=query_keys.device)
@@ -52,7 +66,10 @@ def targets(
         counts &= ~same(query_keys, product_keys, relation)
     for relation, weight in positives.items():
         positive = torch.maximum(positive, weight * same(query_keys, product_keys, relation))
-    positive[torch.arange(len(answer), device=answer.device), answer] = 1.0
+    row = torch.arange(len(answer), device=answer.device)
+    positive[row, answer] = 1.0
+    if itself is not None:
+        positive[row, itself], counts[row, itself] = 0.0, False
     return Targets(positive, counts | (positive > 0))
 
 
@@ -73,8 +90,62 @@ def multi_positive_info_nce(logits: Tensor, target: Targets) -> Tensor:
     return -attract / target.positive.sum(1)
 
 
-class ContrastiveLoss(nn.Module):
-    """Base of the losses: keys, temperature, processes.
+def in_blocks(losses: Callable[..., Tensor], num_columns: int, *rows: Tensor) -> Tensor:
+    """(B,) losses of B rows, of as many at a time as have `BLOCK` similarities; gradients make those again.
+
+    Args:
+        losses: (b, ...) of each of `rows` -> (b,).
+        num_columns: P, similarities of one row.
+        rows: tensors of B rows.
+    """
+    size = max(1, BLOCK // max(1, num_columns))
+    if len(rows[0]) <= size:
+        return losses(*rows)
+    blocks = zip(*(tensor.split(size) for tensor in rows), strict=True)
+    parts = [checkpoint(losses, *block, use_reentrant=False, preserve_rng_state=False) for block in blocks]
+    return torch.cat(parts)
+
+
+class Rows(NamedTuple):
+    """The embeddings of one side, and what is known of them.
+
+    Attributes:
+        vectors: (n, D) unit vectors.
+        keys: (n, R) int64.
+        offset: (n,) float32, added to similarities with them.
+    """
+
+    vectors: Tensor
+    keys: Tensor
+    offset: Tensor
+
+    def gathered(self) -> Rows:
+        """Those of all processes, in float32."""
+        return Rows(gather_rows(self.vectors).float(), gather_rows(self.keys), gather_rows(self.offset))
+
+
+class Loss(nn.Module):
+    """Base of all losses: what a batch says about the embeddings of its queries and products."""
+
+    def set_dim(self, dim: int) -> None:
+        """Learn D, the size of embeddings; called once, before anything else."""
+
+    def clamp(self) -> None:
+        """Keep learned parameters within their bounds; called before every step."""
+
+    def forward(self, query: Tensor, product: Tensor, batch: Batch) -> Tensor:
+        """The loss of this process's rows.
+
+        Args:
+            query: (B, D) unit vectors.
+            product: (P, D) unit vectors; row i < B answers query i.
+            batch: keys, weights and labels.
+        """
+        raise NotImplementedError
+
+
+class ContrastiveLoss(Loss):
+    """Base of the losses that compare every query with every product: keys, temperature, processes.
 
     Args:
         temperature: of the start, in cosine; it is learned.
@@ -114,55 +185,90 @@ class ContrastiveLoss(nn.Module):
         with torch.no_grad():  # float32 rounds the bound itself to above it, where it could never rise again
             self.logit_scale.clamp_(max=self.max_logit_scale - 1e-6)
 
-    def forward(self, query: Tensor, product: Tensor, batch: Batch) -> Tensor:
-        """The loss of this process's rows.
-
-        Args:
-            query: (B, D) unit vectors.
-            product: (P, D) unit vectors; row i < B answers query i.
-            batch: keys and weights.
-        """
-        raise NotImplementedError
-
 
 class InfoNCE(ContrastiveLoss):
-    """Multi-positive InfoNCE in both directions, rows weighted by graded relevance."""
+    """Multi-positive InfoNCE in both directions, rows weighted by graded relevance (GCL, arXiv:2404.08535).
+
+    Args:
+        temperature: of the start, in cosine; it is learned.
+        min_temperature: it never falls below this.
+        positives: relation -> weight of pairs that are positives beside the product that answers; null takes `product`,
+            `group` and `query` with weight 1.
+        ignored: relations that leave a pair out; null takes `family`, `title` and `picture`.
+        same_side: compare queries with queries and products with products too (SupCon, arXiv:2004.11362).
+        log_q: 0 to 1, how much of the logarithm of a product's frequency is taken off its similarity where it is no
+            answer: popular products stand in more batches than others, and would be pushed away more often. The
+            answer's own is left as it is (arXiv:2507.09331).
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.07,
+        min_temperature: float = 0.01,
+        positives: dict[Relation, float] | None = None,
+        ignored: list[Relation] | None = None,
+        same_side: bool = False,
+        log_q: float = 0.0,
+    ) -> None:
+        super().__init__(temperature, min_temperature, positives, ignored)
+        if not 0 <= log_q <= 1:
+            raise ValueError(f"log_q={log_q}: choose 0 (none) to 1 (all of it).")
+        self.same_side, self.log_q = same_side, log_q
 
     def forward(self, query: Tensor, product: Tensor, batch: Batch) -> Tensor:
         """See `ContrastiveLoss.forward`."""
-        answers = len(query)
-        weight = batch.weight.float()
-        all_weight = gather_rows(weight)
-        first = rank_offset(len(product))
-        forth = self.direction(
-            query, gather_rows(product), batch.query_keys, gather_rows(batch.product_keys), first, all_weight, weight
-        )
-        back = self.direction(
-            product[:answers],
-            gather_rows(query),
-            batch.product_keys[:answers],
-            gather_rows(batch.query_keys),
-            rank_offset(answers),
-            all_weight,
-            weight,
-        )
-        return (forth + back) / 2
+        answers, weight = len(query), batch.weight.float()
+        offset = torch.zeros_like(batch.product_keys[:, 0], dtype=torch.float32)
+        if self.log_q and batch.frequency is not None:
+            offset = -self.log_q * batch.frequency.clamp(min=1e-9).log()
+        queries = self.known("query", Rows(query, batch.query_keys, torch.zeros_like(weight)).gathered())
+        products = self.known("product", Rows(product, batch.product_keys, offset).gathered())
+        first_query, first_product = rank_offset(answers), rank_offset(len(product))
+        row = torch.arange(answers, device=query.device)
+        asking = Rows(query, batch.query_keys, offset)
+        answering = Rows(product[:answers], batch.product_keys[:answers], offset)
+        forth = self.direction(asking, products, first_product + row, queries, first_query + row)
+        back = self.direction(answering, queries, first_query + row, products, first_product + row)
+        losses = self.over_batches("query", forth, asking.keys) + self.over_batches("product", back, answering.keys)
+        return num_processes() * (weight * losses / 2).sum() / gather_rows(weight).sum().clamp(min=1e-9)
 
-    def direction(
-        self,
-        rows: Tensor,
-        columns: Tensor,
-        row_keys: Tensor,
-        column_keys: Tensor,
-        first: int,
-        all_weight: Tensor,
-        weight: Tensor,
-    ) -> Tensor:
-        """This process's share of one direction, times the number of processes."""
-        logits = self.scale.float() * (rows.float() @ columns.float().T)
-        answer = first + torch.arange(len(rows), device=rows.device)
-        losses = multi_positive_info_nce(logits, targets(row_keys, column_keys, answer, self.positives, self.ignored))
-        return num_processes() * (weight * losses).sum() / all_weight.sum().clamp(min=1e-9)
+    def direction(self, rows: Rows, columns: Rows, answer: Tensor, own_side: Rows, itself: Tensor) -> Tensor:
+        """(B,) `of_logits` of one direction.
+
+        Args:
+            rows: B of this process.
+            columns: of all processes, what is asked for.
+            answer: (B,) int64, the column that answers each row.
+            own_side: of all processes, the side that the rows are of.
+            itself: (B,) int64, where the rows stand in it.
+        """
+        itself = itself + len(columns.vectors)
+        if self.same_side:
+            columns = Rows(*(torch.cat(tensors) for tensors in zip(columns, own_side, strict=True)))
+        scale = self.scale.float()
+
+        def of_rows(vectors: Tensor, keys: Tensor, answer: Tensor, itself: Tensor) -> Tensor:
+            target = targets(
+                keys, columns.keys, answer, self.positives, self.ignored, itself if self.same_side else None
+            )
+            logits = scale * (vectors @ columns.vectors.T)
+            if self.log_q:
+                logits = logits + torch.where(target.positive > 0, 0.0, columns.offset)
+            return self.of_logits(logits, target)
+
+        return in_blocks(of_rows, len(columns.keys), rows.vectors.float(), rows.keys, answer, itself)
+
+    def known(self, side: str, rows: Rows) -> Rows:
+        """The rows of all processes, and what others of this side there are to be compared with."""
+        return rows
+
+    def of_logits(self, logits: Tensor, target: Targets) -> Tensor:
+        """(B, P) logits -> (B,): what is made of a row's similarities."""
+        return multi_positive_info_nce(logits, target)
+
+    def over_batches(self, side: str, losses: Tensor, keys: Tensor) -> Tensor:
+        """(B,) `of_logits` and (B, R) keys of `query` or `product` rows -> (B,) losses."""
+        return losses
 
 
 class SigmoidLoss(ContrastiveLoss):
@@ -190,14 +296,19 @@ class SigmoidLoss(ContrastiveLoss):
 
     def forward(self, query: Tensor, product: Tensor, batch: Batch) -> Tensor:
         """See `ContrastiveLoss.forward`."""
-        products, keys = gather_rows(product), gather_rows(batch.product_keys)
-        logits = self.scale.float() * (query.float() @ products.float().T) + self.bias
+        products, keys = gather_rows(product).float(), gather_rows(batch.product_keys)
+        scale = self.scale.float()
+
+        def of_rows(some: Tensor, some_keys: Tensor, answer: Tensor) -> Tensor:
+            logits = scale * (some @ products.T) + self.bias
+            target = targets(some_keys, keys, answer, self.positives, self.ignored)
+            is_positive = target.positive > 0
+            sign = torch.where(is_positive, 1.0, -1.0)
+            importance = torch.where(is_positive, target.positive, target.counts.float())
+            return -(importance * F.logsigmoid(sign * logits)).sum(1)
+
         answer = rank_offset(len(product)) + torch.arange(len(query), device=query.device)
-        target = targets(batch.query_keys, keys, answer, self.positives, self.ignored)
-        is_positive = target.positive > 0
-        sign = torch.where(is_positive, 1.0, -1.0)
-        importance = torch.where(is_positive, target.positive, target.counts.float())
-        losses = -(importance * F.logsigmoid(sign * logits)).sum(1)  # (B,)
+        losses = in_blocks(of_rows, len(products), query.float(), batch.query_keys, answer)
         weight = batch.weight.float()
         return num_processes() * (weight * losses).sum() / gather_rows(weight).sum().clamp(min=1e-9)
 

@@ -1,0 +1,91 @@
+"""The loss with a memory of past batches."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_loss import keys, make_batch, unit
+from torch import Tensor
+
+from datamodules.batch import Batch
+from towers.loss import InfoNCE
+from towers.memory_loss import MemoryInfoNCE
+
+
+def make_loss(size: int = 8, warmup: int = 0, dim: int = 5) -> MemoryInfoNCE:
+    loss = MemoryInfoNCE(size=size, warmup=warmup)
+    loss.set_dim(dim)
+    return loss
+
+
+def batch_of(first: int, rows: int = 3) -> Batch:
+    return make_batch(keys(rows, product=list(range(first, first + rows))))._replace(frequency=None)
+
+
+def forth(query: Tensor, columns: Tensor, scale: float) -> Tensor:
+    """-log of the share of each row's answer among all columns; row i's answer is column i."""
+    return -(scale * query @ columns.T).log_softmax(1).diagonal()
+
+
+def test_past_products_and_queries_are_negatives_by_hand() -> None:
+    torch.manual_seed(0)
+    old, new = (unit(3), unit(3)), (unit(3).requires_grad_(), unit(3).requires_grad_())
+    loss = make_loss()
+    torch.testing.assert_close(loss(*old, batch_of(0)), InfoNCE()(*old, batch_of(0)))
+    scale = float(loss.scale.detach())
+    expected = forth(new[0], torch.cat([new[1], old[1]]), scale) + forth(new[1], torch.cat([new[0], old[0]]), scale)
+    value = loss(*new, batch_of(3))
+    torch.testing.assert_close(value, expected.mean() / 2)
+    for mine, other in zip(torch.autograd.grad(value, new), torch.autograd.grad(expected.mean() / 2, new), strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+def test_the_oldest_are_forgotten() -> None:
+    loss = make_loss(size=4)
+    vectors = [unit(3) for _ in range(3)]
+    for number, rows in enumerate(vectors):
+        loss(rows, rows, batch_of(3 * number))
+    held = {tuple(row.tolist()) for row in loss.product_vectors}
+    assert held == {tuple(row.tolist()) for row in torch.cat(vectors)[-4:]}
+
+
+def test_a_product_that_comes_again_is_not_pushed_away_from_its_past() -> None:
+    """Its old embedding is a positive: with it at hand, the loss of a pair that agrees with it is low."""
+    loss, rows = make_loss(), unit(2)
+    loss(rows, rows, batch_of(0, 2))
+    query = rows.clone().requires_grad_()
+    loss(query, rows, batch_of(0, 2)).backward()
+    again = query.grad
+    pushed = make_loss()
+    pushed(rows, rows, batch_of(5, 2))
+    query = rows.clone().requires_grad_()
+    pushed(query, rows, batch_of(0, 2)).backward()
+    assert again.norm() < query.grad.norm()
+
+
+def test_it_is_not_used_before_its_warmup_and_does_not_change_in_evaluation() -> None:
+    loss, plain = make_loss(warmup=2), InfoNCE()
+    for first in (0, 3):
+        rows = unit(3), unit(3)
+        torch.testing.assert_close(loss(*rows, batch_of(first)), plain(*rows, batch_of(first)))
+    rows = unit(3), unit(3)
+    assert loss(*rows, batch_of(6)).item() > plain(*rows, batch_of(6)).item()
+    before = {name: tensor.clone() for name, tensor in loss.state_dict().items()}
+    loss.eval()(*rows, batch_of(6))
+    torch.testing.assert_close(loss.state_dict(), before)
+
+
+def test_the_memory_and_its_place_are_in_the_checkpoint() -> None:
+    loss, rows = make_loss(size=4), (unit(3), unit(3))
+    loss(*rows, batch_of(0))
+    other = make_loss(size=4)
+    other.load_state_dict(loss.state_dict())
+    new = unit(3), unit(3)
+    torch.testing.assert_close(other(*new, batch_of(3)), loss(*new, batch_of(3)))
+    torch.testing.assert_close(other.state_dict(), loss.state_dict())
+
+
+@pytest.mark.parametrize("settings", [{"size": 0}, {"warmup": -1}])
+def test_impossible_settings_are_refused(settings: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="choose a size of at least 1"):
+        MemoryInfoNCE(**settings)

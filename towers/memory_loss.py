@@ -1,0 +1,70 @@
+"""InfoNCE with more negatives than a batch has: the embeddings of past batches."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from datamodules.batch import NO_KEY, RELATIONS, Relation
+from towers.loss import InfoNCE, Rows
+
+
+class MemoryInfoNCE(InfoNCE):
+    """InfoNCE whose rows are compared with embeddings of earlier steps too (XBM, arXiv:1912.06798).
+
+    They cost no encoding, and are as old as `size` examples are; so learning rates should be low. Equal keys make
+    positives of them too, or leave them out. The memory is part of a checkpoint.
+
+    Args:
+        temperature: of the start, in cosine; it is learned.
+        min_temperature: it never falls below this.
+        positives: relation -> weight of pairs that are positives beside the product that answers; null takes `product`,
+            `group` and `query` with weight 1.
+        ignored: relations that leave a pair out; null takes `family`, `title` and `picture`.
+        same_side: compare queries with queries and products with products too.
+        log_q: 0 to 1, how much of the logarithm of a product's frequency is taken off its similarity.
+        size: embeddings of each side that are remembered.
+        warmup: steps before they count: embeddings change fastest at first.
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.07,
+        min_temperature: float = 0.01,
+        positives: dict[Relation, float] | None = None,
+        ignored: list[Relation] | None = None,
+        same_side: bool = False,
+        log_q: float = 0.0,
+        size: int = 8192,
+        warmup: int = 100,
+    ) -> None:
+        super().__init__(temperature, min_temperature, positives, ignored, same_side, log_q)
+        if size < 1 or warmup < 0:
+            raise ValueError(f"size={size}, warmup={warmup}: choose a size of at least 1, and no negative warmup.")
+        self.size, self.warmup = size, warmup
+
+    def set_dim(self, dim: int) -> None:
+        """Make room for embeddings of this size."""
+        for side in ("query", "product"):
+            self.register_buffer(f"{side}_vectors", torch.zeros(self.size, dim))
+            self.register_buffer(f"{side}_keys", torch.full((self.size, len(RELATIONS)), NO_KEY))
+            self.register_buffer(f"{side}_offset", torch.zeros(self.size))
+            self.register_buffer(f"{side}_written", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+    def known(self, side: str, rows: Rows) -> Rows:
+        """The rows, and those that are remembered; afterwards the rows are remembered in place of the oldest."""
+        memory = Rows(*(getattr(self, f"{side}_{name}") for name in Rows._fields))
+        written: Tensor = getattr(self, f"{side}_written")
+        filled = min(int(written), self.size)
+        both = rows
+        if self.steps >= self.warmup and filled:
+            both = Rows(*(torch.cat([new, old[:filled]]) for new, old in zip(rows, memory, strict=True)))
+        if self.training:
+            latest = [tensor[-self.size :].detach() for tensor in rows]
+            place = (written + torch.arange(len(latest[0]), device=written.device)) % self.size
+            for old, new in zip(memory, latest, strict=True):
+                old[place] = new.to(old.dtype)
+            written += len(latest[0])
+            self.steps += side == "product"  # the second of a step
+        return both
