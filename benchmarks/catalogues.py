@@ -24,7 +24,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -139,11 +139,22 @@ class Bench:
         split: whose queries are asked.
         results: where figures go.
         quick: few epochs.
+        arms: name -> command-line arguments of what is trained; with other ones than these, nothing untrained and no
+            missing modality is measured.
     """
 
     def __init__(
-        self, catalogue: Catalogue, data: Path, weights: Path, work: Path, split: Split, results: Results, quick: bool
+        self,
+        catalogue: Catalogue,
+        data: Path,
+        weights: Path,
+        work: Path,
+        split: Split,
+        results: Results,
+        quick: bool,
+        arms: Mapping[str, list[str]] | None = None,
     ) -> None:
+        self.all, self.arms = arms is None, TRAINED if arms is None else arms
         self.catalogue, self.weights, self.work, self.split = catalogue, weights, work, split
         self.results, self.quick = results, quick
         self.raw = data / catalogue.name
@@ -153,12 +164,12 @@ class Bench:
     def run(self) -> Iterator[str]:
         """Measure every arm that is missing; yields its name."""
         self.prepare()
-        for name, encoder in self.pretrained().items():
+        for name, encoder in self.pretrained().items() if self.all else ():
             yield from self.arm(f"pretrained {name}", 0, lambda e=encoder: self.untrained(e))
         for seed in range(1 if self.quick else self.catalogue.seeds):
             for name in self.catalogue.trained:
-                yield from self.arm(name, seed, lambda n=name, s=seed: self.train(n, TRAINED[n], s))
-            for name in ROBUSTNESS:
+                yield from self.arm(name, seed, lambda n=name, s=seed: self.train(n, self.arms[n], s))
+            for name in ROBUSTNESS if self.all else ():
                 if seed == 0 and name in self.catalogue.trained and not self.quick:
                     yield from self.missing(name)
 
@@ -372,14 +383,19 @@ def main(
             for key in Bench(catalogue, data, weights, work, split, results, quick).run():
                 print(f"{key}: {results.data['arms'].get(key, {}).get('seconds', '')} s", flush=True)
                 measured.append(key)
+    note_read(results, split, measured)
+    show(results, split)
+    for read in results.data["test_reads"]:
+        print(f"test split read {read['date']} at {read['commit']}: {len(read['arms'])} arms")
+
+
+def note_read(results: Results, split: Split, measured: list[str]) -> None:
+    """Keep when which arms were measured on the test split."""
     if split == "test" and measured:
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         results.data["test_reads"].append({"date": now, "commit": commit, "arms": measured})
         results.save()
-    show(results, split)
-    for read in results.data["test_reads"]:
-        print(f"test split read {read['date']} at {read['commit']}: {len(read['arms'])} arms")
 
 
 if __name__ == "__main__":

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import torch
 from torch.utils.data import Dataset
 
-from datamodules.batch import Batch, Example
+from datamodules.batch import NO_KEY, Batch, Example, Item
 from datamodules.parquet import Table, product_item, product_keys, query_item
 from datamodules.preprocess import Preprocess, stable_hash
 from datamodules.stream import Draw
@@ -32,12 +33,14 @@ class ExampleRows:
         query: (E,) int64 rows of `queries/`, or `ITSELF`.
         source: (E,) int64 rows of `products/` that are asked as queries, or `ITSELF`.
         weight: (E,) float32, 0 to 1.
+        label: (E,) float32, 0 to 1 how similar a labelled pair is; NaN for all others.
     """
 
     product: np.ndarray
     query: np.ndarray
     source: np.ndarray
     weight: np.ndarray
+    label: np.ndarray
 
     def __len__(self) -> int:
         return len(self.product)
@@ -45,9 +48,7 @@ class ExampleRows:
     @classmethod
     def join(cls, parts: Sequence[ExampleRows]) -> ExampleRows:
         """All examples of all parts, ordered by product."""
-        columns = [
-            np.concatenate([getattr(p, name) for p in parts]) for name in ("product", "query", "source", "weight")
-        ]
+        columns = [np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(cls)]
         order = np.argsort(columns[0], kind="stable")
         return cls(*(column[order] for column in columns))
 
@@ -55,13 +56,22 @@ class ExampleRows:
 def catalogue_examples(rows: np.ndarray) -> ExampleRows:
     """One example for each of these rows of `products/`: two views of it, or of it and a mate."""
     itself = np.full(len(rows), ITSELF, np.int64)
-    return ExampleRows(rows.astype(np.int64), itself, itself, np.ones(len(rows), np.float32))
+    ones = np.ones(len(rows), np.float32)
+    return ExampleRows(rows.astype(np.int64), itself, itself, ones, ones * np.nan)
 
 
 def pair_examples(
-    qrels: pa.Table, products: Table, queries: Table, split: str, max_per_query: int | None = None, seed: int = 0
+    qrels: pa.Table,
+    products: Table,
+    queries: Table,
+    split: str,
+    max_per_query: int | None = None,
+    seed: int = 0,
+    *,
+    power: float = 1.0,
+    labelled: bool = False,
 ) -> ExampleRows:
-    """The judgements whose both ends are of this split; weights are relevance / highest relevance.
+    """The judgements whose both ends are of this split; weights are (relevance / highest relevance) to a power.
 
     Args:
         qrels: query_id, product_id, relevance.
@@ -70,6 +80,8 @@ def pair_examples(
         split: of both ends.
         max_per_query: only the most relevant products of a query, equals drawn at random; None takes all.
         seed: of the draw.
+        power: 1 weighs by relevance, 0 takes all judgements alike, 2 sets the best ones apart.
+        labelled: the examples have labels, which are their weights, and those of relevance 0 are among them.
     """
     product_ids, query_ids = products.column("product_id"), queries.column("query_id")
     product = index_in(qrels["product_id"], product_ids)
@@ -77,17 +89,20 @@ def pair_examples(
     source = index_in(queries.column("source_product_id"), product_ids)[query]
     relevance = qrels["relevance"].to_numpy().astype(np.float32)
     of_split = is_split(products, split)
-    keep = (product >= 0) & (query >= 0) & (relevance > 0)  # first: -1 would look up the last row
+    keep = (product >= 0) & (query >= 0)  # first: -1 would look up the last row
+    keep &= (relevance > 0) | labelled
     keep &= of_split[product] & is_split(queries, split)[query]
     keep &= np.where(source >= 0, of_split[source], True) & (source != product)
     if max_per_query is not None:
         keep &= rank_in_query(query, np.where(keep, relevance, -1), seed) < max_per_query
-    weight = relevance / max(float(relevance.max(initial=0.0)), 1e-9)
+    weight = np.where(relevance > 0, (relevance / max(float(relevance.max(initial=0.0)), 1e-9)) ** power, 0.0)
+    weight = weight.astype(np.float32)
     return ExampleRows(
         product[keep],
         np.where(source >= 0, ITSELF, query)[keep],
         np.where(source >= 0, source, ITSELF)[keep],
         weight[keep],
+        weight[keep] if labelled else np.full(int(keep.sum()), np.nan, np.float32),
     )
 
 
@@ -170,6 +185,8 @@ class TrainingBatches(Dataset[Batch]):
     ) -> None:
         self.products, self.queries, self.rows, self.mates = products, queries, rows, mates
         self.mate_share, self.views, self.preprocess, self.seed = mate_share, views, preprocess, seed
+        times = np.bincount(rows.product, minlength=len(products))
+        self.frequency = (times / max(times.sum() / max(np.count_nonzero(times), 1), 1)).astype(np.float32)
 
     def __getitem__(self, draw: Draw) -> Batch:
         if not isinstance(draw, Draw):
@@ -179,7 +196,27 @@ class TrainingBatches(Dataset[Batch]):
             )
         examples = [self.example(draw.epoch, int(number)) for number in draw.examples]
         rngs = [np.random.default_rng((self.seed, draw.epoch, int(number), 1)) for number in draw.examples]
-        return collate(examples, self.preprocess, rngs)
+        return collate(examples, self.preprocess, rngs, self.negatives(draw))
+
+    def negatives(self, draw: Draw) -> list[Answer]:
+        """The extra products of a batch."""
+        if draw.negatives is None:
+            return []
+        rows = [
+            draw.negatives.of(
+                int(self.rows.product[number]),
+                np.random.default_rng((self.seed, draw.epoch, int(number), 2)),
+                self.rows.product,
+            )
+            for number in draw.examples
+        ]
+        return [self.answer(int(row)) for row in np.concatenate(rows)]
+
+    def answer(self, row: int) -> Answer:
+        """A product as it stands among the answers of a batch."""
+        product = self.products.row(row)
+        item = self.preprocess.product.readable(product_item(product))
+        return Answer(item, product_keys(product), float(self.frequency[row]))
 
     def example(self, epoch: int, number: int) -> Example:
         """Example `number` as it looks in this epoch."""
@@ -192,7 +229,10 @@ class TrainingBatches(Dataset[Batch]):
             assert self.queries is not None
             row = self.queries.row(query_number)
             query, query_keys = query_item(row), [*keys[:-1], stable_hash(row["query_id"])]
-            keys = query_keys
+            if self.rows.weight[number] > 0:
+                keys = query_keys
+            else:  # the query is not asked for this product, nor is the product an answer to it elsewhere in the batch
+                query_keys = [*[NO_KEY] * len(keys[:-1]), query_keys[-1]]
         else:
             if source == ITSELF:
                 source = self.pick(product_row, rng)
@@ -205,6 +245,8 @@ class TrainingBatches(Dataset[Batch]):
             query_keys=query_keys,
             product_keys=keys,
             weight=float(self.rows.weight[number]),
+            label=None if math.isnan(label := float(self.rows.label[number])) else label,
+            frequency=float(self.frequency[product_row]),
         )
 
     def pick(self, row: int, rng: np.random.Generator) -> int:
@@ -215,27 +257,38 @@ class TrainingBatches(Dataset[Batch]):
         return row
 
 
-def collate(
-    examples: Sequence[Example], preprocess: Preprocess, rngs: Sequence[np.random.Generator] | None = None
-) -> Batch:
-    """B examples as tensors; with B `rngs` their pictures are varied.
+class Answer(NamedTuple):
+    """A product among those that a batch's queries are compared with: its view, R keys, and its frequency."""
 
-    Raises:
-        ValueError: some examples have a label and others have none.
+    item: Item
+    keys: Sequence[int]
+    frequency: float
+
+
+def collate(
+    examples: Sequence[Example],
+    preprocess: Preprocess,
+    rngs: Sequence[np.random.Generator] | None = None,
+    negatives: Sequence[Answer] = (),
+) -> Batch:
+    """B examples as tensors; with B `rngs` their pictures are varied. `negatives` are further products.
+
+    Labels that are missing are NaN; without any, the batch has none.
     """
-    labels = [example.label for example in examples]
-    if any(label is None for label in labels) and any(label is not None for label in labels):
-        raise ValueError(
-            f"{sum(label is None for label in labels)} of {len(labels)} examples of a batch have no label."
-        )
+    labels = [torch.nan if example.label is None else example.label for example in examples]
     query = preprocess.query([example.query for example in examples], rngs)
-    product = preprocess.product([example.product for example in examples], rngs)
-    known = query.present.any(1) & product.present.any(1)  # a pair of which the model sees nothing teaches nothing
+    answers = [Answer(example.product, example.product_keys, example.frequency) for example in examples]
+    answers += negatives
+    if rngs is not None:  # a negative is varied with the example that it stands for
+        rngs = [rngs[number * len(examples) // len(answers)] for number in range(len(answers))]
+    product = preprocess.product([answer.item for answer in answers], rngs)
+    known = query.present.any(1) & product.present[: len(examples)].any(1)  # a pair of nothing teaches nothing
     return Batch(
         query=query,
         product=product,
         query_keys=torch.tensor([example.query_keys for example in examples]),
-        product_keys=torch.tensor([example.product_keys for example in examples]),
+        product_keys=torch.tensor([answer.keys for answer in answers]),
         weight=torch.tensor([example.weight for example in examples]) * known,
-        label=None if labels[0] is None else torch.tensor(labels),
+        label=None if all(math.isnan(label) for label in labels) else torch.tensor(labels),
+        frequency=torch.tensor([answer.frequency for answer in answers]),
     )

@@ -99,7 +99,13 @@ def _judged(
     query, product = index_in(qrels["query_id"], queries.column("query_id")), index_in(qrels["product_id"], product_ids)
     source = index_in(queries.column("source_product_id"), product_ids)
     relevance = qrels["relevance"].to_numpy()
-    keep = (relevance == relevance.max()) & is_split(queries, split)[query] & (product >= 0) & (query >= 0)
+    keep = (
+        (relevance == relevance.max())
+        & (relevance > 0)
+        & is_split(queries, split)[query]
+        & (product >= 0)
+        & (query >= 0)
+    )
     keep &= source[query] != product
     pairs = np.unique(np.stack([query[keep], product[keep]], 1), axis=0)  # one judged twice counts once
     rows, starts = np.unique(pairs[:, 0], return_index=True)

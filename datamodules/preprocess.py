@@ -67,7 +67,7 @@ class ItemPreprocess:
 
         Args:
             items: B items. One of which this encoder knows no modality gets a row of `present` without a True.
-            rngs: B of them in training: pictures may be varied with them.
+            rngs: B of them in training: pictures may be varied with them, and a part of each item is drawn.
         """
         present = np.zeros((len(items), 3), bool)
         text = image = image_row = attribute = None
@@ -90,7 +90,25 @@ class ItemPreprocess:
             present[:, 2] = (known | (category != 0).flatten(1).any(1)).numpy()
             if not present[:, 2].any():
                 attribute = None
-        return Items(text, image, image_row, attribute, torch.from_numpy(present))
+        part = None if rngs is None else np.stack([part_of(row, rng) for row, rng in zip(present, rngs, strict=True)])
+        return Items(
+            text,
+            image,
+            image_row,
+            attribute,
+            torch.from_numpy(present),
+            None if part is None else torch.from_numpy(part),
+        )
+
+
+def part_of(present: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """(M,) bool -> (M,) bool: some of the modalities that are there, not all; all sizes have the same chance."""
+    there = np.flatnonzero(present)
+    if len(there) < 2:
+        return present
+    part = np.zeros_like(present)
+    part[rng.choice(there, rng.integers(1, len(there)), replace=False)] = True
+    return part
 
 
 @dataclass(frozen=True)

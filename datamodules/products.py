@@ -6,7 +6,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import lightning as L
 import numpy as np
@@ -24,6 +24,7 @@ from datamodules.examples import (
     pair_examples,
 )
 from datamodules.heldout import HeldOut, ProductRows, QueryRows, RowBatches, held_out
+from datamodules.negatives import Negatives
 from datamodules.parquet import Table, product_item, query_item
 from datamodules.preprocess import Preprocess, stable_hash
 from datamodules.schema import Schema
@@ -33,6 +34,9 @@ from datamodules.views import Views
 logger = logging.getLogger(__name__)
 
 
+Source = Literal["catalogue", "pairs", "labels"]
+
+
 class ProductDataModule(L.LightningDataModule):
     """A prepared catalogue as training batches and held-out queries.
 
@@ -40,7 +44,9 @@ class ProductDataModule(L.LightningDataModule):
         catalogue: folder made by `python -m datamodules.prepare`.
         batch_size: examples per step over all processes.
         sources: what training examples are made of: `catalogue` (two views of a product, or of it and a mate), `pairs`
-            (the judgements of the train split).
+            (the judgements of the train split), `labels` (the same with their labels, and those of relevance 0, for
+            losses such as CoSENT). A mapping says how often the examples of each are shown in an epoch.
+        relevance_power: weight of a judgement: (relevance / highest relevance) to this power; 0 weighs all alike.
         max_pairs_per_query: judged products of a query that are trained on, the most relevant first; null takes all.
         mates: whose views may ask for a product: `group` (the same thing), `family` (variants too), or `none`.
         mate_share: chance, 0 to 1, that a product is asked for by a mate's view and not its own.
@@ -58,7 +64,8 @@ class ProductDataModule(L.LightningDataModule):
         self,
         catalogue: Path,
         batch_size: int = 256,
-        sources: list[Literal["catalogue", "pairs"]] | None = None,
+        sources: list[Source] | dict[Source, int] | None = None,
+        relevance_power: float = 1.0,
         max_pairs_per_query: int | None = None,
         mates: MateRelation = "family",
         mate_share: float = 0.5,
@@ -74,7 +81,11 @@ class ProductDataModule(L.LightningDataModule):
         super().__init__()
         self.allow_zero_length_dataloader_with_multiple_devices = True  # fewer held-out queries than processes
         self.catalogue, self.batch_size = Path(catalogue), batch_size
-        self.sources = sources if sources is not None else ["catalogue", "pairs"]
+        given = sources if sources is not None else ["catalogue", "pairs"]
+        self.sources = dict(given) if isinstance(given, dict) else dict.fromkeys(given, 1)
+        if any(times < 1 for times in self.sources.values()):
+            raise ValueError(f"sources={self.sources}: each is shown at least once an epoch; leave out what is not.")
+        self.relevance_power = relevance_power
         self.max_pairs_per_query = max_pairs_per_query
         self.mates, self.mate_share, self.views = mates, mate_share, views if views is not None else Views()
         self.num_workers, self.window_groups, self.seed = num_workers, window_groups, seed
@@ -83,6 +94,8 @@ class ProductDataModule(L.LightningDataModule):
         self.preprocess: Preprocess | None = None  # the model hands it over when a run is set up
         self.held_out: dict[str, HeldOut] = {}
         self.progress = {"epoch": 0, "step": 0}
+        self._negatives: Negatives | None = None
+        self._stream: BatchStream | None = None
 
     def prepare_data(self) -> None:
         """Refuse a folder that is no prepared catalogue before any process starts."""
@@ -121,22 +134,42 @@ class ProductDataModule(L.LightningDataModule):
     def _examples(self) -> ExampleRows:
         self.train_rows = np.flatnonzero(is_split(self.products, "train"))
         parts = []
-        if "catalogue" in self.sources:
-            parts.append(catalogue_examples(self.train_rows))
-        if "pairs" in self.sources and self.queries is not None and self.qrels is not None:
-            parts.append(
-                pair_examples(self.qrels, self.products, self.queries, "train", self.max_pairs_per_query, self.seed)
-            )
+        for source, times in self.sources.items():
+            if source == "catalogue":
+                parts += [catalogue_examples(self.train_rows)] * times
+            elif self.queries is not None and self.qrels is not None:
+                pairs = pair_examples(
+                    self.qrels,
+                    self.products,
+                    self.queries,
+                    "train",
+                    self.max_pairs_per_query,
+                    self.seed,
+                    power=self.relevance_power,
+                    labelled=source == "labels",
+                )
+                parts += [pairs] * times
         if not sum(map(len, parts)):
             raise ValueError(
                 f"No training examples: {self.catalogue} has {len(self.train_rows)} products of the train split, and "
-                f"data.sources={self.sources}."
+                f"data.sources={list(self.sources)}."
             )
         return ExampleRows.join(parts)
 
+    @property
+    def negatives(self) -> Negatives | None:
+        """Extra products of the batches; set in the middle of an epoch, it counts from the next one on."""
+        return self._negatives
+
+    @negatives.setter
+    def negatives(self, negatives: Negatives | None) -> None:
+        self._negatives = negatives
+        if self._stream is not None:
+            self._stream.negatives = negatives
+
     def train_dataloader(self) -> DataLoader[Batch]:
         """Epochs of the train split; the first one begins where a resumed run stopped."""
-        stream = BatchStream(
+        self._stream = BatchStream(
             len(self.rows),
             self.batch_size,
             seed=self.seed,
@@ -145,22 +178,29 @@ class ProductDataModule(L.LightningDataModule):
             num_ranks=self.trainer.world_size,
             epoch=self.progress["epoch"],
             start=self.progress["step"],
+            negatives=self._negatives,
         )
         mates = Mates(self.products, self.mates, self.train_rows)
         batches = TrainingBatches(
             self.products, self.queries, self.rows, mates, self.mate_share, self.views, self._preprocess, self.seed
         )
-        return self._loader(batches, stream)
+        return self._loader(batches, self._stream)
 
-    def state_dict(self) -> dict[str, int]:
-        """Where training stands, for its checkpoints: the epoch, and its steps that are done."""
+    def state_dict(self) -> dict[str, Any]:
+        """Where training stands, for its checkpoints: the epoch, its steps that are done, and its mined negatives."""
         done = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
         epoch, step = divmod(done, self.trainer.num_training_batches)
-        return {"epoch": epoch, "step": step}
+        mined = None if self._negatives is None else self._negatives._asdict()
+        return {"epoch": epoch, "step": step, "negatives": mined and mined | {"file": self._negatives.file.name}}
 
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Called before the loaders are made, which may read ahead."""
-        self.progress = state_dict
+        self.progress = {name: state_dict[name] for name in ("epoch", "step")}
+        if (mined := state_dict.get("negatives")) is not None:
+            file = Path(self.trainer.default_root_dir) / "negatives" / mined["file"]
+            if not file.is_file():
+                raise FileNotFoundError(f"{file}: the negatives that this run had mined are gone; start it afresh.")
+            self._negatives = Negatives(**{**mined, "file": file})
         warnings.filterwarnings("ignore", message=".*your dataloader is not resumable")  # it is: by its stream
 
     def val_dataloader(self) -> list[DataLoader[NumberedItems]]:

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from torch.utils.data import Sampler
 
+from datamodules.negatives import Negatives
+
 
 class Draw(NamedTuple):
     """The examples of one step on one rank.
@@ -18,10 +20,12 @@ class Draw(NamedTuple):
     Attributes:
         epoch: also seeds what is random about each example.
         examples: (B,) int64 example numbers.
+        negatives: extra products of the batch; None for none.
     """
 
     epoch: int
     examples: np.ndarray
+    negatives: Negatives | None = None
 
 
 class BatchStream(Sampler[Draw]):
@@ -40,6 +44,7 @@ class BatchStream(Sampler[Draw]):
         num_ranks: processes.
         epoch: the first epoch that is iterated, for resuming.
         start: its first step, for resuming in the middle of it.
+        negatives: extra products of the batches; another value counts from the next epoch on.
     """
 
     def __init__(
@@ -54,6 +59,7 @@ class BatchStream(Sampler[Draw]):
         num_ranks: int = 1,
         epoch: int = 0,
         start: int = 0,
+        negatives: Negatives | None = None,
     ) -> None:
         if num_examples < 1:
             raise ValueError("num_examples=0: there is nothing to train on.")
@@ -62,6 +68,7 @@ class BatchStream(Sampler[Draw]):
         self.num_examples, self.batch_size, self.seed = num_examples, batch_size, seed
         self.block_size, self.window_blocks = block_size, window_blocks
         self.rank, self.num_ranks, self.epoch, self.start = rank, num_ranks, epoch, start
+        self.negatives = negatives
 
     def set_epoch(self, epoch: int) -> None:
         """Called by Lightning before each epoch."""
@@ -96,4 +103,4 @@ class BatchStream(Sampler[Draw]):
                 pending = np.concatenate([pending, next(windows)])
             batch, pending = pending[: self.batch_size], pending[self.batch_size :]
             if step >= start:
-                yield Draw(self.epoch, batch[self.rank * share : (self.rank + 1) * share])
+                yield Draw(self.epoch, batch[self.rank * share : (self.rank + 1) * share], self.negatives)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from datamodules.batch import RELATIONS, Example, Item
+from datamodules.batch import NO_KEY, RELATIONS, Example, Item
 from datamodules.examples import (
     ITSELF,
     ExampleRows,
@@ -20,8 +22,9 @@ from datamodules.examples import (
     collate,
     pair_examples,
 )
+from datamodules.negatives import Negatives
 from datamodules.parquet import Table, product_item
-from datamodules.preprocess import ItemPreprocess, Preprocess
+from datamodules.preprocess import ItemPreprocess, Preprocess, part_of, stable_hash
 from datamodules.stream import Draw
 from datamodules.views import Views
 from towers.text import HashedWords, Template, TextPreprocess
@@ -152,6 +155,56 @@ def test_a_judged_query_shows_itself_and_shares_all_keys_with_its_product(tables
     assert source.query == product_item(tables[0].row(0))
 
 
+def test_labelled_pairs_keep_those_that_are_no_answers(tables: tuple[Table, Table]) -> None:
+    qrels = judgements(("q0", "p0", 2.0), ("q0", "p1", 1.0), ("q0", "p2", 0.0), ("q2", "p3", 0.0))
+    rows = pair_examples(qrels, *tables, "train", labelled=True)
+    found = {
+        (p, q): (w, label) for p, q, w, label in zip(rows.product, rows.query, rows.weight, rows.label, strict=True)
+    }
+    assert found == {(0, 0): (1, 1), (1, 0): (0.5, 0.5), (2, 0): (0, 0), (3, ITSELF): (0, 0)}
+    data = batches(tables, rows, 0.0)
+    answer, _, wrong, unlike = (data.example(0, n) for n in range(4))
+    assert [e.label for e in (answer, wrong, unlike)] == [1.0, 0.0, 0.0]
+    equal = [a == b != NO_KEY for a, b in zip(wrong.query_keys, wrong.product_keys, strict=True)]
+    assert not any(equal)
+    assert wrong.query_keys[QUERY] == answer.product_keys[QUERY] != wrong.product_keys[QUERY]
+    batch = data[Draw(0, np.arange(4))]
+    torch.testing.assert_close(batch.label, torch.tensor([1.0, 0.5, 0.0, 0.0]))
+    torch.testing.assert_close(batch.weight, batch.label)
+
+
+@pytest.mark.parametrize(("power", "weight"), [(0.0, 1.0), (1.0, 0.5), (2.0, 0.25)])
+def test_relevance_counts_by_its_power(tables: tuple[Table, Table], power: float, weight: float) -> None:
+    qrels = judgements(("q0", "p0", 2.0), ("q0", "p1", 1.0), ("q0", "p2", 0.0))
+    rows = pair_examples(qrels, *tables, "train", power=power)
+    assert rows.weight.tolist() == [1.0, weight]
+    assert np.isnan(rows.label).all()
+
+
+def test_a_batch_holds_its_negatives_behind_its_answers(tables: tuple[Table, Table], tmp_path: Path) -> None:
+    np.save(tmp_path / "mined.npy", np.array([[5], [6], [6], [-1], [-1], [-1], [-1]], np.int32))
+    data = batches(tables, catalogue_examples(np.array([0, 1, 1])), 0.0)
+    batch = data[Draw(0, np.array([0, 2]), Negatives(tmp_path / "mined.npy", 1, 1.0))]
+    ids = [stable_hash(f"p{row}") for row in (0, 1, 5, 6)]
+    assert batch.product_keys[:, PRODUCT].tolist() == ids
+    assert (len(batch.query_keys), len(batch.weight), len(batch.product.present)) == (2, 2, 4)
+    torch.testing.assert_close(batch.frequency, torch.tensor([2 / 3, 4 / 3, 0.0, 0.0]))  # 3 examples of 2 products
+
+
+@pytest.mark.parametrize("there", [[True, True, True], [True, False, True]])
+def test_a_part_is_some_of_what_is_there_and_not_all(there: list[bool]) -> None:
+    present, rng = np.array(there), np.random.default_rng(0)
+    parts = {tuple(part_of(present, rng).tolist()) for _ in range(200)}
+    expected = {p for p in product(*([there_, False] for there_ in there)) if any(p)}
+    assert parts == expected - {tuple(there)}
+
+
+def test_the_part_of_a_single_modality_is_all_of_it() -> None:
+    rng = np.random.default_rng(0)
+    assert part_of(np.array([False, True, False]), rng).tolist() == [False, True, False]
+    assert part_of(np.zeros(3, bool), rng).tolist() == [False] * 3
+
+
 def test_an_example_follows_from_seed_epoch_and_number(tables: tuple[Table, Table]) -> None:
     rows = catalogue_examples(np.arange(7))
     data, again = (batches(tables, rows, 0.5, Views(0.5, 0.5)) for _ in range(2))
@@ -195,8 +248,8 @@ def test_views_show_what_the_model_reads(tables: tuple[Table, Table]) -> None:
         assert {*map(len, data.example(epoch, 0).query[1:])} == {0}
 
 
-def test_labels_are_kept_and_never_mixed() -> None:
+def test_labels_are_kept_and_missing_ones_are_nan() -> None:
     batch = collate([example("mug", 0.2), example("lamp", 1.0)], text_preprocess())
     torch.testing.assert_close(batch.label, torch.tensor([0.2, 1.0]))
-    with pytest.raises(ValueError, match="1 of 2 examples of a batch have no label"):
-        collate([example("mug", 0.2), example("lamp")], text_preprocess())
+    mixed = collate([example("mug", 0.2), example("lamp")], text_preprocess()).label
+    torch.testing.assert_close(mixed, torch.tensor([0.2, torch.nan]), equal_nan=True)

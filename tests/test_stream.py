@@ -111,4 +111,4 @@ def test_loader_processes_do_not_change_the_batches() -> None:
         collate_fn=list,
         multiprocessing_context="spawn",
     )
-    assert np.array_equal([examples for _, examples in loader], epoch_of(BatchStream(33, 8), 1)[1:])
+    assert np.array_equal([examples for _, examples, _ in loader], epoch_of(BatchStream(33, 8), 1)[1:])

@@ -23,8 +23,10 @@ from rich.table import Table
 import configs
 from datamodules.products import ProductDataModule
 from retrieval.storage import ArtefactError, write_json
+from towers.mining import HardNegatives
 from towers.model_folder import save_model
 from towers.quiet import quiet_lightning
+from towers.step_times import StepTimes
 from towers.tracking import wandb_logger
 from towers.two_tower import TwoTower
 
@@ -123,6 +125,8 @@ class TrainingCLI(LightningCLI):
         parser.add_argument("--wandb_project", type=str, default="tritower", help="Project in Weights & Biases.")
         parser.add_lightning_class_args(EarlyStopping, "early_stopping")
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(HardNegatives, "hard_negatives")
+        parser.add_lightning_class_args(StepTimes, "step_times")
         parser.set_defaults(
             {
                 "early_stopping.monitor": "val/hit@10",

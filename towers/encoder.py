@@ -24,10 +24,17 @@ class Encoded(NamedTuple):
     Attributes:
         embedding: (B, D), rows of unit length.
         shares: (B, M) share of each of the encoder's modalities in the embedding; a row adds up to 1.
+        part: (B, D), rows of unit length: the embeddings of `Items.part`, the same towers' features fused again; equal
+            to `embedding` where no parts were drawn.
+        alone: (B, M, D), unit vectors of each modality by itself; the absent token where it is not there.
+        present: (B, M) bool.
     """
 
     embedding: Tensor
     shares: Tensor
+    part: Tensor
+    alone: Tensor
+    present: Tensor
 
 
 class Encoder(nn.Module):
@@ -80,8 +87,21 @@ class Encoder(nn.Module):
         present = items.present[:, self.columns]  # (B, M)
         z = torch.stack([self.project(name, items) for name in self.towers], 1)  # (B, M, D)
         z = torch.where(present.unsqueeze(-1), z, self.absent.to(z.dtype))
-        fused, shares = self.fusion(z, present)
-        return Encoded(F.normalize(fused.float(), dim=-1), shares.float())
+        embedding, shares = self.fuse(z, present)
+        part = embedding if items.part is None else self.fuse(z, items.part[:, self.columns])[0]
+        return Encoded(embedding, shares, part, z, present)
+
+    def fuse(self, z: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, M, D) vectors of modalities, (B, M) bool -> (B, D) unit vectors, (B, M) shares."""
+        fused, shares = self.fusion(torch.where(present.unsqueeze(-1), z, self.absent.to(z.dtype)), present)
+        return F.normalize(fused.float(), dim=-1), shares.float()
+
+    def view(self, encoded: Encoded, name: str) -> tuple[Tensor, Tensor]:
+        """(B, D) embeddings: `whole`, `part`, or those of one modality; (B,) bool, which stand for something."""
+        if name in ("whole", "part"):
+            return encoded.embedding if name == "whole" else encoded.part, encoded.present.any(1)
+        column = list(self.towers).index(name)
+        return encoded.alone[:, column].float(), encoded.present[:, column]
 
     def project(self, name: str, items: Items) -> Tensor:
         """(B, D) unit vectors of one modality; those of items without it are arbitrary but finite."""

@@ -87,6 +87,7 @@ class OpenClipText(TextTower):
         query_prefix: put in front of queries.
         product_prefix: put in front of products.
         freeze: keep the weights as they are; their features can then be cached.
+        freeze_lower: share of the blocks, from the input on, whose weights are kept; 0.5 takes about half of the time.
         load_weights: false builds the architecture alone, untrained.
     """
 
@@ -98,6 +99,7 @@ class OpenClipText(TextTower):
         query_prefix: str = "",
         product_prefix: str = "",
         freeze: bool = False,
+        freeze_lower: float = 0.0,
         load_weights: bool = True,
     ) -> None:
         self.config = open_clip_config(model)
@@ -106,6 +108,7 @@ class OpenClipText(TextTower):
         self.model = create_open_clip(model, pretrained, load_weights).text
         self.pretrained = load_weights and is_pretrained(model, pretrained)
         self.out_dim = self.config["model_cfg"]["embed_dim"]
+        self.freeze_lower(freeze_lower)
         if freeze:
             self.freeze()
 
@@ -141,6 +144,7 @@ class OpenClipImage(ImageTower):
         pretrained: tag of open_clip's weights (`laion2b_s34b_b88k`) or a weights file; null trains from scratch.
         augment: vary the pictures in training (crops of 70 to 100 %, mirrored at random).
         freeze: keep the weights as they are; their features can then be cached.
+        freeze_lower: share of the blocks, from the input on, whose weights are kept; 0.5 takes about half of the time.
         load_weights: false builds the architecture alone, untrained.
     """
 
@@ -150,6 +154,7 @@ class OpenClipImage(ImageTower):
         pretrained: str | None = None,
         augment: bool = False,
         freeze: bool = False,
+        freeze_lower: float = 0.0,
         load_weights: bool = True,
     ) -> None:
         self_config = open_clip_config(model)
@@ -163,6 +168,7 @@ class OpenClipImage(ImageTower):
         self.model = visual
         self.pretrained = load_weights and is_pretrained(model, pretrained)
         self.out_dim = self_config["model_cfg"]["embed_dim"]
+        self.freeze_lower(freeze_lower)
         if freeze:
             self.freeze()
 

@@ -34,6 +34,35 @@ class Tower(nn.Module):
         self.requires_grad_(False)
         self.train(False)
 
+    def freeze_lower(self, share: float) -> None:
+        """Stop training the lower part of a pretrained backbone: its embeddings, stem and first blocks.
+
+        Nothing is kept for their backward pass, which saves most of the memory and time that training takes there. The
+        blocks are the children of the largest `nn.Sequential` or `nn.ModuleList`.
+
+        Args:
+            share: of the blocks, 0 (nothing is frozen) to 1 (all blocks; what comes after them is still trained).
+
+        Raises:
+            ValueError: share out of range, or a backbone without blocks.
+        """
+        if not 0 <= share <= 1:
+            raise ValueError(f"freeze_lower={share} is a share of the blocks: choose 0 to 1.")
+        if share == 0:
+            return
+        stacks = [m for m in self.modules() if isinstance(m, nn.Sequential | nn.ModuleList) and len(m) > 1]
+        if not stacks:
+            raise ValueError(f"{type(self).__name__} has no stack of blocks: freeze all of it, or nothing.")
+        blocks = max(stacks, key=lambda stack: sum(p.numel() for p in stack.parameters()))
+        inside = {id(p) for p in blocks.parameters()}
+        upper = {id(p) for block in list(blocks)[round(share * len(blocks)) :] for p in block.parameters()}
+        reached = False
+        for name, parameter in self.named_parameters():  # in the order in which they were made: input first
+            reached |= id(parameter) in inside
+            after = reached and id(parameter) not in inside
+            if not (after or id(parameter) in upper or "proj" in name.rsplit(".", 1)[-1]):  # open_clip makes proj first
+                parameter.requires_grad_(False)
+
     def train(self, mode: bool = True) -> Self:
         """As `nn.Module.train`, but a frozen tower and batch norms stay in evaluation mode."""
         super().train(mode and not self.frozen)

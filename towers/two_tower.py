@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import numpy as np
@@ -22,10 +23,34 @@ from retrieval.metrics import hit_at_k, mrr, recall_at_k
 from towers.cache import cached
 from towers.encoder import Encoded, Encoder
 from towers.gather import num_processes
-from towers.loss import ContrastiveLoss, InfoNCE
+from towers.loss import ContrastiveLoss, InfoNCE, Loss
 from towers.text import TextTower
 
 logger = logging.getLogger(__name__)
+
+
+View = Literal["whole", "part", "text", "image", "attribute"]
+"""Which embeddings of items: of all their modalities, of a part of them drawn at random, of a single one."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What the loss compares. A pair of which one side lacks the modality has no part in it.
+
+    Attributes:
+        query: which embeddings of the queries.
+        product: which embeddings of the products.
+        weight: of this comparison in the sum of all.
+        loss: null takes the model's loss, with a temperature of its own.
+    """
+
+    query: View = "whole"
+    product: View = "whole"
+    weight: float = 1.0
+    loss: Loss | None = None
+
+    def __str__(self) -> str:
+        return f"{self.query}-{self.product}" + ("" if self.loss is None else f"-{type(self.loss).__name__}")
 
 
 class TwoTower(L.LightningModule):
@@ -35,6 +60,8 @@ class TwoTower(L.LightningModule):
         product: encoder of products.
         query: encoder of queries; null shares the product encoder's weights.
         loss: null takes InfoNCE.
+        compare: what the loss is the sum of; null compares whole queries with whole products. With parts, an embedding
+            learns to do with any of its modalities and loses nothing where all are there.
         lr: learning rate of new parts (projections, fusion, towers trained from scratch).
         pretrained_lr: learning rate of pretrained towers.
         weight_decay: of AdamW; norms, biases and the temperature have none.
@@ -50,6 +77,7 @@ class TwoTower(L.LightningModule):
         product: Encoder,
         query: Encoder | None = None,
         loss: ContrastiveLoss | None = None,
+        compare: list[Comparison] | None = None,
         lr: float = 1e-3,
         pretrained_lr: float = 1e-5,
         weight_decay: float = 0.05,
@@ -71,6 +99,14 @@ class TwoTower(L.LightningModule):
         self.product = product
         self.own_query = query
         self.loss = loss if loss is not None else InfoNCE()
+        self.compare = compare if compare is not None else [Comparison()]
+        own = [c.loss or (self.loss if i == 0 else copy.deepcopy(self.loss)) for i, c in enumerate(self.compare)]
+        self.losses = nn.ModuleList(own)
+        for one in {id(one): one for one in (self.loss, *own)}.values():
+            one.set_dim(product.embed_dim)
+        for name in (name for c in self.compare for name in (c.query, c.product)):
+            if name not in ("whole", "part") and not all(name in e.towers for e in (product, query or product)):
+                raise ValueError(f"compare names {name!r}, but an encoder has no such tower: leave it out.")
         self.lr, self.pretrained_lr, self.weight_decay, self.warmup = lr, pretrained_lr, weight_decay, warmup
         self.chunk_size, self.feature_cache, self.seed = chunk_size, feature_cache, seed
         self.schema: Schema | None = None
@@ -174,7 +210,8 @@ class TwoTower(L.LightningModule):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """What a batch does follows from its number and the weights, so a resumed run equals one that never stopped."""
-        self.loss.clamp()
+        for loss in self.losses:
+            loss.clamp()
         number = self.trainer.fit_loop.epoch_loop.total_batch_idx  # several batches make a step where gradients add up
         torch.manual_seed((self.seed * 1_000_003 + number) * 1_000 + self.global_rank)
 
@@ -183,17 +220,33 @@ class TwoTower(L.LightningModule):
         query = self.encode_chunks(self.query, batch.query)
         product = self.encode_chunks(self.product, batch.product)
         with torch.autocast(self.device.type, enabled=False):
-            loss = self.loss(query.embedding, product.embedding, batch)
+            losses = [
+                self._compared(*pair, query, product, batch) for pair in zip(self.compare, self.losses, strict=True)
+            ]
+            loss = torch.stack(losses).sum()
         if not torch.isfinite(loss):
             raise self._not_finite(f"The loss is {loss.item()}", batch)
         if num_processes() > 1:
             loss = loss + self._idle(batch)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch.weight), sync_dist=True)
+        if len(losses) > 1:
+            for comparison, value in zip(self.compare, losses, strict=True):
+                self.log(f"train/loss_{comparison}", value, batch_size=len(batch.weight), sync_dist=True)
         self.log("train/temperature", 1 / self.loss.scale, batch_size=len(batch.weight))
         for side, encoder, encoded in (("query", self.query, query), ("product", self.product, product)):
             for name, share in zip(encoder.towers, encoded.shares.detach().mean(0), strict=True):
                 self.log(f"train/{side}_share_{name}", share, batch_size=len(batch.weight))
         return loss
+
+    def _compared(
+        self, comparison: Comparison, loss: nn.Module, query: Encoded, product: Encoded, batch: Batch
+    ) -> Tensor:
+        """The weighted loss of one comparison."""
+        asked, asks = self.query.view(query, comparison.query)
+        found, answers = self.product.view(product, comparison.product)
+        weight = batch.weight * asks * answers[: len(batch.weight)]
+        value: Tensor = comparison.weight * loss(asked, found, batch._replace(weight=weight))
+        return value
 
     def _idle(self, batch: Batch) -> Tensor:
         """Zero, with a gradient for the weights that this batch has no use for: other processes wait for theirs."""

@@ -25,8 +25,8 @@ class Judgements:
     Attributes:
         query: positions in a `QuerySet`.
         product: numbers of products.
-        weight: graded relevance, above 0.
-        irrelevant: judgements of weight 0; they are not stored, since what is not judged counts as not relevant.
+        weight: graded relevance; 0 says that the product is no answer.
+        irrelevant: judgements of weight 0.
         repeated: judgements that were there already; the highest weight counts.
     """
 
@@ -70,9 +70,7 @@ class Judgements:
                 yield notebook.row(None)
                 continue
             yield notebook.row(Item())
-            if weight == 0:
-                self.irrelevant += 1
-                continue
+            self.irrelevant += weight == 0
             self.query.append(query)
             self.product.append(product)
             self.weight.append(weight)

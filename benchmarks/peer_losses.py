@@ -1,0 +1,48 @@
+"""open_clip's losses, imported and run in place of ours: identical towers, batches and steps."""
+
+from __future__ import annotations
+
+import torch
+from open_clip.loss import ClipLoss, SigLipLoss
+from torch import Tensor, nn
+
+from datamodules.batch import Batch
+from towers.loss import ContrastiveLoss
+
+
+class OpenClipLoss(ContrastiveLoss):
+    """open_clip's ClipLoss: row i of the queries belongs to row i of the products and to no other.
+
+    Args:
+        temperature: of the start, in cosine; it is learned.
+        min_temperature: it never falls below this.
+    """
+
+    def __init__(self, temperature: float = 0.07, min_temperature: float = 0.01) -> None:
+        super().__init__(temperature, min_temperature)
+        self.peer = ClipLoss()
+
+    def forward(self, query: Tensor, product: Tensor, batch: Batch) -> Tensor:
+        """See `Loss.forward`."""
+        loss: Tensor = self.peer(query.float(), product[: len(query)].float(), self.scale)
+        return loss
+
+
+class OpenClipSigmoid(ContrastiveLoss):
+    """open_clip's SigLipLoss, with its learned bias.
+
+    Args:
+        temperature: of the start, in cosine; it is learned.
+        min_temperature: it never falls below this.
+        bias: added to all logits at the start; it is learned.
+    """
+
+    def __init__(self, temperature: float = 0.1, min_temperature: float = 0.01, bias: float = -10.0) -> None:
+        super().__init__(temperature, min_temperature)
+        self.peer = SigLipLoss()
+        self.bias = nn.Parameter(torch.tensor(bias))
+
+    def forward(self, query: Tensor, product: Tensor, batch: Batch) -> Tensor:
+        """See `Loss.forward`."""
+        loss: Tensor = self.peer(query.float(), product[: len(query)].float(), self.scale, self.bias)
+        return loss

@@ -1,0 +1,174 @@
+"""Hard negatives: products that the model takes for answers and that are none, found by an index of its embeddings."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader
+
+from datamodules.batch import NO_KEY, RELATIONS, Relation
+from datamodules.heldout import ProductRows, RowBatches
+from datamodules.negatives import Negatives
+from datamodules.parquet import product_keys
+from towers.two_tower import TwoTower, to_device
+
+logger = logging.getLogger(__name__)
+
+Rows = NDArray[np.int64]
+
+BLOCK = 16_384
+SHARD = 131_072
+
+
+class HardNegatives(L.Callback):
+    """Every few epochs, embeds the products that are trained on, indexes them, and gives each one its hard negatives.
+
+    What is as near as an answer may be one that nobody marked. So candidates begin at a rank, end at another, and have
+    to be less similar to the product than its own mates are (as NV-Retriever, arXiv:2407.15831); whatever has an equal
+    key is none. Until `ramp_epochs` are over, a part of the negatives is drawn at random (as Etsy, arXiv:2306.04833).
+
+    Args:
+        every_n_epochs: 0 mines nothing.
+        per_example: extra negatives per example of a batch.
+        first_rank: of the candidates among a product's neighbours, from 1.
+        last_rank: likewise; as many neighbours are searched.
+        max_similarity: candidates more similar than this share of the similarity to the least similar mate (to itself:
+            1, where it has none) are suspected to be answers, and left out.
+        related: products with an equal key of these relations are no candidates.
+        ramp_epochs: until the mined ones make up all extra negatives.
+    """
+
+    def __init__(
+        self,
+        every_n_epochs: int = 0,
+        per_example: int = 1,
+        first_rank: int = 3,
+        last_rank: int = 50,
+        max_similarity: float = 0.95,
+        related: list[Relation] | None = None,
+        ramp_epochs: int = 3,
+    ) -> None:
+        if every_n_epochs < 0 or per_example < 1 or ramp_epochs < 0:
+            raise ValueError(
+                f"every_n_epochs={every_n_epochs}, per_example={per_example}, ramp_epochs={ramp_epochs}: none may be "
+                "negative, and per_example is at least 1."
+            )
+        if not 1 <= first_rank <= last_rank:
+            raise ValueError(f"first_rank={first_rank}, last_rank={last_rank}: choose 1 <= first_rank <= last_rank.")
+        self.every_n_epochs, self.per_example, self.ramp_epochs = every_n_epochs, per_example, ramp_epochs
+        self.first_rank, self.last_rank, self.max_similarity = first_rank, last_rank, max_similarity
+        self.related: list[Relation] = (
+            related if related is not None else ["product", "group", "family", "title", "picture"]
+        )
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """After the last step of an epoch, mine for the next one: before any checkpoint that the run may go on from."""
+        epoch = trainer.current_epoch + 1
+        if not self.every_n_epochs or batch_idx + 1 < trainer.num_training_batches:
+            return
+        if epoch % self.every_n_epochs or epoch == trainer.max_epochs:
+            return
+        assert isinstance(pl_module, TwoTower)
+        file = Path(trainer.default_root_dir) / "negatives" / f"epoch-{epoch:05d}.npy"
+        if trainer.is_global_zero:
+            suspected = self._mine(trainer, pl_module, file)
+            pl_module.log("train/suspected_false_negatives", suspected, rank_zero_only=True)
+        trainer.strategy.barrier()
+        share = min(1.0, epoch / max(1, self.ramp_epochs * self.every_n_epochs))
+        trainer.datamodule.negatives = Negatives(file, self.per_example, share)
+
+    @torch.inference_mode()
+    def _mine(self, trainer: L.Trainer, model: TwoTower, file: Path) -> float:
+        """Write the candidates of every product; returns the share of suspected answers among them."""
+        from retrieval.build import build_index  # training itself needs no FAISS
+        from retrieval.embeddings import EmbeddingReader, EmbeddingWriter
+        from retrieval.index import ProductIndex
+
+        data, work = trainer.datamodule, file.parent / "work"
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        rows: Rows = data.train_rows
+        was_training = model.training
+        model.eval()
+        writer = EmbeddingWriter(work / "embeddings", dim=model.embed_dim)
+        names: list[str] = []
+        first = 0
+        for vectors in _embedded(model, data, rows):
+            names.append(f"shard-{len(names):05d}")
+            writer.write(names[-1], [str(row) for row in rows[first : first + len(vectors)]], vectors)
+            first += len(vectors)
+        writer.finish(names)
+        model.train(was_training)
+        build_index(EmbeddingReader(work / "embeddings"), work / "index")
+        index = ProductIndex.open(work / "index")
+        keys = np.array([product_keys(data.products.row(int(row))) for row in rows])
+        keys = keys[:, [RELATIONS.index(relation) for relation in self.related]]
+        table = np.lib.format.open_memmap(file, "w+", np.int32, (len(data.products), self.last_rank))
+        table[:] = -1
+        searched = suspected = first = 0
+        for batch in EmbeddingReader(work / "embeddings").batches(BLOCK):
+            hits = index.search(batch.vectors, min(self.last_rank + 1, len(rows)))
+            own = np.arange(first, first + len(batch.ids))
+            chosen, doubtful = self.choose(own, hits.rows, hits.scores, keys)
+            table[rows[own], : chosen.shape[1]] = np.where(chosen >= 0, rows[chosen], -1)
+            searched += chosen.size
+            suspected += doubtful
+            first += len(own)
+        table.flush()
+        shutil.rmtree(work)
+        share = suspected / max(1, searched)
+        logger.info("mined %s: %.1f %% of the candidates may be answers and were left out", file.name, 100 * share)
+        return share
+
+    def choose(self, own: Rows, found: Rows, scores: NDArray[np.float32], keys: Rows) -> tuple[Rows, int]:
+        """The hard negatives among the neighbours of some products.
+
+        Args:
+            own: (B,) the products.
+            found: (B, K) their neighbours, best first, -1 where there are fewer.
+            scores: (B, K) their similarity.
+            keys: (N, R) of all products.
+
+        Returns:
+            (B, K - 1) rows, nearest first, -1 where there are fewer; how many were left out as too similar.
+        """
+        there = (found >= 0) & (found != own[:, None])
+        mine, theirs = keys[own][:, None, :], keys[found]
+        related = ((mine == theirs) & (mine != NO_KEY)).any(-1) & there
+        mates = np.where(related, scores, np.inf).min(axis=1)
+        limit = self.max_similarity * np.where(np.isfinite(mates), mates, 1.0)
+        rank = np.cumsum(there & ~related, axis=1)
+        within = there & ~related & (rank >= self.first_rank) & (rank <= self.last_rank)
+        doubtful = within & (scores > limit[:, None])
+        good = within & ~doubtful
+        order = np.argsort(~good, axis=1, kind="stable")[:, : found.shape[1] - 1]
+        return np.take_along_axis(np.where(good, found, -1), order, axis=1), int(doubtful.sum())
+
+
+def _embedded(model: TwoTower, data: Any, rows: Rows) -> Iterator[NDArray[np.float32]]:
+    """The embeddings of some products, a shard at a time."""
+    products = ProductRows(data.products, rows, data.preprocess.product)
+    loader = DataLoader(products, batch_size=None, sampler=RowBatches(len(rows), data.batch_size), collate_fn=_as_is)
+    parts: list[NDArray[np.float32]] = []
+    for batch in loader:
+        encoded = model.encode_chunks(model.product, to_device(batch.items, model.device))
+        parts.append(encoded.embedding.float().cpu().numpy())
+        if sum(map(len, parts)) >= SHARD:
+            yield np.concatenate(parts)
+            parts = []
+    if parts:
+        yield np.concatenate(parts)
+
+
+def _as_is(batch: object) -> object:
+    return batch
