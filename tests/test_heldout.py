@@ -120,6 +120,13 @@ def test_without_judgements_products_ask_for_their_mates(world: dict[str, Any], 
     assert not found.title_only and len(expected) > 3
 
 
+def test_judgements_that_find_nothing_relevant_are_none(world: dict[str, Any]) -> None:
+    products, queries, qrels = world["tables"]
+    zeros = qrels.set_column(2, "relevance", pa.array([0.0] * len(qrels)))
+    found = held_out(products, queries, zeros, split="val", mates="group", max_queries=1000, max_products=1000)
+    assert answers(found) == answers(ask(world, judged=False, mates="group"))
+
+
 def test_without_mates_titles_ask_for_their_products(world: dict[str, Any]) -> None:
     found = ask(world, judged=False, mates="none")
     rows = [i for i, p in enumerate(world["products"]) if p["split"] == "val"]

@@ -330,9 +330,10 @@ def test_pairs_that_ask_the_same_are_one_query(tmp_path: Path) -> None:
     assert [(r["product_id"], r["relevance"]) for r in qrels.to_pylist() if r["query_id"] == red] == [
         ("p0", 3),
         ("p3", 2),
+        ("p1", 0),
     ]
     assert report["queries"] == {
-        "count": 4, "splits": {"train": 2, "val": 1, "test": 1}, "judgements": 5, "irrelevant": 1, "repeated": 1
+        "count": 4, "splits": {"train": 2, "val": 1, "test": 1}, "judgements": 6, "irrelevant": 1, "repeated": 1
     }  # fmt: skip
     assert report["files"]["pairs.csv"] == {"rows": 7, "accepted": 7, "rejected": 0, "with_problem": 0}
 
