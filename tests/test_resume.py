@@ -91,6 +91,17 @@ def test_a_run_that_failed_anywhere_goes_on_where_it_was(
     assert first < step
 
 
+@pytest.mark.parametrize("loss", ["MemoryInfoNCE", "GlobalInfoNCE"])
+def test_what_a_loss_remembers_goes_on(tiny_catalogue: Path, tmp_path: Path, loss: str) -> None:
+    settings = ("--model.loss.warmup=2", "--model.loss.size=40") if loss == "MemoryInfoNCE" else ()
+    arguments = (f"--model.loss={loss}", *settings, "--checkpoint_every_steps=4")
+    path = tmp_path / "whole.jsonl"
+    assert fit(tiny_catalogue, tmp_path / "whole", *ARGUMENTS, *arguments, *diary(path)) == 0
+    whole = entries(path)
+    assert stopped(tiny_catalogue, tmp_path / "run", 7, *arguments) == whole[:7]
+    assert resume(tiny_catalogue, tmp_path / "run", *arguments) == whole[5:]
+
+
 def test_a_resumed_run_exports_the_same_model(tiny_catalogue: Path, uninterrupted: Path, tmp_path: Path) -> None:
     stopped(tiny_catalogue, tmp_path / "run", 9)
     resume(tiny_catalogue, tmp_path / "run")

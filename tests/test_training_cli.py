@@ -103,6 +103,23 @@ def test_every_fusion_and_the_sigmoid_loss_train(tiny_catalogue: Path, tmp_path:
     assert load_model(tmp_path / "run" / "model").product.fusion_name == fusion
 
 
+def test_parts_towers_and_labels_are_compared_in_one_run(tiny_catalogue: Path, tmp_path: Path) -> None:
+    compare = (
+        "[{}, {query: part, product: whole, weight: 0.5}, {query: image, product: image, weight: 0.1}, "
+        "{weight: 0.2, loss: {class_path: CoSENT}}]"
+    )
+    arguments = (f"--model.compare={compare}", "--data.sources={catalogue: 1, labels: 2}", "--trainer.max_epochs=1")
+    assert fit(tiny_catalogue, tmp_path / "run", *arguments, "--trainer.log_every_n_steps=1") == 0
+    whole, part, image, labels = (
+        logged(tmp_path / "run", f"train/loss_{name}")
+        for name in ("whole-whole", "part-whole", "image-image", "whole-whole-CoSENT")
+    )
+    total = logged(tmp_path / "run", "train/loss")
+    assert total
+    sums = [sum(values) for values in zip(whole, part, image, labels, strict=True)]
+    assert total == pytest.approx(sums, rel=1e-5)
+
+
 def test_a_short_last_batch_and_one_row_of_validation(tiny_catalogue: Path, tmp_path: Path) -> None:
     """152 examples in batches of 151, 12 queries in batches of 11."""
     assert fit(tiny_catalogue, tmp_path / "a", *FAST, "--data.batch_size=151") == 0

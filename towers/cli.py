@@ -23,6 +23,10 @@ from rich.table import Table
 import configs
 from datamodules.products import ProductDataModule
 from retrieval.storage import ArtefactError, write_json
+from towers.global_loss import GlobalInfoNCE
+from towers.label_loss import CoSENT, PairLoss
+from towers.loss import InfoNCE, Loss, SigmoidLoss
+from towers.memory_loss import MemoryInfoNCE
 from towers.mining import HardNegatives
 from towers.model_folder import save_model
 from towers.quiet import quiet_lightning
@@ -35,6 +39,9 @@ logger = logging.getLogger(__name__)
 PARSER = {"allow_abbrev": False}
 USAGE = "%(prog)s [--config FILE] [--OPTION VALUE ...]"
 """In front of an error; the list of all options would bury it."""
+
+LOSSES: tuple[type[Loss], ...] = (InfoNCE, SigmoidLoss, MemoryInfoNCE, GlobalInfoNCE, CoSENT, PairLoss)
+"""What a configuration may name without its module."""
 
 VAL_FIGURE = r"val/((product|other)_queries/)?(hit@1|hit@10|recall@10|mrr@10)"
 

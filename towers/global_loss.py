@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from datamodules.batch import RELATIONS, Relation
+from datamodules.batch import RELATIONS
 from towers.gather import gather_rows
 from towers.loss import InfoNCE, Targets
 
@@ -18,31 +20,20 @@ class GlobalInfoNCE(InfoNCE):
     The remembered sums are part of a checkpoint.
 
     Args:
-        temperature: of the start, in cosine; it is learned.
-        min_temperature: it never falls below this.
-        positives: relation -> weight of pairs that are positives beside the product that answers; null takes `product`,
-            `group` and `query` with weight 1.
-        ignored: relations that leave a pair out; null takes `family`, `title` and `picture`.
-        same_side: compare queries with queries and products with products too.
-        log_q: 0 to 1, how much of the logarithm of a product's frequency is taken off its similarity.
         memory: 0 to 1, how much of what is remembered stays when a row is seen again.
         num_slots: places for rows, a power of two; rows are told apart by hashes, so take several times their number.
+        **settings: those of `InfoNCE`.
     """
 
     last: Tensor
 
     def __init__(
         self,
-        temperature: float = 0.07,
-        min_temperature: float = 0.01,
-        positives: dict[Relation, float] | None = None,
-        ignored: list[Relation] | None = None,
-        same_side: bool = False,
-        log_q: float = 0.0,
         memory: float = 0.8,
         num_slots: int = 1 << 18,
+        **settings: Any,
     ) -> None:
-        super().__init__(temperature, min_temperature, positives, ignored, same_side, log_q)
+        super().__init__(**settings)
         if not 0 <= memory < 1:
             raise ValueError(f"memory={memory}: choose 0 (none) to below 1.")
         if num_slots < 2 or num_slots & (num_slots - 1):

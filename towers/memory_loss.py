@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from datamodules.batch import NO_KEY, RELATIONS, Relation
+from datamodules.batch import NO_KEY, RELATIONS
 from towers.loss import InfoNCE, Rows
 
 
@@ -16,29 +18,18 @@ class MemoryInfoNCE(InfoNCE):
     positives of them too, or leave them out. The memory is part of a checkpoint.
 
     Args:
-        temperature: of the start, in cosine; it is learned.
-        min_temperature: it never falls below this.
-        positives: relation -> weight of pairs that are positives beside the product that answers; null takes `product`,
-            `group` and `query` with weight 1.
-        ignored: relations that leave a pair out; null takes `family`, `title` and `picture`.
-        same_side: compare queries with queries and products with products too.
-        log_q: 0 to 1, how much of the logarithm of a product's frequency is taken off its similarity.
         size: embeddings of each side that are remembered.
         warmup: steps before they count: embeddings change fastest at first.
+        **settings: those of `InfoNCE`.
     """
 
     def __init__(
         self,
-        temperature: float = 0.07,
-        min_temperature: float = 0.01,
-        positives: dict[Relation, float] | None = None,
-        ignored: list[Relation] | None = None,
-        same_side: bool = False,
-        log_q: float = 0.0,
         size: int = 8192,
         warmup: int = 100,
+        **settings: Any,
     ) -> None:
-        super().__init__(temperature, min_temperature, positives, ignored, same_side, log_q)
+        super().__init__(**settings)
         if size < 1 or warmup < 0:
             raise ValueError(f"size={size}, warmup={warmup}: choose a size of at least 1, and no negative warmup.")
         self.size, self.warmup = size, warmup
