@@ -21,8 +21,11 @@ LOSS = "--model.loss.init_args"
 ARMS: dict[str, dict[str, list[str]]] = {
     "fashion": {
         "in use": [],
-        "whole items alone": ["--model.compare=[{}]"],
-        "modality dropout .15 in place of parts": ["--model.compare=[{}]", "--data.views.modality_dropout=0.15"],
+        "whole items alone": ["--model.compare=[{query: whole}]"],
+        "modality dropout .15 in place of parts": [
+            "--model.compare=[{query: whole}]",
+            "--data.views.modality_dropout=0.15",
+        ],
         "products compared with products too": [f"{LOSS}.same_side=true"],
         "a memory of 8,192": ["--model.loss=MemoryInfoNCE"],
         "batch 64": ["--data.batch_size=64"],
@@ -30,11 +33,29 @@ ARMS: dict[str, dict[str, list[str]]] = {
         "batch 64, a memory of 8,192": ["--data.batch_size=64", "--model.loss=MemoryInfoNCE"],
         "hard negatives": ["--hard_negatives.every_n_epochs=2"],
         "families are no positives": [f"{LOSS}.positives={{product: 1, group: 1, query: 1}}"],
-        "open_clip's ClipLoss": ["--model.compare=[{}]", "--model.loss=benchmarks.peer_losses.OpenClipLoss"],
-        "open_clip's SigLipLoss": ["--model.compare=[{}]", "--model.loss=benchmarks.peer_losses.OpenClipSigmoid"],
-        "text alone": ["--model.product.image=null", "--model.product.attribute=null", "--model.compare=[{}]"],
-        "image alone": ["--model.product.text=null", "--model.product.attribute=null", "--model.compare=[{}]"],
-        "attributes alone": ["--model.product.text=null", "--model.product.image=null", "--model.compare=[{}]"],
+        "open_clip's ClipLoss": [
+            "--model.compare=[{query: whole}]",
+            "--model.loss=benchmarks.peer_losses.OpenClipLoss",
+        ],
+        "open_clip's SigLipLoss": [
+            "--model.compare=[{query: whole}]",
+            "--model.loss=benchmarks.peer_losses.OpenClipSigmoid",
+        ],
+        "text alone": [
+            "--model.product.image=null",
+            "--model.product.attribute=null",
+            "--model.compare=[{query: whole}]",
+        ],
+        "image alone": [
+            "--model.product.text=null",
+            "--model.product.attribute=null",
+            "--model.compare=[{query: whole}]",
+        ],
+        "attributes alone": [
+            "--model.product.text=null",
+            "--model.product.image=null",
+            "--model.compare=[{query: whole}]",
+        ],
     },
 }
 

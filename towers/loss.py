@@ -14,13 +14,12 @@ are exactly those of one process with the whole batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from datamodules.batch import NO_KEY, RELATIONS, Batch, Relation
 from towers.gather import gather_rows, num_processes
@@ -64,8 +63,8 @@ def targets(
     counts = torch.ones(shape, dtype=torch.bool, device=query_keys.device)
     for relation in ignored:
         counts &= ~same(query_keys, product_keys, relation)
-    for relation, weight in positives.items():
-        positive = torch.maximum(positive, weight * same(query_keys, product_keys, relation))
+    for relation, weight in sorted(positives.items(), key=lambda pair: pair[1]):  # the largest weight has the last word
+        positive.masked_fill_(same(query_keys, product_keys, relation), weight)
     row = torch.arange(len(answer), device=answer.device)
     positive[row, answer] = 1.0
     if itself is not None:
@@ -76,8 +75,9 @@ def targets(
 def same(query_keys: Tensor, product_keys: Tensor, relation: Relation) -> Tensor:
     """(B, P) bool: both have a key of this relation, and it is the same."""
     column = RELATIONS.index(relation)
-    keys = query_keys[:, column].unsqueeze(1)
-    return (keys == product_keys[:, column]) & (keys != NO_KEY)
+    keys = query_keys[:, column]
+    keys = torch.where(keys == NO_KEY, NO_KEY - 1, keys)  # equals no product's, not even that of one without
+    return keys.unsqueeze(1) == product_keys[:, column]
 
 
 def multi_positive_info_nce(logits: Tensor, target: Targets) -> Tensor:
@@ -85,25 +85,58 @@ def multi_positive_info_nce(logits: Tensor, target: Targets) -> Tensor:
 
     With one positive it is InfoNCE (arXiv:1807.03748). Of zero embeddings it is the log of the number of products.
     """
-    log_share = logits.masked_fill(~target.counts, float("-inf")).log_softmax(1)
-    attract = (log_share.masked_fill(target.positive == 0, 0.0) * target.positive).sum(1)
-    return -attract / target.positive.sum(1)
+    attract = (logits * target.positive).sum(1) / target.positive.sum(1)
+    return logits.masked_fill(~target.counts, float("-inf")).logsumexp(1) - attract
 
 
-def in_blocks(losses: Callable[..., Tensor], num_columns: int, *rows: Tensor) -> Tensor:
-    """(B,) losses of B rows, of as many at a time as have `BLOCK` similarities; gradients make those again.
+def in_blocks(losses: Callable[..., Tensor], num_columns: int, shared: Sequence[Tensor], *rows: Tensor) -> Tensor:
+    """(B,) losses of B rows, of as many at a time as have `BLOCK` similarities; the backward pass makes those again.
 
     Args:
-        losses: (b, ...) of each of `rows` -> (b,).
+        losses: (*shared, *(b, ...) of each of `rows`) -> (b,).
         num_columns: P, similarities of one row.
+        shared: tensors that all blocks need as a whole.
         rows: tensors of B rows.
     """
     size = max(1, BLOCK // max(1, num_columns))
     if len(rows[0]) <= size:
-        return losses(*rows)
-    blocks = zip(*(tensor.split(size) for tensor in rows), strict=True)
-    parts = [checkpoint(losses, *block, use_reentrant=False, preserve_rng_state=False) for block in blocks]
-    return torch.cat(parts)
+        return losses(*shared, *rows)
+    found: Tensor = _InBlocks.apply(losses, size, len(shared), *shared, *rows)
+    return found
+
+
+class _InBlocks(torch.autograd.Function):
+    """See `in_blocks`.
+
+    Results go to one place that is made at first: small tensors that stay, one per block, would keep the C library from
+    using again what lies between them; checkpoints of the blocks took tens of gigabytes so.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, losses: Callable[..., Tensor], size: int, num_shared: int, *tensors: Tensor) -> Tensor:
+        ctx.losses, ctx.size, ctx.num_shared = losses, size, num_shared
+        ctx.save_for_backward(*tensors)
+        shared, rows = tensors[:num_shared], tensors[num_shared:]
+        result = rows[0].new_empty(len(rows[0]))
+        for start in range(0, len(result), size):
+            part = slice(start, start + size)
+            result[part] = losses(*shared, *(tensor[part] for tensor in rows))
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        tensors, needed = ctx.saved_tensors, ctx.needs_input_grad[3:]
+        gradients = [torch.zeros_like(t) if need else None for t, need in zip(tensors, needed, strict=True)]
+        for start in range(0, len(gradient), ctx.size):
+            part = slice(start, start + ctx.size)
+            with torch.enable_grad():
+                seen = [t.detach() if i < ctx.num_shared else t[part].detach() for i, t in enumerate(tensors)]
+                inputs = [t.requires_grad_() for t, need in zip(seen, needed, strict=True) if need]
+                found = iter(torch.autograd.grad(ctx.losses(*seen), inputs, gradient[part]))
+            for i, total in enumerate(gradients):
+                if total is not None:
+                    (total if i < ctx.num_shared else total[part]).add_(next(found))
+        return (None, None, None, *gradients)
 
 
 class Rows(NamedTuple):
@@ -245,18 +278,20 @@ class InfoNCE(ContrastiveLoss):
         itself = itself + len(columns.vectors)
         if self.same_side:
             columns = Rows(*(torch.cat(tensors) for tensors in zip(columns, own_side, strict=True)))
-        scale = self.scale.float()
 
-        def of_rows(vectors: Tensor, keys: Tensor, answer: Tensor, itself: Tensor) -> Tensor:
+        def of_rows(
+            scale: Tensor, others: Tensor, vectors: Tensor, keys: Tensor, answer: Tensor, itself: Tensor
+        ) -> Tensor:
             target = targets(
                 keys, columns.keys, answer, self.positives, self.ignored, itself if self.same_side else None
             )
-            logits = scale * (vectors @ columns.vectors.T)
+            logits = scale * (vectors @ others.T)
             if self.log_q:
                 logits = logits + torch.where(target.positive > 0, 0.0, columns.offset)
             return self.of_logits(logits, target)
 
-        return in_blocks(of_rows, len(columns.keys), rows.vectors.float(), rows.keys, answer, itself)
+        shared = self.scale.float(), columns.vectors
+        return in_blocks(of_rows, len(columns.keys), shared, rows.vectors.float(), rows.keys, answer, itself)
 
     def known(self, side: str, rows: Rows) -> Rows:
         """The rows of all processes, and what others of this side there are to be compared with."""
@@ -297,10 +332,11 @@ class SigmoidLoss(ContrastiveLoss):
     def forward(self, query: Tensor, product: Tensor, batch: Batch) -> Tensor:
         """See `ContrastiveLoss.forward`."""
         products, keys = gather_rows(product).float(), gather_rows(batch.product_keys)
-        scale = self.scale.float()
 
-        def of_rows(some: Tensor, some_keys: Tensor, answer: Tensor) -> Tensor:
-            logits = scale * (some @ products.T) + self.bias
+        def of_rows(
+            scale: Tensor, bias: Tensor, others: Tensor, some: Tensor, some_keys: Tensor, answer: Tensor
+        ) -> Tensor:
+            logits = scale * (some @ others.T) + bias
             target = targets(some_keys, keys, answer, self.positives, self.ignored)
             is_positive = target.positive > 0
             sign = torch.where(is_positive, 1.0, -1.0)
@@ -308,7 +344,8 @@ class SigmoidLoss(ContrastiveLoss):
             return -(importance * F.logsigmoid(sign * logits)).sum(1)
 
         answer = rank_offset(len(product)) + torch.arange(len(query), device=query.device)
-        losses = in_blocks(of_rows, len(products), query.float(), batch.query_keys, answer)
+        shared = self.scale.float(), self.bias, products
+        losses = in_blocks(of_rows, len(products), shared, query.float(), batch.query_keys, answer)
         weight = batch.weight.float()
         return num_processes() * (weight * losses).sum() / gather_rows(weight).sum().clamp(min=1e-9)
 
