@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from open_clip.loss import ClipLoss
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -145,6 +146,18 @@ def test_losses_equal_loops_in_float64(drawn: tuple, name: str, seed: int) -> No
     query, product = unit(rows), unit(rows + extra)
     value = loss(query, product, batch).item()
     assert value == pytest.approx(reference(loss, query, product, batch), abs=1e-5, rel=1e-5)
+
+
+def test_without_duplicates_the_loss_and_its_gradients_are_those_of_open_clip() -> None:
+    torch.manual_seed(0)
+    query, product = unit(9).requires_grad_(), unit(9).requires_grad_()
+    loss = InfoNCE(temperature=0.05)
+    mine = loss(query, product, make_batch(keys(9, product=list(range(9)))))
+    theirs = ClipLoss()(query, product, loss.scale)
+    torch.testing.assert_close(mine, theirs)
+    inputs = [query, product, loss.logit_scale]
+    for one, other in zip(torch.autograd.grad(mine, inputs), torch.autograd.grad(theirs, inputs), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", LOSSES)
