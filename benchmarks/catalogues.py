@@ -57,10 +57,11 @@ MODALITIES = ("text", "image", "attribute")
 LEXICAL = ("bm25", "tfidf", "jaccard")
 
 
+WHOLE = "--model.compare=[{query: whole}]"
 TRAINED = {
-    "text": ["--model.product.image=null", "--model.product.attribute=null"],
-    "image": ["--model.product.text=null", "--model.product.attribute=null"],
-    "attribute": ["--model.product.text=null", "--model.product.image=null"],
+    "text": ["--model.product.image=null", "--model.product.attribute=null", WHOLE],
+    "image": ["--model.product.text=null", "--model.product.attribute=null", WHOLE],
+    "attribute": ["--model.product.text=null", "--model.product.image=null", WHOLE],
     "fused gated": [],
     "fused mean": ["--model.product.fusion=mean"],
     "fused transformer": ["--model.product.fusion=transformer"],
