@@ -133,7 +133,8 @@ class Batch(NamedTuple):
         weight: (B,) float32 graded relevance.
         label: (B,) float32 how similar the two of a labelled pair are, 0 to 1; NaN where they have no label; None where
             no pair of the batch has one.
-        frequency: (P,) float32 how often each product is trained on, 1 = as often as the average; None = all alike.
+        frequency: (P,) float32 how often each product is trained on, 1 = as often as the average, 0 = never as an
+            answer; None = all alike.
     """
 
     query: Items

@@ -148,6 +148,15 @@ def test_losses_equal_loops_in_float64(drawn: tuple, name: str, seed: int) -> No
     assert value == pytest.approx(reference(loss, query, product, batch), abs=1e-5, rel=1e-5)
 
 
+def test_a_mined_product_that_is_never_trained_on_has_no_correction() -> None:
+    torch.manual_seed(0)
+    query, product = unit(3), unit(4)
+    batch = make_batch(keys(3, product=[0, 1, 2]), keys(4, product=[0, 1, 2, 3]))
+    never, average = (batch._replace(frequency=torch.tensor([2.0, 1.0, 1.0, f])) for f in (0.0, 1.0))
+    loss = InfoNCE(log_q=1.0)
+    torch.testing.assert_close(loss(query, product, never), loss(query, product, average))
+
+
 def test_without_duplicates_the_loss_and_its_gradients_are_those_of_open_clip() -> None:
     torch.manual_seed(0)
     query, product = unit(9).requires_grad_(), unit(9).requires_grad_()

@@ -253,23 +253,26 @@ class InfoNCE(ContrastiveLoss):
         answers, weight = len(query), batch.weight.float()
         offset = torch.zeros_like(batch.product_keys[:, 0], dtype=torch.float32)
         if self.log_q and batch.frequency is not None:
-            offset = -self.log_q * batch.frequency.clamp(min=1e-9).log()
+            often = torch.where(batch.frequency > 0, batch.frequency, 1.0)  # 0: a mined one, which no frequency drew
+            offset = -self.log_q * often.log()
         queries = self.known("query", Rows(query, batch.query_keys, torch.zeros_like(weight)).gathered())
         products = self.known("product", Rows(product, batch.product_keys, offset).gathered())
         first_query, first_product = rank_offset(answers), rank_offset(len(product))
         row = torch.arange(answers, device=query.device)
-        asking = Rows(query, batch.query_keys, offset)
-        answering = Rows(product[:answers], batch.product_keys[:answers], offset)
-        forth = self.direction(asking, products, first_product + row, queries, first_query + row)
-        back = self.direction(answering, queries, first_query + row, products, first_product + row)
-        losses = self.over_batches("query", forth, asking.keys) + self.over_batches("product", back, answering.keys)
+        asked, answered = batch.query_keys, batch.product_keys[:answers]
+        forth = self.direction(query, asked, products, first_product + row, queries, first_query + row)
+        back = self.direction(product[:answers], answered, queries, first_query + row, products, first_product + row)
+        losses = self.over_batches("query", forth, asked) + self.over_batches("product", back, answered)
         return num_processes() * (weight * losses / 2).sum() / gather_rows(weight).sum().clamp(min=1e-9)
 
-    def direction(self, rows: Rows, columns: Rows, answer: Tensor, own_side: Rows, itself: Tensor) -> Tensor:
+    def direction(
+        self, rows: Tensor, row_keys: Tensor, columns: Rows, answer: Tensor, own_side: Rows, itself: Tensor
+    ) -> Tensor:
         """(B,) `of_logits` of one direction.
 
         Args:
-            rows: B of this process.
+            rows: (B, D) vectors of this process.
+            row_keys: (B, R) int64.
             columns: of all processes, what is asked for.
             answer: (B,) int64, the column that answers each row.
             own_side: of all processes, the side that the rows are of.
@@ -291,7 +294,7 @@ class InfoNCE(ContrastiveLoss):
             return self.of_logits(logits, target)
 
         shared = self.scale.float(), columns.vectors
-        return in_blocks(of_rows, len(columns.keys), shared, rows.vectors.float(), rows.keys, answer, itself)
+        return in_blocks(of_rows, len(columns.keys), shared, rows.float(), row_keys, answer, itself)
 
     def known(self, side: str, rows: Rows) -> Rows:
         """The rows of all processes, and what others of this side there are to be compared with."""

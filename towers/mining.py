@@ -121,7 +121,7 @@ class HardNegatives(L.Callback):
             own = np.arange(first, first + len(batch.ids))
             chosen, doubtful = self.choose(own, hits.rows, hits.scores, keys)
             table[rows[own], : chosen.shape[1]] = np.where(chosen >= 0, rows[chosen], -1)
-            searched += chosen.size
+            searched += int((chosen >= 0).sum()) + doubtful
             suspected += doubtful
             first += len(own)
         table.flush()
