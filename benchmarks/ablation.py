@@ -14,18 +14,15 @@ from pathlib import Path
 
 from jsonargparse import auto_cli
 
-from benchmarks.catalogues import Bench, Catalogue, Results, Split, note_read, show
+from benchmarks.catalogues import TRAINED, WHOLE, Bench, Catalogue, Results, Split, run_all
 
 LOSS = "--model.loss.init_args"
 
 ARMS: dict[str, dict[str, list[str]]] = {
     "fashion": {
         "in use": [],
-        "whole items alone": ["--model.compare=[{query: whole}]"],
-        "modality dropout .15 in place of parts": [
-            "--model.compare=[{query: whole}]",
-            "--data.views.modality_dropout=0.15",
-        ],
+        "whole items alone": [WHOLE],
+        "modality dropout .15 in place of parts": [WHOLE, "--data.views.modality_dropout=0.15"],
         "products compared with products too": [f"{LOSS}.same_side=true"],
         "a memory of 8,192": ["--model.loss=MemoryInfoNCE"],
         "batch 64": ["--data.batch_size=64"],
@@ -33,29 +30,9 @@ ARMS: dict[str, dict[str, list[str]]] = {
         "batch 64, a memory of 8,192": ["--data.batch_size=64", "--model.loss=MemoryInfoNCE"],
         "hard negatives": ["--hard_negatives.every_n_epochs=2"],
         "families are no positives": [f"{LOSS}.positives={{product: 1, group: 1, query: 1}}"],
-        "open_clip's ClipLoss": [
-            "--model.compare=[{query: whole}]",
-            "--model.loss=benchmarks.peer_losses.OpenClipLoss",
-        ],
-        "open_clip's SigLipLoss": [
-            "--model.compare=[{query: whole}]",
-            "--model.loss=benchmarks.peer_losses.OpenClipSigmoid",
-        ],
-        "text alone": [
-            "--model.product.image=null",
-            "--model.product.attribute=null",
-            "--model.compare=[{query: whole}]",
-        ],
-        "image alone": [
-            "--model.product.text=null",
-            "--model.product.attribute=null",
-            "--model.compare=[{query: whole}]",
-        ],
-        "attributes alone": [
-            "--model.product.text=null",
-            "--model.product.image=null",
-            "--model.compare=[{query: whole}]",
-        ],
+        "open_clip's ClipLoss": [WHOLE, "--model.loss=benchmarks.peer_losses.OpenClipLoss"],
+        "open_clip's SigLipLoss": [WHOLE, "--model.loss=benchmarks.peer_losses.OpenClipSigmoid"],
+        **{f"{tower} alone": TRAINED[tower] for tower in ("text", "image", "attribute")},
     },
 }
 
@@ -83,18 +60,14 @@ def main(
         work: folder of everything that is made.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    results, measured = Results(json), []
+    results, benches = Results(json), []
     for name, table in ARMS.items():
-        if only is not None and name not in only:
-            continue
-        chosen = {arm: arguments for arm, arguments in table.items() if arms is None or arm in arms}
-        catalogue = Catalogue(name, seeds=3, trained=tuple(chosen))
-        for key in Bench(catalogue, data, weights, work, split, results, quick, chosen).run():
-            print(f"{key}: {results.data['arms'].get(key, {}).get('seconds', '')} s", flush=True)
-            measured.append(key)
-    note_read(results, split, measured)
-    show(results, split)
+        if only is None or name in only:
+            chosen = {arm: arguments for arm, arguments in table.items() if arms is None or arm in arms}
+            catalogue = Catalogue(name, seeds=3, trained=tuple(chosen))
+            benches.append(Bench(catalogue, data, weights, work, split, results, quick, chosen))
+    run_all(benches, results, split)
 
 
 if __name__ == "__main__":
-    auto_cli(main, as_positional=False)
+    auto_cli(main, as_positional=False, parser_mode="yaml", allow_abbrev=False)

@@ -24,7 +24,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -378,25 +378,25 @@ def main(
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     results = Results(json)
+    chosen = [c for c in (CATALOGUES[:1] if quick else CATALOGUES) if only is None or c.name in only]
+    run_all([Bench(catalogue, data, weights, work, split, results, quick) for catalogue in chosen], results, split)
+
+
+def run_all(benches: Sequence[Bench], results: Results, split: Split) -> None:
+    """Measure what is missing, keep when which arms were measured on the test split, and show everything."""
     measured = []
-    for catalogue in CATALOGUES[:1] if quick else CATALOGUES:
-        if only is None or catalogue.name in only:
-            for key in Bench(catalogue, data, weights, work, split, results, quick).run():
-                print(f"{key}: {results.data['arms'].get(key, {}).get('seconds', '')} s", flush=True)
-                measured.append(key)
-    note_read(results, split, measured)
-    show(results, split)
-    for read in results.data["test_reads"]:
-        print(f"test split read {read['date']} at {read['commit']}: {len(read['arms'])} arms")
-
-
-def note_read(results: Results, split: Split, measured: list[str]) -> None:
-    """Keep when which arms were measured on the test split."""
+    for bench in benches:
+        for key in bench.run():
+            print(f"{key}: {results.data['arms'].get(key, {}).get('seconds', '')} s", flush=True)
+            measured.append(key)
     if split == "test" and measured:
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         results.data["test_reads"].append({"date": now, "commit": commit, "arms": measured})
         results.save()
+    show(results, split)
+    for read in results.data["test_reads"]:
+        print(f"test split read {read['date']} at {read['commit']}: {len(read['arms'])} arms")
 
 
 if __name__ == "__main__":
