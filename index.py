@@ -120,8 +120,8 @@ def build(
         overwrite: publish a new version of an index that is there; the old one is kept.
     """
     from retrieval.build import Recipe, build_index
+    from retrieval.building.points import Target
     from retrieval.building.resources import parse_bytes
-    from retrieval.building.tune import Target
     from retrieval.embeddings import EmbeddingReader
     from retrieval.present import describe_candidates, describe_index, describe_points, show
 

@@ -7,7 +7,7 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from retrieval import storage, versions
 from retrieval.building import gpu, resources
 from retrieval.building.assemble import IDS_FILE, INDEX_FILE, attach_attributes, write_mapped, write_products
+from retrieval.building.clustering import find_centroids
 from retrieval.building.encoded import GROUPING_BYTES, Blocks
 from retrieval.building.factory import (
     CODEBOOK,
@@ -31,9 +32,11 @@ from retrieval.building.factory import (
     train_size,
 )
 from retrieval.building.mapped import Trained, train
-from retrieval.building.points import Tuning
+from retrieval.building.measure import measure, reached
+from retrieval.building.points import Target, Tuning
+from retrieval.building.predict import precision_for
 from retrieval.building.probes import PER_KIND, of_products, of_queries, with_truth
-from retrieval.building.tune import PART, Target, choose, measure, reached
+from retrieval.building.tune import COMPARING, choose
 from retrieval.building.workspace import BLOCK_ROWS, Workspace
 from retrieval.embeddings import EmbeddingBatch, EmbeddingReader
 from retrieval.engine import Engine, Settings, lists_of
@@ -224,20 +227,31 @@ def _learn(
     size: int,
 ) -> tuple[Trained, dict[str, Any]]:
     """Choose the index where a target says so, and train it; with what the manifest says of both."""
-    sample = uniform_sample(reader, size, recipe.seed)
-    spill, table = recipe.spill, None
-    if target is not None and recipe.factory == "auto":
-        part = np.sort(np.random.default_rng(recipe.seed).permutation(size)[:PART])
-        own = np.random.default_rng(recipe.seed).permutation(len(part))[:PER_KIND]
-        probes = [of_products(sample[part[own]], own), *([] if queries is None else of_queries(queries, recipe.seed))]
-        chosen = choose(sample[part], probes, target, reader.count, recipe.seed)
-        choice, spill = Choice(chosen.winner.factory, chosen.reason), chosen.winner.spill
-        table = chosen.to_json()
-    design = parse_mapped(choice.factory)
+    design, table = parse_mapped(choice.factory), None
     assert design is not None
-    _check_resources(reader, design, spill, recipe, output)
+    tuned = target is not None and recipe.factory == "auto"
+    rows = sample_rows(reader.count, size, recipe.seed)
+    if tuned and 2 * size <= reader.count:
+        others = np.setdiff1d(np.arange(reader.count), rows, assume_unique=True)
+        rows = np.concatenate([rows, others[sample_rows(len(others), size, recipe.seed)]])
+    drawn = take(reader, rows)
+    sample, unseen = drawn[:size], drawn[-size:]  # where vectors are few, k-means has seen all of them
+    own = np.random.default_rng(recipe.seed).permutation(size)[:PER_KIND]
     started = time.perf_counter()
-    trained = train(sample, design, recipe.seed, spill)
+    centroids = find_centroids(sample, design.lists, recipe.seed)
+    if not tuned:
+        if recipe.factory == "auto":
+            design = replace(design, finer=precision_for(sample, own[:COMPARING], Target().k, reader.count))
+            choice = Choice(str(design), f"{choice.reason}, {design.finer_size(reader.dim)} bytes to re-rank")
+        trained = train(sample, design, recipe.seed, recipe.spill, centroids)
+    else:
+        assert target is not None
+        probes = [of_products(unseen[own], own), *([] if queries is None else of_queries(queries, recipe.seed))]
+        known = {design.lists: centroids}
+        chosen = choose(sample, unseen, probes, target, reader.count, recipe.seed, known)
+        choice, trained, table = Choice(chosen.winner.factory, chosen.reason), chosen.trained, chosen.to_json()
+        design = chosen.winner.design
+    _check_resources(reader, design, trained.spill, recipe, output)  # codes or vectors may take more than by default
     seconds = round(time.perf_counter() - started, 1)
     logger.info("trained %s lists on %s vectors in %.1f s", f"{design.lists:,}", f"{size:,}", seconds)
     training = {
@@ -392,14 +406,16 @@ def uniform_sample(reader: EmbeddingReader, size: int, seed: int) -> NDArray[np.
 
 
 def take(reader: EmbeddingReader, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-    """(S, D) vectors of ascending rows, in one pass over all shards."""
+    """(S, D) vectors of distinct rows, in one pass over all shards."""
     vectors = np.empty((len(rows), reader.dim), np.float32)
+    places = np.argsort(rows, kind="stable")
+    ascending = rows[places]
     first = filled = 0
     for batch in _shown(reader, "sample"):
         last = first + len(batch.ids)
-        inside = rows[filled : np.searchsorted(rows, last)] - first
-        vectors[filled : filled + len(inside)] = batch.vectors[inside]
-        first, filled = last, filled + len(inside)
+        end = np.searchsorted(ascending, last)
+        vectors[places[filled:end]] = batch.vectors[ascending[filled:end] - first]
+        first, filled = last, end
     return vectors
 
 

@@ -96,7 +96,7 @@ def test_every_vector_finds_itself_first(flat, stored):
 
 
 def test_the_default_index_stays_close_to_exact(ivf, stored, queries):
-    assert ivf.manifest.meta["factory"] == "IVF128,PQ8x4fsr,Refine(SQ8)"
+    assert ivf.manifest.meta["factory"] == "IVF128,PQ8x4fsr,Refine(SQfp16)"
     assert "lists" in ivf.manifest.meta["reason"]
     truth = exact(queries, stored, 10)
     assert metrics.recall_at_k(ivf.search(queries, 10).rows, truth, 10) > 0.9

@@ -13,7 +13,7 @@ from retrieval import build as build_module
 from retrieval.build import Recipe, build_index
 from retrieval.building import workspace
 from retrieval.building.mapped import Trained
-from retrieval.building.tune import Target
+from retrieval.building.points import Target
 from retrieval.building.workspace import Workspace
 from retrieval.embeddings import EmbeddingReader, EmbeddingWriter
 from retrieval.index import ProductIndex

@@ -41,7 +41,7 @@ from retrieval.build import Recipe, build_index
 from retrieval.building import resources
 from retrieval.building.encoded import GROUPING_BYTES
 from retrieval.building.factory import parse_mapped
-from retrieval.building.tune import Target
+from retrieval.building.points import Target
 from retrieval.building.workspace import BLOCK_ROWS, Workspace
 from retrieval.embeddings import EmbeddingReader
 from retrieval.index import ProductIndex
@@ -162,6 +162,8 @@ def stages_of_build() -> Iterator[Stages]:
 
     places: list[tuple[Any, str, str]] = [
         (retrieval.build, "uniform_sample", "sample"),
+        (retrieval.build, "take", "sample"),
+        (retrieval.build, "find_centroids", "train"),
         (retrieval.build, "choose", "choose"),
         (retrieval.build, "train", "train"),
         (retrieval.build, "_train", "train"),

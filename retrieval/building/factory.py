@@ -85,7 +85,7 @@ def choose_factory(count: int, dim: int) -> Choice:
     pieces = num_pieces(dim)
     if pieces is None:
         return Choice(f"IVF{lists},SQ8", f"{why}; {dim} dimensions cannot be cut into short pieces: 8 bits for each")
-    codes = f"{pieces} 4-bit codes ({(pieces + 1) // 2} bytes) a vector to scan, {dim} bytes to re-rank"
+    codes = f"{pieces} 4-bit codes ({(pieces + 1) // 2} bytes) a vector to scan"
     return Choice(f"IVF{lists},PQ{pieces}x4fsr,Refine(SQ8)", f"{why}; {codes}")
 
 

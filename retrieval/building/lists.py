@@ -97,14 +97,27 @@ def attach(index: Any, file: Path, sizes: NDArray[np.int64]) -> Any:
             f"{file.name} has {file.stat().st_size} bytes; {len(sizes)} lists of {index.code_size}-byte codes for an "
             f"index of {index.nlist} lists need {expected}"
         )
+    return map_lists(index, file, extents(sizes, index.code_size))
+
+
+def map_lists(index: Any, file: Path, table: NDArray[np.uint64]) -> Any:
+    """Let a fast-scan index scan lists in a file, wherever they lie in it.
+
+    Args:
+        index: FAISS index, its lists empty.
+        file: lists.bin.
+        table: (L, 3) uint64 (`extents`).
+
+    Returns:
+        The mapped lists; they must live as long as the index.
+    """
     lists: Any = faiss.OnDiskInvertedLists()
     lists.nlist, lists.code_size = index.nlist, index.code_size
-    lists.filename, lists.totsize, lists.read_only = str(file), expected, True
+    lists.filename, lists.totsize, lists.read_only = str(file), file.stat().st_size, True
     lists.prefetch_nthread = 0  # its threads cost more than a page fault
     lists.lists.resize(index.nlist)
-    table = extents(sizes, index.code_size)
     faiss.memcpy(lists.lists.data(), faiss.swig_ptr(table.view(np.uint8).ravel()), table.nbytes)
-    if expected:
+    if lists.totsize:
         lists.do_mmap()
     index.replace_invlists(lists, False)
     return lists

@@ -1,4 +1,4 @@
-"""Operating points of an index: what each way of searching it finds and costs, per kind of query."""
+"""Operating points of an index: what each way of searching it finds and costs, per kind of query; and what is asked."""
 
 from __future__ import annotations
 
@@ -10,6 +10,35 @@ from retrieval.engine import Settings
 
 MARGIN = 0.005
 """The recall of the queries that check may stay this far below what was asked for."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What an index should reach.
+
+    Attributes:
+        recall: recall@k against exact search, for every kind of query.
+        k: results of a search.
+        memory: bytes that searches may touch again and again (codes, rows, centres); None for any.
+        latency_ms: median of one query on one thread; None for any.
+    """
+
+    recall: float = 0.95
+    k: int = 10
+    memory: int | None = None
+    latency_ms: float | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what no index can be.
+
+        Raises:
+            ValueError: a recall outside (0, 1], or a memory or latency that is not above 0.
+        """
+        if not 0 < self.recall <= 1:
+            raise ValueError(f"recall={self.recall}; expected a number above 0, at most 1")
+        for name in ("memory", "latency_ms"):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise ValueError(f"{name}={value}; expected a number above 0")
 
 
 @dataclass(frozen=True)

@@ -1,103 +1,48 @@
-"""Choose an index by what it should reach: candidates are measured on a part of the vectors, the winner on all.
+"""Choose an index by what it should reach: what candidates would find and cost is predicted, the winner is measured.
 
-A candidate is a number of lists, a size of codes, and whether vectors stand in a second list. Each is built over the
-same part (50,000 vectors at most) with its lists in proportion, and searched at many settings by real queries. The
-cheapest one that reaches the recall asked for, within the memory asked for, is then built over all vectors and measured
-again, kind of query by kind of query: half of the queries choose the settings, the other half checks them.
+A candidate is a number of lists, a size of codes, and whether vectors stand in a second list. The cheapest one that is
+predicted to reach the recall asked for, within the memory asked for, for every kind of query, is then built over all
+vectors and measured: half of the queries choose the settings, the other half checks them.
 """
 
 from __future__ import annotations
 
-import logging
-import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
-from pathlib import Path
 from typing import Any
 
-import faiss
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from rich.filesize import decimal
 
-from retrieval import metrics
 from retrieval.building import resources
-from retrieval.building.assemble import write_mapped
-from retrieval.building.encoded import GROUPING_BYTES, Blocks, to_table
+from retrieval.building.clustering import Centroids
+from retrieval.building.encoded import GROUPING_BYTES
 from retrieval.building.factory import CODEBOOK, MIN_POINTS_PER_LIST, Mapped, num_lists
-from retrieval.building.mapped import train
-from retrieval.building.points import Point, Tuning, pareto
-from retrieval.building.probes import Probe, counts, with_truth
-from retrieval.engine import Engine, Settings
+from retrieval.building.mapped import Trained
+from retrieval.building.points import Point, Target
+from retrieval.building.predict import Prediction, Predictor
+from retrieval.building.probes import Probe
 
-logger = logging.getLogger(__name__)
-
-PART = 50_000
-"""Vectors that candidates are compared on."""
-
-PROBED = (2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
-K_FACTORS = (2.0, 4.0, 6.0, 8.0, 12.0, 16.0, 32.0, 64.0)
-ENOUGH = 0.002
-"""More candidates to re-rank that bring less recall than this are not tried, nor more lists."""
-
-CEILING = 0.995
-"""Where re-ranking by 8-bit vectors could not reach this recall, 16-bit ones are stored: they cost only disk."""
-
-TIMED = 100
-"""Searches whose latency is taken."""
-
-COMPARING = 500
+COMPARING = 300
 """Queries of a kind that compare candidates: differences that matter are larger than their error."""
 
 Vectors = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class Target:
-    """What an index should reach.
-
-    Attributes:
-        recall: recall@k against exact search, for every kind of query.
-        k: results of a search.
-        memory: bytes that searches may touch again and again (codes, rows, centres); None for any.
-        latency_ms: median of one query on one thread; None for any.
-    """
-
-    recall: float = 0.95
-    k: int = 10
-    memory: int | None = None
-    latency_ms: float | None = None
-
-    def __post_init__(self) -> None:
-        """Refuse what no index can be.
-
-        Raises:
-            ValueError: a recall outside (0, 1], or a memory or latency that is not above 0.
-        """
-        if not 0 < self.recall <= 1:
-            raise ValueError(f"recall={self.recall}; expected a number above 0, at most 1")
-        for name in ("memory", "latency_ms"):
-            if (value := getattr(self, name)) is not None and not value > 0:
-                raise ValueError(f"{name}={value}; expected a number above 0")
-
-
-@dataclass(frozen=True)
 class Candidate:
-    """An index that was, or could be, measured.
+    """An index that could be built.
 
     Attributes:
         design: for all vectors.
         spill: vectors stand in two lists.
         hot_bytes: predicted for all vectors.
         disk_bytes: predicted size of the finished version.
-        seconds: to train and fill it with the part.
-        point: the cheapest point on the part that reaches the recall, of the most demanding kind; None where none does.
-        best: the highest recall on the part, of its most demanding kind.
-        why_not: why it was not measured; empty where it was.
+        seconds: predicted for encoding all vectors.
+        point: the cheapest way to the recall, predicted, of the most demanding kind; None where there is none.
+        best: the highest recall, predicted, of its most demanding kind.
+        why_not: why nothing was predicted; empty where it was.
     """
 
     design: Mapped
@@ -117,9 +62,10 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Chosen:
-    """The winner, all candidates in the order of their cost, and why it won."""
+    """The winner, what was trained for it, all candidates in the order of their cost, and why it won."""
 
     winner: Candidate
+    trained: Trained
     candidates: Sequence[Candidate]
     reason: str
 
@@ -141,7 +87,7 @@ class Chosen:
 
 
 def candidates(count: int, dim: int, target: Target, finer: str = "SQ8") -> list[Candidate]:
-    """Designs worth measuring for so many vectors; those over the memory asked for say so.
+    """Designs worth comparing for so many vectors; those over the memory asked for say so.
 
     Args:
         count: number of vectors.
@@ -174,170 +120,72 @@ def candidates(count: int, dim: int, target: Target, finer: str = "SQ8") -> list
     return fine_enough if any(not c.why_not for c in fine_enough) else found
 
 
-def choose(part: Vectors, probes: Sequence[Probe], target: Target, count: int, seed: int) -> Chosen:
-    """Measure the candidates on a part of the vectors.
-
-    Args:
-        part: (P, D) float32, drawn uniformly.
-        probes: queries; those that are products have their row in `part` as `own`.
-        target: what is asked for.
-        count: number of all vectors.
-        seed: of k-means.
-
-    Raises:
-        ValueError: no candidate fits the memory, or none reaches the recall within the latency.
-    """
-    probes = with_truth([probe.first(COMPARING) for probe in probes], iter([part]), target.k)
-    shared: dict[int, Any] = {}
-    finer = "SQ8" if ceiling_of_8_bits(part, probes, target.k) >= CEILING else "SQfp16"
-    measured = [
-        candidate if candidate.why_not else _measure(candidate, part, probes, target, count, seed, shared)
-        for candidate in candidates(count, part.shape[1], target, finer)
-    ]
-    measured.sort(key=lambda c: -_qps(c.point))
-    winner = measured[0]
-    if winner.point is None:
-        best = max((c.best for c in measured if c.best is not None), default=0.0)
-        latency = "" if target.latency_ms is None else f" within {target.latency_ms:g} ms"
-        raise ValueError(
-            f"no index reaches recall@{target.k} of {target.recall:g}{latency}; the best one has {best:.3f} on "
-            f"{len(part):,} vectors: ask for less recall, or allow more latency or memory"
-        )
-    others = f" of {sum(c.point is not None for c in measured)} that reach it" if len(measured) > 1 else ""
-    reason = (
-        f"the fastest{others}: recall@{target.k} {winner.point.recall:.3f} at {_qps(winner.point):,.0f} queries a "
-        f"second on {len(part):,} vectors; no learned rotation: re-ranking makes its gain vanish"
-    )
-    return Chosen(winner, measured, reason)
-
-
-def ceiling_of_8_bits(part: Vectors, probes: Sequence[Probe], k: int) -> float:
-    """The recall@k of exact search by 8-bit vectors, of the most demanding kind: no re-ranking by them is better."""
-    eight = faiss.IndexScalarQuantizer(part.shape[1], faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT)
-    eight.train(part)
-    eight.add(part)
-    engine = Engine(eight, len(part))
-    return min(float(recalls_of(engine, probe, k, Settings(None, 1.0)).mean()) for probe in probes)
-
-
-def _measure(
-    candidate: Candidate,
-    part: Vectors,
+def choose(
+    sample: Vectors,
+    unseen: Vectors,
     probes: Sequence[Probe],
     target: Target,
     count: int,
     seed: int,
-    shared: dict[int, Any],
-) -> Candidate:
-    """A candidate built over the part, its lists in proportion, and searched."""
-    lists = max(1, min(candidate.design.lists, round(candidate.design.lists * len(part) / count)))
-    lists = min(lists, max(1, len(part) // MIN_POINTS_PER_LIST))
-    started = time.perf_counter()
-    trained = train(part, replace(candidate.design, lists=lists), seed, candidate.spill, centroids=shared.get(lists))
-    shared[lists] = trained.centroids
-    with tempfile.TemporaryDirectory(prefix="tritower-tune-") as folder:
-        pq.write_table(
-            to_table(pa.array(np.arange(len(part)).astype(str)), trained.encode(part)),
-            Path(folder) / "part.parquet",
-            compression="none",
+    known: Mapping[int, Centroids],
+) -> Chosen:
+    """Choose among candidates by what is predicted of them.
+
+    Args:
+        sample: (S, D) float32, drawn uniformly, to train on.
+        unseen: (U, D) float32, drawn uniformly from the others; the sample itself where there are too few.
+        probes: queries; those that are products have their row in `unseen` as `own`.
+        target: what is asked for.
+        count: number of all vectors.
+        seed: of k-means.
+        known: the lists of all vectors, by their number, where they are found already.
+
+    Raises:
+        ValueError: no candidate fits the memory, or none reaches the recall within the latency.
+    """
+    predictor = Predictor(sample, unseen, [probe.first(COMPARING) for probe in probes], target, count, seed, known)
+    winner, learned = None, None
+    predicted = []
+    for candidate in candidates(count, sample.shape[1], target, predictor.finer):
+        if not candidate.why_not:
+            prediction = predictor.predict(candidate.design, candidate.spill)
+            candidate = _with(candidate, prediction, target)
+            if winner is None or _qps(candidate.point) > _qps(winner.point):
+                winner, learned = candidate, prediction.trained
+        predicted.append(candidate)
+    predicted.sort(key=lambda c: -_qps(c.point))
+    if winner is None or winner.point is None or learned is None:
+        best = max((c.best for c in predicted if c.best is not None), default=0.0)
+        latency = "" if target.latency_ms is None else f" within {target.latency_ms:g} ms"
+        raise ValueError(
+            f"no index reaches recall@{target.k} of {target.recall:g}{latency}; the best one would have {best:.3f}: "
+            "ask for less recall, or allow more latency or memory"
         )
-        write_mapped(Path(folder), trained, [(Blocks([Path(folder) / "part.parquet"]), 0)], quiet=True)
-        seconds = time.perf_counter() - started
-        engine = Engine.open(Path(folder), {"count": len(part), "dim": part.shape[1], "spill": candidate.spill})
-        points = [_demanded(sweep(engine, probe, target.k, target.recall), target) for probe in probes]
-    reached = [point for point, _ in points if point is not None]
-    best = min(best for _, best in points)
-    slowest = min(reached, key=_qps) if len(reached) == len(points) else None
-    return replace(candidate, seconds=round(seconds, 1), point=slowest, best=round(best, 4))
+    others = f" of {sum(c.point is not None for c in predicted)} that reach it" if len(predicted) > 1 else ""
+    reason = (
+        f"the fastest{others}: {_qps(winner.point):,.0f} queries a second predicted at recall@{target.k} "
+        f"{winner.point.recall:.3f}; no learned rotation: re-ranking makes its gain vanish"
+    )
+    return Chosen(winner, learned, predicted, reason)
 
 
-def _demanded(points: Sequence[Point], target: Target) -> tuple[Point | None, float]:
-    """The cheapest point that is asked for, and the best recall of all."""
-    fits = [p for p in points if p.recall >= target.recall and (p.p50_ms or 0.0) <= (target.latency_ms or np.inf)]
-    return max(fits, key=_qps, default=None), max(p.recall for p in points)
+def _with(candidate: Candidate, prediction: Prediction, target: Target) -> Candidate:
+    """A candidate with what is predicted of it for its most demanding kind of query."""
+    cheapest = [_cheapest(points, target) for points in prediction.points.values()]
+    fits = [point for point in cheapest if point is not None]
+    slowest = min(fits, key=_qps) if len(fits) == len(cheapest) else None
+    best = round(min(prediction.best.values()), 4)
+    return replace(candidate, seconds=round(prediction.seconds, 1), point=slowest, best=best)
+
+
+def _cheapest(points: Sequence[Point], target: Target) -> Point | None:
+    fits = [point for point in points if (point.p50_ms or 0.0) <= (target.latency_ms or np.inf)]
+    return max(fits, key=_qps, default=None)
 
 
 def _qps(point: Point | None) -> float:
-    """Queries a second, which candidates are compared by: on a part, the latency of one query is mostly overhead."""
+    """Queries a second, which candidates are compared by."""
     return 0.0 if point is None or point.qps is None else point.qps
-
-
-def sweep(engine: Engine, probe: Probe, k: int, enough: float) -> list[Point]:
-    """Points from few lists to as many as bring more than `enough` recall, none beaten in both recall and latency."""
-    points: list[Point] = []
-    best, first = -1.0, 0
-    factors = K_FACTORS if engine.fine is not None else K_FACTORS[:1]
-    for nprobe in [p for p in PROBED if p < engine.lists] + [engine.lists]:  # type: ignore[operator]
-        before = 0.0
-        for number in range(first, len(factors)):
-            started = time.perf_counter()
-            recall = float(recalls_of(engine, probe, k, Settings(nprobe, factors[number])).mean())
-            if recall < before + ENOUGH and before:
-                break
-            qps = round(len(probe.vectors) / (time.perf_counter() - started))
-            points.append(Point(nprobe, factors[number], round(recall, 5), qps=qps))
-            before, enough_factor = recall, number
-        first = max(first, enough_factor - 2)  # with more lists, fewer candidates than these are never the best choice
-        if before >= min(1.0, enough + ENOUGH) or before < best + ENOUGH:
-            break
-        best = max(best, before)
-    # Lists and candidates stand in for time until few points are left: fewer of both is never slower.
-    rough = {point: point.nprobe * (1 + 0.02 * point.k_factor) for point in points}
-    timed = [time_point(engine, probe, k, point) for point in pareto(points, rough)]
-    return pareto(timed, {point: point.p50_ms or 0.0 for point in timed})
-
-
-def recalls_of(engine: Engine, probe: Probe, k: int, settings: Settings) -> NDArray[np.float64]:
-    """(Q,) recall@k against the truth of the probe."""
-    found = probe.found(lambda vectors, n: engine.search(vectors, min(n, engine.count), settings), k)
-    return metrics.recall_at_k_per_query(found, probe.truth[:, :k], min(k, found.shape[1]))
-
-
-def time_point(engine: Engine, probe: Probe, k: int, point: Point) -> Point:
-    """A point with its latency on one thread."""
-    k = min(k, engine.count)
-    threads = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(1)
-    try:
-        singles = [probe.vectors[row : row + 1] for row in np.resize(np.arange(len(probe.vectors)), TIMED)]
-        seconds = [_timed(partial(engine.search, query, k, point.settings)) for query in singles]
-    finally:
-        faiss.omp_set_num_threads(threads)
-    p50, p99 = np.quantile(seconds, [0.5, 0.99]) * 1000
-    return replace(point, p50_ms=round(float(p50), 4), p99_ms=round(float(p99), 4))
-
-
-def measure(engine: Engine, probes: Sequence[Probe], target: Target) -> Tuning:
-    """All points of a finished index, per kind of query, each checked by queries that had no part in choosing it."""
-    points = {}
-    for probe in probes:
-        chosen = sweep(engine, probe.half(held_out=False), target.k, max(target.recall, 0.99))
-        checked = []
-        for point in chosen:
-            values = recalls_of(engine, probe.half(held_out=True), target.k, point.settings)
-            error = 1.96 * float(values.std()) / max(1, len(values)) ** 0.5
-            checked.append(replace(point, held_out=round(float(values.mean()), 5), interval=round(error, 5)))
-        points[probe.kind] = checked
-    return Tuning(target.k, points, counts(probes))
-
-
-def reached(tuning: Tuning, target: Target) -> list[str]:
-    """What stays below what was asked for; nothing where all kinds reach it."""
-    problems = []
-    for kind, front in tuning.points.items():
-        fits = [point for point in front if point.reaches(target.recall)]
-        if not fits:
-            best = max(front, key=lambda p: p.proven)
-            problems.append(f"{kind}: recall@{target.k} {best.proven:.4f} at best")
-        elif target.latency_ms is not None and (fits[0].p50_ms or 0.0) > target.latency_ms:
-            problems.append(f"{kind}: {fits[0].p50_ms:.3f} ms for that recall")
-    return problems
-
-
-def _timed(call: Callable[[], Any]) -> float:
-    started = time.perf_counter()
-    call()
-    return time.perf_counter() - started
 
 
 def enough_for_codes(count: int) -> bool:
