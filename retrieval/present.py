@@ -177,11 +177,11 @@ def describe_index(path: Path, manifest: Manifest) -> Table:
 def describe_candidates(manifest: Manifest) -> Table:
     """The indexes that were compared, the chosen one first."""
     table = Table(
-        title="Candidates, predicted for all vectors; of each the kind of query that is slowest",
+        title="Candidates, predicted for all vectors: the slowest kind of query, s to encode",
         title_justify="left",
         box=box.SIMPLE_HEAD,
     )
-    names = ("lists", "each in", "code B", "recall", "p50 ms", "p99 ms", "QPS", "hot B", "disk B", "encode s", "")
+    names = ("lists", "each in", "code B", "recall", "p50 ms", "p99 ms", "QPS", "hot B", "disk B", "s", "")
     for name in names:
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
     count = manifest.meta["count"]
