@@ -103,7 +103,7 @@ def timed(engine: Engine, probe: Probe, k: int, points: Sequence[Point]) -> list
     found = []
     for point in points:
         call = partial(engine.search, probe.vectors, min(k, engine.count), point.settings)
-        found.append(replace(point, qps=round(len(probe.vectors) / min(_timed(call) for _ in range(5)))))
+        found.append(replace(point, qps=round(len(probe.vectors) / min(_timed(call) for _ in range(3)))))
     return [time_point(engine, probe, k, point) for point in found]
 
 
