@@ -18,6 +18,16 @@ from benchmarks.catalogues import TRAINED, WHOLE, Bench, Catalogue, Results, Spl
 
 LOSS = "--model.loss.init_args"
 
+
+def specialist(missing: str) -> list[str]:
+    """The configuration in use for items that never have this modality."""
+    others = ", ".join(
+        f"{{query: {m}, product: {m}, weight: 0.07}}" for m in ("text", "image", "attribute") if m != missing
+    )
+    parts = "{query: part, product: whole, weight: 0.25}, {query: whole, product: part, weight: 0.25}"
+    return [f"--model.product.{missing}=null", f"--model.compare=[{{query: whole}}, {parts}, {others}]"]
+
+
 ARMS: dict[str, dict[str, list[str]]] = {
     "fashion": {
         "in use": [],
@@ -33,6 +43,7 @@ ARMS: dict[str, dict[str, list[str]]] = {
         "open_clip's ClipLoss": [WHOLE, "--model.loss=benchmarks.peer_losses.OpenClipLoss"],
         "open_clip's SigLipLoss": [WHOLE, "--model.loss=benchmarks.peer_losses.OpenClipSigmoid"],
         **{f"{tower} alone": TRAINED[tower] for tower in ("text", "image", "attribute")},
+        **{f"specialist without {tower}": specialist(tower) for tower in ("text", "image", "attribute")},
     },
 }
 
@@ -65,7 +76,7 @@ def main(
         if only is None or name in only:
             chosen = {arm: arguments for arm, arguments in table.items() if arms is None or arm in arms}
             catalogue = Catalogue(name, seeds=3, trained=tuple(chosen))
-            benches.append(Bench(catalogue, data, weights, work, split, results, quick, chosen))
+            benches.append(Bench(catalogue, data, weights, work, split, results, quick, chosen, robust=("in use",)))
     run_all(benches, results, split)
 
 

@@ -140,8 +140,9 @@ class Bench:
         split: whose queries are asked.
         results: where figures go.
         quick: few epochs.
-        arms: name -> command-line arguments of what is trained; with other ones than these, nothing untrained and no
-            missing modality is measured.
+        arms: name -> command-line arguments of what is trained; with other ones than these, nothing untrained is
+            measured.
+        robust: trained arms that are measured with a modality missing, too.
     """
 
     def __init__(
@@ -154,10 +155,11 @@ class Bench:
         results: Results,
         quick: bool,
         arms: Mapping[str, list[str]] | None = None,
+        robust: Sequence[str] = ROBUSTNESS,
     ) -> None:
         self.all, self.arms = arms is None, TRAINED if arms is None else arms
         self.catalogue, self.weights, self.work, self.split = catalogue, weights, work, split
-        self.results, self.quick = results, quick
+        self.results, self.quick, self.robust = results, quick, robust
         self.raw = data / catalogue.name
         self.prepared = work / "catalogues" / catalogue.name
         self.cache = work / "features"
@@ -170,9 +172,9 @@ class Bench:
         for seed in range(1 if self.quick else self.catalogue.seeds):
             for name in self.catalogue.trained:
                 yield from self.arm(name, seed, lambda n=name, s=seed: self.train(n, self.arms[n], s))
-            for name in ROBUSTNESS if self.all else ():
-                if seed == 0 and name in self.catalogue.trained and not self.quick:
-                    yield from self.missing(name)
+            for name in self.robust:
+                if name in self.catalogue.trained and not self.quick:
+                    yield from self.missing(name, seed)
 
     def prepare(self) -> None:
         """The prepared catalogue."""
@@ -276,13 +278,13 @@ class Bench:
                 figures = {kind: {metric: triple(of[metric]) for metric in METRICS} for kind, of in kinds.items()}
                 self.results.store("arms", key, {"kinds": figures, "command": "", "split": self.split, "seconds": 0})
 
-    def missing(self, name: str) -> Iterator[str]:
+    def missing(self, name: str, seed: int) -> Iterator[str]:
         """A trained model when a modality is missing on one side."""
-        model = self.work / "runs" / self.catalogue.name / name / "0" / "train" / "model"
+        model = self.work / "runs" / self.catalogue.name / name / str(seed) / "train" / "model"
         for modality in MODALITIES:
             hide = Without(modality)
             for side, views in (("products", {"product": hide}), ("queries", {"query": hide})):
-                key = f"{self.catalogue.name}/{name}/0/{side} without {modality}"
+                key = f"{self.catalogue.name}/{name}/{seed}/{side} without {modality}"
                 if not self.results.done("missing", key, self.split):
                     figures = self.measure(model, self.work / "runs" / "missing", **views)
                     self.results.store("missing", key, {**figures, "split": self.split})
