@@ -24,7 +24,8 @@ class HeldOut:
         query: (Q,) int64 rows of `queries/`, or `ITSELF`.
         source: (Q,) int64 rows of `products/` that are asked as queries, or `ITSELF`.
         gallery: (G,) int64 rows of `products/`, ascending.
-        relevant: (Q, R) int64 positions in the gallery, -1 padded; every query has at least one.
+        judged: (Q, J) int64 positions in the gallery, -1 padded.
+        grade: (Q, J) float32, 0 to 1, of the judged products; 1 is the catalogue's highest, and every query has one.
         own: (Q,) int64 position of the asked product in the gallery, which is no hit; -1 where there is none.
         title_only: queries show their title alone: the known-item test of a catalogue without queries or mates.
     """
@@ -32,9 +33,15 @@ class HeldOut:
     query: np.ndarray
     source: np.ndarray
     gallery: np.ndarray
-    relevant: np.ndarray
+    judged: np.ndarray
+    grade: np.ndarray
     own: np.ndarray
     title_only: bool = False
+
+    @property
+    def relevant(self) -> np.ndarray:
+        """(Q, J) int64: the judged products of the highest grade, -1 for the others."""
+        return np.where(self.grade == 1, self.judged, -1)
 
     def __len__(self) -> int:
         return len(self.query)
@@ -53,64 +60,68 @@ def held_out(
 ) -> HeldOut:
     """The held-out queries of a split: judged ones where there are any, else its products' mates, else their titles.
 
-    Relevant is the highest grade of the judgements. The gallery is the catalogue; one of more than `max_products` is
-    sampled uniformly, relevant and asked products always among it.
+    The gallery is the catalogue; one of more than `max_products` is sampled uniformly, judged and asked products always
+    among it.
 
     Raises:
         ValueError: the split has no products to ask for.
     """
     rng = np.random.default_rng((seed, 1))
-    query, source, relevant_rows, title_only = _judged(products, queries, qrels, split)
+    query, source, judged_rows, grades = _judged(products, queries, qrels, split)
+    title_only = False
     if not len(query):
-        source, relevant_rows = _mates(products, mates, split)
+        source, judged_rows = _mates(products, mates, split)
         title_only = not len(source)
         if title_only:
             source = np.flatnonzero(is_split(products, split))
-            relevant_rows = [np.array([row]) for row in source]
+            judged_rows = [np.array([row]) for row in source]
         query = np.full(len(source), ITSELF, np.int64)
+        grades = [np.ones(len(rows), np.float32) for rows in judged_rows]
     if not len(query):
         raise ValueError(
             f"The {split} split has no products and no queries. Prepare the catalogue with a {split} split."
         )
     if len(query) > max_queries:
         keep = np.sort(rng.choice(len(query), max_queries, replace=False))
-        query, source, relevant_rows = query[keep], source[keep], [relevant_rows[i] for i in keep]
+        query, source = query[keep], source[keep]
+        judged_rows, grades = [judged_rows[i] for i in keep], [grades[i] for i in keep]
 
-    needed = np.unique(np.concatenate([*relevant_rows, source[source >= 0]]))
+    needed = np.unique(np.concatenate([*judged_rows, source[source >= 0]]))
     others = np.setdiff1d(np.arange(len(products)), needed)
     room = max(0, max_products - len(needed))
     gallery = np.sort(np.concatenate([needed, rng.permutation(others)[:room]])).astype(np.int64)
-    width = max(len(rows) for rows in relevant_rows)
-    relevant = np.full((len(query), width), -1, np.int64)
-    for i, rows in enumerate(relevant_rows):
-        relevant[i, : len(rows)] = np.searchsorted(gallery, rows)
+    width = max(len(rows) for rows in judged_rows)
+    judged = np.full((len(query), width), -1, np.int64)
+    grade = np.zeros((len(query), width), np.float32)
+    for i, rows in enumerate(judged_rows):
+        judged[i, : len(rows)] = np.searchsorted(gallery, rows)
+        grade[i, : len(rows)] = grades[i]
     asked = (source >= 0) & (not title_only)
     own = np.where(asked, np.searchsorted(gallery, np.maximum(source, 0)), -1)
-    return HeldOut(query, source, gallery, relevant, own, title_only)
+    return HeldOut(query, source, gallery, judged, grade, own, title_only)
 
 
 def _judged(
     products: Table, queries: Table | None, qrels: pa.Table | None, split: str
-) -> tuple[np.ndarray, np.ndarray, list[np.ndarray], bool]:
-    """Rows of the split's queries and sources, and the products relevant to each."""
+) -> tuple[np.ndarray, np.ndarray, list[np.ndarray], list[np.ndarray]]:
+    """Rows of queries and sources of the split, and the products judged for each with their grades, one the highest."""
     if queries is None or qrels is None or not len(qrels):
-        return np.empty(0, np.int64), np.empty(0, np.int64), [], False
+        return np.empty(0, np.int64), np.empty(0, np.int64), [], []
     product_ids = products.column("product_id")
     query, product = index_in(qrels["query_id"], queries.column("query_id")), index_in(qrels["product_id"], product_ids)
     source = index_in(queries.column("source_product_id"), product_ids)
-    relevance = qrels["relevance"].to_numpy()
-    keep = (
-        (relevance == relevance.max())
-        & (relevance > 0)
-        & is_split(queries, split)[query]
-        & (product >= 0)
-        & (query >= 0)
-    )
+    relevance = qrels["relevance"].to_numpy().astype(np.float32)
+    keep = (relevance > 0) & is_split(queries, split)[query] & (product >= 0) & (query >= 0)
     keep &= source[query] != product
-    pairs = np.unique(np.stack([query[keep], product[keep]], 1), axis=0)  # one judged twice counts once
+    query, product, grade = query[keep], product[keep], relevance[keep] / max(float(relevance.max()), 1e-9)
+    order = np.lexsort((-grade, product, query))
+    pairs, first = np.unique(np.stack([query[order], product[order]], 1), axis=0, return_index=True)  # judged twice
+    best = grade[order][first]
+    keep = np.isin(pairs[:, 0], pairs[best == 1, 0])
+    pairs, best = pairs[keep], best[keep]
     rows, starts = np.unique(pairs[:, 0], return_index=True)
-    relevant = np.split(pairs[:, 1], starts[1:]) if len(rows) else []
-    return np.where(source[rows] >= 0, ITSELF, rows), source[rows], relevant, False
+    judged, grades = (np.split(values, starts[1:]) if len(rows) else [] for values in (pairs[:, 1], best))
+    return np.where(source[rows] >= 0, ITSELF, rows), source[rows], judged, grades
 
 
 def _mates(products: Table, relation: MateRelation, split: str) -> tuple[np.ndarray, list[np.ndarray]]:

@@ -167,7 +167,7 @@ def test_the_folder_holds_the_best_weights(tiny_run: Path) -> None:
     exported = load_file(tiny_run / "model" / "model.safetensors")
     best = torch.load(tiny_run / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
     assert exported and all(torch.equal(tensor, best[name]) for name, tensor in exported.items())
-    assert "val/hit@10" in storage.read_manifest(tiny_run / "model").meta
+    assert "val/ndcg@10" in storage.read_manifest(tiny_run / "model").meta
 
 
 def test_the_folder_holds_no_code_and_no_pickle(tiny_run: Path, tmp_path: Path) -> None:

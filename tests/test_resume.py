@@ -169,12 +169,13 @@ def test_another_number_of_steps_needs_to_be_said(
 def test_a_torn_checkpoint_is_skipped_by_name(
     tiny_catalogue: Path, whole: list[dict[str, Any]], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    stopped(tiny_catalogue, tmp_path / "run", 12, "--checkpoint_every_steps=3")
+    arguments = ("--checkpoint_every_steps=3", "--checkpoint.mode=min")  # the best is the first one, and older
+    stopped(tiny_catalogue, tmp_path / "run", 12, *arguments)
     newest = max((tmp_path / "run" / "checkpoints").glob("last-*.ckpt"), key=lambda p: int(p.stem.split("=")[1]))
     assert newest.name == "last-step=9.ckpt"  # step 12 fails before it is saved
     newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
     with caplog.at_level(logging.INFO, logger="towers.cli"):
-        resumed = resume(tiny_catalogue, tmp_path / "run", "--checkpoint_every_steps=3")
+        resumed = resume(tiny_catalogue, tmp_path / "run", *arguments)
     assert f"skipped {newest}: it cannot be read (" in caplog.text
     assert resumed == whole[6:]
 

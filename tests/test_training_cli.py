@@ -48,7 +48,7 @@ def test_loss_temperature_shares_and_recall_are_logged(tiny_run: Path) -> None:
         shares = [logged(tiny_run, f"train/{side}_share_{name}") for name in ("text", "image", "attribute")]
         assert [sum(row) for row in zip(*shares, strict=True)] == pytest.approx([1.0] * 20, abs=1e-5)
     assert all(0.01 <= temperature < 1 for temperature in logged(tiny_run, "train/temperature"))
-    for metric in ("val/hit@1", "val/hit@10", "val/recall@10", "val/mrr@10"):
+    for metric in ("val/hit@1", "val/hit@10", "val/recall@10", "val/mrr@10", "val/ndcg@10"):
         assert len(logged(tiny_run, metric)) == 4
     assert logged(tiny_run, "lr-AdamW/pg1") or logged(tiny_run, "lr-AdamW")
 
@@ -64,8 +64,8 @@ def test_the_best_model_is_exported_and_not_the_last(tiny_catalogue: Path, tmp_p
     """Twelve epochs of a high learning rate: the last one is not the best, or no better than an earlier one."""
     run = tmp_path / "run"
     assert fit(tiny_catalogue, run, *TEXT_ONLY, "--trainer.max_epochs=6", "--checkpoint.mode=min") == 0
-    scores = logged(run, "val/hit@10")
-    assert read_manifest(run / "model").meta["val/hit@10"] == pytest.approx(min(scores))
+    scores = logged(run, "val/ndcg@10")
+    assert read_manifest(run / "model").meta["val/ndcg@10"] == pytest.approx(min(scores))
     best = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)
     assert best["global_step"] == 5 * (1 + scores.index(min(scores)))
     weights = load_model(run / "model").product.state_dict()
@@ -77,7 +77,7 @@ def test_validate_and_test_measure_the_best_checkpoint(
 ) -> None:
     arguments = fit_arguments(tiny_catalogue, tmp_path / "run", f"--ckpt_path={tiny_run / 'checkpoints' / 'best.ckpt'}")
     assert train.main(["validate", *arguments[1:]]) == 0
-    assert logged(tmp_path / "run", "val/hit@10") == [max(logged(tiny_run, "val/hit@10"))]
+    assert logged(tmp_path / "run", "val/ndcg@10") == [max(logged(tiny_run, "val/ndcg@10"))]
     assert train.main(["test", *arguments[1:]]) == 0
     assert len(logged(tmp_path / "run", "test/hit@10")) == 1
     assert train.main(["test", *arguments[1:-1]]) == 1

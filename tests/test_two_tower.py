@@ -295,11 +295,14 @@ def test_the_best_score_is_that_of_the_exported_model(tiny_run: Path, tiny_catal
     queries = QueryRows(data.products, data.queries, asked, ItemPreprocess("query"))
     query = model.encode([queries.item(i) for i in range(len(asked))], "query")
     product = model.encode([product_item(data.products.row(int(row))) for row in asked.gallery], "product")
-    hits = 0
-    for i, row in enumerate(asked.relevant):
+    gain = 0.0
+    for i, (row, grade) in enumerate(zip(asked.judged, asked.grade, strict=True)):
         order = [p for p in np.argsort(-(product @ query[i]), kind="stable") if p != asked.own[i]][:10]
-        hits += bool(set(order) & set(row[row >= 0].tolist()))
-    assert read_manifest(tiny_run / "model").meta["val/hit@10"] == pytest.approx(hits / len(asked))
+        of = dict(zip(row.tolist(), grade.tolist(), strict=True))
+        best = sorted(of.values(), reverse=True)[:10]
+        discount = 1 / np.log2(np.arange(2, 12))
+        gain += discount @ [of.get(p, 0.0) for p in order] / (discount[: len(best)] @ best)
+    assert read_manifest(tiny_run / "model").meta["val/ndcg@10"] == pytest.approx(gain / len(asked))
 
 
 def test_training_takes_a_pair_of_nothing(tiny_catalogue: Path) -> None:

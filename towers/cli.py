@@ -43,7 +43,7 @@ USAGE = "%(prog)s [--config FILE] [--OPTION VALUE ...]"
 LOSSES: tuple[type[Loss], ...] = (InfoNCE, SigmoidLoss, MemoryInfoNCE, GlobalInfoNCE, CoSENT, PairLoss)
 """What a configuration may name without its module."""
 
-VAL_FIGURE = r"val/((product|other)_queries/)?(hit@1|hit@10|recall@10|mrr@10)"
+VAL_FIGURE = r"val/((product|other)_queries/)?(hit@1|hit@10|recall@10|mrr@10|ndcg@10)"
 
 USER_ERRORS = (OSError, ValueError, ArtefactError, FloatingPointError, ImportError, MisconfigurationException)
 
@@ -136,10 +136,10 @@ class TrainingCLI(LightningCLI):
         parser.add_lightning_class_args(StepTimes, "step_times")
         parser.set_defaults(
             {
-                "early_stopping.monitor": "val/hit@10",
+                "early_stopping.monitor": "val/ndcg@10",
                 "early_stopping.mode": "max",
                 "early_stopping.patience": 5,
-                "checkpoint.monitor": "val/hit@10",
+                "checkpoint.monitor": "val/ndcg@10",
                 "checkpoint.mode": "max",
                 "checkpoint.filename": "best",
                 "checkpoint.auto_insert_metric_name": False,
@@ -169,8 +169,8 @@ class TrainingCLI(LightningCLI):
             monitor = self.config[self.subcommand][name].monitor
             if monitor != "train/loss" and not re.fullmatch(VAL_FIGURE, monitor or ""):
                 raise ValueError(
-                    f"{name}.monitor={monitor!r} is no figure of a run. Choose val/hit@1, val/hit@10, val/recall@10 or "
-                    "val/mrr@10, those of val/product_queries/ or val/other_queries/, or train/loss."
+                    f"{name}.monitor={monitor!r} is no figure of a run. Choose val/ndcg@10, val/hit@1, val/hit@10, "
+                    "val/recall@10 or val/mrr@10, those of val/product_queries/ or val/other_queries/, or train/loss."
                 )
 
     @property

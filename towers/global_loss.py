@@ -60,7 +60,8 @@ class GlobalInfoNCE(InfoNCE):
             after = torch.where(before.isnan(), now, mixed)
             seen = after.isfinite()
             remembered[slots[seen]] = after[seen]
-            own = remembered[slots_of(keys, self.num_slots)]
+            # Of rows that share a place one is remembered: each has at least its own share in what it is divided by.
+            own = torch.maximum(remembered[slots_of(keys, self.num_slots)], losses.float() + _log(1 - self.memory))
         known = losses.isfinite()
         return (losses.masked_fill(~known, 0.0) - own.nan_to_num()).exp() * known
 

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from datamodules.batch import Batch, Item, Items, NumberedItems, Side
 from datamodules.preprocess import Preprocess
 from datamodules.schema import Schema
-from retrieval.metrics import hit_at_k, mrr, recall_at_k
+from retrieval.metrics import hit_at_k, mrr, ndcg_at_k, recall_at_k
 from towers.cache import cached
 from towers.encoder import Encoded, Encoder
 from towers.gather import num_processes
@@ -331,7 +331,7 @@ class TwoTower(L.LightningModule):
         """Exact search of the held-out queries."""
         figures = self._held_out_metrics("val", self.trainer.datamodule.val_split)
         for name, value in figures.items():
-            self.log(name, value, prog_bar=name == "val/hit@10")
+            self.log(name, value, prog_bar=name == "val/ndcg@10")
 
     def on_test_epoch_start(self) -> None:
         """As `on_validation_epoch_start`."""
@@ -353,12 +353,14 @@ class TwoTower(L.LightningModule):
             raise self._not_finite("Embeddings of held-out queries or products are not numbers")
         searched = (query.any(1)) & (asked.relevant >= 0).any(1)  # the sanity check encodes the first batches alone
         retrieved = exact_search(query[searched], product, asked.own[searched], k=10)
-        relevant = asked.relevant[searched]
-        figures = ranking_figures(name, retrieved, relevant)
+        relevant, judged, grade = asked.relevant[searched], asked.judged[searched], asked.grade[searched]
         asks_product = asked.own[searched] >= 0
+        parts = {name: np.full(len(retrieved), True)}
         if asks_product.any() and not asks_product.all():
-            figures |= ranking_figures(f"{name}/product_queries", retrieved[asks_product], relevant[asks_product])
-            figures |= ranking_figures(f"{name}/other_queries", retrieved[~asks_product], relevant[~asks_product])
+            parts |= {f"{name}/product_queries": asks_product, f"{name}/other_queries": ~asks_product}
+        figures: dict[str, float] = {}
+        for part, of in parts.items():
+            figures |= ranking_figures(part, retrieved[of], relevant[of], judged[of], grade[of])
         return figures
 
     def _all_rows(self, parts: list[Any], num_rows: int) -> np.ndarray:
@@ -391,13 +393,16 @@ class TwoTower(L.LightningModule):
             raise ValueError("The checkpoint was trained on another catalogue: its schema differs from this one's.")
 
 
-def ranking_figures(name: str, retrieved: np.ndarray, relevant: np.ndarray) -> dict[str, float]:
-    """hit@1, hit@10, recall@10 and MRR of the first 10 results, by name."""
+def ranking_figures(
+    name: str, retrieved: np.ndarray, relevant: np.ndarray, judged: np.ndarray, grade: np.ndarray
+) -> dict[str, float]:
+    """hit@1, hit@10, recall@10, MRR and nDCG of the first 10 results, by name; arguments as in `retrieval.metrics`."""
     return {
         f"{name}/hit@1": hit_at_k(retrieved, relevant, 1),
         f"{name}/hit@10": hit_at_k(retrieved, relevant, 10),
         f"{name}/recall@10": recall_at_k(retrieved, relevant, 10),
         f"{name}/mrr@10": mrr(retrieved, relevant),
+        f"{name}/ndcg@10": ndcg_at_k(retrieved, judged, grade, 10),
     }
 
 
