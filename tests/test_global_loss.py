@@ -94,9 +94,10 @@ def test_impossible_settings_are_refused(settings: dict, message: str) -> None:
 def test_rows_that_share_a_place_weigh_no_more_than_one_that_was_never_seen_before() -> None:
     """One row with a small sum and one with a large one, under one key: each is divided by its own share at least."""
     loss = GlobalInfoNCE(temperature=0.02, memory=0.8, num_slots=2)
-    query = torch.tensor([[1.0, 0.0], [-0.8, 0.6], [0.6, 0.8], [0.0, 1.0]]).requires_grad_()
-    product = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8], [-1.0, 0.0]])
-    value = loss(query, product, make_batch(keys(4, product=[1, 2, 3, 4])))
+    # Rows of high and low loss by turns, in two places: some high one is remembered as a low one.
+    query = torch.tensor([[-1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, 1.0]]).requires_grad_()
+    product = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [-1.0, 0.0]])
+    value = loss(query, product, make_batch(keys(6, product=[1, 2, 3, 2, 5, 6])))
     value.backward()
     assert 0 < value.item() <= 1 / (1 - 0.8)
     assert query.grad.isfinite().all() and query.grad.abs().max() <= 5 / 0.02
