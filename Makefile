@@ -71,6 +71,7 @@ bench-setup:  ## Install the libraries that the index benchmark compares with, i
 
 reliability: $(INSTALLED)  ## Kill, starve and damage index folders at length (about 20 minutes), with a table at the end.
 	TRITOWER_RELIABILITY=full TRITOWER_RELIABILITY_REPORT=reliability.json OMP_NUM_THREADS=1 $(BIN)/pytest -q -rs \
+		-o faulthandler_timeout=0 \
 		tests/reliability tests/test_storage.py tests/test_versions.py tests/test_workspace.py tests/test_update.py
 
 clean:  ## Remove the demo, caches and build leftovers; .venv stays.
