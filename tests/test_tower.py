@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import write_bert
+from tiny_models import write_bert, write_open_clip
 from torch import nn
 
 from towers.hugging_face import HuggingFaceText
-from towers.image import TimmImage
+from towers.image import ImageTower, TimmImage
+from towers.open_clip_models import OpenClipImage
 from towers.tower import Tower
 
 VIT = {"model": "vit_tiny_patch16_224", "model_args": {"depth": 4, "embed_dim": 12, "num_heads": 2}, "image_size": 224}
@@ -81,3 +82,38 @@ def test_a_tower_without_blocks_is_refused() -> None:
 
     with pytest.raises(ValueError, match="Plain has no stack of blocks"):
         Plain().freeze_lower(0.5)
+
+
+def tokens_seen(tower: ImageTower, blocks: nn.Module) -> int:
+    """Tokens that reach the first block."""
+    seen: list[int] = []
+    hook = blocks[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape[1]))
+    size = tower.preprocess.size
+    tower(torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8))
+    hook.remove()
+    return seen[0]
+
+
+@pytest.mark.parametrize("library", ["timm", "open_clip"])
+def test_patches_are_dropped_in_training_but_not_at_its_end(tmp_path: Path, library: str) -> None:
+    if library == "timm":
+        tower: ImageTower = TimmImage(**VIT, patch_dropout=0.5)
+        whole, blocks = 197, tower.model.blocks
+    else:
+        tower = OpenClipImage(f"local-dir:{write_open_clip(tmp_path / 'clip')}", patch_dropout=0.5)
+        blocks = tower.model.transformer.resblocks
+        whole = tower.model.positional_embedding.shape[0]
+    few = 1 + (whole - 1) // 2
+    assert tokens_seen(tower.train(), blocks) == few
+    assert tokens_seen(tower.eval(), blocks) == whole
+    tower.train().at(0.95)
+    assert tokens_seen(tower, blocks) == whole
+    tower.at(0.5)  # a run that is resumed earlier drops them again
+    assert tokens_seen(tower, blocks) == few
+
+
+def test_patches_are_only_dropped_where_there_are_some() -> None:
+    with pytest.raises(ValueError, match="does not cut pictures into patches"):
+        TimmImage("tf_efficientnet_lite0", patch_dropout=0.5)
+    with pytest.raises(ValueError, match=r"patch_dropout=1\.0 is a share"):
+        TimmImage(**VIT, patch_dropout=1.0)

@@ -103,6 +103,22 @@ def test_every_fusion_and_the_sigmoid_loss_train(tiny_catalogue: Path, tmp_path:
     assert load_model(tmp_path / "run" / "model").product.fusion_name == fusion
 
 
+def test_compiled_towers_train_to_the_same_model(tiny_catalogue: Path, tmp_path: Path) -> None:
+    for name, backend in (("plain", "null"), ("compiled", "eager")):
+        arguments = (*FAST, f"--model.compile_backend={backend}")
+        assert fit(tiny_catalogue, tmp_path / name, *arguments) == 0
+    assert logged(tmp_path / "plain", "train/loss") == logged(tmp_path / "compiled", "train/loss")
+    one, other = (load_model(tmp_path / name / "model").state_dict() for name in ("plain", "compiled"))
+    assert one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def test_a_backend_that_is_none_is_refused(
+    tiny_catalogue: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train.main(fit_arguments(tiny_catalogue, tmp_path / "run", "--model.compile_backend=inducer")) == 1
+    assert "compile_backend='inducer': choose one of" in last_line(capsys)
+
+
 def test_parts_towers_and_labels_are_compared_in_one_run(tiny_catalogue: Path, tmp_path: Path) -> None:
     compare = (
         "[{}, {query: part, product: whole, weight: 0.5}, {query: image, product: image, weight: 0.1}, "

@@ -11,10 +11,14 @@ import numpy as np
 import timm
 import torch
 from PIL import Image
-from torch import Tensor
+from timm.layers import PatchDropout
+from torch import Tensor, nn
 
 from datamodules.images import decode
 from towers.tower import Tower
+
+WHOLE_PICTURES = 0.9
+"""From this share of the training on, patches are no longer dropped: so a model is used to whole pictures."""
 
 Resize = Literal["pad", "crop", "squash"]
 FILTERS = {
@@ -102,6 +106,38 @@ class ImageTower(Tower):
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
+    def drop_patches(self, share: float) -> None:
+        """Leave out a random share of each picture's patches, in all but the last tenth of a training.
+
+        A step takes about as much less time (arXiv:2212.00794).
+
+        Args:
+            share: of the patches, 0 (none) to below 1.
+
+        Raises:
+            ValueError: share out of range, or a model whose pictures are not cut into patches.
+        """
+        if not 0 <= share < 1:
+            raise ValueError(f"patch_dropout={share} is a share of the patches: choose 0 to below 1.")
+        self.patch_dropout = share
+        if share == 0:
+            return
+        found = False
+        for module in list(self.modules()):
+            for name in ("patch_drop", "patch_dropout"):  # timm's and open_clip's, where nothing is dropped so far
+                if isinstance(getattr(module, name, None), nn.Module):
+                    prefix = getattr(module, "num_prefix_tokens", 1)
+                    setattr(module, name, PatchDropout(share, num_prefix_tokens=prefix))
+                    found = True
+        if not found:
+            raise ValueError(f"patch_dropout={share}: this model does not cut pictures into patches (a ViT does).")
+
+    def at(self, progress: float) -> None:
+        """See `Tower.at`: whole pictures in the last tenth."""
+        for module in self.modules():
+            if isinstance(module, PatchDropout):
+                module.prob = self.patch_dropout if progress < WHOLE_PICTURES else 0.0
+
     def normalise(self, pixels: Tensor) -> Tensor:
         """(N, 3, S, S) uint8 -> float32 with the model's mean and standard deviation; done where the pixels are."""
         return (pixels.to(self.mean.dtype) / 255 - self.mean) / self.std
@@ -122,6 +158,7 @@ class TimmImage(ImageTower):
         augment: vary the pictures in training (crops of 70 to 100 %, mirrored at random).
         freeze: keep the weights as they are; their features can then be cached.
         freeze_lower: share of the blocks, from the input on, whose weights are kept; 0.5 takes about half of the time.
+        patch_dropout: share of a ViT's patches that training leaves out, in all but its last tenth.
     """
 
     def __init__(
@@ -137,6 +174,7 @@ class TimmImage(ImageTower):
         augment: bool = False,
         freeze: bool = False,
         freeze_lower: float = 0.0,
+        patch_dropout: float = 0.0,
     ) -> None:
         if isinstance(pretrained, Path) and not pretrained.is_file():
             raise FileNotFoundError(f"pretrained={pretrained}: no such weights file.")
@@ -161,6 +199,7 @@ class TimmImage(ImageTower):
         self.model = backbone
         self.pretrained = bool(pretrained)
         self.out_dim = backbone.num_features
+        self.drop_patches(patch_dropout)
         self.freeze_lower(freeze_lower)
         if freeze:
             self.freeze()

@@ -145,6 +145,7 @@ class OpenClipImage(ImageTower):
         augment: vary the pictures in training (crops of 70 to 100 %, mirrored at random).
         freeze: keep the weights as they are; their features can then be cached.
         freeze_lower: share of the blocks, from the input on, whose weights are kept; 0.5 takes about half of the time.
+        patch_dropout: share of a ViT's patches that training leaves out, in all but its last tenth.
         load_weights: false builds the architecture alone, untrained.
     """
 
@@ -155,6 +156,7 @@ class OpenClipImage(ImageTower):
         augment: bool = False,
         freeze: bool = False,
         freeze_lower: float = 0.0,
+        patch_dropout: float = 0.0,
         load_weights: bool = True,
     ) -> None:
         self_config = open_clip_config(model)
@@ -168,6 +170,7 @@ class OpenClipImage(ImageTower):
         self.model = visual
         self.pretrained = load_weights and is_pretrained(model, pretrained)
         self.out_dim = self_config["model_cfg"]["embed_dim"]
+        self.drop_patches(patch_dropout)
         self.freeze_lower(freeze_lower)
         if freeze:
             self.freeze()

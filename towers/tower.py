@@ -71,6 +71,9 @@ class Tower(nn.Module):
                 module.training = False
         return self
 
+    def at(self, progress: float) -> None:
+        """Take note of how much of the training is done, 0 to 1; for what a tower does in a part of it only."""
+
     def set_schema(self, schema: Schema) -> None:
         """Take what the tower needs to know of the catalogue; most need nothing."""
 

@@ -25,6 +25,7 @@ from towers.encoder import Encoded, Encoder
 from towers.gather import num_processes
 from towers.loss import ContrastiveLoss, InfoNCE, Loss
 from towers.text import TextTower
+from towers.tower import Tower
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +70,7 @@ class TwoTower(L.LightningModule):
         chunk_size: items that are encoded at once; null encodes the whole batch. Smaller needs less memory and more
             time: each chunk's forward pass runs again in the backward pass (as GradCache, arXiv:2101.06983).
         feature_cache: folder where features of frozen towers are kept; null runs frozen towers every time.
+        compile_backend: of torch.compile, for all towers that are trained, e.g. `inductor`; null does not compile them.
         seed: of dropout; with it every step follows from its number, also after resuming.
     """
 
@@ -84,6 +86,7 @@ class TwoTower(L.LightningModule):
         warmup: float = 0.05,
         chunk_size: int | None = None,
         feature_cache: Path | None = None,
+        compile_backend: str | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -108,7 +111,10 @@ class TwoTower(L.LightningModule):
             if name not in ("whole", "part") and not all(name in e.towers for e in (product, query or product)):
                 raise ValueError(f"compare names {name!r}, but an encoder has no such tower: leave it out.")
         self.lr, self.pretrained_lr, self.weight_decay, self.warmup = lr, pretrained_lr, weight_decay, warmup
-        self.chunk_size, self.feature_cache, self.seed = chunk_size, feature_cache, seed
+        if compile_backend not in (None, *(known := torch.compiler.list_backends(exclude_tags=()))):
+            raise ValueError(f"compile_backend={compile_backend!r}: choose one of {', '.join(known)}.")
+        self.chunk_size, self.feature_cache, self.compile_backend = chunk_size, feature_cache, compile_backend
+        self.seed = seed
         self.schema: Schema | None = None
         self.planned_steps: int | None = None
         self.replan = False  # a resumed run may have another number of steps
@@ -208,10 +214,22 @@ class TwoTower(L.LightningModule):
             self.trainer.strategy.barrier()
         return result
 
+    def on_fit_start(self) -> None:
+        """Compile what is trained; weights and their names stay as they are."""
+        if self.compile_backend is not None:
+            for tower in self._towers():
+                if not tower.frozen:
+                    tower.compile(backend=self.compile_backend)
+
+    def _towers(self) -> list[Tower]:
+        return [tower for encoder in dict.fromkeys((self.product, self.query)) for tower in encoder.towers.values()]
+
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """What a batch does follows from its number and the weights, so a resumed run equals one that never stopped."""
         for loss in self.losses:
             loss.clamp()
+        for tower in self._towers():
+            tower.at(self.global_step / max(1, self.planned_steps or 1))
         number = self.trainer.fit_loop.epoch_loop.total_batch_idx  # several batches make a step where gradients add up
         torch.manual_seed((self.seed * 1_000_003 + number) * 1_000 + self.global_rank)
 
