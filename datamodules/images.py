@@ -53,6 +53,7 @@ def decode(
     data: bytes,
     *,
     max_side: int | None = None,
+    draft: int | None = None,
     background: tuple[int, int, int] = WHITE,
     limits: Limits = LIMITS,
 ) -> Image.Image:
@@ -61,6 +62,7 @@ def decode(
     Args:
         data: JPEG, PNG, GIF, WebP, BMP, TIFF or AVIF.
         max_side: shrink so that the longer side is at most this; never enlarges.
+        draft: sides of so many pixels are enough: a larger JPEG is decoded at a half, a quarter or an eighth.
         background: RGB that stands behind transparent pixels.
         limits: what is refused before decoding.
 
@@ -68,7 +70,7 @@ def decode(
         ImageError: EMPTY_FILE, FILE_TOO_LARGE, NOT_AN_IMAGE, IMAGE_TOO_LARGE, IMAGE_TOO_SMALL, IMAGE_SHAPE,
             TRUNCATED_IMAGE, DAMAGED_IMAGE or UNSUPPORTED_MODE.
     """
-    return _render(_open(data, limits), max_side, background)
+    return _render(_open(data, limits), max_side, background, draft)
 
 
 def downsize(
@@ -134,10 +136,13 @@ def _check_size(width: int, height: int, limits: Limits) -> None:
         raise ImageError("IMAGE_SHAPE", f"{size}; one side may be at most {limits.max_aspect:g} times the other")
 
 
-def _render(image: ImageFile.ImageFile, max_side: int | None, background: tuple[int, int, int]) -> Image.Image:
+def _render(
+    image: ImageFile.ImageFile, max_side: int | None, background: tuple[int, int, int], draft: int | None = None
+) -> Image.Image:
     """Decode, turn upright, flatten, shrink."""
-    if max_side is not None and image.format in ("JPEG", "MPO"):
-        image.draft("RGB", (2 * max_side, 2 * max_side))  # JPEG can shrink by 2, 4 or 8 while it decodes
+    enough = draft if max_side is None else 2 * max_side
+    if enough is not None and image.format in ("JPEG", "MPO"):
+        image.draft("RGB", (enough, enough))  # JPEG can shrink by 2, 4 or 8 while it decodes
     _load(image)
     upright = image if _orientation(image) == 1 else ImageOps.exif_transpose(image)
     pixels = _to_rgb(upright, background)

@@ -14,6 +14,7 @@ from tiny_models import TIMM, TIMM_ARGS, write_timm, write_timm_hub
 from torch import nn
 
 from datamodules.batch import Item
+from datamodules.images import decode
 from datamodules.preprocess import ItemPreprocess
 from towers.encoder import Encoder
 from towers.image import PicturePreprocess, TimmImage
@@ -187,3 +188,30 @@ def test_the_real_weights_see_colours(weights_dir: Path) -> None:
         features = tower(tower.preprocess([encoded(Image.fromarray(s.astype(np.uint8))) for s in shades]))
     red, crimson, blue = nn.functional.normalize(features, dim=1)
     assert red @ crimson > red @ blue + 0.05
+
+
+def photo(width: int, height: int) -> Image.Image:
+    """Smooth in the large, with some grain."""
+    generator = np.random.default_rng(0)
+    coarse = Image.fromarray(generator.integers(0, 256, (6, 6, 3), dtype=np.uint8))
+    pixels = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC)).astype(int)
+    return Image.fromarray((pixels + generator.integers(-8, 9, pixels.shape)).clip(0, 255).astype(np.uint8))
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "lanczos", "nearest"])
+@pytest.mark.parametrize("size", [30, 90])
+def test_pictures_are_resized_as_pillow_does_it(interpolation: str, size: int) -> None:
+    picture = photo(64, 48)
+    [found] = PicturePreprocess(size, "squash", interpolation)([encoded(picture)])
+    expected = np.asarray(picture.resize((size, size), getattr(Image.Resampling, interpolation.upper()))).astype(int)
+    assert np.abs(found.permute(1, 2, 0).numpy().astype(int) - expected).max() <= 1
+
+
+def test_a_large_jpeg_is_decoded_no_larger_than_needed() -> None:
+    picture = photo(640, 480)
+    data = encoded(picture, "JPEG")
+    assert decode(data, draft=100).size == (160, 120) and decode(data).size == (640, 480)
+    assert decode(encoded(picture), draft=100).size == (640, 480)  # other formats cannot
+    [found] = PicturePreprocess(64, "squash")([data])
+    expected = np.asarray(picture.resize((64, 64), Image.Resampling.BICUBIC)).astype(int)
+    assert np.abs(found.permute(1, 2, 0).numpy().astype(int) - expected).mean() < 2

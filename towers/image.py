@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from timm.layers import PatchDropout
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from datamodules.images import decode
 from towers.tower import Tower
@@ -49,43 +50,50 @@ class PicturePreprocess:
     def __call__(self, images: Sequence[bytes], rngs: Sequence[np.random.Generator] | None = None) -> Tensor:
         """(N, 3, S, S) uint8; varied where `rngs` are given."""
         vary = rngs if rngs is not None and self.augment else [None] * len(images)
-        pixels = [np.asarray(self.square(decode(data), rng)) for data, rng in zip(images, vary, strict=True)]
-        return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
+        pictures = (
+            decode(data, draft=2 * self.size) for data in images
+        )  # many pixels more than S are not even decoded
+        return torch.stack([self.square(picture, rng) for picture, rng in zip(pictures, vary, strict=True)])
 
-    def square(self, picture: Image.Image, rng: np.random.Generator | None) -> Image.Image:
-        """An RGB picture of S x S."""
-        box = (0.0, 0.0, float(picture.width), float(picture.height))
+    def square(self, picture: Image.Image, rng: np.random.Generator | None) -> Tensor:
+        """An RGB picture as (3, S, S) uint8."""
+        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
         mirror = False
         if rng is not None:
-            box, mirror = part_of(box, float(rng.uniform(0.7, 1.0)), rng), bool(rng.random() < 0.5)
-        left, top, right, bottom = box
-        width, height = right - left, bottom - top
-        side = min(width, height)
+            pixels, mirror = part_of(pixels, float(rng.uniform(0.7, 1.0)), rng), bool(rng.random() < 0.5)
+        height, width = pixels.shape[1:]
         if self.resize == "crop":
-            left, top = left + (width - side) / 2, top + (height - side) / 2
-            box = (left, top, left + side, top + side)
+            side = min(width, height)
+            top, left = (height - side) // 2, (width - side) // 2
+            pixels = pixels[:, top : top + side, left : left + side]
         if self.resize == "pad" and width != height:
             scale = self.size / max(width, height)
-            inner = (max(1, round(width * scale)), max(1, round(height * scale)))
-            result = Image.new("RGB", (self.size, self.size), "white")
-            offset = ((self.size - inner[0]) // 2, (self.size - inner[1]) // 2)
-            result.paste(picture.resize(inner, FILTERS[self.interpolation], box), offset)
-        elif picture.size == (self.size, self.size) and box == (0, 0, *picture.size):
-            result = picture
+            inner = self._resized(pixels, max(1, round(height * scale)), max(1, round(width * scale)))
+            top, left = (self.size - inner.shape[1]) // 2, (self.size - inner.shape[2]) // 2
+            pixels = torch.full((3, self.size, self.size), 255, dtype=torch.uint8)
+            pixels[:, top : top + inner.shape[1], left : left + inner.shape[2]] = inner
         else:
-            result = picture.resize((self.size, self.size), FILTERS[self.interpolation], box)
-        return result.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirror else result
+            pixels = self._resized(pixels, self.size, self.size)
+        return pixels.flip(2) if mirror else pixels
+
+    def _resized(self, pixels: Tensor, height: int, width: int) -> Tensor:
+        """(3, H, W) uint8 to (3, height, width); within a level of what Pillow makes of it, in a fifth of its time."""
+        if pixels.shape[1:] == (height, width):
+            return pixels
+        if self.interpolation in ("bilinear", "bicubic"):
+            size = (height, width)
+            return F.interpolate(pixels[None], size=size, mode=self.interpolation, antialias=True)[0]
+        picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+        return torch.from_numpy(np.array(picture.resize((width, height), FILTERS[self.interpolation]))).permute(2, 0, 1)
 
 
-Box = tuple[float, float, float, float]
-
-
-def part_of(box: Box, area: float, rng: np.random.Generator) -> Box:
-    """A random part of a box with this share of its area and its aspect ratio."""
-    left, top, right, bottom = box
-    width, height = (right - left) * area**0.5, (bottom - top) * area**0.5
-    left, top = left + rng.random() * (right - left - width), top + rng.random() * (bottom - top - height)
-    return left, top, left + width, top + height
+def part_of(pixels: Tensor, area: float, rng: np.random.Generator) -> Tensor:
+    """A random part of a picture (3, H, W) with this share of its area and its aspect ratio."""
+    height, width = (max(1, round(side * area**0.5)) for side in pixels.shape[1:])
+    top, left = (
+        int(rng.integers(0, all_ - part + 1)) for all_, part in zip(pixels.shape[1:], (height, width), strict=True)
+    )
+    return pixels[:, top : top + height, left : left + width]
 
 
 class ImageTower(Tower):
