@@ -42,6 +42,10 @@ ARMS: dict[str, dict[str, list[str]]] = {
         "families are no positives": [f"{LOSS}.positives={{product: 1, group: 1, query: 1}}"],
         "open_clip's ClipLoss": [WHOLE, "--model.loss=benchmarks.peer_losses.OpenClipLoss"],
         "open_clip's SigLipLoss": [WHOLE, "--model.loss=benchmarks.peer_losses.OpenClipSigmoid"],
+        "text alone, sentence-transformers' loss": [
+            *TRAINED["text"],
+            "--model.loss=benchmarks.peer_losses.MultipleNegativesRanking",
+        ],
         **{f"{tower} alone": TRAINED[tower] for tower in ("text", "image", "attribute")},
         **{f"specialist without {tower}": specialist(tower) for tower in ("text", "image", "attribute")},
     },

@@ -1,4 +1,4 @@
-"""open_clip's losses, imported and run in place of ours: identical towers, batches and steps."""
+"""Losses of open_clip and sentence-transformers in place of ours: identical towers, batches and steps."""
 
 from __future__ import annotations
 
@@ -45,4 +45,24 @@ class OpenClipSigmoid(ContrastiveLoss):
     def forward(self, query: Tensor, product: Tensor, batch: Batch) -> Tensor:
         """See `Loss.forward`."""
         loss: Tensor = self.peer(query.float(), product[: len(query)].float(), self.scale, self.bias)
+        return loss
+
+
+class MultipleNegativesRanking(ContrastiveLoss):
+    """sentence-transformers' MultipleNegativesRankingLoss: queries against products, at a temperature that stays.
+
+    Args:
+        temperature: in cosine; 1 / 20 is its default.
+        min_temperature: without effect.
+    """
+
+    def __init__(self, temperature: float = 0.05, min_temperature: float = 0.01) -> None:
+        super().__init__(temperature, min_temperature)
+        from sentence_transformers.losses import MultipleNegativesRankingLoss
+
+        self.peer = MultipleNegativesRankingLoss(nn.Identity(), scale=1 / temperature)  # type: ignore[arg-type]
+
+    def forward(self, query: Tensor, product: Tensor, batch: Batch) -> Tensor:
+        """See `Loss.forward`."""
+        loss: Tensor = self.peer.compute_loss_from_embeddings([query.float(), product[: len(query)].float()], None)
         return loss

@@ -1,0 +1,174 @@
+"""How long a training step takes: open_clip's own, ours, and ours with less to do.
+
+    python -m benchmarks.steps --json FILE [--model ViT-B-32] [--batch 1024] [--chunk N] [--steps 10] [--arms ...]
+
+A text tower asks for the pictures of the other side, on random tokens and pixels that are on the device already: no
+loading of data, all else (preprocessing on the device, forward, loss, backward, AdamW). On a GPU in bfloat16, on a CPU
+in float32. Untrained weights: time does not depend on them. Arms run one after another in this process.
+
+Keys of FILE:
+    machine   device, threads, versions
+    rows      arm, model, batch, chunk, seconds (median of the steps), pairs_per_s, peak_bytes (of the GPU; 0 on a CPU),
+              of_tuned (seconds over those of "tuned"), over_open_clip (pairs per second over open_clip's)
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from jsonargparse import ArgumentParser
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from datamodules.batch import NO_KEY, RELATIONS, Batch, Items
+from retrieval import storage
+from towers.encoder import Encoder
+from towers.open_clip_models import OpenClipImage, OpenClipText
+from towers.two_tower import TwoTower
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ARMS = ("open_clip", "tuned", "frozen lower half", "patch dropout .5", "both", "compiled")
+LESS = {
+    "frozen lower half": {"freeze_lower": 0.5},
+    "patch dropout .5": {"patch_dropout": 0.5},
+    "both": {"freeze_lower": 0.5, "patch_dropout": 0.5},
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    parser = ArgumentParser(prog="python -m benchmarks.steps", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--json", type=Path, required=True, help="file of the figures")
+    parser.add_argument("--model", default="ViT-B-32", help="name of a model of open_clip with a picture of patches")
+    parser.add_argument("--batch", type=int, default=1024, help="pairs of a step")
+    parser.add_argument("--chunk", type=int, default=None, help="items encoded at once (ours); all where left out")
+    parser.add_argument("--steps", type=int, default=10, help="that are timed, after two that are not")
+    parser.add_argument("--arms", type=list[str], default=list(ARMS[:-1]), help=f"some of {', '.join(ARMS)}")
+    options = parser.parse_args(arguments)
+    logging.disable(logging.WARNING)  # that the weights are random is meant
+    rows = []
+    for arm in options.arms:
+        rows.append(measure(arm, options.model, options.batch, options.chunk, options.steps))
+        print(f"{arm}: {rows[-1]['seconds']:.3f} s a step", flush=True)
+    seconds = {row["arm"]: row["seconds"] for row in rows}
+    for row in rows:
+        for name, base, other in (("of_tuned", row["arm"], "tuned"), ("over_open_clip", "open_clip", row["arm"])):
+            row[name] = round(seconds[base] / seconds[other], 3) if {base, other} <= seconds.keys() else None
+    gpu = torch.cuda.get_device_name() if DEVICE == "cuda" else None
+    versions = {"torch": torch.__version__, "open_clip": open_clip.__version__}
+    machine = {"device": gpu or "cpu", "cores": os.cpu_count(), "threads": torch.get_num_threads(), **versions}
+    storage.write_json(options.json, {"machine": machine, "rows": rows})
+    show(rows)
+    return 0
+
+
+def measure(arm: str, model: str, batch: int, chunk: int | None, steps: int) -> dict[str, Any]:
+    """The median step of an arm."""
+    torch.manual_seed(0)
+    step = of_open_clip(model, batch) if arm == "open_clip" else of_ours(arm, model, batch, chunk)
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    seconds = []
+    for number in range(2 + steps):
+        started = time.perf_counter()
+        value = step().item()  # waits for the device
+        if number >= 2:
+            seconds.append(time.perf_counter() - started)
+        assert value == value, f"the loss of {arm} is not a number"
+    peak = torch.cuda.max_memory_allocated() if DEVICE == "cuda" else 0
+    del step
+    gc.collect()
+    median = statistics.median(seconds)
+    about = {"arm": arm, "model": model, "batch": batch, "chunk": chunk}
+    return {**about, "seconds": round(median, 4), "pairs_per_s": round(batch / median, 1), "peak_bytes": peak}
+
+
+def inputs(model: str, batch: int) -> tuple[Tensor, Tensor]:
+    """Random tokens and uint8 pixels."""
+    config = open_clip.get_model_config(model)
+    size, length = config["vision_cfg"]["image_size"], config["text_cfg"].get("context_length", 77)
+    tokens = torch.randint(1, 1000, (batch, length))
+    tokens[:, -1] = config["text_cfg"].get("vocab_size", 49408) - 1  # the end of a text
+    return tokens.to(DEVICE), torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device=DEVICE)
+
+
+def of_open_clip(model: str, batch: int) -> Callable[[], Tensor]:
+    """open_clip's model, loss and optimiser, as its training runs them on one device."""
+    clip = open_clip.create_model(model, load_weights=False).to(DEVICE).train()
+    loss, optimizer = open_clip.ClipLoss(), torch.optim.AdamW(clip.parameters(), lr=1e-6)
+    tokens, pixels = inputs(model, batch)
+    mean, std = (
+        torch.tensor(v, device=DEVICE).view(1, 3, 1, 1) for v in (clip.visual.image_mean, clip.visual.image_std)
+    )
+
+    def step() -> Tensor:
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=DEVICE == "cuda"):
+            image, text, scale = clip((pixels.float() / 255 - mean) / std, tokens)[:3]
+            value: Tensor = loss(image, text, scale)
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        return value
+
+    return step
+
+
+def of_ours(arm: str, model: str, batch: int, chunk: int | None) -> Callable[[], Tensor]:
+    """Our towers on the two sides of the same model."""
+    less: dict[str, Any] = dict(LESS.get(arm, {}))
+    image = OpenClipImage(model, load_weights=False, **less)
+    text = OpenClipText(model, load_weights=False, freeze_lower=less.get("freeze_lower", 0.0))
+    two = TwoTower(Encoder(image.out_dim, image=image), Encoder(text.out_dim, text=text), chunk_size=chunk)
+    two = two.to(DEVICE).train()
+    if arm == "compiled":
+        for tower in (image, text):
+            tower.compile()
+    optimizer = torch.optim.AdamW(two.parameter_groups())
+    tokens, pixels = inputs(model, batch)
+    present = torch.tensor([[True, False, False], [False, True, False]], device=DEVICE)
+    query = Items(tokens, None, None, None, present[:1].expand(batch, -1))
+    product = Items(None, pixels, torch.arange(batch, device=DEVICE), None, present[1:].expand(batch, -1))
+    keys = torch.full((batch, len(RELATIONS)), NO_KEY, device=DEVICE)
+    keys[:, 0] = torch.arange(batch, device=DEVICE)
+    whole = Batch(query, product, keys, keys, torch.ones(batch, device=DEVICE))
+
+    def step() -> Tensor:
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=DEVICE == "cuda"):
+            asked = two.encode_chunks(two.query, query).embedding
+            found = two.encode_chunks(two.product, product).embedding
+        value: Tensor = two.loss(asked, found, whole)
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        return value
+
+    return step
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Print the figures as one table."""
+    title = f"{rows[0]['model']}, {rows[0]['batch']:,} pairs a step"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for name in ("arm", "s a step", "pairs/s", "of tuned", "x open_clip", "peak GB"):
+        table.add_column(name, justify="left" if name == "arm" else "right", no_wrap=True)
+    for row in rows:
+        ratios = ("" if row[name] is None else f"{row[name]:.2f}" for name in ("of_tuned", "over_open_clip"))
+        peak = f"{row['peak_bytes'] / 1e9:.1f}" if row["peak_bytes"] else ""
+        table.add_row(row["arm"], f"{row['seconds']:.3f}", f"{row['pairs_per_s']:,.0f}", *ratios, peak)
+    Console(width=None if sys.stdout.isatty() else 100).print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
