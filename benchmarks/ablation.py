@@ -40,6 +40,13 @@ ARMS: dict[str, dict[str, list[str]]] = {
         "batch 64, a memory of 8,192": ["--data.batch_size=64", "--model.loss=MemoryInfoNCE"],
         "hard negatives": ["--hard_negatives.every_n_epochs=2"],
         "families are no positives": [f"{LOSS}.positives={{product: 1, group: 1, query: 1}}"],
+        "one product of each family": ["--data.one_per_mates=true"],
+        "one product of each family, whole items alone": ["--data.one_per_mates=true", WHOLE],
+        "one product of each family, open_clip's ClipLoss": [
+            "--data.one_per_mates=true",
+            WHOLE,
+            "--model.loss=benchmarks.peer_losses.OpenClipLoss",
+        ],
         "open_clip's ClipLoss": [WHOLE, "--model.loss=benchmarks.peer_losses.OpenClipLoss"],
         "open_clip's SigLipLoss": [WHOLE, "--model.loss=benchmarks.peer_losses.OpenClipSigmoid"],
         "text alone, sentence-transformers' loss": [

@@ -152,6 +152,12 @@ class Mates:
         self.last[rows] = np.searchsorted(codes[order], codes, "right")
         self.last[rows[codes < 0]] = self.first[rows[codes < 0]]
 
+    def first_of_each(self, rows: np.ndarray) -> np.ndarray:
+        """Those of the rows that have no mates among all, or come before all of them."""
+        alone = self.first[rows] == self.last[rows]
+        first = self.members[np.minimum(self.first[rows], max(len(self.members) - 1, 0))]
+        return rows[alone | (first == rows)]
+
     def of(self, row: int) -> np.ndarray:
         """(m,) int64 rows of the mates of a product, itself not among them."""
         members = self.members[self.first[row] : self.last[row]]

@@ -50,6 +50,8 @@ class ProductDataModule(L.LightningDataModule):
         max_pairs_per_query: judged products of a query that are trained on, the most relevant first; null takes all.
         mates: whose views may ask for a product: `group` (the same thing), `family` (variants too), or `none`.
         mate_share: chance, 0 to 1, that a product is asked for by a mate's view and not its own.
+        one_per_mates: examples of `catalogue` ask for one product of each group or family alone, the first one; so no
+            batch holds two that belong together.
         views: what is left out of queries and products in training.
         num_workers: loader processes; 0 loads in the training process.
         window_groups: row groups that are shuffled together, and that a loader process keeps in memory.
@@ -69,6 +71,7 @@ class ProductDataModule(L.LightningDataModule):
         max_pairs_per_query: int | None = None,
         mates: MateRelation = "family",
         mate_share: float = 0.5,
+        one_per_mates: bool = False,
         views: Views | None = None,
         num_workers: int = 0,
         window_groups: int = 64,
@@ -87,7 +90,8 @@ class ProductDataModule(L.LightningDataModule):
             raise ValueError(f"sources={self.sources}: each is shown at least once an epoch; leave out what is not.")
         self.relevance_power = relevance_power
         self.max_pairs_per_query = max_pairs_per_query
-        self.mates, self.mate_share, self.views = mates, mate_share, views if views is not None else Views()
+        self.mates, self.mate_share, self.one_per_mates = mates, mate_share, one_per_mates
+        self.views = views if views is not None else Views()
         self.num_workers, self.window_groups, self.seed = num_workers, window_groups, seed
         self.max_val_queries, self.max_val_products = max_val_queries, max_val_products
         self.val_split, self.test_split = val_split, test_split
@@ -136,7 +140,9 @@ class ProductDataModule(L.LightningDataModule):
         parts = []
         for source, times in self.sources.items():
             if source == "catalogue":
-                parts += [catalogue_examples(self.train_rows)] * times
+                mates = Mates(self.products, self.mates, self.train_rows)
+                rows = mates.first_of_each(self.train_rows) if self.one_per_mates else self.train_rows
+                parts += [catalogue_examples(rows)] * times
             elif self.queries is not None and self.qrels is not None:
                 pairs = pair_examples(
                     self.qrels,

@@ -16,6 +16,7 @@ from datamodules.batch import NO_KEY, RELATIONS, Example, Item
 from datamodules.examples import (
     ITSELF,
     ExampleRows,
+    MateRelation,
     Mates,
     TrainingBatches,
     catalogue_examples,
@@ -112,6 +113,16 @@ def test_mates_are_of_the_split_and_never_the_product_itself(
     train = np.array([0, 1, 2, 3, 5, 6])
     found = Mates(tables[0], relation, train)
     assert [found.of(int(row)).tolist() for row in train] == mates
+
+
+@pytest.mark.parametrize("relation", ["none", "group", "family"])
+def test_one_of_each_has_no_mate_among_the_others(tables: tuple[Table, Table], relation: MateRelation) -> None:
+    rows = np.array([0, 2, 3, 4, 6])
+    mates = Mates(tables[0], relation, rows)
+    kept = mates.first_of_each(rows).tolist()
+    assert kept == [row for row in rows.tolist() if not any(mate < row for mate in mates.of(row))]
+    assert all(not set(mates.of(row).tolist()) & set(kept) for row in kept)
+    assert set(kept) | {int(m) for row in kept for m in mates.of(row)} == set(rows.tolist())
 
 
 def test_mates_of_a_group_whose_families_are_unknown(tables: tuple[Table, Table]) -> None:
