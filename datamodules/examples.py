@@ -240,10 +240,12 @@ class TrainingBatches(Dataset[Batch]):
             else:  # the query is not asked for this product, nor is the product an answer to it elsewhere in the batch
                 query_keys = [*[NO_KEY] * len(keys[:-1]), query_keys[-1]]
         else:
-            if source == ITSELF:
-                source = self.pick(product_row, rng)
-            asked = self.products.row(source)
+            judged = source != ITSELF
+            asked = self.products.row(source if judged else self.pick(product_row, rng))
             query, query_keys = product_item(asked), product_keys(asked)
+            if judged and self.rows.weight[number] > 0:  # so all answers to one product are answers, as those to a text
+                ask = stable_hash(f"like\0{asked['product_id']}")
+                query_keys, keys = [*query_keys[:-1], ask], [*keys[:-1], ask]
         sides = self.preprocess  # a view of what a model cannot read would teach it nothing
         return Example(
             query=self.views(sides.query.readable(query), rng),

@@ -166,6 +166,18 @@ def test_a_judged_query_shows_itself_and_shares_all_keys_with_its_product(tables
     assert source.query == product_item(tables[0].row(0))
 
 
+def test_all_answers_to_one_product_are_answers(tables: tuple[Table, Table]) -> None:
+    """Else the others of its answers in a batch would push it away."""
+    rows = pair_examples(judgements(("q2", "p1", 3.0), ("q2", "p3", 1.0), ("q0", "p3", 3.0)), *tables, "train")
+    data = batches(tables, rows, 1.0)
+    one, other, typed = (data.example(0, n) for n in range(3))
+    if typed.query != Item(text={"query": "a text"}):
+        other, typed = typed, other
+    assert one.query_keys[QUERY] == one.product_keys[QUERY] == other.query_keys[QUERY] == other.product_keys[QUERY]
+    assert NO_KEY != one.query_keys[QUERY] != typed.query_keys[QUERY]
+    assert one.query_keys[PRODUCT] != one.product_keys[PRODUCT]
+
+
 def test_labelled_pairs_keep_those_that_are_no_answers(tables: tuple[Table, Table]) -> None:
     qrels = judgements(("q0", "p0", 2.0), ("q0", "p1", 1.0), ("q0", "p2", 0.0), ("q2", "p3", 0.0))
     rows = pair_examples(qrels, *tables, "train", labelled=True)
