@@ -6,6 +6,7 @@ import csv
 import socket
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -110,6 +111,24 @@ def test_compiled_towers_train_to_the_same_model(tiny_catalogue: Path, tmp_path:
     assert logged(tmp_path / "plain", "train/loss") == logged(tmp_path / "compiled", "train/loss")
     one, other = (load_model(tmp_path / name / "model").state_dict() for name in ("plain", "compiled"))
     assert one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def test_mixed_precision_stays_near_full_precision(tiny_catalogue: Path, tmp_path: Path) -> None:
+    """All towers, at a temperature whose logits reach 100."""
+    losses = {}
+    for precision in ("32-true", "bf16-mixed"):
+        run = tmp_path / precision
+        arguments = (
+            f"--trainer.precision={precision}",
+            "--model.loss=InfoNCE",
+            "--model.loss.temperature=0.01",
+            "--trainer.log_every_n_steps=1",
+        )
+        assert fit(tiny_catalogue, run, *arguments, "--trainer.max_epochs=2") == 0
+        losses[precision] = np.array(logged(run, "train/loss"))
+        assert all(tensor.isfinite().all() for tensor in load_model(run / "model").state_dict().values())
+    assert np.isfinite(losses["bf16-mixed"]).all()
+    np.testing.assert_allclose(losses["bf16-mixed"][:3], losses["32-true"][:3], rtol=0.05)
 
 
 def test_a_backend_that_is_none_is_refused(

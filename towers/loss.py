@@ -14,6 +14,7 @@ are exactly those of one process with the whole batch.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -157,7 +158,7 @@ class Rows(NamedTuple):
         return Rows(gather_rows(self.vectors).float(), gather_rows(self.keys), gather_rows(self.offset))
 
 
-class Loss(nn.Module):
+class Loss(nn.Module, ABC):
     """Base of all losses: what a batch says about the embeddings of its queries and products."""
 
     def set_dim(self, dim: int) -> None:
@@ -166,6 +167,7 @@ class Loss(nn.Module):
     def clamp(self) -> None:
         """Keep learned parameters within their bounds; called before every step."""
 
+    @abstractmethod
     def forward(self, query: Tensor, product: Tensor, batch: Batch) -> Tensor:
         """The loss of this process's rows.
 
@@ -174,7 +176,6 @@ class Loss(nn.Module):
             product: (P, D) unit vectors; row i < B answers query i.
             batch: keys, weights and labels.
         """
-        raise NotImplementedError
 
 
 class ContrastiveLoss(Loss):
