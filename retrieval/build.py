@@ -198,7 +198,8 @@ def _mapped(
     make_index(choice.factory, reader.dim)  # refuses what does not fit the dimension
     size = _sample_size(reader, default.lists, recipe)
     _check_enough(choice.factory, default, size, recipe.strict)
-    _check_resources(reader, default, recipe.spill, recipe, output)
+    tuned = target is not None and recipe.factory == "auto"
+    _check_resources(reader, default, recipe.spill, recipe, output, samples=1 + tuned)
     settings: dict[str, Any] = {} if target is not None else _settings(recipe, default.lists)._asdict()
     request = choice.factory
     if target is not None:
@@ -232,8 +233,9 @@ def _learn(
     tuned = target is not None and recipe.factory == "auto"
     rows = sample_rows(reader.count, size, recipe.seed)
     if tuned and 2 * size <= reader.count:
-        others = np.setdiff1d(np.arange(reader.count), rows, assume_unique=True)
-        rows = np.concatenate([rows, others[sample_rows(len(others), size, recipe.seed)]])
+        both = sample_rows(reader.count, 2 * size, recipe.seed)
+        first = sample_rows(2 * size, size, recipe.seed)
+        rows = np.concatenate([both[first], np.delete(both, first)])
     drawn = take(reader, rows)
     sample, unseen = drawn[:size], drawn[-size:]  # where vectors are few, k-means has seen all of them
     own = np.random.default_rng(recipe.seed).permutation(size)[:PER_KIND]
@@ -251,7 +253,8 @@ def _learn(
         chosen = choose(sample, unseen, probes, target, reader.count, recipe.seed, known)
         choice, trained, table = Choice(chosen.winner.factory, chosen.reason), chosen.trained, chosen.to_json()
         design = chosen.winner.design
-    _check_resources(reader, design, trained.spill, recipe, output)  # codes or vectors may take more than by default
+    # Codes or vectors may take more than by default.
+    _check_resources(reader, design, trained.spill, recipe, output, samples=1 + tuned)
     seconds = round(time.perf_counter() - started, 1)
     logger.info("trained %s lists on %s vectors in %.1f s", f"{design.lists:,}", f"{size:,}", seconds)
     training = {
@@ -292,8 +295,11 @@ def _settings(recipe: Recipe, lists: int | None) -> Settings:
     return Settings(nprobe, recipe.k_factor).checked(lists)
 
 
-def _check_resources(reader: EmbeddingReader, design: Mapped, spill: bool, recipe: Recipe, output: Path) -> None:
-    sample = recipe.train_sample
+def _check_resources(
+    reader: EmbeddingReader, design: Mapped, spill: bool, recipe: Recipe, output: Path, samples: int
+) -> None:
+    """Refuse what would not fit; `samples` of the training's size are held at a time."""
+    sample = samples * (recipe.train_sample or train_size(reader.count, design.lists))
     need = resources.predict(
         reader.count, reader.dim, design, sample=sample, spill=spill, block=BLOCK_ROWS, grouping=GROUPING_BYTES
     )
