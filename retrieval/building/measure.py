@@ -22,6 +22,9 @@ K_FACTORS = (2.0, 4.0, 6.0, 8.0, 12.0, 16.0, 32.0, 64.0)
 ENOUGH = 0.002
 """More candidates to re-rank that bring less recall than this are not tried, nor more lists."""
 
+LOSS = 0.03
+"""So few candidates that they lose more recall than this are not tried with more lists, where they lose no less."""
+
 TIMED = 100
 """Searches whose latency is taken."""
 
@@ -59,7 +62,7 @@ def sweep(engine: Engine, probe: Probe, k: int, enough: float) -> list[Point]:
     best, first = -1.0, 0
     factors = K_FACTORS if engine.fine is not None else K_FACTORS[:1]
     for nprobe in [p for p in PROBED if p < engine.lists] + [engine.lists]:  # type: ignore[operator]
-        before = 0.0
+        before, reached = 0.0, {}
         for number in range(first, len(factors)):
             started = time.perf_counter()
             recall = float(recalls_of(engine, probe, k, Settings(nprobe, factors[number])).mean())
@@ -67,14 +70,13 @@ def sweep(engine: Engine, probe: Probe, k: int, enough: float) -> list[Point]:
                 break
             qps = round(len(probe.vectors) / (time.perf_counter() - started))
             points.append(Point(nprobe, factors[number], round(recall, 5), qps=qps))
-            before, enough_factor = recall, number
-        first = max(first, enough_factor - 1)  # with more lists, fewer candidates than these are never the best choice
+            before = reached[number] = recall
+        first = min(number for number, recall in reached.items() if recall >= before - LOSS)
         if before >= min(1.0, enough + ENOUGH) or before < best + ENOUGH:
             break
         best = max(best, before)
-    # Lists and candidates stand in for time until few points are left: fewer of both is never slower.
-    rough = {point: point.nprobe * (1 + 0.02 * point.k_factor) for point in points}
-    timed = [time_point(engine, probe, k, point) for point in pareto(points, rough)]
+    fastest = pareto(points, {point: 1 / (point.qps or 1) for point in points})
+    timed = [time_point(engine, probe, k, point) for point in fastest]
     return pareto(timed, {point: point.p50_ms or 0.0 for point in timed})
 
 
