@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import torch
 from open_clip.loss import ClipLoss, SigLipLoss
 from torch import Tensor, nn
@@ -58,9 +60,8 @@ class MultipleNegativesRanking(ContrastiveLoss):
 
     def __init__(self, temperature: float = 0.05, min_temperature: float = 0.01) -> None:
         super().__init__(temperature, min_temperature)
-        from sentence_transformers.losses import MultipleNegativesRankingLoss
-
-        self.peer = MultipleNegativesRankingLoss(nn.Identity(), scale=1 / temperature)  # type: ignore[arg-type]
+        losses = importlib.import_module("sentence_transformers.losses")  # of the extra "bench"
+        self.peer = losses.MultipleNegativesRankingLoss(nn.Identity(), scale=1 / temperature)
 
     def forward(self, query: Tensor, product: Tensor, batch: Batch) -> Tensor:
         """See `Loss.forward`."""
