@@ -140,8 +140,9 @@ class ProductDataModule(L.LightningDataModule):
         parts = []
         for source, times in self.sources.items():
             if source == "catalogue":
-                mates = Mates(self.products, self.mates, self.train_rows)
-                rows = mates.first_of_each(self.train_rows) if self.one_per_mates else self.train_rows
+                rows = self.train_rows
+                if self.one_per_mates:
+                    rows = Mates(self.products, self.mates, rows).first_of_each(rows)
                 parts += [catalogue_examples(rows)] * times
             elif self.queries is not None and self.qrels is not None:
                 pairs = pair_examples(

@@ -34,7 +34,7 @@ from retrieval.building.factory import (
 from retrieval.building.mapped import Trained, train
 from retrieval.building.measure import measure, reached
 from retrieval.building.points import Target, Tuning
-from retrieval.building.predict import precision_for
+from retrieval.building.predict import Predictor, precision_for
 from retrieval.building.probes import PER_KIND, of_products, of_queries, with_truth
 from retrieval.building.tune import COMPARING, choose
 from retrieval.building.workspace import BLOCK_ROWS, Workspace
@@ -249,8 +249,9 @@ def _learn(
     else:
         assert target is not None
         probes = [of_products(unseen[own], own), *([] if queries is None else of_queries(queries, recipe.seed))]
+        compared = [probe.first(COMPARING) for probe in probes]
         known = {design.lists: centroids}
-        chosen = choose(sample, unseen, probes, target, reader.count, recipe.seed, known)
+        chosen = choose(Predictor(sample, unseen, compared, target, reader.count, recipe.seed, known))
         choice, trained, table = Choice(chosen.winner.factory, chosen.reason), chosen.trained, chosen.to_json()
         design = chosen.winner.design
     # Codes or vectors may take more than by default.

@@ -164,6 +164,7 @@ def stages_of_build() -> Iterator[Stages]:
         (retrieval.build, "uniform_sample", "sample"),
         (retrieval.build, "take", "sample"),
         (retrieval.build, "find_centroids", "train"),
+        (retrieval.build, "Predictor", "choose"),
         (retrieval.build, "choose", "choose"),
         (retrieval.build, "train", "train"),
         (retrieval.build, "_train", "train"),

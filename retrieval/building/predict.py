@@ -73,6 +73,8 @@ class Predictor:
         known: the lists of all vectors, by their number, where they are found already.
 
     Attributes:
+        target, count: as given.
+        dim: D.
         finer: how vectors for re-ranking are stored.
     """
 
@@ -86,7 +88,8 @@ class Predictor:
         seed: int,
         known: Mapping[int, Centroids],
     ) -> None:
-        self._sample, self._unseen, self._target, self._count, self._seed = sample, unseen, target, count, seed
+        self._sample, self._unseen, self._seed = sample, unseen, seed
+        self.target, self.count, self.dim = target, count, sample.shape[1]
         self._share = len(unseen) / count
         self._held = max(1, round(target.k * self._share))
         self._near = nearest_in(unseen, probes, target.k, count)
@@ -104,17 +107,17 @@ class Predictor:
         trained = replace(self._train(design), spill=spill)
         started = time.perf_counter()
         encoded = trained.encode(self._unseen[self._rows])
-        seconds = (time.perf_counter() - started) * self._count / len(self._rows)
+        seconds = (time.perf_counter() - started) * self.count / len(self._rows)
         seen = _as_scanned(trained, encoded)
         points: dict[str, list[Point]] = {}
         best: dict[str, float] = {}
         with tempfile.TemporaryDirectory(prefix="tritower-tune-") as name:
-            costs = stand_in(Path(name), trained, encoded, self._count)
+            costs = stand_in(Path(name), trained, encoded, self.count)
             for probe, places, ceiling in zip(self._near, self._places, self._ceilings, strict=True):
                 depth = depths(probe.vectors, encoded.lists[places[:, : self._held]], trained.centroids)
                 crowd = crowds(probe.vectors, [copy[places] for copy in seen], self._held) / self._share
                 ways, best[probe.kind] = self._ways(depth.ravel(), crowd.ravel(), ceiling, design)
-                points[probe.kind] = timed(costs, probe, self._target.k, ways)
+                points[probe.kind] = timed(costs, probe, self.target.k, ways)
         return Prediction(trained, points, best, seconds)
 
     def _train(self, design: Mapped) -> Trained:
@@ -133,14 +136,14 @@ class Predictor:
         ways: list[Point] = []
         factors = K_FACTORS if design.finer is not None else (1.0,)
         for factor in factors:
-            met = np.sort(depth[crowd < self._target.k * factor])
-            if ceiling * len(met) / len(depth) < self._target.recall:
+            met = np.sort(depth[crowd < self.target.k * factor])
+            if ceiling * len(met) / len(depth) < self.target.recall:
                 continue
-            nprobe = int(met[math.ceil(self._target.recall / ceiling * len(depth)) - 1])
+            nprobe = int(met[math.ceil(self.target.recall / ceiling * len(depth)) - 1])
             if ways and nprobe >= ways[-1].nprobe:
                 break
             ways.append(Point(nprobe, factor, round(ceiling * float((met <= nprobe).sum()) / len(depth), 5)))
-        return ways, ceiling * float((crowd < self._target.k * factors[-1]).mean())
+        return ways, ceiling * float((crowd < self.target.k * factors[-1]).mean())
 
 
 def nearest_in(sample: Vectors, probes: Sequence[Probe], k: int, count: int) -> list[Probe]:

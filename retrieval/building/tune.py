@@ -7,27 +7,22 @@ vectors and measured: half of the queries choose the settings, the other half ch
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from rich.filesize import decimal
 
 from retrieval.building import resources
-from retrieval.building.clustering import Centroids
 from retrieval.building.encoded import GROUPING_BYTES
 from retrieval.building.factory import CODEBOOK, MIN_POINTS_PER_LIST, Mapped, num_lists
 from retrieval.building.mapped import Trained
 from retrieval.building.points import Point, Target
 from retrieval.building.predict import Prediction, Predictor
-from retrieval.building.probes import Probe
 
 COMPARING = 300
 """Queries of a kind that compare candidates: differences that matter are larger than their error."""
-
-Vectors = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -120,33 +115,16 @@ def candidates(count: int, dim: int, target: Target, finer: str = "SQ8") -> list
     return fine_enough if any(not c.why_not for c in fine_enough) else found
 
 
-def choose(
-    sample: Vectors,
-    unseen: Vectors,
-    probes: Sequence[Probe],
-    target: Target,
-    count: int,
-    seed: int,
-    known: Mapping[int, Centroids],
-) -> Chosen:
+def choose(predictor: Predictor) -> Chosen:
     """Choose among candidates by what is predicted of them.
-
-    Args:
-        sample: (S, D) float32, drawn uniformly, to train on.
-        unseen: (U, D) float32, drawn uniformly from the others; the sample itself where there are too few.
-        probes: queries; those that are products have their row in `unseen` as `own`.
-        target: what is asked for.
-        count: number of all vectors.
-        seed: of k-means.
-        known: the lists of all vectors, by their number, where they are found already.
 
     Raises:
         ValueError: no candidate fits the memory, or none reaches the recall within the latency.
     """
-    predictor = Predictor(sample, unseen, [probe.first(COMPARING) for probe in probes], target, count, seed, known)
+    target = predictor.target
     winner, learned = None, None
     predicted = []
-    for candidate in candidates(count, sample.shape[1], target, predictor.finer):
+    for candidate in candidates(predictor.count, predictor.dim, target, predictor.finer):
         if not candidate.why_not:
             prediction = predictor.predict(candidate.design, candidate.spill)
             candidate = _with(candidate, prediction, target)
