@@ -57,6 +57,8 @@ class Example(NamedTuple):
         weight: graded relevance, 0 to 1 (click < cart < buy); 1 by default.
         label: for labelled pairs, how similar they are, 0 to 1; None elsewhere.
         frequency: how often this product is trained on, 1 = as often as the average.
+        judged: J `product` keys of all products that are judged to answer this query, padded with `NO_KEY`.
+        grades: J weights of these judgements, 0 where padded.
     """
 
     query: Item
@@ -66,6 +68,8 @@ class Example(NamedTuple):
     weight: float = 1.0
     label: float | None = None
     frequency: float = 1.0
+    judged: Sequence[int] = ()
+    grades: Sequence[float] = ()
 
 
 class AttributeTensors(NamedTuple):
@@ -135,6 +139,9 @@ class Batch(NamedTuple):
             no pair of the batch has one.
         frequency: (P,) float32 how often each product is trained on, 1 = as often as the average, 0 = never as an
             answer; None = all alike.
+        judged: (B, J) int64 `product` keys of what is judged to answer each query, padded with -1: so a product that
+            answers several queries is pushed away by none of them. None = no judgements.
+        grades: (B, J) float32 weights of these judgements, 0 where padded; None = no judgements.
     """
 
     query: Items
@@ -144,6 +151,8 @@ class Batch(NamedTuple):
     weight: Tensor
     label: Tensor | None = None
     frequency: Tensor | None = None
+    judged: Tensor | None = None
+    grades: Tensor | None = None
 
 
 class NumberedItems(NamedTuple):

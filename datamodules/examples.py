@@ -164,6 +164,43 @@ class Mates:
         return members[members != row]
 
 
+class JudgedAnswers:
+    """What is known to answer each query, and each product that asks: the judgements among the examples.
+
+    Args:
+        products: the catalogue.
+        rows: examples; those of weight 0 are no answers.
+        max_per_query: the ones with the largest weights are kept, so that a batch stays small.
+    """
+
+    def __init__(self, products: Table, rows: ExampleRows, max_per_query: int = 64) -> None:
+        self.num_products = len(products)
+        judged = (rows.weight > 0) & ((rows.query != ITSELF) | (rows.source != ITSELF))
+        asker = np.where(rows.query != ITSELF, self.num_products + rows.query, rows.source)[judged]
+        product, weight = rows.product[judged], rows.weight[judged]
+        order = np.lexsort((-weight, product, asker))  # an example that is shown several times is one judgement
+        first = np.ones(len(order), bool)
+        first[1:] = (np.diff(asker[order]) != 0) | (np.diff(product[order]) != 0)
+        asker, product, weight = (values[order][first] for values in (asker, product, weight))
+        order = np.lexsort((-weight, asker))
+        order = order[np.arange(len(order)) - np.searchsorted(asker[order], asker[order]) < max_per_query]
+        self.asker, product, self.weight = asker[order], product[order], weight[order]
+        rows_, number = np.unique(product, return_inverse=True)
+        ids = products.column("product_id").take(pa.array(rows_)).to_pylist()
+        self.key = np.array([stable_hash(product_id) for product_id in ids], np.int64)[number]
+        self.width = int(np.unique(self.asker, return_counts=True)[1].max(initial=0))
+
+    def of(self, query: int, source: int) -> tuple[list[int], list[float]]:
+        """(J,) `product` keys and (J,) weights of what answers a row of `queries/`, or a row of `products/` that asks.
+
+        J is the same for all; `NO_KEY` and 0 where one has fewer answers.
+        """
+        asker = source if query == ITSELF else self.num_products + query
+        own = slice(*np.searchsorted(self.asker, (asker, asker + 1)))
+        missing = self.width - (own.stop - own.start)
+        return [*self.key[own].tolist(), *[NO_KEY] * missing], [*self.weight[own].tolist(), *[0.0] * missing]
+
+
 class TrainingBatches(Dataset[Batch]):
     """The batch of a draw. Everything random about an example follows from (seed, epoch, example number).
 
@@ -191,6 +228,7 @@ class TrainingBatches(Dataset[Batch]):
     ) -> None:
         self.products, self.queries, self.rows, self.mates = products, queries, rows, mates
         self.mate_share, self.views, self.preprocess, self.seed = mate_share, views, preprocess, seed
+        self.answers = JudgedAnswers(products, rows)
         times = np.bincount(rows.product, minlength=len(products))
         self.frequency = (times / max(times.sum() / max(np.count_nonzero(times), 1), 1)).astype(np.float32)
 
@@ -241,11 +279,13 @@ class TrainingBatches(Dataset[Batch]):
                 query_keys = [*[NO_KEY] * len(keys[:-1]), query_keys[-1]]
         else:
             judged = source != ITSELF
-            asked = self.products.row(source if judged else self.pick(product_row, rng))
+            source = source if judged else self.pick(product_row, rng)
+            asked = self.products.row(source)
             query, query_keys = product_item(asked), product_keys(asked)
             if judged and self.rows.weight[number] > 0:  # so all answers to one product are answers, as those to a text
                 ask = stable_hash(f"like\0{asked['product_id']}")
                 query_keys, keys = [*query_keys[:-1], ask], [*keys[:-1], ask]
+        answers, grades = self.answers.of(query_number, source)
         sides = self.preprocess  # a view of what a model cannot read would teach it nothing
         return Example(
             query=self.views(sides.query.readable(query), rng),
@@ -255,6 +295,8 @@ class TrainingBatches(Dataset[Batch]):
             weight=float(self.rows.weight[number]),
             label=None if math.isnan(label := float(self.rows.label[number])) else label,
             frequency=float(self.frequency[product_row]),
+            judged=answers,
+            grades=grades,
         )
 
     def pick(self, row: int, rng: np.random.Generator) -> int:
@@ -299,4 +341,6 @@ def collate(
         weight=torch.tensor([example.weight for example in examples]) * known,
         label=None if all(math.isnan(label) for label in labels) else torch.tensor(labels),
         frequency=torch.tensor([answer.frequency for answer in answers]),
+        judged=torch.tensor([example.judged for example in examples]) if examples[0].judged else None,
+        grades=torch.tensor([example.grades for example in examples]) if examples[0].judged else None,
     )

@@ -146,6 +146,26 @@ def test_a_projection_between_equal_sizes_changes_nothing_at_first() -> None:
     assert projection(8, 4)(x).shape == (3, 4)
 
 
+def test_features_are_left_out_in_training_alone() -> None:
+    torch.manual_seed(0)
+    encoder = Encoder(8, text=BiLSTM(), feature_dropout=0.5)
+    seen: list[torch.Tensor] = []
+    encoder.projections["text"].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    items = encoder.preprocess("query")([Item({"title": f"red shoe {n}"}) for n in range(40)])
+    encoder.eval()(items)
+    encoder.train().towers.eval()  # which drop things of their own
+    encoder(items)
+    whole, some = seen
+    left = some != 0
+    assert (whole != 0).all() and 0.4 < left.float().mean() < 0.6
+    torch.testing.assert_close(some[left], 2 * whole[left], atol=1e-5, rtol=1e-4)
+
+
+def test_a_dropout_of_everything_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"feature_dropout=1\.0 is a chance: choose 0 to below 1"):
+        Encoder(8, text=BiLSTM(), feature_dropout=1.0)
+
+
 def test_an_encoder_without_towers_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one tower"):
         Encoder(8)

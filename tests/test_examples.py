@@ -16,6 +16,7 @@ from datamodules.batch import NO_KEY, RELATIONS, Example, Item
 from datamodules.examples import (
     ITSELF,
     ExampleRows,
+    JudgedAnswers,
     MateRelation,
     Mates,
     TrainingBatches,
@@ -176,6 +177,42 @@ def test_all_answers_to_one_product_are_answers(tables: tuple[Table, Table]) -> 
     assert one.query_keys[QUERY] == one.product_keys[QUERY] == other.query_keys[QUERY] == other.product_keys[QUERY]
     assert NO_KEY != one.query_keys[QUERY] != typed.query_keys[QUERY]
     assert one.query_keys[PRODUCT] != one.product_keys[PRODUCT]
+
+
+def test_queries_and_products_that_ask_know_all_that_answers_them(tables: tuple[Table, Table]) -> None:
+    """Also in a view of the catalogue; judged or shown twice is one answer, irrelevant is none."""
+    qrels = judgements(
+        ("q0", "p0", 3.0), ("q0", "p1", 1.5), ("q0", "p6", 0.0), ("q2", "p1", 3.0), ("q2", "p3", 1.0), ("q2", "p3", 1.5)
+    )
+    pairs = pair_examples(qrels, *tables, "train", labelled=True)
+    rows = ExampleRows.join([pairs, pairs, catalogue_examples(np.arange(4))])
+    data = batches(tables, rows, 0.0)
+    p0, p1, p3 = (stable_hash(name) for name in ("p0", "p1", "p3"))
+    expected = {"typed": {p0: 1.0, p1: 0.5}, "p0": {p1: 1.0, p3: 0.5}}
+    seen = set()
+    for number in range(len(rows)):
+        example = data.example(0, number)
+        asks = "typed" if "query" in example.query.text else example.query.text["title"]
+        found = dict(zip(example.judged, example.grades, strict=True))
+        assert len(example.judged) == 2 and found == expected.get(asks, {NO_KEY: 0.0})
+        seen.add(asks)
+    assert seen == {"typed", "p0", "p1", "p2", "p3"}
+    batch = data[Draw(0, np.arange(len(rows)))]
+    assert batch.judged.dtype == torch.int64 and batch.judged.shape == batch.grades.shape == (len(rows), 2)
+
+
+def test_the_strongest_answers_are_kept(tables: tuple[Table, Table]) -> None:
+    qrels = judgements(("q0", "p0", 1.0), ("q0", "p1", 3.0), ("q0", "p2", 2.0), ("q2", "p3", 3.0))
+    answers = JudgedAnswers(tables[0], pair_examples(qrels, *tables, "train"), max_per_query=2)
+    keys, weights = answers.of(0, ITSELF)
+    assert keys == [stable_hash("p1"), stable_hash("p2")] and weights == pytest.approx([1, 2 / 3])
+    assert answers.of(ITSELF, 0) == ([stable_hash("p3"), NO_KEY], [1.0, 0.0])
+    assert answers.of(ITSELF, 6) == ([NO_KEY] * 2, [0.0] * 2)
+
+
+def test_without_judgements_a_batch_has_no_lists(tables: tuple[Table, Table]) -> None:
+    batch = batches(tables, catalogue_examples(np.arange(7)), 0.0)[Draw(0, np.arange(7))]
+    assert batch.judged is None and batch.grades is None
 
 
 def test_labelled_pairs_keep_those_that_are_no_answers(tables: tuple[Table, Table]) -> None:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from datamodules.batch import NO_KEY, RELATIONS, Batch, Items
 from towers import loss as loss_module
-from towers.loss import ContrastiveLoss, InfoNCE, SigmoidLoss, targets
+from towers.loss import ContrastiveLoss, InfoNCE, SigmoidLoss, Targets, targets
 
 NOTHING = Items(None, None, None, None, torch.ones(0, 3, dtype=torch.bool))
 PRODUCT, GROUP, FAMILY = (RELATIONS.index(name) for name in ("product", "group", "family"))
@@ -28,11 +28,19 @@ def keys(rows: int, **columns: list[int]) -> Tensor:
     return result
 
 
-def make_batch(query_keys: Tensor, product_keys: Tensor | None = None, weight: list[float] | None = None) -> Batch:
+def make_batch(
+    query_keys: Tensor,
+    product_keys: Tensor | None = None,
+    weight: list[float] | None = None,
+    judged: list[list[tuple[int, float]]] | None = None,
+) -> Batch:
+    """`judged`: for each query, product keys and weights; as many for each."""
     product_keys = query_keys if product_keys is None else product_keys
     weights = torch.ones(len(query_keys)) if weight is None else torch.tensor(weight)
     frequency = torch.arange(1, len(product_keys) + 1) / 2
-    return Batch(NOTHING, NOTHING, query_keys, product_keys, weights, frequency=frequency)
+    said = None if judged is None else torch.tensor(judged, dtype=torch.float32).view(len(query_keys), -1, 2)
+    lists = {} if said is None else {"judged": said[..., 0].long(), "grades": said[..., 1].contiguous()}
+    return Batch(NOTHING, NOTHING, query_keys, product_keys, weights, frequency=frequency, **lists)
 
 
 def unit(rows: int, dim: int = 5, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -45,10 +53,18 @@ def reference(loss: ContrastiveLoss, query: Tensor, product: Tensor, batch: Batc
     scale = min(math.exp(loss.logit_scale.item()), math.exp(loss.max_logit_scale))
     total_weight = batch.weight.double().sum().item()
 
-    def kind(q: Tensor, p: Tensor, answer: bool) -> float | None:
+    said: dict[tuple[int, int], float] = {}  # query and product rows that are judged
+    for i, answers in enumerate(() if batch.judged is None else batch.judged.tolist()):
+        for product_key, grade in zip(answers, batch.grades[i].tolist(), strict=True):
+            for j in (batch.product_keys[:, PRODUCT] == product_key).nonzero().flatten().tolist():
+                said[i, j] = max(said.get((i, j), 0.0), grade if product_key != NO_KEY else 0.0)
+
+    def kind(q: Tensor, p: Tensor, answer: bool, judged: float) -> float | None:
         """Weight of a positive, 0 for a negative, None for a pair that is left out."""
         equal = {name: q[i] == p[i] != NO_KEY for i, name in enumerate(RELATIONS)}
         weight = max([1.0 if answer else 0.0] + [w for name, w in loss.positives.items() if equal[name]])
+        if judged and "query" in loss.positives:
+            return judged * loss.positives["query"]
         return None if not weight and any(equal[name] for name in loss.ignored) else weight
 
     def direction(rows: int, columns: tuple[Tensor, Tensor, Tensor], own: tuple[Tensor, Tensor, Tensor]) -> float:
@@ -56,13 +72,14 @@ def reference(loss: ContrastiveLoss, query: Tensor, product: Tensor, batch: Batc
         total = 0.0
         for i in range(rows):
             row, row_keys, _ = (part[i] for part in own)
-            seen = [(*values, i == j) for j, values in enumerate(zip(*columns, strict=True))]
+            grades = [said.get((i, j) if own is queries else (j, i), 0.0) for j in range(len(columns[0]))]
+            seen = [(*values, i == j, grades[j]) for j, values in enumerate(zip(*columns, strict=True))]
             if loss.same_side:
-                seen += [(*values, False) for j, values in enumerate(zip(*own, strict=True)) if j != i]
-            kinds = [kind(row_keys, key, answer) for _, key, _, answer in seen]
+                seen += [(*values, False, 0.0) for j, values in enumerate(zip(*own, strict=True)) if j != i]
+            kinds = [kind(row_keys, key, answer, judged) for _, key, _, answer, judged in seen]
             logits = [
                 scale * float(row @ column) - (0 if k else loss.log_q * math.log(often))
-                for (column, _, often, _), k in zip(seen, kinds, strict=True)
+                for (column, _, often, _, _), k in zip(seen, kinds, strict=True)
             ]
             log_sum = math.log(sum(math.exp(x) for x, k in zip(logits, kinds, strict=True) if k is not None))
             attract = sum(k * (x - log_sum) for x, k in zip(logits, kinds, strict=True) if k)
@@ -73,7 +90,7 @@ def reference(loss: ContrastiveLoss, query: Tensor, product: Tensor, batch: Batc
         total = 0.0
         for i in range(len(query)):
             for j in range(len(product)):
-                weight = kind(batch.query_keys[i], batch.product_keys[j], i == j)
+                weight = kind(batch.query_keys[i], batch.product_keys[j], i == j, said.get((i, j), 0.0))
                 logit = scale * float(query[i] @ product[j]) + loss.bias.item()
                 if weight is not None:
                     total += batch.weight[i].item() * (weight or 1) * math.log1p(math.exp(-logit if weight else logit))
@@ -99,6 +116,15 @@ def test_two_by_two_by_hand() -> None:
     assert loss(query, product, make_batch(keys(2, product=[1, 2]))).item() == pytest.approx(expected, abs=1e-6)
 
 
+def test_either_direction_alone_by_hand() -> None:
+    query, product = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[1.0, 0.0], [0.6, 0.8]])
+    batch, matrix = make_batch(keys(2, product=[1, 2])), query @ product.T
+    forth, back = (-m.log_softmax(1).diagonal().mean() for m in (matrix, matrix.T))
+    for share, expected in ((0.0, forth), (1.0, back), (0.2, 0.8 * forth + 0.2 * back)):
+        value = InfoNCE(temperature=1.0, product_share=share)(query, product, batch)
+        torch.testing.assert_close(value, expected)
+
+
 def test_several_positives_share_the_target_by_hand() -> None:
     """Rows 0 and 1 are of one group, of weight 1/2: the target of row 0 is 2/3, 1/3, 0."""
     similarity = torch.tensor([[0.9, 0.5, -0.2], [0.4, 0.8, 0.0], [0.1, 0.3, 0.7]])
@@ -112,9 +138,12 @@ def test_several_positives_share_the_target_by_hand() -> None:
 
 
 @st.composite
-def batches(draw: st.DrawFn) -> tuple[int, int, list[list[int]], list[list[int]], list[float]]:
+def batches(draw: st.DrawFn) -> tuple[int, int, list[list[int]], list[list[int]], list[float], list | None]:
     rows = draw(st.integers(1, 6))
     extra = draw(st.integers(0, 3))
+    width = draw(st.integers(0, 3))
+    answer = st.one_of(st.just((NO_KEY, 0.0)), st.tuples(st.integers(0, 4), st.sampled_from([0.25, 0.5, 1.0])))
+    answers = st.lists(answer, min_size=width, max_size=width)
     key = st.lists(st.integers(-1, 3), min_size=len(RELATIONS), max_size=len(RELATIONS))
     weight = st.sampled_from([0.0, 0.3, 1.0])
     return (
@@ -123,6 +152,7 @@ def batches(draw: st.DrawFn) -> tuple[int, int, list[list[int]], list[list[int]]
         draw(st.lists(key, min_size=rows, max_size=rows)),
         draw(st.lists(key, min_size=rows + extra, max_size=rows + extra)),
         [1.0, *draw(st.lists(weight, min_size=rows - 1, max_size=rows - 1))],
+        draw(st.lists(answers, min_size=rows, max_size=rows)) if width else None,
     )
 
 
@@ -139,10 +169,10 @@ LOSSES = {
 @given(drawn=batches(), name=st.sampled_from(list(LOSSES)), seed=st.integers(0, 9))
 @settings(max_examples=150, deadline=None)
 def test_losses_equal_loops_in_float64(drawn: tuple, name: str, seed: int) -> None:
-    rows, extra, query_keys, product_keys, weight = drawn
+    rows, extra, query_keys, product_keys, weight, judged = drawn
     torch.manual_seed(seed)
     loss = LOSSES[name]()
-    batch = make_batch(torch.tensor(query_keys), torch.tensor(product_keys), weight)
+    batch = make_batch(torch.tensor(query_keys), torch.tensor(product_keys), weight, judged)
     query, product = unit(rows), unit(rows + extra)
     value = loss(query, product, batch).item()
     assert value == pytest.approx(reference(loss, query, product, batch), abs=1e-5, rel=1e-5)
@@ -176,7 +206,8 @@ def test_blocks_have_loss_and_gradients_of_the_whole_and_hold_no_more(
     torch.manual_seed(0)
     query, product = unit(17).requires_grad_(), unit(20).requires_grad_()
     keys = torch.randint(-1, 3, (20, len(RELATIONS)))
-    batch = make_batch(keys[:17], keys, torch.rand(17).tolist())
+    judged = [[(int(torch.randint(-1, 3, ())), 0.5), (4, 0.1)] for _ in range(17)]
+    batch = make_batch(keys[:17], keys, torch.rand(17).tolist(), judged)
     loss = LOSSES[name]()
 
     def step() -> list[Tensor]:
@@ -185,7 +216,12 @@ def test_blocks_have_loss_and_gradients_of_the_whole_and_hold_no_more(
 
     whole, shapes = step(), []
     monkeypatch.setattr(loss_module, "BLOCK", 100)
-    monkeypatch.setattr(loss_module, "targets", lambda *a: shapes.append((len(a[0]), len(a[1]))) or targets(*a))
+
+    def counted(*arguments: Tensor, **named: Tensor) -> Targets:
+        shapes.append((len(arguments[0]), len(arguments[1])))
+        return targets(*arguments, **named)
+
+    monkeypatch.setattr(loss_module, "targets", counted)
     for mine, expected in zip(step(), whole, strict=True):
         torch.testing.assert_close(mine, expected, atol=1e-6, rtol=1e-5)
     assert len(shapes) > 4 and max(rows * columns for rows, columns in shapes) <= 100
@@ -315,6 +351,24 @@ def test_targets_prefer_positive_to_ignored_to_negative() -> None:
     assert found.counts.tolist() == [[True, True, False, True]]
 
 
+def test_a_product_that_answers_two_queries_is_pushed_away_by_neither() -> None:
+    """Query 0 is judged to be answered by products 1 (its row) and 2 (the other row's) with grade 1/2: 2/3 and 1/3."""
+    similarity = torch.tensor([[0.9, 0.5], [0.4, 0.8]])
+    batch = make_batch(keys(2, query=[5, 6]), keys(2, product=[1, 2], query=[5, 6]))
+    batch = batch._replace(judged=torch.tensor([[2, 1], [2, NO_KEY]]), grades=torch.tensor([[0.5, 1.0], [1.0, 0.0]]))
+    forth = -(torch.tensor([[2 / 3, 1 / 3], [0, 1]]) * similarity.log_softmax(1)).sum(1).mean()
+    back = -(torch.tensor([[1, 0], [1 / 3, 2 / 3]]) * similarity.T.log_softmax(1)).sum(1).mean()
+    value = InfoNCE(temperature=1.0)(similarity, torch.eye(2), batch)  # products of rows: the matrix
+    torch.testing.assert_close(value, (forth + back) / 2)
+
+
+def test_judged_pairs_are_left_out_where_the_relation_is() -> None:
+    asked = keys(1, query=[5]), keys(2, product=[1, 2])
+    judged = torch.tensor([[0.0, 0.5]])
+    found = targets(*asked, torch.tensor([0]), {"product": 1.0}, ["query"], judged=judged)
+    assert found.positive.tolist() == [[1.0, 0.0]] and found.counts.tolist() == [[True, False]]
+
+
 def test_no_key_equals_nothing() -> None:
     found = targets(keys(2), keys(2), torch.tensor([0, 1]), {"product": 1.0}, ["group", "family", "title"])
     assert found.positive.tolist() == [[1, 0], [0, 1]]
@@ -328,6 +382,7 @@ def test_no_key_equals_nothing() -> None:
         ({"min_temperature": 0.0}, r"min_temperature=0\.0 > 0"),
         ({"positives": {"colour": 1.0}}, "'colour' is no relation: choose from product, group"),
         ({"ignored": ["style"]}, "'style' is no relation"),
+        ({"product_share": 1.5}, r"product_share=1\.5: choose 0"),
     ],
 )
 def test_impossible_settings_are_refused(arguments: dict, message: str) -> None:

@@ -7,7 +7,7 @@ import torch
 from test_loss import keys, make_batch, unit
 from torch import Tensor
 
-from datamodules.batch import Batch
+from datamodules.batch import NO_KEY, Batch
 from towers.loss import InfoNCE
 from towers.memory_loss import MemoryInfoNCE
 
@@ -38,6 +38,18 @@ def test_past_products_and_queries_are_negatives_by_hand() -> None:
     torch.testing.assert_close(value, expected.mean() / 2)
     for mine, other in zip(torch.autograd.grad(value, new), torch.autograd.grad(expected.mean() / 2, new), strict=True):
         torch.testing.assert_close(mine, other)
+
+
+def test_a_remembered_product_that_answers_a_query_is_no_negative() -> None:
+    torch.manual_seed(0)
+    loss, old, new = make_loss(), unit(2), unit(2)
+    loss(old, old, batch_of(0, 2))
+    columns, scale = torch.cat([new, old]), float(loss.scale.detach())
+    judged = {"judged": torch.tensor([[0], [NO_KEY]]), "grades": torch.tensor([[1.0], [0.0]])}
+    share = (scale * new @ columns.T).log_softmax(1)
+    expected = -(share[0, 0] + share[0, 2]) / 2 - share[1, 1] - share.diagonal().sum()  # forth, and back
+    value = loss(new, new, batch_of(5, 2)._replace(**judged))
+    torch.testing.assert_close(value, expected / 4)
 
 
 def test_the_oldest_are_forgotten() -> None:

@@ -46,6 +46,8 @@ class Encoder(nn.Module):
         image: tower of pictures; null leaves pictures out.
         attribute: tower of brand, category, price and the like; null leaves attributes out.
         fusion: `gated` (default), `mean`, or `transformer` (one layer).
+        feature_dropout: chance, 0 to 1, that training leaves out a feature of a tower; where there are few products,
+            their features are soon known by heart.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Encoder(nn.Module):
         image: ImageTower | None = None,
         attribute: AttributeTower | None = None,
         fusion: FusionName = "gated",
+        feature_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         towers: dict[str, Tower | None] = {"text": text, "image": image, "attribute": attribute}
@@ -65,7 +68,9 @@ class Encoder(nn.Module):
             raise ValueError(f"embed_dim={embed_dim}: choose at least 1.")
         if fusion not in FUSIONS:
             raise ValueError(f"fusion={fusion!r}: choose one of {', '.join(FUSIONS)}.")
-        self.embed_dim, self.fusion_name = embed_dim, fusion
+        if not 0 <= feature_dropout < 1:
+            raise ValueError(f"feature_dropout={feature_dropout} is a chance: choose 0 to below 1.")
+        self.embed_dim, self.fusion_name, self.feature_dropout = embed_dim, fusion, feature_dropout
         self.columns = [MODALITIES.index(name) for name in self.towers]
         self.projections = nn.ModuleDict(
             {name: projection(tower.out_dim, embed_dim) for name, tower in self.towers.items()}
@@ -111,6 +116,7 @@ class Encoder(nn.Module):
         features = features_of(self.towers[name], inputs)
         if name == "image":
             features = mean_by_row(features, items.image_row, len(items.present))
+        features = F.dropout(features, self.feature_dropout, self.training)
         return F.normalize(self.projections[name](features), dim=-1)
 
 

@@ -147,8 +147,13 @@ class ImageTower(Tower):
                 module.prob = self.patch_dropout if progress < WHOLE_PICTURES else 0.0
 
     def normalise(self, pixels: Tensor) -> Tensor:
-        """(N, 3, S, S) uint8 -> float32 with the model's mean and standard deviation; done where the pixels are."""
-        return (pixels.to(self.mean.dtype) / 255 - self.mean) / self.std
+        """(N, 3, S, S) uint8 -> float32 with the model's mean and standard deviation; done where the pixels are.
+
+        Channels lie last in memory: convolutions keep that up and are faster with it (EfficientNet on a CPU: 1.4 times,
+        forth and back); a ViT sees no difference.
+        """
+        normal = (pixels.to(self.mean.dtype) / 255 - self.mean) / self.std
+        return normal.contiguous(memory_format=torch.channels_last)
 
 
 class TimmImage(ImageTower):

@@ -48,8 +48,11 @@ def targets(
     positives: dict[Relation, float],
     ignored: list[Relation],
     itself: Tensor | None = None,
+    judged: Tensor | None = None,
 ) -> Targets:
     """Pairs by their keys: the largest weight of the relations that hold; else left out; else negative.
+
+    What was said of a very pair counts before what its keys suggest.
 
     Args:
         query_keys: (B, R) int64.
@@ -58,6 +61,7 @@ def targets(
         positives: weight of each relation that makes a positive.
         ignored: relations that leave a pair out which is no positive.
         itself: (B,) int64 column that is the row itself, and is left out; None where there is none.
+        judged: (B, P) float32 weight of each pair's judgement, 0 where there is none; they are of the relation `query`.
     """
     shape = (len(query_keys), len(product_keys))
     positive = torch.zeros(shape, device=query_keys.device)
@@ -68,6 +72,11 @@ def targets(
         positive.masked_fill_(same(query_keys, product_keys, relation), weight)
     row = torch.arange(len(answer), device=answer.device)
     positive[row, answer] = 1.0
+    if judged is not None:
+        weight = positives.get("query", 0.0)
+        positive = torch.where(judged * weight > 0, judged * weight, positive)
+        if "query" in ignored:
+            counts &= judged == 0
     if itself is not None:
         positive[row, itself], counts[row, itself] = 0.0, False
     return Targets(positive, counts | (positive > 0))
@@ -147,15 +156,57 @@ class Rows(NamedTuple):
         vectors: (n, D) unit vectors.
         keys: (n, R) int64.
         offset: (n,) float32, added to similarities with them.
+        judged: (n, J) int64 `product` keys of what answers them; of products, J = 0.
+        grades: (n, J) float32.
     """
 
     vectors: Tensor
     keys: Tensor
     offset: Tensor
+    judged: Tensor
+    grades: Tensor
 
     def gathered(self) -> Rows:
         """Those of all processes, in float32."""
-        return Rows(gather_rows(self.vectors).float(), gather_rows(self.keys), gather_rows(self.offset))
+        judged, grades = (gather_rows(t) if t.shape[1] else t.new_empty(num_processes() * len(t), 0) for t in self[3:])
+        return Rows(gather_rows(self.vectors).float(), gather_rows(self.keys), gather_rows(self.offset), judged, grades)
+
+    def first(self, count: int) -> Rows:
+        """The first rows."""
+        return Rows(*(tensor[:count] for tensor in self))
+
+
+def judged_pairs(rows: Rows, columns: Rows) -> Tensor | None:
+    """(n, m) float32 weight of the judgement of each pair of a query and a product, 0 where there is none.
+
+    Either side may be the queries; None where no judgements are known.
+    """
+    if columns.judged.shape[1]:
+        said = judged_pairs(columns, rows)
+        return None if said is None else said.T
+    if not rows.judged.shape[1]:
+        return None
+    products, number = columns.keys[:, RELATIONS.index("product")].unique(return_inverse=True)
+    place = torch.searchsorted(products, rows.judged).clamp(max=len(products) - 1)
+    weight = torch.where((products[place] == rows.judged) & (rows.judged != NO_KEY), rows.grades, 0.0)
+    table = weight.new_zeros(len(weight), len(products)).scatter_reduce_(1, place, weight, "amax")
+    return table[:, number]
+
+
+def both_sides(query: Tensor, product: Tensor, batch: Batch, offset: Tensor | None = None) -> tuple[Rows, Rows]:
+    """Queries and products of this process; `offset` is (P,) of the products."""
+    nothing = product.new_zeros(len(product), dtype=torch.float32)
+    judged, grades = batch.judged, batch.grades
+    if judged is None or grades is None:
+        judged, grades = batch.query_keys[:, :0], nothing[: len(query), None][:, :0]
+    products = Rows(
+        product,
+        batch.product_keys,
+        nothing if offset is None else offset,
+        batch.product_keys[:, :0],
+        nothing[:, None][:, :0],
+    )
+    return Rows(query, batch.query_keys, nothing[: len(query)], judged, grades), products
 
 
 class Loss(nn.Module, ABC):
@@ -221,7 +272,7 @@ class ContrastiveLoss(Loss):
 
 
 class InfoNCE(ContrastiveLoss):
-    """Multi-positive InfoNCE in both directions, rows weighted by graded relevance (GCL, arXiv:2404.08535).
+    """Multi-positive InfoNCE in both directions (or one), rows weighted by graded relevance (GCL, arXiv:2404.08535).
 
     Args:
         temperature: of the start, in cosine; it is learned.
@@ -233,6 +284,8 @@ class InfoNCE(ContrastiveLoss):
         log_q: 0 to 1, how much of the logarithm of a product's frequency is taken off its similarity where it is no
             answer: popular products stand in more batches than others, and would be pushed away more often. The
             answer's own is left as it is (arXiv:2507.09331).
+        product_share: 0 to 1, how much of the loss is of products that look for their queries; the rest is of queries
+            that look for their products. 0 suits answers that go one way, such as accessories.
     """
 
     def __init__(
@@ -243,11 +296,14 @@ class InfoNCE(ContrastiveLoss):
         ignored: list[Relation] | None = None,
         same_side: bool = False,
         log_q: float = 0.0,
+        product_share: float = 0.5,
     ) -> None:
         super().__init__(temperature, min_temperature, positives, ignored)
         if not 0 <= log_q <= 1:
             raise ValueError(f"log_q={log_q}: choose 0 (none) to 1 (all of it).")
-        self.same_side, self.log_q = same_side, log_q
+        if not 0 <= product_share <= 1:
+            raise ValueError(f"product_share={product_share}: choose 0 (queries alone) to 1 (products alone).")
+        self.same_side, self.log_q, self.product_share = same_side, log_q, product_share
 
     def forward(self, query: Tensor, product: Tensor, batch: Batch) -> Tensor:
         """See `ContrastiveLoss.forward`."""
@@ -256,46 +312,45 @@ class InfoNCE(ContrastiveLoss):
         if self.log_q and batch.frequency is not None:
             often = torch.where(batch.frequency > 0, batch.frequency, 1.0)  # 0: a mined one, which no frequency drew
             offset = -self.log_q * often.log()
-        queries = self.known("query", Rows(query, batch.query_keys, torch.zeros_like(weight)).gathered())
-        products = self.known("product", Rows(product, batch.product_keys, offset).gathered())
-        first_query, first_product = rank_offset(answers), rank_offset(len(product))
+        asked, found = both_sides(query, product, batch, offset)
+        queries, products = self.known("query", asked.gathered()), self.known("product", found.gathered())
         row = torch.arange(answers, device=query.device)
-        asked, answered = batch.query_keys, batch.product_keys[:answers]
-        forth = self.direction(query, asked, products, first_product + row, queries, first_query + row)
-        back = self.direction(product[:answers], answered, queries, first_query + row, products, first_product + row)
-        losses = self.over_batches("query", forth, asked) + self.over_batches("product", back, answered)
-        return num_processes() * (weight * losses / 2).sum() / gather_rows(weight).sum().clamp(min=1e-9)
+        query_row, product_row = rank_offset(answers) + row, rank_offset(len(product)) + row
+        forth = self.direction(asked, query_row, products, product_row, queries)
+        back = self.direction(found.first(answers), product_row, queries, query_row, products)
+        losses = (1 - self.product_share) * self.over_batches("query", forth, asked.keys)
+        losses = losses + self.product_share * self.over_batches("product", back, found.keys[:answers])
+        return num_processes() * (weight * losses).sum() / gather_rows(weight).sum().clamp(min=1e-9)
 
-    def direction(
-        self, rows: Tensor, row_keys: Tensor, columns: Rows, answer: Tensor, own_side: Rows, itself: Tensor
-    ) -> Tensor:
+    def direction(self, rows: Rows, itself: Tensor, columns: Rows, answer: Tensor, own_side: Rows) -> Tensor:
         """(B,) `of_logits` of one direction.
 
         Args:
-            rows: (B, D) vectors of this process.
-            row_keys: (B, R) int64.
+            rows: B of this process.
+            itself: (B,) int64, where they stand in `own_side`.
             columns: of all processes, what is asked for.
             answer: (B,) int64, the column that answers each row.
             own_side: of all processes, the side that the rows are of.
-            itself: (B,) int64, where the rows stand in it.
         """
-        itself = itself + len(columns.vectors)
-        if self.same_side:
-            columns = Rows(*(torch.cat(tensors) for tensors in zip(columns, own_side, strict=True)))
+        others = [columns, own_side] if self.same_side else [columns]
+        vectors, all_keys, offset = (torch.cat([side[i] for side in others]) for i in range(3))
 
-        def of_rows(
-            scale: Tensor, others: Tensor, vectors: Tensor, keys: Tensor, answer: Tensor, itself: Tensor
-        ) -> Tensor:
+        def of_rows(scale: Tensor, vectors: Tensor, *own: Tensor) -> Tensor:
+            some, (answer, itself) = Rows(*own[:-2]), own[-2:]
+            said = judged_pairs(some, columns)
+            if said is not None:  # nothing is said of two of one side
+                said = F.pad(said, (0, len(vectors) - said.shape[1]))
             target = targets(
-                keys, columns.keys, answer, self.positives, self.ignored, itself if self.same_side else None
+                some.keys, all_keys, answer, self.positives, self.ignored, itself if self.same_side else None, said
             )
-            logits = scale * (vectors @ others.T)
+            logits = scale * (some.vectors @ vectors.T)
             if self.log_q:
-                logits = logits + torch.where(target.positive > 0, 0.0, columns.offset)
+                logits = logits + torch.where(target.positive > 0, 0.0, offset)
             return self.of_logits(logits, target)
 
-        shared = self.scale.float(), columns.vectors
-        return in_blocks(of_rows, len(columns.keys), shared, rows.float(), row_keys, answer, itself)
+        shared = self.scale.float(), vectors
+        own = *rows._replace(vectors=rows.vectors.float()), answer, itself + len(columns.vectors)
+        return in_blocks(of_rows, len(all_keys), shared, *own)
 
     def known(self, side: str, rows: Rows) -> Rows:
         """The rows of all processes, and what others of this side there are to be compared with."""
@@ -335,21 +390,23 @@ class SigmoidLoss(ContrastiveLoss):
 
     def forward(self, query: Tensor, product: Tensor, batch: Batch) -> Tensor:
         """See `ContrastiveLoss.forward`."""
-        products, keys = gather_rows(product).float(), gather_rows(batch.product_keys)
+        asked, found = both_sides(query, product, batch)
+        products = found.gathered()
 
-        def of_rows(
-            scale: Tensor, bias: Tensor, others: Tensor, some: Tensor, some_keys: Tensor, answer: Tensor
-        ) -> Tensor:
-            logits = scale * (some @ others.T) + bias
-            target = targets(some_keys, keys, answer, self.positives, self.ignored)
+        def of_rows(scale: Tensor, bias: Tensor, vectors: Tensor, *own: Tensor) -> Tensor:
+            some, answer = Rows(*own[:-1]), own[-1]
+            said = judged_pairs(some, products)
+            target = targets(some.keys, products.keys, answer, self.positives, self.ignored, judged=said)
+            logits = scale * (some.vectors @ vectors.T) + bias
             is_positive = target.positive > 0
             sign = torch.where(is_positive, 1.0, -1.0)
             importance = torch.where(is_positive, target.positive, target.counts.float())
             return -(importance * F.logsigmoid(sign * logits)).sum(1)
 
         answer = rank_offset(len(product)) + torch.arange(len(query), device=query.device)
-        shared = self.scale.float(), self.bias, products
-        losses = in_blocks(of_rows, len(products), shared, query.float(), batch.query_keys, answer)
+        shared = self.scale.float(), self.bias, products.vectors
+        own = *asked._replace(vectors=query.float()), answer
+        losses = in_blocks(of_rows, len(products.keys), shared, *own)
         weight = batch.weight.float()
         return num_processes() * (weight * losses).sum() / gather_rows(weight).sum().clamp(min=1e-9)
 

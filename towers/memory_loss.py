@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from datamodules.batch import NO_KEY, RELATIONS
 from towers.loss import InfoNCE, Rows
@@ -15,7 +16,8 @@ class MemoryInfoNCE(InfoNCE):
     """InfoNCE whose rows are compared with embeddings of earlier steps too (XBM, arXiv:1912.06798).
 
     They cost no encoding, and are as old as `size` examples are; so learning rates should be low. Equal keys make
-    positives of them too, or leave them out. The memory is part of a checkpoint.
+    positives of them too, or leave them out, as do the judgements of the batch's queries; those of remembered queries
+    are not kept. The memory is part of a checkpoint.
 
     Args:
         size: embeddings of each side that are remembered.
@@ -45,14 +47,18 @@ class MemoryInfoNCE(InfoNCE):
 
     def known(self, side: str, rows: Rows) -> Rows:
         """The rows, and those that are remembered; afterwards the rows are remembered in place of the oldest."""
-        memory = Rows(*(getattr(self, f"{side}_{name}") for name in Rows._fields))
+        memory = [getattr(self, f"{side}_{name}") for name in ("vectors", "keys", "offset")]
         written: Tensor = getattr(self, f"{side}_written")
         filled = min(int(written), self.size)
         both = rows
         if self.steps >= self.warmup and filled:
-            both = Rows(*(torch.cat([new, old[:filled]]) for new, old in zip(rows, memory, strict=True)))
+            known = (torch.cat([new, old[:filled]]) for new, old in zip(rows[:3], memory, strict=True))
+            judged, grades = (
+                F.pad(new, (0, 0, 0, filled), value=none) for new, none in zip(rows[3:], (NO_KEY, 0), strict=True)
+            )
+            both = Rows(*known, judged, grades)
         if self.training:
-            latest = [tensor[-self.size :].detach() for tensor in rows]
+            latest = [tensor[-self.size :].detach() for tensor in rows[:3]]
             place = (written + torch.arange(len(latest[0]), device=written.device)) % self.size
             for old, new in zip(memory, latest, strict=True):
                 old[place] = new.to(old.dtype)
