@@ -1,6 +1,6 @@
 """What each part of the training recipe is worth: one thing changed at a time, and other libraries' losses.
 
-    python -m benchmarks.ablation --data DIR --weights DIR --json FILE [--quick] [--split val|test] [--only fashion]
+    python -m benchmarks.ablation --data DIR --weights DIR --json FILE [--quick true] [--split val|test] [--only NAMES]
 
 Every arm is the catalogue's configuration with the arguments that the table names, trained on the same batches with the
 same number of steps, and measured as `benchmarks.catalogues` measures. Arms are stored in FILE as they finish; a second

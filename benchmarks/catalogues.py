@@ -1,6 +1,6 @@
 """How good are embeddings of real catalogues: traditional search, pretrained towers, trained towers, fused models.
 
-    python -m benchmarks.catalogues --data DIR --weights DIR --json FILE [--quick] [--split val|test]
+    python -m benchmarks.catalogues --data DIR --weights DIR --json FILE [--quick true] [--split val|test]
 
 `DIR` holds the catalogues of docs/data.md. Every arm is stored in FILE as it finishes; a second run makes the rest.
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from training import CONFIG, ROOT, TEXT_ONLY, fit, fit_arguments, logged
 
 import configs
@@ -322,3 +323,15 @@ def test_a_figure_that_no_run_has_is_refused_before_it_starts(
     assert train.main(fit_arguments(tiny_catalogue, tmp_path / "run", f"--{callback}.monitor=val/hit@11")) == 1
     assert last_line(capsys).startswith(f"error: {callback}.monitor='val/hit@11' is no figure of a run.")
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_training_leaves_the_statistics_of_batch_norms_as_they_are(tiny_catalogue: Path, tmp_path: Path) -> None:
+    """Lightning takes modules' modes as they are and never calls train(): a norm must keep them from the start."""
+    image = "--model.product.image.init_args"
+    alone = ["--model.product.text=null", "--model.product.attribute=null", "--trainer.max_epochs=2"]
+    arguments = [*alone, f"{image}.model=resnet10t", f"{image}.model_args={{}}"]
+    assert fit(tiny_catalogue, tmp_path / "run", *arguments) == 0
+    weights = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    batches = [value.item() for name, value in weights.items() if name.endswith("num_batches_tracked")]
+    assert batches and not any(batches)
+    assert all((value == 0).all() for name, value in weights.items() if name.endswith("running_mean"))

@@ -76,27 +76,32 @@ class TrainingCLI(LightningCLI):
         else:
             args = configs.resolve(args)
         try:
-            cls(
-                TwoTower,
-                ProductDataModule,
-                args=args,
-                seed_everything_default=0,
-                trainer_defaults={
-                    "max_epochs": 10,
-                    "log_every_n_steps": 10,
-                    "num_sanity_val_steps": 0,
-                    "use_distributed_sampler": False,  # batches are drawn and shared out by BatchStream
-                },
-                save_config_kwargs={"overwrite": True},
-                auto_configure_optimizers=False,
-                parser_kwargs={**PARSER, **{command: {**PARSER, "usage": USAGE} for command in cls.subcommands()}},
-            )
+            cls.start(args)
         except USER_ERRORS as error:
             if os.environ.get("TRITOWER_TRACEBACK"):
                 raise
             print(f"error: {error}", file=sys.stderr)
             return 1
         return 0
+
+    @classmethod
+    def start(cls, args: list[str] | None = None, model: type[TwoTower] = TwoTower) -> TrainingCLI:
+        """Run a command on a model of this class; errors are raised."""
+        return cls(
+            model,
+            ProductDataModule,
+            args=args,
+            seed_everything_default=0,
+            trainer_defaults={
+                "max_epochs": 10,
+                "log_every_n_steps": 10,
+                "num_sanity_val_steps": 0,
+                "use_distributed_sampler": False,  # batches are drawn and shared out by BatchStream
+            },
+            save_config_kwargs={"overwrite": True},
+            auto_configure_optimizers=False,
+            parser_kwargs={**PARSER, **{command: {**PARSER, "usage": USAGE} for command in cls.subcommands()}},
+        )
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:

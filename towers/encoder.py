@@ -77,6 +77,7 @@ class Encoder(nn.Module):
         )
         self.absent = nn.Parameter(torch.randn(len(self.towers), embed_dim) * embed_dim**-0.5)
         self.fusion = FUSIONS[fusion](len(self.towers), embed_dim)
+        self.train()  # batch norms of towers learn only by it that they keep their statistics; Lightning never says it
 
     def set_schema(self, schema: Schema) -> None:
         """Tell the towers what the catalogue holds."""

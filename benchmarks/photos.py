@@ -1,0 +1,212 @@
+"""Shop photos that ask for shelf products: our model, the usual softmax classifier, and products that are new.
+
+    python -m benchmarks.photos --data DIR --weights DIR --json FILE [--quick true] [--split val|test] [--arms '[ours]']
+
+All arms are configs/grocery.yaml: the same backbone, photos, batches, steps and learning rates.
+
+Keys of FILE, beside those of `benchmarks.catalogues`:
+    arms  "grocery/ARM/0" -> {"split", "seconds", "photos", "hit@1"}; of the arm with new products also "hit@1 seen",
+          "hit@1 new" and "new", the ids of the products that it was never trained on
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from jsonargparse import auto_cli
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks.catalogues import WHOLE, Bench, Catalogue, Results, Split
+from datamodules.batch import RELATIONS, Batch, Items, NumberedItems
+from datamodules.preprocess import stable_hash
+from retrieval.embeddings import EmbeddingReader
+from towers.cli import TrainingCLI
+from towers.embed import embed
+from towers.encoder import features_of, mean_by_row
+from towers.quiet import quiet_lightning
+from towers.two_tower import TwoTower
+
+NEW = 16
+"""Products, those with the smallest sha256 of their ids, that one arm is never trained on."""
+
+
+class Classifier(TwoTower):
+    """One class for each product on top of the query encoder's image tower, trained with cross-entropy.
+
+    Optimiser, schedule, batches and figures are those of `TwoTower`: a query's "embedding" are its logits, a product's
+    is its class, so that their product is the logit of the class.
+    """
+
+    def setup(self, stage: str) -> None:
+        """As `TwoTower.setup`; then there is a class for every product."""
+        super().setup(stage)
+        ids = self.trainer.datamodule.products.column("product_id").to_pylist()
+        self.class_of = {stable_hash(product_id): row for row, product_id in enumerate(ids)}
+        if not hasattr(self, "head"):
+            self.head = nn.Linear(self.query.towers["image"].out_dim, len(ids))
+
+    @property
+    def embed_dim(self) -> int:
+        """The number of classes."""
+        return len(self.class_of) if hasattr(self, "class_of") else super().embed_dim
+
+    def logits(self, items: Items) -> Tensor:
+        """(B, classes)."""
+        features = features_of(self.query.towers["image"], items.image)
+        return self.head(mean_by_row(features, items.image_row, len(items.present)))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Cross-entropy of the photos."""
+        keys = batch.product_keys[: len(batch.weight), RELATIONS.index("product")]
+        loss = F.cross_entropy(self.logits(batch.query), torch.tensor([self.class_of[key] for key in keys.tolist()]))
+        self.log("train/loss", loss, batch_size=len(keys))
+        return loss
+
+    def validation_step(self, batch: NumberedItems, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Logits of the held-out photos, classes of the products."""
+        if dataloader_idx == 0:
+            found = self.logits(batch.items)
+        else:
+            found = F.one_hot(batch.row, self.embed_dim)  # the gallery is the whole catalogue, in order
+        self.held_out[dataloader_idx].append((batch.row.numpy(), found.float().numpy()))
+
+
+def classified(bench: Bench, arguments: list[str], run: Path) -> dict[str, Any]:
+    """Train the classifier and ask the split's photos."""
+    shutil.rmtree(run, ignore_errors=True)
+    towers = ["--model.product.text=null", "--model.product.attribute=null", WHOLE]
+    weights = f"--model.product.image.init_args.pretrained={bench.weights / 'tf_efficientnet_lite0.safetensors'}"
+    TrainingCLI.start(
+        [
+            "fit",
+            "--config=configs/grocery.yaml",
+            f"--data.catalogue={bench.prepared}",
+            f"--data.test_split={bench.split}",
+            "--then_test=true",
+            *towers,
+            weights,
+            *arguments,
+            f"--run={run}",
+        ],
+        model=Classifier,
+    )
+    return {"hit@1": round(json.loads((run / "test.json").read_text(encoding="utf-8"))["test/hit@1"], 4)}
+
+
+def found_first(model: Path, bench: Bench, folder: Path) -> dict[str, list[bool]]:
+    """Product -> for each of its photos of the split, whether it is the nearest of all products."""
+    shutil.rmtree(folder, ignore_errors=True)
+    embed(model, bench.prepared, folder)
+    sides = []
+    for side in ("queries", "products"):
+        batches = list(EmbeddingReader(folder / side).batches())
+        sides.append(
+            (
+                np.concatenate([b.ids.to_numpy(zero_copy_only=False) for b in batches]),
+                np.concatenate([b.vectors for b in batches]),
+            )
+        )
+    (query_ids, queries), (product_ids, products) = sides
+    nearest = dict(zip(query_ids, product_ids[(queries @ products.T).argmax(1)], strict=True))
+    result: dict[str, list[bool]] = {}
+    for photo in rows(bench.raw / "photos.csv"):
+        if photo["split"] == bench.split:
+            result.setdefault(photo["product_id"], []).append(nearest[photo["photo_id"]] == photo["product_id"])
+    return result
+
+
+def without_new(raw: Path, folder: Path) -> list[str]:
+    """A copy of the catalogue in which some products, and the photos of them that were of train, are of no split."""
+    folder.mkdir(parents=True, exist_ok=True)
+    answers = {photo["photo_id"]: photo["product_id"] for photo in rows(raw / "photos.csv")}
+    ids = [product["id"] for product in rows(raw / "products.csv")]
+    new = sorted(ids, key=lambda product_id: hashlib.sha256(product_id.encode()).hexdigest())[:NEW]
+    for name, key in (("products", "id"), ("queries", "query_id")):
+        changed = [
+            row | {"split": "new"} if row["split"] == "train" and answers.get(row[key], row[key]) in new else row
+            for row in rows(raw / f"{name}.csv")
+        ]
+        with (folder / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, changed[0])
+            writer.writeheader()
+            writer.writerows(changed)
+    for name in ("qrels.csv", "photos.csv", "images"):
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to((raw / name).resolve())
+    return new
+
+
+def rows(file: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file."""
+    with file.open(newline="", encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
+
+
+def share(hits: list[list[bool]]) -> float:
+    """Of all photos."""
+    return round(float(np.mean(np.concatenate(hits))), 4)
+
+
+def main(
+    data: Path,
+    weights: Path,
+    json: Path,
+    quick: bool = False,
+    split: Split = "val",
+    arms: list[str] | None = None,
+    arguments: list[str] | None = None,
+    work: Path = Path("benchmarks/results/catalogues"),
+) -> None:
+    """Train and measure all arms.
+
+    Args:
+        data: folder of the raw catalogues of docs/data.md.
+        weights: folder of all-minilm-l6-v2/ and tf_efficientnet_lite0.safetensors.
+        json: where figures are stored, and resumed from.
+        quick: one epoch: does everything run?
+        split: whose photos ask; test is for the final table.
+        arms: `ours`, `softmax classifier`, `ours, some products new`; null takes all.
+        arguments: further command-line arguments of train.py, for all arms.
+        work: folder of everything that is made.
+    """
+    quiet_lightning()
+    given = [*(arguments or []), *(["--trainer.max_epochs=1"] if quick else []), "--trainer.enable_progress_bar=false"]
+    results = Results(json)
+    for arm in arms or ["ours", "softmax classifier", "ours, some products new"]:
+        key = f"grocery/{arm}/0"
+        if results.done("arms", key, split):
+            continue
+        L.seed_everything(0, verbose=False)
+        started = time.monotonic()
+        bench = Bench(Catalogue("grocery", seeds=1), data, weights, work, split, results, quick)
+        new: list[str] = []
+        if arm == "ours, some products new":
+            bench.raw, bench.prepared = work / "raw" / "grocery_new", work / "catalogues" / "grocery_new"
+            new = without_new(data / "grocery", bench.raw)
+        bench.prepare()
+        if arm == "softmax classifier":
+            figures = classified(bench, given, work / "runs" / key)
+        else:
+            model, command = bench.train(arm, given, seed=0)
+            hits = found_first(model, bench, work / "runs" / key / "embeddings")
+            figures = {"hit@1": share(list(hits.values())), "photos": sum(map(len, hits.values())), "command": command}
+            if new:
+                figures["new"] = new
+                figures["hit@1 new"] = share([hits[p] for p in hits if p in new])
+                figures["hit@1 seen"] = share([hits[p] for p in hits if p not in new])
+        results.store("arms", key, {**figures, "split": split, "seconds": round(time.monotonic() - started, 1)})
+        print(arm, {name: value for name, value in figures.items() if name not in ("command", "new")}, flush=True)
+
+
+if __name__ == "__main__":
+    auto_cli(main, as_positional=False, parser_mode="yaml", allow_abbrev=False)
