@@ -29,6 +29,14 @@ def specialist(missing: str) -> list[str]:
 
 
 ARMS: dict[str, dict[str, list[str]]] = {
+    "luma": {
+        "in use": [],
+        "products look for queries too": [f"{LOSS}.product_share=0.5"],
+        "popular products are not corrected": [f"{LOSS}.log_q=0"],
+        "no feature dropout": ["--model.product.feature_dropout=0"],
+        "judged pairs alone": ["--data.sources=[pairs]"],
+        "whole items alone": [WHOLE],
+    },
     "fashion": {
         "in use": [],
         "whole items alone": [WHOLE],
