@@ -307,8 +307,7 @@ class InfoNCE(ContrastiveLoss):
 
     def forward(self, query: Tensor, product: Tensor, batch: Batch) -> Tensor:
         """See `ContrastiveLoss.forward`."""
-        answers, weight = len(query), batch.weight.float()
-        offset = torch.zeros_like(batch.product_keys[:, 0], dtype=torch.float32)
+        answers, weight, offset = len(query), batch.weight.float(), None
         if self.log_q and batch.frequency is not None:
             often = torch.where(batch.frequency > 0, batch.frequency, 1.0)  # 0: a mined one, which no frequency drew
             offset = -self.log_q * often.log()
@@ -316,10 +315,13 @@ class InfoNCE(ContrastiveLoss):
         queries, products = self.known("query", asked.gathered()), self.known("product", found.gathered())
         row = torch.arange(answers, device=query.device)
         query_row, product_row = rank_offset(answers) + row, rank_offset(len(product)) + row
-        forth = self.direction(asked, query_row, products, product_row, queries)
-        back = self.direction(found.first(answers), product_row, queries, query_row, products)
-        losses = (1 - self.product_share) * self.over_batches("query", forth, asked.keys)
-        losses = losses + self.product_share * self.over_batches("product", back, found.keys[:answers])
+        losses = torch.zeros_like(weight)
+        if self.product_share < 1:
+            forth = self.direction(asked, query_row, products, product_row, queries)
+            losses = losses + (1 - self.product_share) * self.over_batches("query", forth, asked.keys)
+        if self.product_share > 0:
+            back = self.direction(found.first(answers), product_row, queries, query_row, products)
+            losses = losses + self.product_share * self.over_batches("product", back, found.keys[:answers])
         return num_processes() * (weight * losses).sum() / gather_rows(weight).sum().clamp(min=1e-9)
 
     def direction(self, rows: Rows, itself: Tensor, columns: Rows, answer: Tensor, own_side: Rows) -> Tensor:
@@ -332,8 +334,9 @@ class InfoNCE(ContrastiveLoss):
             answer: (B,) int64, the column that answers each row.
             own_side: of all processes, the side that the rows are of.
         """
-        others = [columns, own_side] if self.same_side else [columns]
-        vectors, all_keys, offset = (torch.cat([side[i] for side in others]) for i in range(3))
+        vectors, all_keys, offset = columns[:3]
+        if self.same_side:
+            vectors, all_keys, offset = (torch.cat(pair) for pair in zip(columns[:3], own_side[:3], strict=True))
 
         def of_rows(scale: Tensor, vectors: Tensor, *own: Tensor) -> Tensor:
             some, (answer, itself) = Rows(*own[:-2]), own[-2:]

@@ -1,0 +1,55 @@
+"""The benchmark of shop photos: which products are new to a model, and what a classifier's figures are made of."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import importlib
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+
+photos = importlib.import_module("benchmarks.photos")
+
+
+def write(file: Path, *rows: dict[str, str]) -> None:
+    with file.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def test_new_products_and_their_photos_are_of_no_training(tmp_path: Path) -> None:
+    raw = tmp_path / "raw"
+    (raw / "images").mkdir(parents=True)
+    ids = [f"p{number}" for number in range(photos.NEW + 3)]
+    asked = [(f"{split}-{i}", i, split) for i in ids for split in ("train", "val", "test")]
+    write(raw / "products.csv", *({"id": i, "title": i, "split": "train"} for i in ids))
+    write(raw / "queries.csv", *({"query_id": q, "split": split} for q, _, split in asked))
+    write(raw / "photos.csv", *({"photo_id": q, "product_id": i, "split": split} for q, i, split in asked))
+    write(raw / "qrels.csv", *({"query_id": q, "product_id": i, "relevance": "3"} for q, i, _ in asked))
+    new = photos.without_new(raw, tmp_path / "new")
+    assert new == sorted(ids, key=lambda i: hashlib.sha256(i.encode()).hexdigest())[: photos.NEW]
+    kept = [i for i in ids if i not in new]
+    products, queries = (photos.rows(tmp_path / "new" / f"{name}.csv") for name in ("products", "queries"))
+    assert [p["id"] for p in products if p["split"] == "train"] == kept
+    assert [q["query_id"] for q in queries if q["split"] == "train"] == [f"train-{i}" for i in kept]
+    assert sum(q["split"] == "test" for q in queries) == sum(q["split"] == "val" for q in queries) == len(ids)
+    assert (tmp_path / "new" / "qrels.csv").read_bytes() == (raw / "qrels.csv").read_bytes()
+
+
+def test_a_classifiers_embeddings_are_logits_and_classes() -> None:
+    """So their products are the logits of each query, in the order of the catalogue."""
+    model = photos.Classifier.__new__(photos.Classifier)
+    nn.Module.__init__(model)
+    model.class_of = {10: 0, 11: 1, 12: 2}
+    logits = torch.tensor([[0.1, 0.7, 0.2], [0.5, 0.3, 0.2]])
+    model.logits = lambda items: logits
+    model.held_out = ([], [])
+    for loader, rows in enumerate((torch.tensor([0, 1]), torch.tensor([2, 0, 1]))):
+        model.validation_step(SimpleNamespace(items=None, row=rows), 0, loader)
+    (_, queries), (order, classes) = model.held_out[0][0], model.held_out[1][0]
+    assert model.embed_dim == 3
+    torch.testing.assert_close(torch.from_numpy(queries @ classes.T), logits[:, order])
