@@ -16,6 +16,7 @@ import hashlib
 import json
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from torch.nn import functional as F
 
 from benchmarks.catalogues import WHOLE, Bench, Catalogue, Results, Split
 from datamodules.batch import RELATIONS, Batch, Items, NumberedItems
+from datamodules.parquet import query_item
 from datamodules.preprocess import stable_hash
 from retrieval.embeddings import EmbeddingReader
 from towers.cli import TrainingCLI
@@ -48,9 +50,14 @@ class Classifier(TwoTower):
     """
 
     def setup(self, stage: str) -> None:
-        """As `TwoTower.setup`; then there is a class for every product."""
+        """As `TwoTower.setup`; then there is a class for every product, and only photos ask."""
         super().setup(stage)
-        ids = self.trainer.datamodule.products.column("product_id").to_pylist()
+        data = self.trainer.datamodule
+        for split, asked in data.held_out.items():
+            photo = [bool(query_item(data.queries.row(int(number))).images) for number in asked.query]
+            per_query = {name: getattr(asked, name)[photo] for name in ("query", "source", "judged", "grade", "own")}
+            data.held_out[split] = replace(asked, **per_query)
+        ids = data.products.column("product_id").to_pylist()
         self.class_of = {stable_hash(product_id): row for row, product_id in enumerate(ids)}
         if not hasattr(self, "head"):
             self.head = nn.Linear(self.query.towers["image"].out_dim, len(ids))
@@ -140,9 +147,9 @@ def without_new(raw: Path, folder: Path) -> list[str]:
             writer = csv.DictWriter(file, changed[0])
             writer.writeheader()
             writer.writerows(changed)
-    for name in ("qrels.csv", "photos.csv", "images"):
-        (folder / name).unlink(missing_ok=True)
-        (folder / name).symlink_to((raw / name).resolve())
+    for name in ("qrels.csv", "photos.csv"):
+        shutil.copyfile(raw / name, folder / name)
+    shutil.copytree(raw / "images", folder / "images", dirs_exist_ok=True)  # links out of the folder would be refused
     return new
 
 
