@@ -127,14 +127,14 @@ def test_a_finished_run_is_resumed_to_nothing(tiny_catalogue: Path, uninterrupte
 
 def test_a_moved_run_is_resumed(tiny_catalogue: Path, whole: list[dict[str, Any]], tmp_path: Path) -> None:
     """It knows its best model still; the lowest score is asked for, since that comes first."""
-    run, lowest = tmp_path / "moved", ("--checkpoint.mode=min", "--checkpoint.monitor=val/mrr@10")
+    run, lowest = tmp_path / "moved", ("--checkpoint.mode=min", "--checkpoint.monitor=val/ndcg@10")
     stopped(tiny_catalogue, tmp_path / "run", 14, *lowest)
-    before = logged(tmp_path / "run", "val/mrr@10")
+    before = logged(tmp_path / "run", "val/ndcg@10")
     (tmp_path / "run").rename(run)
     assert resume(tiny_catalogue, run, *lowest) == whole[10:]
-    after = logged(run, "val/mrr@10")
+    after = logged(run, "val/ndcg@10")
     assert (len(before), len(after)) == (2, 1)
-    assert read_manifest(run / "model").meta["val/mrr@10"] == pytest.approx(min(before + after))
+    assert read_manifest(run / "model").meta["val/ndcg@10"] == pytest.approx(min(before + after))
     assert min(before) < after[0]
 
 

@@ -17,7 +17,7 @@ from test_products import data_module
 from tiny_models import TIMM, TIMM_ARGS, write_bert
 from torch import nn
 
-from datamodules.batch import NO_KEY, RELATIONS, Item
+from datamodules.batch import NO_KEY, RELATIONS, Batch, Item
 from datamodules.examples import collate
 from datamodules.heldout import QueryRows
 from datamodules.parquet import product_item
@@ -78,7 +78,7 @@ def gradients(model: TwoTower, items: list[Item]) -> tuple[torch.Tensor, dict[st
         model.encode_chunks(model.query, query).embedding,
         model.encode_chunks(model.product, product).embedding,
     ]
-    batch = SimpleNamespace(query_keys=keys, product_keys=keys, weight=torch.ones(len(items)), frequency=None)
+    batch = Batch(query, product, keys, keys, torch.ones(len(items)))
     model.loss(*embeddings, batch).backward()
     found = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
     return torch.cat(embeddings).detach(), found
