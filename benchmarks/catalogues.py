@@ -217,19 +217,23 @@ class Bench:
     def train(self, name: str, arguments: list[str], seed: int) -> tuple[Path, str]:
         """Train by the command line; returns the model folder and the command."""
         run = self.work / "runs" / self.catalogue.name / name / str(seed) / "train"
+        command = ["train.py", *self.fit_arguments(run, [*arguments, *self.catalogue.overrides.get(name, [])], seed)]
+        call(*command)
+        return run / "model", "python " + " ".join(command)
+
+    def fit_arguments(self, run: Path, arguments: list[str], seed: int) -> list[str]:
+        """The arguments of `train.py` for the catalogue's configuration and these; what lies in `run` is removed."""
         shutil.rmtree(run, ignore_errors=True)
         text = "--model.product.text.init_args.pretrained=" + str(self.weights / "all-minilm-l6-v2")
         image = "--model.product.image.init_args.pretrained=" + str(self.weights / "tf_efficientnet_lite0.safetensors")
         removed = [a.removesuffix("=null") for a in arguments if a.endswith("=null")]
         places = [a for a in (text, image) if not a.startswith(tuple(removed))] if removed else [text, image]
-        command = [
-            "train.py",
+        return [
             "fit",
             f"--config=configs/{self.catalogue.name}.yaml",
             f"--data.catalogue={self.prepared}",
             *places,
             *arguments,
-            *self.catalogue.overrides.get(name, []),
             f"--model.feature_cache={self.cache}",
             *(["--trainer.max_epochs=2"] if self.quick else []),
             f"--seed_everything={seed}",
@@ -239,8 +243,6 @@ class Bench:
             "--trainer.enable_progress_bar=false",
             "--trainer.enable_model_summary=false",
         ]
-        call(*command)
-        return run / "model", "python " + " ".join(command)
 
     def measure(self, model: Path, folder: Path, product: Any = None, query: Any = None) -> dict[str, Any]:
         """Embed the catalogue, build the default index, ask the split's queries."""

@@ -90,23 +90,9 @@ class Classifier(TwoTower):
 
 def classified(bench: Bench, arguments: list[str], run: Path) -> dict[str, Any]:
     """Train the classifier and ask the split's photos."""
-    shutil.rmtree(run, ignore_errors=True)
     towers = ["--model.product.text=null", "--model.product.attribute=null", WHOLE]
-    weights = f"--model.product.image.init_args.pretrained={bench.weights / 'tf_efficientnet_lite0.safetensors'}"
-    TrainingCLI.start(
-        [
-            "fit",
-            "--config=configs/grocery.yaml",
-            f"--data.catalogue={bench.prepared}",
-            f"--data.test_split={bench.split}",
-            "--then_test=true",
-            *towers,
-            weights,
-            *arguments,
-            f"--run={run}",
-        ],
-        model=Classifier,
-    )
+    asked = [f"--data.test_split={bench.split}", "--then_test=true"]
+    TrainingCLI.start(bench.fit_arguments(run, [*towers, *asked, *arguments], seed=0), model=Classifier)
     return {"hit@1": round(json.loads((run / "test.json").read_text(encoding="utf-8"))["test/hit@1"], 4)}
 
 
@@ -180,14 +166,14 @@ def main(
         data: folder of the raw catalogues of docs/data.md.
         weights: folder of all-minilm-l6-v2/ and tf_efficientnet_lite0.safetensors.
         json: where figures are stored, and resumed from.
-        quick: one epoch: does everything run?
+        quick: two epochs: does everything run?
         split: whose photos ask; test is for the final table.
         arms: `ours`, `softmax classifier`, `ours, some products new`; null takes all.
         arguments: further command-line arguments of train.py, for all arms.
         work: folder of everything that is made.
     """
     quiet_lightning()
-    given = [*(arguments or []), *(["--trainer.max_epochs=1"] if quick else []), "--trainer.enable_progress_bar=false"]
+    given = arguments or []
     results = Results(json)
     for arm in arms or ["ours", "softmax classifier", "ours, some products new"]:
         key = f"grocery/{arm}/0"
