@@ -70,7 +70,7 @@ def build(
     ids: Path | None = None,
     id_column: str | None = None,
     embedding_column: str | None = None,
-    metric: Literal["cosine", "inner_product"] | None = None,
+    metric: Literal["cosine", "inner_product", "kl"] | None = None,
     normalize: bool = False,
     factory: str = "auto",
     seed: int = 0,
@@ -143,7 +143,7 @@ def build(
     asked = (
         None
         if queries is None
-        else EmbeddingReader(_side(queries, "queries"), metric=reader.metric, normalize=normalize)
+        else EmbeddingReader(_side(queries, "queries"), metric=reader.metric, normalize=normalize, asks=True)
     )
     manifest = build_index(
         reader, output, recipe, target=target, queries=asked, attributes=attributes, overwrite=overwrite
@@ -213,6 +213,7 @@ def search(
     from retrieval.index import ProductIndex, checked_k
     from retrieval.likes import combined
     from retrieval.present import Found, find_catalogue
+    from retrieval.vectors import as_queries
 
     opened = ProductIndex.open(index)
     products = _weighted(opened, like, 1) + _weighted(opened, unlike, -1)
@@ -231,12 +232,12 @@ def search(
         vectors += _encode(opened, model, unlike_text, [], [])[0]
         weights.append(-1.0)
     for what, weight in products:
-        vectors.append(opened.vector_of(what))
+        vectors.append(as_queries(opened.vector_of(what), opened.metric))
         weights.append(weight)
     if vector is not None:
         vectors.append(_read_vector(vector, opened, normalize))
         weights.append(1.0)
-    query = vectors[0].reshape(1, -1) if weights == [1.0] else combined(vectors, weights)
+    query = vectors[0].reshape(1, -1) if weights == [1.0] else combined(vectors, weights, opened.metric)
     settings = opened.resolve(nprobe, recall=recall, kind=_kind(text, image, attribute, bool(products or unlike_text)))
     import numpy as np
 
@@ -421,10 +422,9 @@ def evaluate(
 
     opened = ProductIndex.open(index)
     known = find_catalogue(opened, catalogue)
-    products, queries = (
-        EmbeddingReader(path, metric=opened.metric, normalize=normalize)
-        for path in (_side(embeddings, "products"), queries_embeddings or embeddings / "queries")
-    )
+    asked = queries_embeddings or embeddings / "queries"
+    products = EmbeddingReader(_side(embeddings, "products"), metric=opened.metric, normalize=normalize)
+    queries = EmbeddingReader(asked, metric=opened.metric, normalize=normalize, asks=True)
     options = measuring.Options(
         split=None if split == "all" else split,
         threshold=threshold,
@@ -460,7 +460,7 @@ def _search_many(
     from retrieval.bulk import bulk_search
     from retrieval.embeddings import EmbeddingReader
 
-    reader = EmbeddingReader(queries, metric=index.metric, normalize=normalize)
+    reader = EmbeddingReader(queries, metric=index.metric, normalize=normalize, asks=True)
     result = bulk_search(
         index, reader, output, k=k, settings=settings, exclude_self=exclude_self, filter=filter, one_per=one_per
     )

@@ -36,6 +36,7 @@ ARMS: dict[str, dict[str, list[str]]] = {
         "no feature dropout": ["--model.product.feature_dropout=0"],
         "judged pairs alone": ["--data.sources=[pairs]"],
         "whole items alone": [WHOLE],
+        "metric kl": ["--model.metric=kl"],
     },
     "fashion": {
         "in use": [],
@@ -60,6 +61,14 @@ ARMS: dict[str, dict[str, list[str]]] = {
         "text alone, sentence-transformers' loss": [
             *TRAINED["text"],
             "--model.loss=benchmarks.peer_losses.MultipleNegativesRanking",
+        ],
+        "averaged weights": [
+            "--trainer.callbacks+=EMAWeightAveraging",
+            "--trainer.callbacks.decay=0.98",
+        ],
+        "descriptions in the text": [
+            "--model.product.text.init_args.template={title}. {description}",
+            "--model.product.text.init_args.max_length=160",
         ],
         **{f"{tower} alone": TRAINED[tower] for tower in ("text", "image", "attribute")},
         **{f"specialist without {tower}": specialist(tower) for tower in ("text", "image", "attribute")},

@@ -243,12 +243,14 @@ def _learn(
     centroids = find_centroids(sample, design.lists, recipe.seed)
     if not tuned:
         if recipe.factory == "auto":
-            design = replace(design, finer=precision_for(sample, own[:COMPARING], Target().k, reader.count))
+            asked = of_products(sample[own], own, reader.metric).first(COMPARING)
+            design = replace(design, finer=precision_for(sample, asked, Target().k, reader.count))
             choice = Choice(str(design), f"{choice.reason}, {design.finer_size(reader.dim)} bytes to re-rank")
         trained = train(sample, design, recipe.seed, recipe.spill, centroids)
     else:
         assert target is not None
-        probes = [of_products(unseen[own], own), *([] if queries is None else of_queries(queries, recipe.seed))]
+        asking = of_products(unseen[own], own, reader.metric)
+        probes = [asking, *([] if queries is None else of_queries(queries, recipe.seed))]
         compared = [probe.first(COMPARING) for probe in probes]
         known = {design.lists: centroids}
         chosen = choose(Predictor(sample, unseen, compared, target, reader.count, recipe.seed, known))
@@ -279,7 +281,8 @@ def _measure(
     """
     rows = sample_rows(reader.count, size, seed)
     rows = np.sort(np.random.default_rng(seed).permutation(rows)[:PER_KIND])
-    probes = [of_products(take(reader, rows), rows), *([] if queries is None else of_queries(queries, seed))]
+    asking = of_products(take(reader, rows), rows, reader.metric)
+    probes = [asking, *([] if queries is None else of_queries(queries, seed))]
     blocks = (batch.vectors for batch in _shown(reader, "exact search to measure by"))
     tuning = measure(engine, with_truth(probes, blocks, target.k), target)
     if problems := reached(tuning, target):

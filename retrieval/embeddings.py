@@ -19,7 +19,7 @@ from retrieval import storage
 from retrieval.shards import BEGUN, ShardFolder
 from retrieval.sources import Part, find_parts
 from retrieval.storage import JSON, Manifest
-from retrieval.vectors import Metric, checked_metric, checked_vectors, content_of
+from retrieval.vectors import Metric, as_queries, checked_metric, checked_vectors, content_of
 
 KIND = "embeddings"
 BATCH = 16_384
@@ -131,6 +131,7 @@ class EmbeddingReader:
         embedding_column: for Parquet: the column of vectors; guessed when None.
         metric: what the vectors are compared by; what the folder says when None, else cosine.
         normalize: bring vectors of any length to length 1.
+        asks: the vectors are queries: those of a folder of products become what `as_queries` makes of them.
 
     Raises:
         ArtefactError: an embeddings folder that is unfinished or damaged.
@@ -146,6 +147,7 @@ class EmbeddingReader:
         embedding_column: str | None = None,
         metric: Metric | None = None,
         normalize: bool = False,
+        asks: bool = False,
     ) -> None:
         self.source = Path(source)
         self.meta: Mapping[str, Any] = {}
@@ -157,6 +159,7 @@ class EmbeddingReader:
             files = [self.source / name for name in manifest.files if name.endswith(".parquet")]
         self.metric: Metric = checked_metric(metric or self.meta.get("metric", "cosine"))
         self.normalize = normalize
+        self.of_products_asking = asks and self.meta.get("id_column") == "product_id"
         self.parts: Sequence[Part] = find_parts(
             self.source, files, None if ids is None else Path(ids), id_column, embedding_column
         )
@@ -194,6 +197,8 @@ class EmbeddingReader:
                 where=part.name,
                 first_row=row,
             )
+            if self.of_products_asking:
+                vectors = as_queries(vectors, self.metric)
             yield EmbeddingBatch(ids, vectors, raw.kinds, raw.contents)
             row += len(ids)
 

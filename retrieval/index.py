@@ -31,7 +31,7 @@ from retrieval.filtering.attributes import ATTRIBUTES_FILE, AttributeTable
 from retrieval.filtering.filters import Filter, parse
 from retrieval.filtering.finding import NO_ROWS, Finder, Grouping
 from retrieval.storage import ArtefactError, Manifest
-from retrieval.vectors import Metric, checked_metric, checked_vectors
+from retrieval.vectors import Metric, checked_metric, checked_queries, checked_vectors
 
 KIND = "index"
 FORMAT = 2
@@ -190,7 +190,7 @@ class ProductIndex:
         A search that may not find everything finds K products unless there are fewer: it goes as far as it takes.
 
         Args:
-            vectors: (Q, D) query vectors, of unit length under cosine.
+            vectors: (Q, D) query vectors, of unit length under cosine, probabilities under kl.
             k: results wanted; the result has K = min(k, number of products) columns.
             recall: see `resolve`, as the following.
             kind: of the queries.
@@ -207,7 +207,9 @@ class ProductIndex:
                 none or does not suit its attributes, or groups or families that the index does not know.
         """
         k = min(checked_k(k), len(self))
-        queries = checked_vectors(vectors, dim=self.dim, metric=self.metric, where="queries")
+        queries = checked_queries(
+            checked_vectors(vectors, dim=self.dim, metric=self.metric, where="queries"), self.metric
+        )
         if settings is None:
             settings = self.resolve(nprobe, k_factor, recall=recall, kind=kind)
         settings = settings.checked(self.engine.lists)
@@ -307,6 +309,8 @@ class ProductIndex:
 
     def vector_of(self, product_id: str) -> NDArray[np.float32]:
         """The vector of a product as the index keeps it, (D,) float32, of unit length under cosine.
+
+        It asks as `retrieval.vectors.as_queries` makes it.
 
         Raises:
             ValueError: no such product, or the index keeps nothing to make a vector from.

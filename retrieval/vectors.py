@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, TypeGuard, get_args
+from typing import Any, Literal, TypeGuard, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-Metric = Literal["cosine", "inner_product"]
-"""Cosine compares unit vectors; inner product takes vectors as they are, longer ones score higher."""
+Metric = Literal["cosine", "inner_product", "kl"]
+"""What vectors are compared by; the score is their inner product.
+
+cosine: unit vectors.
+inner_product: vectors as they are; longer ones score higher.
+kl: a query's probabilities and a product's log-probabilities plus log D, so products of the least Kullback-Leibler
+    divergence from the query come first. Sides differ: a product that asks takes the vector of `as_queries`.
+"""
 
 NORM_TOLERANCE = 0.01
-"""Lengths this close to 1 count as rounding (float16) and are made exact; others are refused or normalised if asked."""
+"""Lengths this close to 1 count as rounding (float16) and are made exact; others are refused or normalised if asked.
+So do sums of probabilities."""
 
 EXACT = 1e-6
 """Squares of lengths this close to 1 are float32's own rounding."""
@@ -53,6 +60,8 @@ def checked_vectors(
     Raises:
         ValueError: wrong shape or dtype, NaN, infinity, a zero vector, or a vector that is not of unit length.
     """
+    if metric == "kl" and normalize:
+        raise ValueError(f"{where}: kl compares probabilities, which another length would spoil: do not normalise")
     if metric == "cosine" and _is_fine_already(vectors, dim):
         return vectors
     array = np.asarray(vectors)
@@ -76,7 +85,7 @@ def checked_vectors(
     if not np.isfinite(length).all():  # a long but finite vector has a finite length, too
         refuse(~np.isfinite(array).all(axis=1), "holds NaN or infinity")
     refuse(length == 0, "is a zero vector, which is similar to nothing")
-    if metric == "inner_product" and not normalize:
+    if metric != "cosine" and not normalize:
         return array
     if not normalize:
         bad = np.abs(length - 1) > NORM_TOLERANCE
@@ -87,6 +96,44 @@ def checked_vectors(
     length[np.abs(np.square(length) - 1) <= EXACT] = 1  # as they are, whatever stands beside them
     into = None if np.shares_memory(array, given) else array  # what was made here may be overwritten
     return np.divide(array, length.astype(np.float32)[:, None], out=into)
+
+
+def checked_queries(vectors: NDArray[np.float32], metric: Metric, where: str = "queries") -> NDArray[np.float32]:
+    """(Q, D) vectors that passed `checked_vectors`, as they are, if they can be a query's.
+
+    Raises:
+        ValueError: rows that are no probabilities, under kl: most likely a product's vector, whose hits would be wrong.
+    """
+    if metric == "kl":
+        bad = (vectors < 0).any(axis=1) | (np.abs(vectors.sum(axis=1) - 1) > NORM_TOLERANCE)
+        if bad.any():
+            row = int(bad.argmax())
+            raise ValueError(
+                f"{where}: row {row} holds numbers from {vectors[row].min():.3g} to {vectors[row].max():.3g} with the "
+                f"sum {vectors[row].sum():.4g}; under kl a query is probabilities with the sum 1 (a product's vector "
+                f"asks as retrieval.vectors.as_queries makes it); {int(bad.sum())} of {len(bad)} rows are like this"
+            )
+    return vectors
+
+
+def as_queries(products: NDArray[np.float32], metric: Metric) -> NDArray[np.float32]:
+    """Vectors of products that ask for products.
+
+    Args:
+        products: (..., D) float32, as an index or an embeddings folder holds them.
+        metric: what they are compared by.
+
+    Returns:
+        (..., D) float32: the same, or under kl their probabilities.
+    """
+    return probabilities(products) if metric == "kl" else products
+
+
+def probabilities(logits: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
+    """(..., D) -> (..., D) float32, softmax over the last axis."""
+    exponential = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    result: NDArray[np.float32] = (exponential / exponential.sum(axis=-1, keepdims=True)).astype(np.float32)
+    return result
 
 
 def _is_fine_already(vectors: ArrayLike, dim: int | None) -> TypeGuard[NDArray[np.float32]]:

@@ -56,7 +56,7 @@ def test_recall_is_that_of_comparing_with_every_living_product(root):
         shares.append(len(true & set(found[:10])) / 10)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "PROBES", 800)
-        assert gauge(engine, settings, alive).recall == pytest.approx(np.mean(shares), abs=2e-3)
+        assert gauge(engine, settings, alive, "cosine").recall == pytest.approx(np.mean(shares), abs=2e-3)
 
 
 def test_the_same_products_are_asked_wherever_their_rows_are(root):
@@ -77,7 +77,7 @@ def test_the_same_products_are_asked_wherever_their_rows_are(root):
 def test_errors_by_hand(root):
     index = ProductIndex.open(root)
     new = vectors(40, 3)
-    state = gauge(index.engine, index.settings, index.alive(), new)
+    state = gauge(index.engine, index.settings, index.alive(), index.metric, new)
     centres = index.engine.ivf.quantizer.reconstruct_n(0, 16)
     distances = np.square(new[:, None] - centres[None]).sum(axis=2).min(axis=1)
     assert state.new_list_error == pytest.approx(distances.mean(), rel=1e-4)

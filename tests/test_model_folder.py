@@ -239,7 +239,7 @@ def test_a_foreign_class_is_refused_by_name_and_never_imported(folder: Path) -> 
 
 def test_a_newer_format_asks_for_an_upgrade(folder: Path) -> None:
     resealed(folder, lambda c: c.update(format=99))
-    with pytest.raises(ArtefactError, match="model format 99; this release reads up to 1: upgrade"):
+    with pytest.raises(ArtefactError, match="model format 99; this release reads up to 2: upgrade"):
         load_model(folder)
 
 

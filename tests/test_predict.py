@@ -60,7 +60,7 @@ def test_the_built_index_finds_what_was_predicted_from_samples(tmp_path, vectors
     """Lists and candidates that a half of the vectors tells give the recall asked for on all of them."""
     drawn = np.random.default_rng(0).permutation(COUNT)
     sample, unseen = vectors[drawn[: COUNT // 4]], vectors[drawn[COUNT // 4 : COUNT // 2]]
-    probes = [queries(), of_products(unseen[:400], np.arange(400))]
+    probes = [queries(), of_products(unseen[:400], np.arange(400), "cosine")]
     centroids = find_centroids(sample, LISTS, 0)
     predictor = Predictor(sample, unseen, probes, Target(wanted), COUNT, 0, {LISTS: centroids})
     design = Mapped(LISTS, pieces, True, "SQfp16")
@@ -105,7 +105,7 @@ def test_a_stand_in_scans_as_many_codes_as_the_index_would(tmp_path, vectors, fi
 
 def test_vectors_to_rank_by_are_as_precise_as_the_recall_needs():
     rows = clustered(5000)
-    near = nearest_in(rows, [of_products(rows[:200], np.arange(200))], 10, 5000)
+    near = nearest_in(rows, [of_products(rows[:200], np.arange(200), "cosine")], 10, 5000)
     assert near[0].truth.shape == (200, 400)
     (found,) = ceiling_of_8_bits(rows, near, 10)
     eight = faiss.IndexScalarQuantizer(DIM, faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT)
@@ -123,4 +123,4 @@ def test_where_near_duplicates_abound_16_bits_are_stored(apart, precision):
     generator = np.random.default_rng(0)
     kinds = generator.standard_normal((200, 128))
     rows = unit(kinds[generator.integers(0, 200, 4000)] + apart * generator.standard_normal((4000, 128)))
-    assert precision_for(rows, np.arange(300), 10, 4000) == precision
+    assert precision_for(rows, of_products(rows[:300], np.arange(300), "cosine"), 10, 4000) == precision

@@ -335,3 +335,20 @@ def test_a_training_leaves_the_statistics_of_batch_norms_as_they_are(tiny_catalo
     batches = [value.item() for name, value in weights.items() if name.endswith("num_batches_tracked")]
     assert batches and not any(batches)
     assert all((value == 0).all() for name, value in weights.items() if name.endswith("running_mean"))
+
+
+# ---------------------------------------------------------------- weights averaged over steps
+
+
+def test_averaged_weights_are_validated_exported_and_resumed(tiny_catalogue: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    averaging = ["--trainer.callbacks+=EMAWeightAveraging", "--trainer.callbacks.decay=0.9"]
+    two = ["--model.product.image=null", "--trainer.max_epochs=2", *averaging]
+    assert fit(tiny_catalogue, run, *two) == 0
+    best = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)
+    name = "product.projections.text.weight"
+    averaged, current = best["state_dict"][name], best["current_model_state"][name]
+    assert not torch.equal(averaged, current)
+    assert torch.equal(load_file(run / "model" / "model.safetensors")[name], averaged)
+    assert fit(tiny_catalogue, run, *two, "--resume=true", "--trainer.max_epochs=3", "--replan=true") == 0
+    assert len(logged(run, "val/ndcg@10")) == 1, "goes on after the second epoch"

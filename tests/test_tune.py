@@ -204,7 +204,7 @@ def test_truth_is_brute_force_without_the_query_itself():
     rows = clustered(500)
     own = np.arange(0, 50)
     asked = Probe("text", clustered(20, seed=5), np.full(20, -1), np.empty((20, 0), np.int64))
-    both = with_truth([of_products(rows[own], own), asked], iter(np.array_split(rows, 7)), 10)
+    both = with_truth([of_products(rows[own], own, "cosine"), asked], iter(np.array_split(rows, 7)), 10)
     scores = rows[own] @ rows.T
     scores[own, own] = -2
     assert np.array_equal(both[0].truth, np.argsort(-scores, axis=1)[:, :10])

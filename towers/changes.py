@@ -56,7 +56,7 @@ class ChangedProducts:
         shards = np.split(numbers, np.searchsorted(numbers, table.shard_starts[1:-1]))
         rows = {shard: some for shard, some in enumerate(shards) if len(some)}
         data = ProductTable(table, two_tower.preprocess.product, as_it_is)
-        embed_rows(data, two_tower.product, table, rows, writer, self.meta["hints"], self._options)
+        embed_rows(data, two_tower, table, rows, writer, self.meta["hints"], self._options)
         return Embedded(EmbeddingReader(folder), unchanged)
 
 

@@ -14,16 +14,17 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from datamodules.batch import Item, NumberedItems
+from datamodules.batch import Item, NumberedItems, Side
 from datamodules.examples import index_in
 from datamodules.parquet import Table, product_digests, product_item, query_item
 from datamodules.preprocess import ItemPreprocess
 from retrieval import storage
 from retrieval.embeddings import EmbeddingWriter
 from towers.cache import cached
-from towers.encoder import Encoder
+from towers.metric import compared
 from towers.model_folder import load_model
 from towers.quiet import quiet_lightning
+from towers.two_tower import TwoTower
 
 logger = logging.getLogger(__name__)
 
@@ -102,21 +103,22 @@ def embed(
             model=storage.fingerprint(model),
             catalogue=storage.fingerprint(catalogue),
             id_column="product_id" if side == "products" else "query_id",
+            metric=two_tower.metric,
         )
         data: Dataset[NumberedItems]
         if side == "products":
-            data, encoder = ProductTable(table, preprocess.product, product_view), two_tower.product
+            data = ProductTable(table, preprocess.product, product_view)
         else:
-            data, encoder = QueryTable(table, tables["products"], preprocess.query, query_view), two_tower.query
+            data = QueryTable(table, tables["products"], preprocess.query, query_view)
         rows = {shard: np.arange(*table.shard_starts[shard : shard + 2]) for shard in range(len(table.shards))}
         rows = {shard: some for shard, some in rows.items() if len(some)}
         hints = {"model": str(model.resolve()), "catalogue": str(catalogue.resolve())}
-        embed_rows(data, encoder, table, rows, writer, hints, options)
+        embed_rows(data, two_tower, table, rows, writer, hints, options)
 
 
 def embed_rows(
     data: Dataset[NumberedItems],
-    encoder: Encoder,
+    model: TwoTower,
     table: Table,
     rows: Mapping[int, np.ndarray],
     writer: EmbeddingWriter,
@@ -127,7 +129,7 @@ def embed_rows(
 
     Args:
         data: the items of row numbers.
-        encoder: what embeds them.
+        model: what embeds them.
         table: what they are rows of.
         rows: shard -> row numbers, ascending, at least one.
         writer: takes a shard at a time.
@@ -151,7 +153,8 @@ def embed_rows(
     )
     if missing:
         loaders = ShardLoaders(data, missing, options.batch_size, options.num_workers)
-        trainer.predict(_Encode(encoder), datamodule=loaders, return_predictions=False)
+        encode = _Encode(model, "product" if side == "products" else "query")
+        trainer.predict(encode, datamodule=loaders, return_predictions=False)
     trainer.strategy.barrier("embedded")  # every process has written its shards
     if trainer.is_global_zero:
         writer.finish([table.shards[shard].stem for shard in rows], dict(hints))
@@ -254,14 +257,15 @@ class Prediction(NamedTuple):
 
 
 class _Encode(L.LightningModule):
-    def __init__(self, encoder: Encoder) -> None:
+    def __init__(self, model: TwoTower, side: Side) -> None:
         super().__init__()
-        self.encoder = encoder
+        self.encoder = model.query if side == "query" else model.product
+        self.side, self.metric = side, model.metric
 
     def predict_step(self, batch: NumberedItems, batch_idx: int) -> Prediction:
         present = batch.items.present
         known = present[:, self.encoder.columns].any(1)
-        embedding = self.encoder(batch.items).embedding.float()
+        embedding = compared(self.encoder(batch.items).embedding.float(), self.side, self.metric)
         return Prediction(batch.row.cpu().numpy(), embedding.cpu().numpy(), known.cpu().numpy())
 
 

@@ -26,7 +26,8 @@ from towers.text import BiLSTM
 from towers.tower import Tower
 from towers.two_tower import TwoTower
 
-FORMAT = 1
+FORMAT = 2
+"""2: of a metric that is not cosine. Models of cosine are written as 1, which older releases read."""
 TOWERS: dict[str, type[Tower]] = {
     tower.__name__: tower for tower in (BiLSTM, HuggingFaceText, OpenClipText, TimmImage, OpenClipImage, AttributeTower)
 }
@@ -47,11 +48,12 @@ def save_model(model: TwoTower, folder: Path, *, meta: dict[str, Any] | None = N
     """
     if model.schema is None:
         raise ValueError("The model has no schema: train it first, or call set_schema.")
-    about = {"metric": "cosine", "embed_dim": model.embed_dim, **(meta or {})}
+    about = {"metric": model.metric, "embed_dim": model.embed_dim, **(meta or {})}
     with new_folder(folder, kind="model", meta=about, overwrite=overwrite) as new:
         encoders = {"product": model.product} | ({} if model.own_query is None else {"query": model.own_query})
         config = {
-            "format": FORMAT,
+            "format": 1 if model.metric == "cosine" else FORMAT,
+            "metric": model.metric,
             "encoders": {side: _describe(encoder, new / side) for side, encoder in encoders.items()},
         }
         (new / "config.json").write_text(json.dumps(config, indent=1, ensure_ascii=False), encoding="utf-8")
@@ -75,7 +77,7 @@ def load_model(folder: Path | str) -> TwoTower:
         )
     schema = Schema.load(folder / "schema.json")
     encoders = {side: _rebuild(parts, folder / side, folder) for side, parts in config["encoders"].items()}
-    model = TwoTower(encoders["product"], encoders.get("query"))
+    model = TwoTower(encoders["product"], encoders.get("query"), metric=config.get("metric", "cosine"))
     model.set_schema(schema)
     weights = load_file(folder / "model.safetensors")
     for side, encoder in encoders.items():

@@ -24,6 +24,7 @@ from towers.cache import cached
 from towers.encoder import Encoded, Encoder
 from towers.gather import num_processes
 from towers.loss import ContrastiveLoss, InfoNCE, Loss
+from towers.metric import Metric, compared
 from towers.text import TextTower
 from towers.tower import Tower
 
@@ -72,6 +73,7 @@ class TwoTower(L.LightningModule):
         feature_cache: folder where features of frozen towers are kept; null runs frozen towers every time.
         compile_backend: of torch.compile, for all towers that are trained, e.g. `inductor`; null does not compile them.
         seed: of dropout; with it every step follows from its number, also after resuming.
+        metric: what embeddings are compared by, here and in an index. `kl` suits contrastive losses alone.
     """
 
     def __init__(
@@ -88,6 +90,7 @@ class TwoTower(L.LightningModule):
         feature_cache: Path | None = None,
         compile_backend: str | None = None,
         seed: int = 0,
+        metric: Metric = "cosine",
     ) -> None:
         super().__init__()
         if query is not None and query.embed_dim != product.embed_dim:
@@ -107,6 +110,13 @@ class TwoTower(L.LightningModule):
         self.losses = nn.ModuleList(own)
         for one in {id(one): one for one in (self.loss, *own)}.values():
             one.set_dim(product.embed_dim)
+        for one in own:
+            if metric == "kl" and (not isinstance(one, ContrastiveLoss) or getattr(one, "same_side", False)):
+                raise ValueError(
+                    f"metric=kl compares queries with products; {type(one).__name__} asks for the cosine of a pair or "
+                    "compares within a side: choose metric=cosine, or InfoNCE or SigmoidLoss without same_side."
+                )
+        self.metric = metric
         for name in (name for c in self.compare for name in (c.query, c.product)):
             if name not in ("whole", "part") and not all(name in e.towers for e in (product, query or product)):
                 raise ValueError(f"compare names {name!r}, but an encoder has no such tower: leave it out.")
@@ -163,7 +173,8 @@ class TwoTower(L.LightningModule):
             side: `query` or `product`.
 
         Returns:
-            (B, D) float32, rows of unit length.
+            (B, D) float32, rows of unit length; under kl probabilities of queries, log-probabilities of products
+            (`towers.metric.compared`).
 
         Raises:
             ValueError: an item of which this model knows no modality.
@@ -176,17 +187,22 @@ class TwoTower(L.LightningModule):
                 f"Item {nothing[0]} of {len(items)} has nothing that this model reads "
                 f"({', '.join(encoder.towers)}): {_outline(items[nothing[0]])}."
             )
-        return encoder(to_device(tensors, self.device)).embedding.float().cpu().numpy()
+        embedding = encoder(to_device(tensors, self.device)).embedding.float()
+        return compared(embedding, side, self.metric).cpu().numpy()
 
     # ------------------------------------------------------------------ training
+
+    def configure_model(self) -> None:
+        """The parameters that need the catalogue's schema; callbacks that copy the model call this before `setup`."""
+        if self.schema is None:
+            torch.manual_seed(torch.initial_seed() + 1)  # several processes have drawn other numbers so far than one
+            self.set_schema(self.trainer.datamodule.schema)
 
     def setup(self, stage: str) -> None:
         """The one exchange with the data: its schema comes in, the preprocessing goes out."""
         data = self.trainer.datamodule
-        if self.schema is None:
-            torch.manual_seed(torch.initial_seed() + 1)  # several processes have drawn other numbers so far than one
-            self.set_schema(data.schema)
-        elif self.schema != data.schema:
+        self.configure_model()
+        if self.schema != data.schema:
             raise ValueError(f"This model was made for another catalogue than {data.catalogue}: their schemas differ.")
         data.preprocess = self.preprocess
         if stage == "fit":
@@ -262,8 +278,9 @@ class TwoTower(L.LightningModule):
         """The weighted loss of one comparison."""
         asked, asks = self.query.view(query, comparison.query)
         found, answers = self.product.view(product, comparison.product)
-        weight = batch.weight * asks * answers[: len(batch.weight)]
-        value: Tensor = comparison.weight * loss(asked, found, batch._replace(weight=weight))
+        batch = batch._replace(weight=batch.weight * asks * answers[: len(batch.weight)])
+        vectors = compared(asked, "query", self.metric), compared(found, "product", self.metric)
+        value: Tensor = comparison.weight * loss(*vectors, batch)
         return value
 
     def _idle(self, batch: Batch) -> Tensor:
@@ -342,8 +359,10 @@ class TwoTower(L.LightningModule):
 
     def validation_step(self, batch: NumberedItems, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Encode held-out queries (loader 0) and the products they are searched among (loader 1)."""
-        encoded = self.encode_chunks(self.query if dataloader_idx == 0 else self.product, batch.items)
-        self.held_out[dataloader_idx].append((batch.row.cpu().numpy(), encoded.embedding.float().cpu().numpy()))
+        side: Side = "query" if dataloader_idx == 0 else "product"
+        encoded = self.encode_chunks(self.query if side == "query" else self.product, batch.items)
+        vectors = compared(encoded.embedding.float(), side, self.metric)
+        self.held_out[dataloader_idx].append((batch.row.cpu().numpy(), vectors.cpu().numpy()))
 
     def on_validation_epoch_end(self) -> None:
         """Exact search of the held-out queries."""
@@ -425,11 +444,11 @@ def ranking_figures(
 
 
 def exact_search(query: np.ndarray, product: np.ndarray, own: np.ndarray, k: int, block: int = 1024) -> np.ndarray:
-    """The k products with the highest cosine, best first, never the query's own product.
+    """The k products with the highest inner product, best first, never the query's own product.
 
     Args:
-        query: (Q, D) float32 unit vectors.
-        product: (G, D) float32 unit vectors.
+        query: (Q, D) float32.
+        product: (G, D) float32.
         own: (Q,) int64 position of the product that is asked; -1 = none.
         k: results.
         block: queries at a time.

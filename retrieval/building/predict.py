@@ -30,7 +30,7 @@ from retrieval.building.factory import MIN_POINTS_PER_LIST, Mapped
 from retrieval.building.mapped import Encoded, Trained, train
 from retrieval.building.measure import K_FACTORS, timed
 from retrieval.building.points import Point, Target
-from retrieval.building.probes import Probe, of_products, with_truth
+from retrieval.building.probes import Probe, with_truth
 from retrieval.building.stand_in import stand_in
 
 CROWD = 40
@@ -182,16 +182,16 @@ def crowds(queries: Vectors, near: Sequence[Vectors], held: int) -> Rows:
     return np.stack([(scores > scores[:, place, None]).sum(axis=1) for place in range(held)], axis=1)
 
 
-def precision_for(sample: Vectors, own: Rows, k: int, count: int) -> str:
+def precision_for(sample: Vectors, asked: Probe, k: int, count: int) -> str:
     """How vectors for re-ranking are stored where no recall is asked for: "SQ8", or "SQfp16" where 8 bits lose results.
 
     Args:
         sample: (S, D) float32, drawn uniformly.
-        own: (Q,) rows of the sample that are asked for.
+        asked: Q products of the sample as queries.
         k: results of a search.
         count: number of all vectors.
     """
-    near = nearest_in(sample, [of_products(sample[own], own)], k, count)
+    near = nearest_in(sample, [asked], k, count)
     held = max(1, round(k * len(sample) / count))
     return "SQ8" if min(ceiling_of_8_bits(sample, near, held)) >= CEILING else "SQfp16"
 

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from retrieval.embeddings import EmbeddingReader
+from retrieval.vectors import Metric, as_queries
 
 PER_KIND = 2000
 """Queries of a kind that are asked: half choose, half check; more would not change the choice."""
@@ -81,9 +82,9 @@ def of_queries(queries: EmbeddingReader, seed: int, limit: int = PER_KIND) -> li
     return probes
 
 
-def of_products(vectors: Vectors, rows: Rows) -> Probe:
-    """Products as queries: (Q, D) vectors and their (Q,) rows; their truth is still empty."""
-    return Probe(PRODUCTS, vectors, rows, np.empty((len(rows), 0), np.int64))
+def of_products(vectors: Vectors, rows: Rows, metric: Metric) -> Probe:
+    """Products as queries: their (Q, D) vectors and (Q,) rows; their truth is still empty."""
+    return Probe(PRODUCTS, as_queries(vectors, metric), rows, np.empty((len(rows), 0), np.int64))
 
 
 def with_truth(probes: Iterable[Probe], blocks: Iterator[Vectors], k: int) -> list[Probe]:

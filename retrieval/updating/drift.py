@@ -21,6 +21,7 @@ from retrieval.building.probes import without_own
 from retrieval.engine import Engine, Settings
 from retrieval.progress import counted
 from retrieval.updating.previous import fine_blocks
+from retrieval.vectors import Metric, as_queries
 
 SAMPLE = 2000
 """Products whose errors are averaged."""
@@ -83,6 +84,7 @@ def gauge(
     engine: Engine,
     settings: Settings,
     alive: NDArray[np.bool_],
+    metric: Metric,
     new: NDArray[np.float32] | None = None,
 ) -> Drift:
     """Measure an index whose lists are mapped.
@@ -91,6 +93,7 @@ def gauge(
         engine: the index.
         settings: how it is searched.
         alive: (N,) bool, rows that hold a product; at least one.
+        metric: what vectors are compared by.
         new: (B, D) vectors of products that the last update has brought, as they were given; None for none.
     """
     centroids = centroids_of(engine.ivf)
@@ -98,7 +101,7 @@ def gauge(
     errors = new_errors = Errors(None, None, None)
     if engine.fine is not None:
         rows = _drawn(engine, alive)
-        recall = _recall(engine, settings, alive, rows[:PROBES])
+        recall = _recall(engine, settings, alive, rows[:PROBES], metric)
         errors = _errors(engine, centroids, _vectors(engine, rows))
     if new is not None and len(new):
         new_errors = _errors(engine, centroids, new)
@@ -140,12 +143,14 @@ def _keys(codes: NDArray[np.uint8]) -> NDArray[np.uint64]:
     return (mixed ^ (mixed >> np.uint64(29))) * MIXERS[0]
 
 
-def _recall(engine: Engine, settings: Settings, alive: NDArray[np.bool_], rows: NDArray[np.int64]) -> float:
+def _recall(
+    engine: Engine, settings: Settings, alive: NDArray[np.bool_], rows: NDArray[np.int64], metric: Metric
+) -> float:
     """Recall@10 of products by their rows; each is left out of its own results."""
     k = min(K, int(alive.sum()) - 1)
     if k < 1:
         return 1.0
-    queries = _vectors(engine, rows)
+    queries = as_queries(_vectors(engine, rows), metric)
     queries /= np.linalg.norm(queries, axis=1, keepdims=True)
     truth = without_own(_nearest(engine, alive, queries, k + 1), rows)
     found = without_own(engine.search(queries, k + 1, settings)[1], rows)

@@ -129,11 +129,11 @@ class NextVersion:
         if known:
             built, before = Drift.from_json(known["built"]), Drift.from_json(known["after"])
         else:
-            built = before = gauge(index.engine, index.settings, self.alive)
+            built = before = gauge(index.engine, index.settings, self.alive, index.metric)
         kept = np.ones(self.rows - self.plan.new, bool) if self.compacted else ~self.gone
         alive = np.concatenate([kept, np.ones(self.plan.new, bool)])
         new = np.concatenate(self._sample) if self._sample else None
-        after = gauge(engine, index.settings, alive, new)
+        after = gauge(engine, index.settings, alive, index.metric, new)
         states = {"built": built, "before": before, "after": after}
         return {**{name: state.to_json() for name, state in states.items()}, "verdict": verdict(built, after)}
 

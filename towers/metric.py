@@ -1,0 +1,36 @@
+"""What a model's embeddings are compared by, and what they become for it."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from torch import Tensor
+
+from datamodules.batch import Side
+
+Metric = Literal["cosine", "kl"]
+"""cosine: unit embeddings as they are.
+kl: logits are sqrt(D) times the embedding, so that they vary by about 1, and a query lies next to the products whose
+    softmax has the least Kullback-Leibler divergence from its own. That is not symmetric: a product may be near to a
+    query that is far from it.
+"""
+
+
+def compared(embedding: Tensor, side: Side, metric: Metric) -> Tensor:
+    """The vectors whose inner product is the score.
+
+    Args:
+        embedding: (B, D) unit vectors.
+        side: of what.
+        metric: what they are compared by.
+
+    Returns:
+        (B, D): the same under cosine. Under kl float32: probabilities p of queries, log q + log D of products; then the
+        score p (log q + log D) is log D minus the entropy of p, which all products share, minus KL(p || q).
+    """
+    if metric == "cosine":
+        return embedding
+    dim = embedding.shape[-1]
+    logits = math.sqrt(dim) * embedding.float()
+    return logits.softmax(-1) if side == "query" else logits.log_softmax(-1) + math.log(dim)
