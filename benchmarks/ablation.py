@@ -62,6 +62,13 @@ ARMS: dict[str, dict[str, list[str]]] = {
             *TRAINED["text"],
             "--model.loss=benchmarks.peer_losses.MultipleNegativesRanking",
         ],
+        **{
+            f"typed queries of facets, weight {weight}": [
+                "--data.sources={catalogue: 1, facets: 1}",
+                f"--data.facet_weight={weight}",
+            ]
+            for weight in (0.005, 0.02, 0.1, 1)
+        },
         "averaged weights": [
             "--trainer.callbacks+=EMAWeightAveraging",
             "--trainer.callbacks.decay=0.98",

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -201,34 +201,46 @@ class JudgedAnswers:
         return [*self.key[own].tolist(), *[NO_KEY] * missing], [*self.weight[own].tolist(), *[0.0] * missing]
 
 
+class Numbered(Protocol):
+    """Rows of `queries/` by number."""
+
+    def row(self, number: int) -> Mapping[str, Any]:
+        """Row `number` as plain data."""
+
+
 class TrainingBatches(Dataset[Batch]):
     """The batch of a draw. Everything random about an example follows from (seed, epoch, example number).
 
     Args:
         products: the catalogue.
-        queries: its queries, or None.
+        queries: its queries, of which `row` gives one by its number; None where no example has one.
         rows: which examples there are.
         mates: of each product.
         mate_share: chance, 0 to 1, that a product's query is a view of a mate and not of itself.
         views: what is left out of queries and products.
         preprocess: of the model.
         seed: of all views.
+        judged: all that is known to answer queries; null takes the examples.
+        first_facets: queries from this number on name facets: they ask for what is judged, and not for its family.
     """
 
     def __init__(
         self,
         products: Table,
-        queries: Table | None,
+        queries: Numbered | None,
         rows: ExampleRows,
         mates: Mates,
         mate_share: float,
         views: Views,
         preprocess: Preprocess,
         seed: int,
+        judged: ExampleRows | None = None,
+        first_facets: float = math.inf,
     ) -> None:
         self.products, self.queries, self.rows, self.mates = products, queries, rows, mates
+        self.first_facets = first_facets
         self.mate_share, self.views, self.preprocess, self.seed = mate_share, views, preprocess, seed
-        self.answers = JudgedAnswers(products, rows)
+        self.answers = JudgedAnswers(products, rows if judged is None else judged)
         times = np.bincount(rows.product, minlength=len(products))
         self.frequency = (times / max(times.sum() / max(np.count_nonzero(times), 1), 1)).astype(np.float32)
 
@@ -273,7 +285,9 @@ class TrainingBatches(Dataset[Batch]):
             assert self.queries is not None
             row = self.queries.row(query_number)
             query, query_keys = query_item(row), [*keys[:-1], stable_hash(row["query_id"])]
-            if self.rows.weight[number] > 0:
+            if query_number >= self.first_facets:
+                query_keys, keys = [*[NO_KEY] * len(keys[:-1]), query_keys[-1]], query_keys
+            elif self.rows.weight[number] > 0:
                 keys = query_keys
             else:  # the query is not asked for this product, nor is the product an answer to it elsewhere in the batch
                 query_keys = [*[NO_KEY] * len(keys[:-1]), query_keys[-1]]

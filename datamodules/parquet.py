@@ -58,6 +58,11 @@ class Table:
         group = int(np.searchsorted(self.group_starts, number, side="right")) - 1
         return self._group(group)[number - int(self.group_starts[group])]
 
+    @property
+    def names(self) -> list[str]:
+        """Of all columns."""
+        return list(pq.read_schema(self.shards[0]).names)
+
     def column(self, name: str) -> pa.ChunkedArray:
         """A whole column; for ids, splits and keys, not for texts and pictures."""
         return pa.chunked_array([chunk for s in self.shards for chunk in pq.read_table(s, columns=[name])[name].chunks])

@@ -23,6 +23,7 @@ from datamodules.examples import (
     is_split,
     pair_examples,
 )
+from datamodules.facets import FacetQueries, Queries, facet_queries
 from datamodules.heldout import HeldOut, ProductRows, QueryRows, RowBatches, held_out
 from datamodules.negatives import Negatives
 from datamodules.parquet import Table, product_item, query_item
@@ -34,7 +35,7 @@ from datamodules.views import Views
 logger = logging.getLogger(__name__)
 
 
-Source = Literal["catalogue", "pairs", "labels"]
+Source = Literal["catalogue", "pairs", "labels", "facets"]
 
 
 class ProductDataModule(L.LightningDataModule):
@@ -45,7 +46,10 @@ class ProductDataModule(L.LightningDataModule):
         batch_size: examples per step over all processes.
         sources: what training examples are made of: `catalogue` (two views of a product, or of it and a mate), `pairs`
             (the judgements of the train split), `labels` (the same with their labels, and those of relevance 0, for
-            losses such as CoSENT). A mapping says how often the examples of each are shown in an epoch.
+            losses such as CoSENT), `facets` (typed queries that name attributes of products, which answer them). A
+            mapping says how often the examples of each are shown in an epoch.
+        facet_weight: of a typed query that names facets, 0 to 1, beside 1 of a product's view. Such queries draw
+            together what is alike by its attributes: the more they weigh, the less sets one product apart.
         relevance_power: weight of a judgement: (relevance / highest relevance) to this power; 0 weighs all alike.
         max_pairs_per_query: judged products of a query that are trained on, the most relevant first; null takes all.
         mates: whose views may ask for a product: `group` (the same thing), `family` (variants too), or `none`.
@@ -67,6 +71,7 @@ class ProductDataModule(L.LightningDataModule):
         catalogue: Path,
         batch_size: int = 256,
         sources: list[Source] | dict[Source, int] | None = None,
+        facet_weight: float = 0.1,
         relevance_power: float = 1.0,
         max_pairs_per_query: int | None = None,
         mates: MateRelation = "family",
@@ -88,7 +93,9 @@ class ProductDataModule(L.LightningDataModule):
         self.sources = dict(given) if isinstance(given, dict) else dict.fromkeys(given, 1)
         if any(times < 1 for times in self.sources.values()):
             raise ValueError(f"sources={self.sources}: each is shown at least once an epoch; leave out what is not.")
-        self.relevance_power = relevance_power
+        if not 0 < facet_weight <= 1:
+            raise ValueError(f"facet_weight={facet_weight}: choose above 0, up to 1.")
+        self.facet_weight, self.relevance_power = facet_weight, relevance_power
         self.max_pairs_per_query = max_pairs_per_query
         self.mates, self.mate_share, self.one_per_mates = mates, mate_share, one_per_mates
         self.views = views if views is not None else Views()
@@ -117,6 +124,7 @@ class ProductDataModule(L.LightningDataModule):
         self.queries = Table(self.catalogue / "queries", self.window_groups) if has_queries else None
         qrels = self.catalogue / "qrels.parquet"
         self.qrels = pq.read_table(qrels) if qrels.is_file() else None
+        self.facets = FacetQueries([], [])
         if stage == "fit":
             self.rows = self._examples()
             logger.info("%d training examples from %d products", len(self.rows), len(self.products))
@@ -144,6 +152,10 @@ class ProductDataModule(L.LightningDataModule):
                 if self.one_per_mates:
                     rows = Mates(self.products, self.mates, rows).first_of_each(rows)
                 parts += [catalogue_examples(rows)] * times
+            elif source == "facets":
+                self.facets = facet_queries(self.products, self.train_rows, self.schema, self.seed, self.facet_weight)
+                logger.info("%d typed queries of facets", len(self.facets))
+                parts += [self.facets.examples(self._asked.first_facets, times, self.seed)]
             elif self.queries is not None and self.qrels is not None:
                 pairs = pair_examples(
                     self.qrels,
@@ -188,8 +200,18 @@ class ProductDataModule(L.LightningDataModule):
             negatives=self._negatives,
         )
         mates = Mates(self.products, self.mates, self.train_rows)
+        asked = self._asked
         batches = TrainingBatches(
-            self.products, self.queries, self.rows, mates, self.mate_share, self.views, self._preprocess, self.seed
+            self.products,
+            asked,
+            self.rows,
+            mates,
+            self.mate_share,
+            self.views,
+            self._preprocess,
+            self.seed,
+            judged=ExampleRows.join([self.rows, self.facets.pairs(asked.first_facets)]),
+            first_facets=asked.first_facets,
         )
         return self._loader(batches, self._stream)
 
@@ -222,8 +244,13 @@ class ProductDataModule(L.LightningDataModule):
         """Every product and every query of the catalogue, in order: what frozen towers encode once."""
         for row in range(len(self.products)):
             yield product_item(self.products.row(row))
-        for row in range(len(self.queries) if self.queries is not None else 0):
-            yield query_item(self.queries.row(row))
+        asked = self._asked
+        for number in range(len(asked)):
+            yield query_item(asked.row(number))
+
+    @property
+    def _asked(self) -> Queries:
+        return Queries(self.queries, self.facets)
 
     def product_ids(self, batch: Batch) -> list[str]:
         """The ids of the products of a batch, for messages."""

@@ -352,3 +352,10 @@ def test_averaged_weights_are_validated_exported_and_resumed(tiny_catalogue: Pat
     assert torch.equal(load_file(run / "model" / "model.safetensors")[name], averaged)
     assert fit(tiny_catalogue, run, *two, "--resume=true", "--trainer.max_epochs=3", "--replan=true") == 0
     assert len(logged(run, "val/ndcg@10")) == 1, "goes on after the second epoch"
+
+
+def test_without_validation_there_is_nothing_to_choose_by(
+    tiny_catalogue: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fit(tiny_catalogue, tmp_path / "run", *FAST, "--trainer.limit_val_batches=0") == 1
+    assert "limit_val_batches=0 asks none: monitor train/loss" in last_line(capsys)

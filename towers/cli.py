@@ -170,8 +170,14 @@ class TrainingCLI(LightningCLI):
         return trainer
 
     def _check_monitors(self) -> None:
+        options = self.config[self.subcommand]
         for name in ("early_stopping", "checkpoint"):
-            monitor = self.config[self.subcommand][name].monitor
+            monitor = options[name].monitor
+            if options.trainer.limit_val_batches == 0 and monitor != "train/loss":
+                raise ValueError(
+                    f"{name}.monitor={monitor} needs held-out queries, and trainer.limit_val_batches=0 asks none: "
+                    "monitor train/loss with mode=min, or leave limit_val_batches out."
+                )
             if monitor != "train/loss" and not re.fullmatch(VAL_FIGURE, monitor or ""):
                 raise ValueError(
                     f"{name}.monitor={monitor!r} is no figure of a run. Choose val/ndcg@10, val/hit@1, val/hit@10, "

@@ -1,0 +1,161 @@
+"""Typed queries made of products' own attributes, "blue fleece jackets", for catalogues that nobody has searched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from datamodules.examples import ITSELF, ExampleRows
+from datamodules.parquet import Table
+from datamodules.schema import Schema
+
+MAX_QUERIES = 20_000
+"""Larger catalogues ask as many products, drawn uniformly."""
+
+MAX_ANSWERS = 64
+"""A query that more products answer names a further facet, or is left out: a batch knows no more answers of a query."""
+
+SAYS_NOTHING = frozenset({"yes", "no", "true", "false", "none", "na", "n/a", "other", "others", "0", "1"})
+"""Values that are no words of a query without the name of their attribute."""
+
+Rows = np.ndarray
+
+
+@dataclass(frozen=True)
+class FacetQueries:
+    """Q different typed queries and the products that have all the facets that they name.
+
+    Attributes:
+        texts: what is typed.
+        answers: of each, int64 rows of `products/`, ascending.
+        weight: of an answer, 0 to 1.
+    """
+
+    texts: Sequence[str]
+    answers: Sequence[Rows]
+    weight: float = 1.0
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def row(self, number: int) -> dict[str, Any]:
+        """Query `number` as a row of `queries/`."""
+        return {"query_id": f"facets\0{self.texts[number]}", "text": self.texts[number], "images": None}
+
+    def examples(self, first: int, times: int, seed: int) -> ExampleRows:
+        """Each query `times` times, with an answer drawn at random; queries are numbered from `first`."""
+        rng = np.random.default_rng((seed, 3))
+        number = np.tile(np.arange(len(self)), times)
+        product = np.array([rng.choice(self.answers[query]) for query in number], np.int64)
+        return self._judged(product, number + first)
+
+    def pairs(self, first: int) -> ExampleRows:
+        """Each query with each of its answers."""
+        number = np.repeat(np.arange(len(self)), [len(rows) for rows in self.answers])
+        return self._judged(np.concatenate([np.empty(0, np.int64), *self.answers]), number + first)
+
+    def _judged(self, product: Rows, query: Rows) -> ExampleRows:
+        weight = np.full(len(product), self.weight, np.float32)
+        itself = np.full(len(product), ITSELF, np.int64)
+        return ExampleRows(product, query.astype(np.int64), itself, weight, weight * np.nan)
+
+
+@dataclass(frozen=True)
+class Queries:
+    """Those of the catalogue, and after them those of facets.
+
+    Attributes:
+        table: `queries/`, or None.
+        facets: typed queries of facets.
+    """
+
+    table: Table | None
+    facets: FacetQueries
+
+    @property
+    def first_facets(self) -> int:
+        """The number of the first query of facets."""
+        return 0 if self.table is None else len(self.table)
+
+    def __len__(self) -> int:
+        return self.first_facets + len(self.facets)
+
+    def row(self, number: int) -> Mapping[str, Any]:
+        """Query `number` as a row of `queries/`."""
+        if self.table is not None and number < len(self.table):
+            return self.table.row(number)
+        return self.facets.row(number - self.first_facets)
+
+
+def facet_queries(products: Table, rows: Rows, schema: Schema, seed: int, weight: float = 1.0) -> FacetQueries:
+    """Queries of some products: what it is (the last level of its category) with one to three more of its facets.
+
+    A facet is a value of a category or a set, or a level of a path, of whichever attribute: a typed word does not tell.
+    Numbers are none.
+
+    Args:
+        products: the catalogue.
+        rows: int64 rows that ask and answer, those of the train split.
+        schema: of the catalogue.
+        seed: of the draw.
+        weight: of an answer, 0 to 1.
+    """
+    names = [attribute.name for attribute in schema.categories]
+    kinds = [attribute.name for attribute in schema.categories if attribute.kind == "path"]
+    known: dict[str, int] = {}
+    owner, facet = [], []
+    heads: list[int] = []  # what each product is
+    for place, attributes in enumerate(_attributes(products, rows)):
+        head = -1
+        for name in names:
+            for value in _values(attributes.get(name)):
+                code = known.setdefault(value, len(known))
+                owner.append(place)
+                facet.append(code)
+                head = code if name in kinds[:1] else head  # levels come root first
+        heads.append(head)
+    if not known:
+        return FacetQueries([], [], weight)
+    owned_by, codes = np.array(owner, np.int64), np.array(facet, np.int64)
+    starts = np.searchsorted(owned_by, np.arange(len(rows) + 1))
+    order = np.argsort(codes, kind="stable")
+    having = np.split(owned_by[order], np.searchsorted(codes[order], np.arange(1, len(known))))
+    words = list(known)
+    rng = np.random.default_rng((seed, 4))
+    found: dict[str, Rows] = {}
+    for place in rng.permutation(len(rows))[:MAX_QUERIES]:
+        own = rng.permutation(np.unique(codes[starts[place] : starts[place + 1]]))
+        own = own[own != heads[place]]
+        wanted = int(rng.integers(1, 4))
+        chosen, answers = [], np.arange(len(rows)) if heads[place] < 0 else having[heads[place]]
+        for code in own:
+            if len(chosen) >= wanted and len(answers) <= MAX_ANSWERS:
+                break
+            chosen.append(int(code))
+            answers = np.intersect1d(answers, having[code])
+        named = [*chosen, *([] if heads[place] < 0 else [heads[place]])]
+        if named and len(answers) <= MAX_ANSWERS:
+            found.setdefault(" ".join(words[code] for code in named), rows[np.unique(answers)])
+    return FacetQueries(list(found), list(found.values()), weight)
+
+
+def _attributes(products: Table, rows: Rows) -> Iterator[Mapping[str, Any]]:
+    """The attributes of ascending rows, without their texts and pictures."""
+    if "attributes" not in products.names:
+        return
+    first = 0
+    for chunk in products.column("attributes").chunks:
+        own = rows[(rows >= first) & (rows < first + len(chunk))] - first
+        yield from (attributes or {} for attributes in chunk.take(own).to_pylist())
+        first += len(chunk)
+
+
+def _values(value: str | Sequence[str] | None) -> Iterator[str]:
+    """The words of an attribute, as somebody would type them."""
+    for text in [value] if isinstance(value, str) else value or ():
+        typed = " ".join(text.lower().split())
+        if typed and typed not in SAYS_NOTHING:
+            yield typed
