@@ -34,6 +34,7 @@ ARMS: dict[str, dict[str, list[str]]] = {
         "products look for queries too": [f"{LOSS}.product_share=0.5"],
         "popular products are not corrected": [f"{LOSS}.log_q=0"],
         "no feature dropout": ["--model.product.feature_dropout=0"],
+        "no typed queries of facets": ["--data.sources={catalogue: 6, pairs: 1}"],
         "judged pairs alone": ["--data.sources=[pairs]"],
         "whole items alone": [WHOLE],
         "metric kl": ["--model.metric=kl"],
