@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -106,7 +107,7 @@ def facet_queries(products: Table, rows: Rows, schema: Schema, seed: int, weight
     names = [attribute.name for attribute in schema.categories]
     kinds = [attribute.name for attribute in schema.categories if attribute.kind == "path"]
     known: dict[str, int] = {}
-    owner, facet = [], []
+    owner, facet = array("q"), array("q")
     heads: list[int] = []  # what each product is
     for place, attributes in enumerate(_attributes(products, rows)):
         head = -1
@@ -119,27 +120,33 @@ def facet_queries(products: Table, rows: Rows, schema: Schema, seed: int, weight
         heads.append(head)
     if not known:
         return FacetQueries([], [], weight)
-    owned_by, codes = np.array(owner, np.int64), np.array(facet, np.int64)
-    starts = np.searchsorted(owned_by, np.arange(len(rows) + 1))
-    order = np.argsort(codes, kind="stable")
-    having = np.split(owned_by[order], np.searchsorted(codes[order], np.arange(1, len(known))))
+    pairs = np.unique(np.stack([np.array(facet), np.array(owner)]), axis=1)
+    having = np.split(pairs[1], np.searchsorted(pairs[0], np.arange(1, len(known))))
+    pairs = pairs[:, np.argsort(pairs[1], kind="stable")]
+    of = np.split(pairs[0], np.searchsorted(pairs[1], np.arange(1, len(rows))))
     words = list(known)
     rng = np.random.default_rng((seed, 4))
     found: dict[str, Rows] = {}
     for place in rng.permutation(len(rows))[:MAX_QUERIES]:
-        own = rng.permutation(np.unique(codes[starts[place] : starts[place + 1]]))
-        own = own[own != heads[place]]
+        head = [heads[place]] if heads[place] >= 0 else []
+        others = rng.permutation(np.setdiff1d(of[place], head)).tolist()
         wanted = int(rng.integers(1, 4))
-        chosen, answers = [], np.arange(len(rows)) if heads[place] < 0 else having[heads[place]]
-        for code in own:
-            if len(chosen) >= wanted and len(answers) <= MAX_ANSWERS:
+        named: list[int] = []
+        answers = having[head[0]] if head else None
+        for code in others:
+            if len(named) >= wanted and answers is not None and len(answers) <= MAX_ANSWERS:
                 break
-            chosen.append(int(code))
-            answers = np.intersect1d(answers, having[code])
-        named = [*chosen, *([] if heads[place] < 0 else [heads[place]])]
-        if named and len(answers) <= MAX_ANSWERS:
-            found.setdefault(" ".join(words[code] for code in named), rows[np.unique(answers)])
+            named.append(code)
+            answers = having[code] if answers is None else _common(answers, having[code])
+        if answers is not None and len(answers) <= MAX_ANSWERS:
+            found.setdefault(" ".join(words[code] for code in [*named, *head]), rows[answers])
     return FacetQueries(list(found), list(found.values()), weight)
+
+
+def _common(some: Rows, others: Rows) -> Rows:
+    """Those of ascending rows that stand among other ascending rows, of which there may be many more."""
+    place = np.minimum(np.searchsorted(others, some), len(others) - 1)
+    return some[others[place] == some]
 
 
 def _attributes(products: Table, rows: Rows) -> Iterator[Mapping[str, Any]]:
