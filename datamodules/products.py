@@ -71,7 +71,7 @@ class ProductDataModule(L.LightningDataModule):
         catalogue: Path,
         batch_size: int = 256,
         sources: list[Source] | dict[Source, int] | None = None,
-        facet_weight: float = 0.1,
+        facet_weight: float = 0.02,
         relevance_power: float = 1.0,
         max_pairs_per_query: int | None = None,
         mates: MateRelation = "family",
