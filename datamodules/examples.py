@@ -284,13 +284,12 @@ class TrainingBatches(Dataset[Batch]):
         if query_number != ITSELF:
             assert self.queries is not None
             row = self.queries.row(query_number)
-            query, query_keys = query_item(row), [*keys[:-1], stable_hash(row["query_id"])]
-            if query_number >= self.first_facets:
-                query_keys, keys = [*[NO_KEY] * len(keys[:-1]), query_keys[-1]], query_keys
-            elif self.rows.weight[number] > 0:
-                keys = query_keys
-            else:  # the query is not asked for this product, nor is the product an answer to it elsewhere in the batch
-                query_keys = [*[NO_KEY] * len(keys[:-1]), query_keys[-1]]
+            query, ask = query_item(row), stable_hash(row["query_id"])
+            answered = self.rows.weight[number] > 0
+            shared = answered and query_number < self.first_facets
+            query_keys = [*(keys[:-1] if shared else [NO_KEY] * len(keys[:-1])), ask]
+            if answered:  # else the product is no answer to the query elsewhere in the batch, either
+                keys = [*keys[:-1], ask]
         else:
             judged = source != ITSELF
             source = source if judged else self.pick(product_row, rng)

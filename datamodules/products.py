@@ -201,6 +201,7 @@ class ProductDataModule(L.LightningDataModule):
         )
         mates = Mates(self.products, self.mates, self.train_rows)
         asked = self._asked
+        judged = ExampleRows.join([self.rows, self.facets.pairs(asked.first_facets)]) if len(self.facets) else None
         batches = TrainingBatches(
             self.products,
             asked,
@@ -210,7 +211,7 @@ class ProductDataModule(L.LightningDataModule):
             self.views,
             self._preprocess,
             self.seed,
-            judged=ExampleRows.join([self.rows, self.facets.pairs(asked.first_facets)]),
+            judged=judged,
             first_facets=asked.first_facets,
         )
         return self._loader(batches, self._stream)
