@@ -85,7 +85,7 @@ def peak() -> int:
 
 def tritower() -> Callable[[Tensor, Tensor], Tensor]:
     """InfoNCE with its defaults on products that are all different."""
-    loss, nothing = InfoNCE(), Items(None, None, None, None, torch.ones(0, 3, dtype=torch.bool))
+    loss, nothing = InfoNCE(), Items(None, None, None, None, torch.ones(0, 4, dtype=torch.bool))
 
     def of(query: Tensor, product: Tensor) -> Tensor:
         keys = torch.full((len(query), len(RELATIONS)), NO_KEY)

@@ -17,8 +17,8 @@ if TYPE_CHECKING:  # preparing a catalogue reads items too, and must start witho
 Side = Literal["query", "product"]
 Relation = Literal["product", "group", "family", "title", "picture", "model", "category", "branch", "query"]
 
-MODALITIES = ("text", "image", "attribute")
-"""The order of the modality axis M everywhere: features, `present`, gate shares."""
+MODALITIES = ("text", "image", "attribute", "words")
+"""The order of the modality axis M everywhere: features, `present`, gate shares. `words` are texts by their wording."""
 
 RELATIONS = ("product", "group", "family", "title", "picture", "model", "category", "branch", "query")
 """The order of the relation axis R of `Batch.query_keys` and `Batch.product_keys`.
@@ -99,6 +99,7 @@ class Items(NamedTuple):
         present: (B, M) bool, True = there. A row without a True is an item of which this model knows no modality.
         part: (B, M) bool, some of those that are there, for a second embedding of each item in training; None
             elsewhere.
+        words: (B, G) int64 hashes of different n-grams, 0 = padding.
     """
 
     text: Tensor | None
@@ -107,6 +108,7 @@ class Items(NamedTuple):
     attribute: AttributeTensors | None
     present: Tensor
     part: Tensor | None = None
+    words: Tensor | None = None
 
     def rows(self, start: int, stop: int) -> Items:
         """Items `start` to `stop` (exclusive) as views of the same tensors."""
@@ -123,6 +125,7 @@ class Items(NamedTuple):
             attribute=None if self.attribute is None else AttributeTensors(*(t[start:stop] for t in self.attribute)),
             present=self.present[start:stop],
             part=None if self.part is None else self.part[start:stop],
+            words=None if self.words is None else self.words[start:stop],
         )
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datamodules.batch import AttributeTensors, Item, Items, Side
+from datamodules.batch import MODALITIES, AttributeTensors, Item, Items, Side
 
 
 def stable_hash(text: str | bytes) -> int:
@@ -29,6 +29,16 @@ class TextPreprocess(Protocol):
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """(B, L) int64 token ids, or (B, F) float32 features; an empty text is a row like any other."""
+
+
+class WordsPreprocess(Protocol):
+    """What a tower of words asks of its input."""
+
+    def render(self, item: Item, side: Side) -> str:
+        """As `TextPreprocess.render`."""
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """(B, G) int64 hashes of the different n-grams of each text, 0 = padding."""
 
 
 class ImagePreprocess(Protocol):
@@ -53,11 +63,12 @@ class ItemPreprocess:
     text: TextPreprocess | None = None
     image: ImagePreprocess | None = None
     attribute: AttributePreprocess | None = None
+    words: WordsPreprocess | None = None
 
     def readable(self, item: Item) -> Item:
         """The item without the modalities that this encoder has no tower for."""
         return Item(
-            text=item.text if self.text is not None else {},
+            text=item.text if self.text is not None or self.words is not None else {},
             images=item.images if self.image is not None else (),
             attributes=item.attributes if self.attribute is not None else {},
         )
@@ -69,13 +80,10 @@ class ItemPreprocess:
             items: B items. One of which this encoder knows no modality gets a row of `present` without a True.
             rngs: B of them in training: pictures may be varied with them, and a part of each item is drawn.
         """
-        present = np.zeros((len(items), 3), bool)
-        text = image = image_row = attribute = None
-        if self.text is not None:
-            texts = [self.text.render(item, self.side) for item in items]
-            present[:, 0] = [text != "" for text in texts]
-            if present[:, 0].any():
-                text = self.text(texts)
+        present = np.zeros((len(items), len(MODALITIES)), bool)
+        image = image_row = attribute = None
+        text, present[:, 0] = self._written(self.text, items)
+        words, present[:, 3] = self._written(self.words, items)
         if self.image is not None:
             counts = [len(item.images) for item in items]
             present[:, 1] = [count > 0 for count in counts]
@@ -98,7 +106,16 @@ class ItemPreprocess:
             attribute,
             torch.from_numpy(present),
             None if part is None else torch.from_numpy(part),
+            words,
         )
+
+    def _written(
+        self, tower: TextPreprocess | WordsPreprocess | None, items: Sequence[Item]
+    ) -> tuple[Tensor | None, np.ndarray]:
+        """The input of a tower that reads texts, None where no item has one; (B,) bool, which have."""
+        texts = [] if tower is None else [tower.render(item, self.side) for item in items]
+        there = np.array([text != "" for text in texts]) if texts else np.zeros(len(items), bool)
+        return (tower(texts) if tower is not None and there.any() else None), there
 
 
 def part_of(present: np.ndarray, rng: np.random.Generator) -> np.ndarray:

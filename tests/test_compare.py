@@ -18,14 +18,21 @@ from towers.text import BiLSTM
 from towers.two_tower import Comparison, TwoTower
 
 PART = torch.tensor(
-    [[True, False, True], [True, False, False], [False, True, False], [False, False, True], [False, True, False]]
+    [
+        [True, False, True, False],
+        [True, False, False, False],
+        [False, True, False, False],
+        [False, False, True, False],
+        [False, True, False, False],
+    ]
 )
-"""Of each of ITEMS, in the order text, image, attribute."""
+"""Of each of ITEMS, in the order of MODALITIES; the first has a description, which the tower of words reads."""
 
 
 def stripped(item: Item, part: list[bool]) -> Item:
-    text, image, attribute = part
-    return Item(item.text if text else {}, item.images if image else (), item.attributes if attribute else {})
+    text, image, attribute, words = part
+    texts = {field: value for field, value in item.text.items() if (words if field == "description" else text)}
+    return Item(texts, item.images if image else (), item.attributes if attribute else {})
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)

@@ -15,6 +15,7 @@ from towers.encoder import Encoder, features_of, mean_by_row, projection
 from towers.fusion import FUSIONS
 from towers.image import TimmImage
 from towers.text import BiLSTM
+from towers.words import HashedNgrams
 
 RNG = np.random.default_rng(0)
 PICTURES = [picture((200, 30, 30), RNG), picture((30, 30, 200), RNG), picture((30, 200, 30), RNG)]
@@ -29,12 +30,13 @@ ITEMS = [
 
 
 def make_encoder(fusion: str = "gated") -> Encoder:
-    """All three towers, with weights away from where training starts."""
+    """All towers, with weights away from where training starts."""
     encoder = Encoder(
         16,
-        BiLSTM(num_buckets=256, word_dim=8, hidden_dim=6),
+        BiLSTM("{title}", num_buckets=256, word_dim=8, hidden_dim=6),
         TimmImage(TIMM, model_args=TIMM_ARGS, image_size=32),
         AttributeTower(12, value_dim=4, num_buckets=256),
+        HashedNgrams("{description}", 32),
         fusion,
     )
     encoder.set_schema(SCHEMA)

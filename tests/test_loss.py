@@ -16,7 +16,7 @@ from datamodules.batch import NO_KEY, RELATIONS, Batch, Items
 from towers import loss as loss_module
 from towers.loss import ContrastiveLoss, InfoNCE, SigmoidLoss, Targets, targets
 
-NOTHING = Items(None, None, None, None, torch.ones(0, 3, dtype=torch.bool))
+NOTHING = Items(None, None, None, None, torch.ones(0, 4, dtype=torch.bool))
 PRODUCT, GROUP, FAMILY = (RELATIONS.index(name) for name in ("product", "group", "family"))
 
 

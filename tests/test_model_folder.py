@@ -17,7 +17,7 @@ from test_encoder import ITEMS
 from tiny_models import TIMM, TIMM_ARGS, write_bert, write_open_clip, write_timm
 from training import fit
 
-from datamodules.batch import Item
+from datamodules.batch import MODALITIES, Item
 from datamodules.parquet import Table, product_item
 from retrieval import storage
 from retrieval.embeddings import EmbeddingReader
@@ -26,12 +26,13 @@ from towers.attribute import AttributeTower
 from towers.embed import embed
 from towers.encoder import Encoder
 from towers.hugging_face import HuggingFaceText
-from towers.image import TimmImage
+from towers.image import ImageTower, TimmImage
 from towers.model_folder import TOWERS, load_model, save_model
 from towers.open_clip_models import OpenClipImage, OpenClipText
-from towers.text import BiLSTM
+from towers.text import BiLSTM, TextTower
 from towers.tower import Tower
 from towers.two_tower import TwoTower
+from towers.words import HashedNgrams
 
 
 @pytest.fixture
@@ -71,6 +72,10 @@ def attributes(weights: Path) -> Tower:
     return AttributeTower(10, value_dim=4, num_buckets=128, num_hashes=3, num_frequencies=5, frequency_scale=0.7)
 
 
+def ngrams(weights: Path) -> Tower:
+    return HashedNgrams("{description}", 24, max_ngram=3, max_length=5)
+
+
 MAKERS = {
     make.__name__: make
     for make in (
@@ -81,23 +86,19 @@ MAKERS = {
         timm_image,
         bilstm,
         attributes,
+        ngrams,
     )
 }
-READS = {"image": Item(images=ITEMS[0].images), "attribute": Item(attributes=ITEMS[0].attributes)}
 
 
 def modality(tower: Tower) -> str:
-    return (
-        "attribute"
-        if isinstance(tower, AttributeTower)
-        else "text"
-        if "Text" in type(tower).__mro__[1].__name__
-        else "image"
-    )
+    kinds = {AttributeTower: "attribute", HashedNgrams: "words", TextTower: "text", ImageTower: "image"}
+    return next(kind for base, kind in kinds.items() if isinstance(tower, base))
 
 
 def test_every_tower_is_tried() -> None:
-    assert set(TOWERS) == {"BiLSTM", "HuggingFaceText", "OpenClipText", "TimmImage", "OpenClipImage", "AttributeTower"}
+    texts, pictures = {"BiLSTM", "HuggingFaceText", "OpenClipText"}, {"TimmImage", "OpenClipImage"}
+    assert set(TOWERS) == {*texts, *pictures, "AttributeTower", "HashedNgrams"}
 
 
 @pytest.mark.parametrize("name", list(MAKERS))
@@ -108,9 +109,8 @@ def test_a_loaded_model_needs_no_weights_and_no_network(tmp_path: Path, name: st
     kind = modality(tower)
     model = TwoTower(Encoder(8, **{kind: tower}, fusion="transformer"))
     model.set_schema(SCHEMA)
-    items = [
-        item for item in ITEMS if (item.text, item.images, item.attributes)[("text", "image", "attribute").index(kind)]
-    ]
+    column = MODALITIES.index(kind)
+    items = [item for item in ITEMS if model.preprocess.product([item]).present[0, column]]
     expected = {side: model.encode(items, side) for side in ("query", "product")}
     save_model(model, tmp_path / "model")
     weights.rename(tmp_path / "gone")

@@ -16,6 +16,7 @@ from datamodules.schema import Attribute, Schema
 from towers.attribute import AttributePreprocess
 from towers.image import PicturePreprocess
 from towers.text import HashedWords, Template, TextPreprocess
+from towers.words import HashedNgrams
 
 SCHEMA = Schema(("title",), True, (Attribute("price", "number"), Attribute("brand", "category")))
 
@@ -33,11 +34,12 @@ def preprocess() -> ItemPreprocess:
         text=TextPreprocess(HashedWords(), Template("{title}")),
         image=PicturePreprocess(8),
         attribute=AttributePreprocess(SCHEMA),
+        words=HashedNgrams("{description}").preprocess,
     )
 
 
 ITEMS = [
-    Item({"title": "mug"}, (picture(10), picture(20)), {"price": 3.0}),
+    Item({"title": "mug", "description": "a mug"}, (picture(10), picture(20)), {"price": 3.0}),
     Item(images=(picture(30),)),
     Item({"title": "lamp"}, (), {"brand": "Acme"}),
     Item({"other": "x"}, (), {"price": math.nan, "brand": "", "weight": 3.0}),
@@ -46,7 +48,11 @@ ITEMS = [
 
 def test_present_says_what_is_there(preprocess: ItemPreprocess) -> None:
     items = preprocess(ITEMS)
-    assert items.present.tolist() == [[True, True, True], [False, True, False], [True, False, True], [False] * 3]
+    text, image, attribute, words = items.present.T.tolist()
+    assert text == [True, False, True, False]
+    assert image == [True, True, False, False]
+    assert attribute == [True, False, True, False]
+    assert words == [True, False, False, False]
 
 
 def test_pictures_know_their_items(preprocess: ItemPreprocess) -> None:
@@ -58,14 +64,14 @@ def test_pictures_know_their_items(preprocess: ItemPreprocess) -> None:
 
 def test_a_modality_that_no_item_has_is_none(preprocess: ItemPreprocess) -> None:
     items = preprocess([Item({"title": "mug"}), Item({"title": "lamp"})])
-    assert (items.image, items.image_row, items.attribute) == (None, None, None)
+    assert (items.image, items.image_row, items.attribute, items.words) == (None, None, None, None)
     assert preprocess([Item(images=(picture(1),))]).text is None
 
 
 def test_a_modality_without_a_tower_is_absent() -> None:
     items = ItemPreprocess("query", image=PicturePreprocess(8))(ITEMS)
     assert (items.text, items.attribute) == (None, None)
-    assert items.present.tolist() == [[False, True, False]] * 2 + [[False] * 3] * 2
+    assert items.present.tolist() == [[False, True, False, False]] * 2 + [[False] * 4] * 2
 
 
 def test_rows_are_views_of_the_same_items(preprocess: ItemPreprocess) -> None:
@@ -74,7 +80,7 @@ def test_rows_are_views_of_the_same_items(preprocess: ItemPreprocess) -> None:
         part = whole.rows(start, stop)
         own = preprocess(ITEMS[start:stop])
         assert torch.equal(part.present, own.present)
-        assert torch.equal(part.text, whole.text[start:stop])
+        assert torch.equal(part.text, whole.text[start:stop]) and torch.equal(part.words, whole.words[start:stop])
         if own.image is None:
             assert part.image is None and part.image_row is None
         else:
@@ -98,7 +104,7 @@ def test_each_picture_varies_with_the_randomness_of_its_item(preprocess: ItemPre
 
 
 def test_no_items_are_no_rows(preprocess: ItemPreprocess) -> None:
-    assert preprocess([]).present.shape == (0, 3)
+    assert preprocess([]).present.shape == (0, 4)
 
 
 def test_hashes_are_the_same_in_every_process_and_release() -> None:

@@ -31,6 +31,7 @@ from towers.loss import InfoNCE, SigmoidLoss
 from towers.model_folder import load_model
 from towers.text import BiLSTM
 from towers.two_tower import TwoTower, exact_search
+from towers.words import HashedNgrams
 
 
 def make_encoder(dropout: float = 0.0, embed_dim: int = 16, fusion: str = "gated", text: Any = None) -> Encoder:
@@ -39,6 +40,7 @@ def make_encoder(dropout: float = 0.0, embed_dim: int = 16, fusion: str = "gated
         text or BiLSTM(num_buckets=256, word_dim=8, hidden_dim=6, dropout=dropout),
         TimmImage(TIMM, model_args=TIMM_ARGS, image_size=32),
         AttributeTower(12, value_dim=4, num_buckets=256, dropout=dropout),
+        HashedNgrams("{description}", 32),
         fusion,
     )
 

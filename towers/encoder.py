@@ -16,6 +16,7 @@ from towers.fusion import FUSIONS, FusionName
 from towers.image import ImageTower
 from towers.text import TextTower
 from towers.tower import Tower
+from towers.words import HashedNgrams
 
 
 class Encoded(NamedTuple):
@@ -45,6 +46,8 @@ class Encoder(nn.Module):
         text: tower of titles, descriptions and typed queries; null leaves text out.
         image: tower of pictures; null leaves pictures out.
         attribute: tower of brand, category, price and the like; null leaves attributes out.
+        words: tower of texts by their exact words, beside or in place of `text`; for descriptions, which say what sets
+            one product apart in words that a text tower blurs. Null leaves it out.
         fusion: `gated` (default), `mean`, or `transformer` (one layer).
         feature_dropout: chance, 0 to 1, that training leaves out a feature of a tower; where there are few products,
             their features are soon known by heart.
@@ -56,14 +59,15 @@ class Encoder(nn.Module):
         text: TextTower | None = None,
         image: ImageTower | None = None,
         attribute: AttributeTower | None = None,
+        words: HashedNgrams | None = None,
         fusion: FusionName = "gated",
         feature_dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        towers: dict[str, Tower | None] = {"text": text, "image": image, "attribute": attribute}
+        towers: dict[str, Tower | None] = {"text": text, "image": image, "attribute": attribute, "words": words}
         self.towers = nn.ModuleDict({name: tower for name in MODALITIES if (tower := towers[name]) is not None})
         if not self.towers:
-            raise ValueError("An encoder needs at least one tower: text, image or attribute.")
+            raise ValueError("An encoder needs at least one tower: text, image, attribute or words.")
         if embed_dim < 1:
             raise ValueError(f"embed_dim={embed_dim}: choose at least 1.")
         if fusion not in FUSIONS:

@@ -25,11 +25,13 @@ from towers.open_clip_models import OpenClipImage, OpenClipText
 from towers.text import BiLSTM
 from towers.tower import Tower
 from towers.two_tower import TwoTower
+from towers.words import HashedNgrams
 
 FORMAT = 2
 """2: of a metric that is not cosine. Models of cosine are written as 1, which older releases read."""
 TOWERS: dict[str, type[Tower]] = {
-    tower.__name__: tower for tower in (BiLSTM, HuggingFaceText, OpenClipText, TimmImage, OpenClipImage, AttributeTower)
+    tower.__name__: tower
+    for tower in (BiLSTM, HuggingFaceText, OpenClipText, TimmImage, OpenClipImage, AttributeTower, HashedNgrams)
 }
 
 

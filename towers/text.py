@@ -46,6 +46,18 @@ class Template:
         """The fields that the template names."""
         return [field for _, field, _, _ in string.Formatter().parse(self.template or "") if field is not None]
 
+    def check(self, schema: Schema) -> None:
+        """Refuse a template that would leave every product without text.
+
+        Raises:
+            ValueError: the catalogue has none of the template's fields.
+        """
+        if self.template is not None and not set(self.fields) & set(schema.text):
+            raise ValueError(
+                f"template={self.template!r} names no text field of the catalogue, which has "
+                f"{', '.join(schema.text) or 'none'}. Name one of those, or leave the template out to join them all."
+            )
+
     def render(self, item: Item) -> str:
         """The text of an item; empty where it has none of the fields."""
         if query := item.text.get("query"):
@@ -124,12 +136,7 @@ class TextTower(Tower):
         Raises:
             ValueError: the catalogue has none of the template's fields.
         """
-        template = self.preprocess.template
-        if template.template is not None and not set(template.fields) & set(schema.text):
-            raise ValueError(
-                f"template={template.template!r} names no text field of the catalogue, which has "
-                f"{', '.join(schema.text) or 'none'}. Name one of those, or leave the template out to join them all."
-            )
+        self.preprocess.template.check(schema)
 
     def wording(self) -> dict[str, str | None]:
         """The constructor arguments that all text towers share."""
@@ -141,26 +148,25 @@ class TextTower(Tower):
         }
 
 
+WORDS = re.compile(r"[぀-ヿ㐀-鿿가-힯豈-﫿]|[^\W_぀-ヿ㐀-鿿가-힯豈-﫿]+")
+
+
+def split_words(text: str) -> list[str]:
+    """Lower-case words; Chinese, Japanese and Korean by character. A text without a letter or digit is one word."""
+    text = unicodedata.normalize("NFKC", text).lower()
+    return WORDS.findall(text) or [text]
+
+
 @dataclass(frozen=True)
 class HashedWords:
-    """Words by hash; Chinese, Japanese and Korean by character. Needs no vocabulary and knows every language.
-
-    A text without any letter or digit is one word.
-    """
+    """Words by hash (see `split_words`): needs no vocabulary and knows every language."""
 
     num_buckets: int = 16_384
     max_length: int = 48
 
-    WORDS = re.compile(r"[぀-ヿ㐀-鿿가-힯豈-﫿]|[^\W_぀-ヿ㐀-鿿가-힯豈-﫿]+")
-
-    def words(self, text: str) -> list[str]:
-        """Lower-case words and single characters."""
-        text = unicodedata.normalize("NFKC", text).lower()
-        return self.WORDS.findall(text) or [text]
-
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """(B, L) int64 token ids, 0 = padding; at least one column."""
-        rows = [[1 + stable_hash(w) % (self.num_buckets - 1) for w in self.words(t)[: self.max_length]] for t in texts]
+        rows = [[1 + stable_hash(w) % (self.num_buckets - 1) for w in split_words(t)[: self.max_length]] for t in texts]
         tokens = torch.zeros(len(rows), max(1, *map(len, rows)), dtype=torch.int64)
         for row, ids in enumerate(rows):
             tokens[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
@@ -168,7 +174,7 @@ class HashedWords:
 
     def lengths_and_fallbacks(self, text: str) -> tuple[int, int, int]:
         """No word is unknown."""
-        count = len(self.words(text))
+        count = len(split_words(text))
         return count, min(count, self.max_length), 0
 
 

@@ -31,7 +31,7 @@ from towers.tower import Tower
 logger = logging.getLogger(__name__)
 
 
-View = Literal["whole", "part", "text", "image", "attribute"]
+View = Literal["whole", "part", "text", "image", "attribute", "words"]
 """Which embeddings of items: of all their modalities, of a part of them drawn at random, of a single one."""
 
 
