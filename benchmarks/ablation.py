@@ -14,18 +14,18 @@ from pathlib import Path
 
 from jsonargparse import auto_cli
 
-from benchmarks.catalogues import TRAINED, WHOLE, Bench, Catalogue, Results, Split, run_all
+from benchmarks.catalogues import ALONE, TRAINED, WHOLE, Bench, Catalogue, Results, Split, run_all
 
 LOSS = "--model.loss.init_args"
+TOWERS = ("text", "image", "attribute", "words")
 
 
-def specialist(missing: str) -> list[str]:
-    """The configuration in use for items that never have this modality."""
-    others = ", ".join(
-        f"{{query: {m}, product: {m}, weight: 0.07}}" for m in ("text", "image", "attribute") if m != missing
-    )
+def without(*towers: str) -> list[str]:
+    """The configuration in use for items that never have what these towers read."""
+    others = ", ".join(f"{{query: {m}, product: {m}, weight: 0.07}}" for m in TOWERS if m not in towers)
     parts = "{query: part, product: whole, weight: 0.25}, {query: whole, product: part, weight: 0.25}"
-    return [f"--model.product.{missing}=null", f"--model.compare=[{{query: whole}}, {parts}, {others}]"]
+    gone = [f"--model.product.{tower}=null" for tower in towers]
+    return [*gone, f"--model.compare=[{{query: whole}}, {parts}, {others}]"]
 
 
 ARMS: dict[str, dict[str, list[str]]] = {
@@ -78,8 +78,12 @@ ARMS: dict[str, dict[str, list[str]]] = {
             "--model.product.text.init_args.template={title}. {description}",
             "--model.product.text.init_args.max_length=160",
         ],
-        **{f"{tower} alone": TRAINED[tower] for tower in ("text", "image", "attribute")},
-        **{f"specialist without {tower}": specialist(tower) for tower in ("text", "image", "attribute")},
+        **{f"{tower} alone": TRAINED[tower] for tower in ALONE},
+        "specialist without text": without("text", "words"),
+        "specialist without image": without("image"),
+        "specialist without attribute": without("attribute"),
+        "no words": without("words"),
+        "prices are close or not, never the same": ["--model.product.attribute.init_args.exact_numbers=false"],
     },
 }
 

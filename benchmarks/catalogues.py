@@ -58,10 +58,12 @@ LEXICAL = ("bm25", "tfidf", "jaccard")
 
 
 WHOLE = "--model.compare=[{query: whole}]"
+ALONE = {
+    tower: [*(f"--model.product.{other}=null" for other in (*MODALITIES, "words") if other != tower), WHOLE]
+    for tower in MODALITIES
+}
 TRAINED = {
-    "text": ["--model.product.image=null", "--model.product.attribute=null", WHOLE],
-    "image": ["--model.product.text=null", "--model.product.attribute=null", WHOLE],
-    "attribute": ["--model.product.text=null", "--model.product.image=null", WHOLE],
+    **ALONE,
     "fused gated": [],
     "fused mean": ["--model.product.fusion=mean"],
     "fused transformer": ["--model.product.fusion=transformer"],

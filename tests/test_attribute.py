@@ -27,9 +27,9 @@ SCHEMA = Schema(
 )
 
 
-@pytest.fixture
-def tower() -> AttributeTower:
-    tower = AttributeTower(out_dim=24, value_dim=8, num_buckets=1024)
+@pytest.fixture(params=[False, True], ids=["close", "exact"])
+def tower(request: pytest.FixtureRequest) -> AttributeTower:
+    tower = AttributeTower(out_dim=24, value_dim=8, num_buckets=1024, exact_numbers=request.param)
     tower.set_schema(SCHEMA)
     return tower.eval()
 
@@ -93,8 +93,34 @@ def test_numbers_are_standardised_by_the_catalogue_after_the_log(tower: Attribut
 
 
 def test_far_outside_of_what_was_learned_is_all_the_same(tower: AttributeTower) -> None:
-    rows = features(tower, {"size": 1e6}, {"size": 1e9})
+    rows = tower.number_vectors(tower.preprocess([{"size": 1e6}, {"size": 1e9}]).number)
     torch.testing.assert_close(rows[0], rows[1])
+
+
+def test_exact_numbers_tell_equal_from_close() -> None:
+    """9.99 and 10.00 are nearly the same number, and no more the same value than 9.99 and 500 are."""
+    torch.manual_seed(0)
+    tower = AttributeTower(out_dim=64, exact_numbers=True)
+    tower.set_schema(SCHEMA)
+    tower.eval()
+    close = tower.number_vectors(tower.preprocess([{"price": p} for p in (9.99, 10.0)]).number)[:, 0].detach()
+    assert float(F.cosine_similarity(close[0], close[1], dim=0)) > 0.99
+    prices = [round(0.5 + 0.01 * i, 2) for i in range(2000)]
+    exact = tower.exact_vectors(tower.preprocess([{"price": p} for p in prices]).number)[:, 0].detach()
+    assert len(exact.unique(dim=0)) == 2000
+    unit = F.normalize(exact, dim=-1)
+    cosines = unit @ unit.T - torch.eye(2000)
+    assert abs(float(cosines.mean())) < 0.01 and float(cosines.std()) < 1.2 / math.sqrt(32)
+
+
+def test_an_exact_number_is_one_of_its_attribute_and_none_where_it_is_missing() -> None:
+    tower = AttributeTower(out_dim=64, exact_numbers=True)
+    tower.set_schema(SCHEMA)
+    facts = [{"price": 40, "size": 40}, {"price": 40.0}, {}, {"price": -0.0}, {"price": 0}]
+    price, size = tower.exact_vectors(tower.preprocess(facts).number).unbind(1)
+    assert torch.equal(price[0], price[1]) and torch.equal(price[3], price[4])
+    assert not torch.allclose(price[0], size[0])
+    assert not price[2].any() and not size[1].any()
 
 
 def test_relatives_of_a_category_tree_are_nearer_than_strangers() -> None:

@@ -101,6 +101,8 @@ class AttributeTower(Tower):
         num_hashes: rows of the table that are summed for one value.
         num_frequencies: of the periodic embeddings of a number.
         frequency_scale: standard deviation of the initial frequencies; higher tells closer numbers apart.
+        exact_numbers: whether a number has a hash embedding of its exact value, too: that two prices are the same to
+            the cent says more than that they are close.
         dropout: of the vectors of attributes, 0 to 1.
     """
 
@@ -112,6 +114,7 @@ class AttributeTower(Tower):
         num_hashes: int = 2,
         num_frequencies: int = 16,
         frequency_scale: float = 0.3,
+        exact_numbers: bool = False,
         dropout: float = 0.1,
     ) -> None:
         super().__init__()
@@ -122,6 +125,7 @@ class AttributeTower(Tower):
         self.out_dim, self.value_dim = out_dim, value_dim
         self.num_buckets, self.num_hashes = num_buckets, num_hashes
         self.num_frequencies, self.frequency_scale = num_frequencies, frequency_scale
+        self.exact_numbers = exact_numbers
         self.dropout = nn.Dropout(dropout)
         self.schema: Schema | None = None
 
@@ -152,7 +156,7 @@ class AttributeTower(Tower):
         self.buckets = nn.Embedding(self.num_buckets, dim)
         nn.init.normal_(self.buckets.weight, std=1 / math.sqrt(self.num_hashes))
         self.missing = nn.Parameter(torch.zeros(len(schema.attributes), dim))  # two gaps are no likeness at first
-        joined = dim * len(schema.attributes)
+        joined = dim * (len(schema.attributes) + (len(numbers) if self.exact_numbers else 0))
         self.join = nn.Sequential(nn.LayerNorm(joined), nn.Linear(joined, self.out_dim))
         self.refine = nn.Sequential(nn.GELU(), nn.Linear(self.out_dim, self.out_dim))
         nn.init.zeros_(self.refine[-1].weight)  # starts as nothing
@@ -164,6 +168,8 @@ class AttributeTower(Tower):
         missing = torch.cat([number.isnan(), (category == 0).all(-1)], 1).unsqueeze(-1)  # (B, A, 1)
         values = torch.cat([self.number_vectors(number), self.category_vectors(category)], 1)  # (B, A, d)
         values = torch.where(missing, self.missing, values)
+        if self.exact_numbers:
+            values = torch.cat([values, self.exact_vectors(number)], 1)
         features = self.join(self.dropout(values).flatten(1))
         return features + self.refine(features)
 
@@ -176,12 +182,22 @@ class AttributeTower(Tower):
         periodic = torch.cat([angle.sin(), angle.cos()], -1)
         return torch.einsum("baf,afd->bad", periodic, self.number_weight).add(self.number_bias).relu()
 
+    def exact_vectors(self, number: Tensor) -> Tensor:
+        """(B, A) raw values -> (B, A, d) hash embeddings of them, zeros for NaN."""
+        bits = (number.float() + 0.0).view(torch.int32).long()  # -0.0 + 0.0 is 0.0
+        names = torch.tensor([stable_hash(a.name) for a in self.schema.numbers], device=number.device)
+        return self.hash_vectors(bits * MULTIPLIERS[0] ^ names) * ~number.isnan().unsqueeze(-1)
+
     def category_vectors(self, category: Tensor) -> Tensor:
         """(B, A, V) hashes -> (B, A, d), the mean over values that are there."""
         there = (category != 0).unsqueeze(-1)  # (B, A, V, 1)
-        rows = torch.stack([bucket(category, i, self.num_buckets) for i in range(self.num_hashes)], -1)
-        vectors = self.buckets(rows).sum(-2) * there  # (B, A, V, d)
+        vectors = self.hash_vectors(category) * there  # (B, A, V, d)
         return vectors.sum(2) / there.sum(2).clamp(min=1)
+
+    def hash_vectors(self, hashes: Tensor) -> Tensor:
+        """(...) hashes -> (..., d)."""
+        rows = torch.stack([bucket(hashes, i, self.num_buckets) for i in range(self.num_hashes)], -1)
+        return self.buckets(rows).sum(-2)
 
     def architecture(self) -> dict[str, Any]:
         """See `Tower.architecture`."""
@@ -192,6 +208,7 @@ class AttributeTower(Tower):
             "num_hashes": self.num_hashes,
             "num_frequencies": self.num_frequencies,
             "frequency_scale": self.frequency_scale,
+            "exact_numbers": self.exact_numbers,
             "dropout": self.dropout.p,
         }
 
