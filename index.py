@@ -385,6 +385,7 @@ def evaluate(
     nprobe: int | None = None,
     exclude_identical: bool = False,
     lexical_fields: list[str] = [],  # noqa: B006
+    lexical_weight: float = 1.0,
     latency_queries: int = 1000,
     examples: int = 2,
     oracle: Path | None = None,
@@ -408,6 +409,7 @@ def evaluate(
         nprobe: lists to visit; what each kind of query needs when not given.
         exclude_identical: also leave out products whose vector equals that of the product asked.
         lexical_fields: fields that traditional search reads; the title and all attributes but numbers when not given.
+        lexical_weight: of BM25's ranks beside 1 of the index's, where both are fused; above 0, chosen on the val split.
         latency_queries: timed searches; 0 for none.
         examples: queries of each kind to show with their hits.
         oracle: oracle.json of the sample catalogue, to show beside the figures.
@@ -432,6 +434,7 @@ def evaluate(
         nprobe=nprobe,
         exclude_identical=exclude_identical,
         lexical_fields=lexical_fields or None,
+        lexical_weight=lexical_weight,
         latency_queries=latency_queries,
     )
     measured = measuring.evaluate(opened, products, queries, catalogue=known, qrels=qrels, options=options)

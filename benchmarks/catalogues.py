@@ -55,6 +55,8 @@ Split = Literal["val", "test"]
 METRICS = ("hit@1", "hit@10", "recall@10", "best_recall@10", "ndcg@10")
 MODALITIES = ("text", "image", "attribute")
 LEXICAL = ("bm25", "tfidf", "jaccard")
+LEXICAL_WEIGHTS = (1, 4, 16, 64)
+"""Of BM25's ranks beside the model's."""
 
 
 WHOLE = "--model.compare=[{query: whole}]"
@@ -254,13 +256,18 @@ class Bench:
         products = EmbeddingReader(folder / "embeddings" / "products")
         build_index(products, folder / "index", overwrite=True)
         index = ProductIndex.open(folder / "index")
-        report = evaluate(
-            index,
-            products,
-            EmbeddingReader(folder / "embeddings" / "queries"),
-            catalogue=PreparedCatalogue(self.prepared),
-            options=Options(split=self.split, latency_queries=0),
-        ).report
+        queries, prepared = EmbeddingReader(folder / "embeddings" / "queries"), PreparedCatalogue(self.prepared)
+        reports = {
+            weight: evaluate(
+                index,
+                products,
+                queries,
+                catalogue=prepared,
+                options=Options(split=self.split, latency_queries=0, lexical_weight=weight),
+            ).report
+            for weight in LEXICAL_WEIGHTS
+        }
+        report = reports[1]
         self.traditional(report["baselines"])
         kinds = {}
         for kind, exact in report["tasks"]["exact"].items():
@@ -269,8 +276,10 @@ class Bench:
             kinds[kind]["ann_hit@10"] = triple(ann["hit@10"])
             kinds[kind]["ann_vs_exact_recall@10"] = triple(against["recall@10"])
             kinds[kind]["queries"] = report["queries"][kind]["count"]
-        for kind, fused in report["baselines"].get("hybrid", {}).items():
-            kinds[f"{kind}, fused with BM25"] = {metric: triple(fused[metric]) for metric in METRICS}
+        for weight, measured in reports.items():
+            for kind, fused in measured["baselines"].get("hybrid", {}).items():
+                name = f"{kind}, fused with BM25" + (f" of weight {weight}" if weight != 1 else "")
+                kinds[name] = {metric: triple(fused[metric]) for metric in METRICS}
         return {"kinds": kinds, "index": report["index"]["factory"]}
 
     def traditional(self, baselines: dict[str, Any]) -> None:

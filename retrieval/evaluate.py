@@ -10,6 +10,7 @@ The result is one JSON object; docs/index.md names its keys.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -51,6 +52,7 @@ class Options:
         exclude_identical: also leave out products whose vector equals that of the product asked.
         lexical: measure BM25, TF-IDF and Jaccard where texts are known.
         lexical_fields: fields of products they read; None for the title and all attributes but numbers.
+        lexical_weight: of BM25's ranks beside 1 of the index's, where both are fused.
         latency_queries: timed searches; 0 for none.
     """
 
@@ -61,7 +63,14 @@ class Options:
     exclude_identical: bool = False
     lexical: bool = True
     lexical_fields: Sequence[str] | None = None
+    lexical_weight: float = 1.0
     latency_queries: int = 1000
+
+    def __post_init__(self) -> None:
+        if not 0 < self.lexical_weight < math.inf:
+            raise ValueError(
+                f"lexical_weight={self.lexical_weight} weighs BM25's ranks beside 1 of the index's: choose above 0."
+            )
 
 
 @dataclass(frozen=True)
@@ -124,6 +133,7 @@ def evaluate(
         "settings": {
             "split": options.split if catalogue else None,
             "threshold": questions.threshold,
+            "lexical_weight": options.lexical_weight,
             **index.resolve(options.nprobe, recall=options.recall)._asdict(),
             "by_kind": {kind: _settings(index, options, kind)._asdict() for kind in questions.all_kinds},
             "depth": DEPTH,
@@ -322,7 +332,7 @@ def _baselines(
             judged = questions.relevant[of], questions.judged[of], questions.grades[of]
             results[name][kind] = measure(got, *judged)
             if name == "bm25":
-                both = reciprocal_rank_fusion([got, served[of]])
+                both = reciprocal_rank_fusion([got, served[of]], [options.lexical_weight, 1.0])
                 results.setdefault("hybrid", {})[kind] = measure(both, *judged)
     return results
 

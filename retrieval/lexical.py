@@ -102,11 +102,14 @@ LEXICAL: dict[str, Callable[[Sequence[str]], Ranking]] = {"bm25": bm25, "tfidf":
 """Name -> a function that takes the products' texts and gives the function that ranks them."""
 
 
-def reciprocal_rank_fusion(rankings: Sequence[NDArray[np.int64]], constant: int = 60) -> NDArray[np.int64]:
+def reciprocal_rank_fusion(
+    rankings: Sequence[NDArray[np.int64]], weights: Sequence[float] | None = None, constant: int = 60
+) -> NDArray[np.int64]:
     """One ranking of several: what stands at rank r in one of them has 1 / (constant + r) points (SIGIR 2009, Cormack).
 
     Args:
         rankings: (Q, K) rows each, best first, -1 padded.
+        weights: of the rankings' points; None for 1 each.
         constant: the larger it is, the less the first ranks stand out.
 
     Returns:
@@ -116,10 +119,10 @@ def reciprocal_rank_fusion(rankings: Sequence[NDArray[np.int64]], constant: int 
     fused = np.full((len(rankings[0]), width), NONE)
     for query in range(len(fused)):
         points: dict[int, float] = {}
-        for ranking in rankings:
+        for ranking, weight in zip(rankings, weights or [1.0] * len(rankings), strict=True):
             for rank, row in enumerate(ranking[query].tolist(), start=1):
                 if row != NONE:
-                    points[row] = points.get(row, 0.0) + 1 / (constant + rank)
+                    points[row] = points.get(row, 0.0) + weight / (constant + rank)
         best = sorted(points, key=lambda row: (-points[row], row))[:width]
         fused[query, : len(best)] = best
     return fused

@@ -198,6 +198,24 @@ def test_lexical_rows_stand_beside_text_and_product_queries(folders):
         measured(folders, options=Options(lexical_fields=["colour"]))
 
 
+def test_the_weight_of_words_decides_what_rank_fusion_follows(folders):
+    """So large that no rank of the index outweighs one of BM25, and so small that none of BM25's does."""
+
+    def figures(weight):
+        report = measured(folders, "flat", options=Options(lexical_weight=weight)).report
+        assert report["settings"]["lexical_weight"] == weight
+        part = [report["baselines"]["hybrid"], report["baselines"]["bm25"], report["tasks"]["ann"]]
+        return [kinds["product:text"]["ndcg@10"]["value"] for kinds in part]
+
+    follows_words, words, _ = figures(1e6)
+    follows_index, _, index = figures(1e-6)
+    assert words != index
+    assert (follows_words, follows_index) == (words, index)
+    for weight in (0, -1, float("nan")):
+        with pytest.raises(ValueError, match=r"lexical_weight=.* choose above 0"):
+            Options(lexical_weight=weight)
+
+
 def test_the_order_of_shards_does_not_matter(folders, tmp_path):
     """Embeddings in another order than the index are joined by id."""
     reader = EmbeddingReader(folders / "embeddings" / "products")

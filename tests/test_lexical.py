@@ -93,3 +93,10 @@ def test_rank_fusion_by_hand():
     """Row 7: 1/61 + 1/62. Row 5: 1/61 + 1/63. Row 9, in one ranking alone: 1/62."""
     one, other = np.array([[5, 7, -1], [-1, -1, -1]]), np.array([[7, 9, 5], [2, 1, -1]])
     assert reciprocal_rank_fusion([one, other]).tolist() == [[7, 5, 9], [2, 1, -1]]
+
+
+def test_a_ranking_of_little_weight_only_adds_what_the_other_lacks():
+    """With a tenth of the weight, rank 1 has 1/610 points, and rank 3 of the other 1/63."""
+    one, other = np.array([[5, 7, 3, -1]]), np.array([[9, 7, 5, 1]])
+    assert reciprocal_rank_fusion([one, other], [1.0, 0.1]).tolist() == [[5, 7, 3, 9]]
+    assert reciprocal_rank_fusion([one, other], [0.1, 1.0]).tolist() == [[7, 5, 9, 1]]
