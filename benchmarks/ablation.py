@@ -14,10 +14,9 @@ from pathlib import Path
 
 from jsonargparse import auto_cli
 
-from benchmarks.catalogues import ALONE, TRAINED, WHOLE, Bench, Catalogue, Results, Split, run_all
+from benchmarks.catalogues import ALONE, TOWERS, WHOLE, Bench, Catalogue, Results, Split, run_all
 
 LOSS = "--model.loss.init_args"
-TOWERS = ("text", "image", "attribute", "words")
 
 
 def without(*towers: str) -> list[str]:
@@ -60,7 +59,7 @@ ARMS: dict[str, dict[str, list[str]]] = {
         "open_clip's ClipLoss": [WHOLE, "--model.loss=benchmarks.peer_losses.OpenClipLoss"],
         "open_clip's SigLipLoss": [WHOLE, "--model.loss=benchmarks.peer_losses.OpenClipSigmoid"],
         "text alone, sentence-transformers' loss": [
-            *TRAINED["text"],
+            *ALONE["text"],
             "--model.loss=benchmarks.peer_losses.MultipleNegativesRanking",
         ],
         **{
@@ -70,15 +69,24 @@ ARMS: dict[str, dict[str, list[str]]] = {
             ]
             for weight in (0.005, 0.02, 0.1, 1)
         },
+        **{
+            f"typed queries of facets, weight {weight}, read word by word": [
+                "--data.sources={catalogue: 1, facets: 1}",
+                f"--data.facet_weight={weight}",
+                "--model.product.words.init_args.typed=true",
+            ]
+            for weight in (0.005, 0.02)
+        },
         "averaged weights": [
             "--trainer.callbacks+=EMAWeightAveraging",
             "--trainer.callbacks.decay=0.98",
         ],
         "descriptions in the text": [
+            *without("words"),
             "--model.product.text.init_args.template={title}. {description}",
             "--model.product.text.init_args.max_length=160",
         ],
-        **{f"{tower} alone": TRAINED[tower] for tower in ALONE},
+        **{f"{tower} alone": ALONE[tower] for tower in TOWERS},
         "specialist without text": without("text", "words"),
         "specialist without image": without("image"),
         "specialist without attribute": without("attribute"),

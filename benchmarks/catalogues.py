@@ -60,12 +60,10 @@ LEXICAL_WEIGHTS = (1, 4, 16, 64)
 
 
 WHOLE = "--model.compare=[{query: whole}]"
-ALONE = {
-    tower: [*(f"--model.product.{other}=null" for other in (*MODALITIES, "words") if other != tower), WHOLE]
-    for tower in MODALITIES
-}
+TOWERS = (*MODALITIES, "words")
+ALONE = {tower: [*(f"--model.product.{other}=null" for other in TOWERS if other != tower), WHOLE] for tower in TOWERS}
 TRAINED = {
-    **ALONE,
+    **{tower: ALONE[tower] for tower in MODALITIES},
     "fused gated": [],
     "fused mean": ["--model.product.fusion=mean"],
     "fused transformer": ["--model.product.fusion=transformer"],
