@@ -19,12 +19,18 @@ from benchmarks.catalogues import ALONE, TOWERS, WHOLE, Bench, Catalogue, Result
 LOSS = "--model.loss.init_args"
 
 
-def without(*towers: str) -> list[str]:
-    """The configuration in use for items that never have what these towers read."""
-    others = ", ".join(f"{{query: {m}, product: {m}, weight: 0.07}}" for m in TOWERS if m not in towers)
-    parts = "{query: part, product: whole, weight: 0.25}, {query: whole, product: part, weight: 0.25}"
-    gone = [f"--model.product.{tower}=null" for tower in towers]
-    return [*gone, f"--model.compare=[{{query: whole}}, {parts}, {others}]"]
+def without(*towers: str, alone: dict[str, float] = dict.fromkeys(TOWERS, 0.07), parts: float = 0.25) -> list[str]:
+    """The configuration in use for items that never have what these towers read.
+
+    Args:
+        towers: that are left out.
+        alone: towers that are compared by themselves in the configuration, with their weights.
+        parts: weight of the comparisons of parts.
+    """
+    pairs = [("whole", "whole", 1.0), ("part", "whole", parts), ("whole", "part", parts)]
+    pairs += [(tower, tower, weight) for tower, weight in alone.items() if tower not in towers]
+    compared = [f"{{query: {query}, product: {product}, weight: {weight}}}" for query, product, weight in pairs]
+    return [*(f"--model.product.{tower}=null" for tower in towers), f"--model.compare=[{', '.join(compared)}]"]
 
 
 ARMS: dict[str, dict[str, list[str]]] = {
@@ -37,6 +43,14 @@ ARMS: dict[str, dict[str, list[str]]] = {
         "judged pairs alone": ["--data.sources=[pairs]"],
         "whole items alone": [WHOLE],
         "metric kl": ["--model.metric=kl"],
+        "specialist without text": [
+            *without("text", alone={}, parts=0.5),
+            "--data.sources={catalogue: 6, pairs: 1}",  # nothing would read typed queries
+        ],
+        "specialist without image": without("image", alone={"text": 1}, parts=0.5),
+        "specialist without attribute": without("attribute", alone={"text": 1}, parts=0.5),
+        "words": ["--model.product.words=HashedNgrams"],
+        "exact prices": ["--model.product.attribute.init_args.exact_numbers=true"],
     },
     "fashion": {
         "in use": [],

@@ -29,8 +29,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+import pyarrow.parquet as pq
 import torch
 from jsonargparse import auto_cli
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table as RichTable
 from torch import nn
@@ -40,8 +43,9 @@ from datamodules.schema import Schema
 from retrieval.build import build_index
 from retrieval.catalogue import PreparedCatalogue
 from retrieval.embeddings import EmbeddingReader
-from retrieval.evaluate import Options, evaluate
+from retrieval.evaluate import Options, evaluate, measure
 from retrieval.index import ProductIndex
+from retrieval.judgements import Questions
 from retrieval.storage import write_json
 from towers.embed import embed
 from towers.encoder import Encoder
@@ -255,17 +259,17 @@ class Bench:
         build_index(products, folder / "index", overwrite=True)
         index = ProductIndex.open(folder / "index")
         queries, prepared = EmbeddingReader(folder / "embeddings" / "queries"), PreparedCatalogue(self.prepared)
-        reports = {
+        evaluations = {
             weight: evaluate(
                 index,
                 products,
                 queries,
                 catalogue=prepared,
                 options=Options(split=self.split, latency_queries=0, lexical_weight=weight),
-            ).report
+            )
             for weight in LEXICAL_WEIGHTS
         }
-        report = reports[1]
+        report = evaluations[1].report
         self.traditional(report["baselines"])
         kinds = {}
         for kind, exact in report["tasks"]["exact"].items():
@@ -274,10 +278,14 @@ class Bench:
             kinds[kind]["ann_hit@10"] = triple(ann["hit@10"])
             kinds[kind]["ann_vs_exact_recall@10"] = triple(against["recall@10"])
             kinds[kind]["queries"] = report["queries"][kind]["count"]
-        for weight, measured in reports.items():
-            for kind, fused in measured["baselines"].get("hybrid", {}).items():
+        for weight, evaluation in evaluations.items():
+            for kind, fused in evaluation.report["baselines"].get("hybrid", {}).items():
                 name = f"{kind}, fused with BM25" + (f" of weight {weight}" if weight != 1 else "")
                 kinds[name] = {metric: triple(fused[metric]) for metric in METRICS}
+        questions, found = evaluations[1].questions, evaluations[1].found["exact"]
+        if len(of := naming_a_colour(questions, self.prepared)):
+            exact = measure(found[of], questions.relevant[of], questions.judged[of], questions.grades[of])
+            kinds["text that names a colour"] = {metric: triple(exact[metric]) for metric in METRICS}
         return {"kinds": kinds, "index": report["index"]["factory"]}
 
     def traditional(self, baselines: dict[str, Any]) -> None:
@@ -313,6 +321,18 @@ class Without:
         return item._replace(
             **{"text": {"text": {}}, "image": {"images": ()}, "attribute": {"attributes": {}}}[self.modality]
         )
+
+
+def naming_a_colour(questions: Questions, catalogue: Path) -> NDArray[np.int64]:
+    """Positions of the typed queries in which a value of the catalogue's colour attribute stands."""
+    attributes = pq.read_table(catalogue / "products", columns=["attributes"]).column("attributes").combine_chunks()
+    named = [field.name for field in attributes.type if field.name in ("color", "colour")]
+    colours = {value.lower() for name in named for value in attributes.field(name).unique().to_pylist() if value}
+    queries = pq.read_table(catalogue / "queries", columns=["query_id", "text"]).to_pydict()
+    texts = dict(zip(queries["query_id"], queries["text"], strict=True))
+    of = questions.of_kind("text")
+    padded = [f" {texts[questions.ids[position]].lower()} " for position in of]
+    return of[[any(f" {colour} " in text for colour in colours) for text in padded]] if len(of) else of
 
 
 def side_by_side(towers: dict[str, Tower]) -> Encoder:
