@@ -9,9 +9,11 @@ run makes the rest. The keys of FILE are those of `benchmarks.catalogues`.
 
 from __future__ import annotations
 
+import json as json_format
 import logging
 from pathlib import Path
 
+import yaml
 from jsonargparse import auto_cli
 
 from benchmarks.catalogues import ALONE, TOWERS, WHOLE, Bench, Catalogue, Results, Split, run_all
@@ -19,18 +21,11 @@ from benchmarks.catalogues import ALONE, TOWERS, WHOLE, Bench, Catalogue, Result
 LOSS = "--model.loss.init_args"
 
 
-def without(*towers: str, alone: dict[str, float] = dict.fromkeys(TOWERS, 0.07), parts: float = 0.25) -> list[str]:
-    """The configuration in use for items that never have what these towers read.
-
-    Args:
-        towers: that are left out.
-        alone: towers that are compared by themselves in the configuration, with their weights.
-        parts: weight of the comparisons of parts.
-    """
-    pairs = [("whole", "whole", 1.0), ("part", "whole", parts), ("whole", "part", parts)]
-    pairs += [(tower, tower, weight) for tower, weight in alone.items() if tower not in towers]
-    compared = [f"{{query: {query}, product: {product}, weight: {weight}}}" for query, product, weight in pairs]
-    return [*(f"--model.product.{tower}=null" for tower in towers), f"--model.compare=[{', '.join(compared)}]"]
+def without(catalogue: str, *towers: str) -> list[str]:
+    """The configuration in use for items that never have what these towers read."""
+    compare = yaml.safe_load(Path(f"configs/{catalogue}.yaml").read_text(encoding="utf-8"))["model"]["compare"]
+    left = [pair for pair in compare if not {pair["query"], pair["product"]} & set(towers)]
+    return [*(f"--model.product.{tower}=null" for tower in towers), f"--model.compare={json_format.dumps(left)}"]
 
 
 ARMS: dict[str, dict[str, list[str]]] = {
@@ -44,11 +39,11 @@ ARMS: dict[str, dict[str, list[str]]] = {
         "whole items alone": [WHOLE],
         "metric kl": ["--model.metric=kl"],
         "specialist without text": [
-            *without("text", alone={}, parts=0.5),
+            *without("luma", "text"),
             "--data.sources={catalogue: 6, pairs: 1}",  # nothing would read typed queries
         ],
-        "specialist without image": without("image", alone={"text": 1}, parts=0.5),
-        "specialist without attribute": without("attribute", alone={"text": 1}, parts=0.5),
+        "specialist without image": without("luma", "image"),
+        "specialist without attribute": without("luma", "attribute"),
         "words": ["--model.product.words=HashedNgrams"],
         "exact prices": ["--model.product.attribute.init_args.exact_numbers=true"],
     },
@@ -96,15 +91,15 @@ ARMS: dict[str, dict[str, list[str]]] = {
             "--trainer.callbacks.decay=0.98",
         ],
         "descriptions in the text": [
-            *without("words"),
+            *without("fashion", "words"),
             "--model.product.text.init_args.template={title}. {description}",
             "--model.product.text.init_args.max_length=160",
         ],
         **{f"{tower} alone": ALONE[tower] for tower in TOWERS},
-        "specialist without text": without("text", "words"),
-        "specialist without image": without("image"),
-        "specialist without attribute": without("attribute"),
-        "no words": without("words"),
+        "specialist without text": without("fashion", "text", "words"),
+        "specialist without image": without("fashion", "image"),
+        "specialist without attribute": without("fashion", "attribute"),
+        "no words": without("fashion", "words"),
         "prices are close or not, never the same": ["--model.product.attribute.init_args.exact_numbers=false"],
     },
 }
