@@ -71,21 +71,9 @@ ARMS: dict[str, dict[str, list[str]]] = {
             *ALONE["text"],
             "--model.loss=benchmarks.peer_losses.MultipleNegativesRanking",
         ],
-        **{
-            f"typed queries of facets, weight {weight}": [
-                "--data.sources={catalogue: 1, facets: 1}",
-                f"--data.facet_weight={weight}",
-            ]
-            for weight in (0.005, 0.02, 0.1, 1)
-        },
-        **{
-            f"typed queries of facets, weight {weight}, read word by word": [
-                "--data.sources={catalogue: 1, facets: 1}",
-                f"--data.facet_weight={weight}",
-                "--model.product.words.init_args.typed=true",
-            ]
-            for weight in (0.005, 0.02)
-        },
+        "no typed queries of facets": ["--data.sources=[catalogue]", "--model.product.words.init_args.typed=false"],
+        "typed queries are not read word by word": ["--model.product.words.init_args.typed=false"],
+        **{f"typed queries of facets weigh {w}": [f"--data.facet_weight={w}"] for w in (0.005, 0.02, 0.1, 1)},
         "averaged weights": [
             "--trainer.callbacks+=EMAWeightAveraging",
             "--trainer.callbacks.decay=0.98",
