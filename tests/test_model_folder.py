@@ -73,7 +73,7 @@ def attributes(weights: Path) -> Tower:
 
 
 def ngrams(weights: Path) -> Tower:
-    return HashedNgrams("{description}", 24, max_ngram=3, max_length=5)
+    return HashedNgrams("{description}", 24, max_ngram=3, max_length=5, typed=True)
 
 
 MAKERS = {

@@ -80,6 +80,14 @@ def test_a_typed_query_has_no_words_but_its_text() -> None:
     assert words == [False, True, False, False]
 
 
+def test_typed_queries_are_read_where_it_is_said_so() -> None:
+    encoder = Encoder(8, words=HashedNgrams("{description}", typed=True))
+    items = encoder.preprocess("query")([Item({"query": "red mug"}), DESCRIPTION])
+    assert items.present[:, 3].tolist() == [True, True]
+    assert sorted(items.words[0].tolist())[-3:] == sorted(map(stable_hash, ["red", "mug", "red mug"]))
+    assert set(items.words[0].tolist()) - {0} <= set(items.words[1].tolist())
+
+
 def test_a_product_without_a_description_is_as_if_there_was_no_such_tower() -> None:
     """Its embedding has no part of the words of others in the batch."""
     torch.manual_seed(0)
