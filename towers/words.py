@@ -19,10 +19,13 @@ from towers.text import Template, split_words
 from towers.tower import Tower
 
 
-@lru_cache(maxsize=1 << 18)
-def ngram_hash(ngram: str) -> int:
-    """Descriptions of one shop repeat themselves, so most n-grams have been hashed before."""
-    return stable_hash(ngram)
+@lru_cache(maxsize=1 << 14)
+def ngram_hashes(text: str, max_ngram: int, max_length: int) -> np.ndarray:
+    """(G,) int64, ascending: the hash of each different n-gram. Kept, because a small catalogue is read every epoch."""
+    words = split_words(text)[:max_length] if text else []
+    sizes = range(1, max_ngram + 1)
+    ngrams = {" ".join(words[i : i + size]) for size in sizes for i in range(len(words) - size + 1)}
+    return np.array(sorted(map(stable_hash, ngrams)), np.int64)
 
 
 @dataclass(frozen=True)
@@ -40,18 +43,11 @@ class NgramPreprocess:
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """(B, G) int64 hashes of the different n-grams of each text, 0 = padding; at least one column."""
-        rows = [self.hashes(text) for text in texts]
+        rows = [ngram_hashes(text, self.max_ngram, self.max_length) for text in texts]
         result = np.zeros((len(rows), max([1, *map(len, rows)])), np.int64)
         for row, hashes in enumerate(rows):
             result[row, : len(hashes)] = hashes
         return torch.from_numpy(result)
-
-    def hashes(self, text: str) -> list[int]:
-        """Of each different n-gram, once."""
-        words = split_words(text)[: self.max_length] if text else []
-        sizes = range(1, self.max_ngram + 1)
-        ngrams = {" ".join(words[i : i + size]) for size in sizes for i in range(len(words) - size + 1)}
-        return sorted(ngram_hash(ngram) for ngram in ngrams)
 
 
 class HashedNgrams(Tower):
