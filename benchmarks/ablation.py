@@ -19,6 +19,9 @@ from jsonargparse import auto_cli
 from benchmarks.catalogues import ALONE, TOWERS, WHOLE, Bench, Catalogue, Results, Split, run_all
 
 LOSS = "--model.loss.init_args"
+CLIP = "--model.loss=benchmarks.peer_losses.OpenClipLoss"
+PRODUCTS = ["--data.sources=[catalogue]", "--model.product.words.init_args.typed=false"]
+"""Products alone, for losses that know no weights: typed queries of facets would weigh as much as products."""
 
 
 def without(catalogue: str, *towers: str) -> list[str]:
@@ -58,20 +61,19 @@ ARMS: dict[str, dict[str, list[str]]] = {
         "batch 64, a memory of 8,192": ["--data.batch_size=64", "--model.loss=MemoryInfoNCE"],
         "hard negatives": ["--hard_negatives.every_n_epochs=2"],
         "families are no positives": [f"{LOSS}.positives={{product: 1, group: 1, query: 1}}"],
-        "one product of each family": ["--data.one_per_mates=true"],
-        "one product of each family, whole items alone": ["--data.one_per_mates=true", WHOLE],
-        "one product of each family, open_clip's ClipLoss": [
-            "--data.one_per_mates=true",
-            WHOLE,
-            "--model.loss=benchmarks.peer_losses.OpenClipLoss",
-        ],
-        "open_clip's ClipLoss": [WHOLE, "--model.loss=benchmarks.peer_losses.OpenClipLoss"],
-        "open_clip's SigLipLoss": [WHOLE, "--model.loss=benchmarks.peer_losses.OpenClipSigmoid"],
+        "no typed queries of facets": PRODUCTS,
+        "no typed queries of facets, whole items alone": [*PRODUCTS, WHOLE],
+        "open_clip's ClipLoss": [*PRODUCTS, WHOLE, CLIP],
+        "open_clip's SigLipLoss": [*PRODUCTS, WHOLE, "--model.loss=benchmarks.peer_losses.OpenClipSigmoid"],
+        "one product of each family": [*PRODUCTS, "--data.one_per_mates=true"],
+        "one product of each family, whole items alone": [*PRODUCTS, "--data.one_per_mates=true", WHOLE],
+        "one product of each family, open_clip's ClipLoss": [*PRODUCTS, "--data.one_per_mates=true", WHOLE, CLIP],
         "text alone, sentence-transformers' loss": [
             *ALONE["text"],
+            "--data.sources=[catalogue]",
             "--model.loss=benchmarks.peer_losses.MultipleNegativesRanking",
         ],
-        "no typed queries of facets": ["--data.sources=[catalogue]", "--model.product.words.init_args.typed=false"],
+        **{f"{tower} alone": [*ALONE[tower], "--data.sources=[catalogue]"] for tower in TOWERS},
         "typed queries are not read word by word": ["--model.product.words.init_args.typed=false"],
         **{f"typed queries of facets weigh {w}": [f"--data.facet_weight={w}"] for w in (0.005, 0.02, 0.1, 1)},
         "averaged weights": [
@@ -83,7 +85,6 @@ ARMS: dict[str, dict[str, list[str]]] = {
             "--model.product.text.init_args.template={title}. {description}",
             "--model.product.text.init_args.max_length=160",
         ],
-        **{f"{tower} alone": ALONE[tower] for tower in TOWERS},
         "specialist without text": without("fashion", "text", "words"),
         "specialist without image": without("fashion", "image"),
         "specialist without attribute": without("fashion", "attribute"),
