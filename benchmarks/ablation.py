@@ -25,19 +25,26 @@ PRODUCTS = ["--data.sources=[catalogue]", "--model.product.words.init_args.typed
 """Products alone, for losses that know no weights: typed queries of facets would weigh as much as products."""
 
 
-def compared(catalogue: str, **weights: float) -> list[dict[str, Any]]:
-    """What the configuration in use compares, with other weights of some views."""
-    compare = yaml.safe_load(Path(f"configs/{catalogue}.yaml").read_text(encoding="utf-8"))["model"]["compare"]
-    return [
-        pair | {"weight": weight for view, weight in weights.items() if view in (pair["query"], pair["product"])}
-        for pair in compare
-    ]
+def compared(catalogue: str) -> list[dict[str, Any]]:
+    """What the configuration in use compares."""
+    configuration = yaml.safe_load(Path(f"configs/{catalogue}.yaml").read_text(encoding="utf-8"))
+    return configuration["model"]["compare"]
+
+
+def compare(pairs: list[dict[str, Any]]) -> str:
+    """The argument that compares these."""
+    return f"--model.compare={json_format.dumps(pairs)}"
+
+
+def parts_weigh(weight: float) -> str:
+    """The configuration of fashion with another weight of parts."""
+    return compare([pair | {"weight": weight} if "part" in pair.values() else pair for pair in compared("fashion")])
 
 
 def without(catalogue: str, *towers: str) -> list[str]:
     """The configuration in use for items that never have what these towers read."""
     left = [pair for pair in compared(catalogue) if not {pair["query"], pair["product"]} & set(towers)]
-    return [*(f"--model.product.{tower}=null" for tower in towers), f"--model.compare={json_format.dumps(left)}"]
+    return [*(f"--model.product.{tower}=null" for tower in towers), compare(left)]
 
 
 ARMS: dict[str, dict[str, list[str]]] = {
@@ -62,7 +69,7 @@ ARMS: dict[str, dict[str, list[str]]] = {
     "fashion": {
         "in use": [],
         "whole items alone": [WHOLE],
-        "parts weigh .25": [f"--model.compare={json_format.dumps(compared('fashion', part=0.25))}"],
+        "parts weigh .25": [parts_weigh(0.25)],
         "modality dropout .15 in place of parts": [WHOLE, "--data.views.modality_dropout=0.15"],
         "products compared with products too": [f"{LOSS}.same_side=true"],
         "a memory of 8,192": ["--model.loss=MemoryInfoNCE"],
