@@ -20,10 +20,9 @@ from itertools import combinations
 
 import numpy as np
 
-from datamodules.batch import MODALITIES
 from datamodules.samples.facts import BRAND_SHARES, CHOICES, KINDS, PRICE_NOISE, PRICE_SPREAD
 
-SUBSETS = tuple(subset for size in (1, 2, 3) for subset in combinations(MODALITIES, size))
+SUBSETS = tuple(subset for size in (1, 2, 3) for subset in combinations(("text", "image", "attribute"), size))
 """The seven ways to look at a listing."""
 
 SHARES = {
