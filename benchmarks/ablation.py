@@ -21,7 +21,8 @@ from benchmarks.catalogues import ALONE, TOWERS, WHOLE, Bench, Catalogue, Result
 
 LOSS = "--model.loss.init_args"
 CLIP = "--model.loss=benchmarks.peer_losses.OpenClipLoss"
-PRODUCTS = ["--data.sources=[catalogue]", "--model.product.words.init_args.typed=false"]
+CATALOGUE = "--data.sources=[catalogue]"
+PRODUCTS = [CATALOGUE, "--model.product.words.init_args.typed=false"]
 """Products alone, for losses that know no weights: typed queries of facets would weigh as much as products."""
 
 
@@ -87,10 +88,10 @@ ARMS: dict[str, dict[str, list[str]]] = {
         "one product of each family, open_clip's ClipLoss": [*PRODUCTS, "--data.one_per_mates=true", WHOLE, CLIP],
         "text alone, sentence-transformers' loss": [
             *ALONE["text"],
-            "--data.sources=[catalogue]",
+            CATALOGUE,
             "--model.loss=benchmarks.peer_losses.MultipleNegativesRanking",
         ],
-        **{f"{tower} alone": [*ALONE[tower], "--data.sources=[catalogue]"] for tower in TOWERS},
+        **{f"{tower} alone": [*ALONE[tower], CATALOGUE] for tower in TOWERS},
         "typed queries are not read word by word": ["--model.product.words.init_args.typed=false"],
         **{f"typed queries of facets weigh {w}": [f"--data.facet_weight={w}"] for w in (0.005, 0.02, 0.1, 1)},
         "averaged weights": [

@@ -80,7 +80,8 @@ class Evaluation:
     Attributes:
         report: plain JSON.
         questions: Q queries.
-        found: task -> (Q, DEPTH) rows of the index, -1 padded: "exact" and "ann".
+        found: who found them -> (Q, DEPTH) rows of the index, -1 padded: "exact", "ann", and "bm25" for queries that
+            have words.
     """
 
     report: dict[str, Any]
@@ -127,6 +128,7 @@ def evaluate(
         threshold=options.threshold,
     )
     found, identical = _search(index, products, questions, options)
+    baselines, found["bm25"] = _baselines(index, catalogue, table, questions, found["ann"], options)
     report = {
         "version": REPORT_VERSION,
         "index": _describe(index),
@@ -150,7 +152,7 @@ def evaluate(
         "catalogue_is_that_of_the_index": catalogue is None
         or catalogue.fingerprint == index.manifest.meta["catalogue"],
         "tasks": _tasks(questions, found),
-        "baselines": _baselines(index, catalogue, table, questions, found["ann"], options),
+        "baselines": baselines,
     }
     if options.latency_queries:
         settings = index.resolve(options.nprobe, recall=options.recall)
@@ -295,7 +297,7 @@ def _baselines(
     questions: Questions,
     served: NDArray[np.int64],
     options: Options,
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], NDArray[np.int64]]:
     """BM25, TF-IDF and Jaccard on typed texts and on products asked by their title, and BM25 fused with the index.
 
     Args:
@@ -305,16 +307,20 @@ def _baselines(
         questions: what is asked.
         served: (Q, DEPTH) rows that the index found.
         options: how.
+
+    Returns:
+        Name -> kind -> metrics; and (Q, DEPTH) rows that BM25 found, -1 where a query has no words.
     """
+    by_words = np.full((len(questions.ids), DEPTH), metrics.NONE)
     if catalogue is None or table is None or not options.lexical:
-        return {}
+        return {}, by_words
     typed = dict(zip(table.column("query_id").to_pylist(), table.column("text").to_pylist(), strict=True))
     sources = dict(
         zip(table.column("query_id").to_pylist(), table.column("source_product_id").to_pylist(), strict=True)
     )
     asked = {kind: of for kind in ("text", "product:text") if len(of := questions.of_kind(kind))}
     if not asked:
-        return {}
+        return {}, by_words
     ids, texts, titles = _texts(catalogue, options.lexical_fields)
     rows = rows_of(ids, index)
     words = {
@@ -332,9 +338,10 @@ def _baselines(
             judged = questions.relevant[of], questions.judged[of], questions.grades[of]
             results[name][kind] = measure(got, *judged)
             if name == "bm25":
+                by_words[of] = got
                 both = reciprocal_rank_fusion([got, served[of]], [options.lexical_weight, 1.0])
                 results.setdefault("hybrid", {})[kind] = measure(both, *judged)
-    return results
+    return results, by_words
 
 
 def _texts(

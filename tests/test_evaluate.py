@@ -12,10 +12,11 @@ from retrieval import metrics, report
 from retrieval.build import Recipe, build_index
 from retrieval.catalogue import Card, PreparedCatalogue, read_qrels
 from retrieval.embeddings import EmbeddingReader, EmbeddingWriter
-from retrieval.evaluate import CUTS, Options, compare, evaluate, failed_gates
+from retrieval.evaluate import CUTS, Options, compare, evaluate, failed_gates, measure
 from retrieval.exact import exact_search
 from retrieval.index import ProductIndex
 from retrieval.judgements import make_questions
+from retrieval.lexical import reciprocal_rank_fusion
 from retrieval.pages import Hit, Section, data_url, facts_of, shown, write_sheet
 from retrieval.storage import ArtefactError
 from tests.catalogues import write_catalogue
@@ -214,6 +215,21 @@ def test_the_weight_of_words_decides_what_rank_fusion_follows(folders):
     for weight in (0, -1, float("nan")):
         with pytest.raises(ValueError, match=r"lexical_weight=.* choose above 0"):
             Options(lexical_weight=weight)
+
+
+def test_what_words_find_is_kept_for_other_weights(folders):
+    """One evaluation tells what another weight would have given; queries of pictures alone have no words."""
+    once, again = measured(folders), measured(folders, options=Options(lexical_weight=3))
+    found, questions = once.found, once.questions
+    assert found["bm25"].shape == found["ann"].shape
+    for kind in questions.all_kinds:
+        of = questions.of_kind(kind)
+        if kind in ("text", "product:text"):
+            both = reciprocal_rank_fusion([found["bm25"][of], found["ann"][of]], [3, 1])
+            judged = questions.relevant[of], questions.judged[of], questions.grades[of]
+            assert measure(both, *judged) == again.report["baselines"]["hybrid"][kind]
+        else:
+            assert (found["bm25"][of] == -1).all()
 
 
 def test_the_order_of_shards_does_not_matter(folders, tmp_path):
