@@ -280,7 +280,7 @@ class Bench:
             kinds[f"{kind}, fused with BM25"] = {metric: triple(fused[metric]) for metric in METRICS}
             of = questions.of_kind(kind)
             for weight in LEXICAL_WEIGHTS:
-                both = reciprocal_rank_fusion([found["bm25"][of], found["ann"][of]], [weight, 1])
+                both = reciprocal_rank_fusion([evaluation.by_words[of], found["ann"][of]], [weight, 1])
                 kinds[f"{kind}, fused with BM25 of weight {weight}"] = figures_of(questions, of, both)
         if len(of := naming_a_colour(questions, catalogue)):
             kinds["text that names a colour"] = figures_of(questions, of, found["exact"][of])

@@ -80,13 +80,14 @@ class Evaluation:
     Attributes:
         report: plain JSON.
         questions: Q queries.
-        found: who found them -> (Q, DEPTH) rows of the index, -1 padded: "exact", "ann", and "bm25" for queries that
-            have words.
+        found: task -> (Q, DEPTH) rows of the index, -1 padded: "exact" and "ann".
+        by_words: (Q, DEPTH) rows that BM25 found, -1 padded, for queries that have words.
     """
 
     report: dict[str, Any]
     questions: Questions
     found: Mapping[str, NDArray[np.int64]]
+    by_words: NDArray[np.int64]
 
 
 def evaluate(
@@ -128,7 +129,7 @@ def evaluate(
         threshold=options.threshold,
     )
     found, identical = _search(index, products, questions, options)
-    baselines, found["bm25"] = _baselines(index, catalogue, table, questions, found["ann"], options)
+    baselines, by_words = _baselines(index, catalogue, table, questions, found["ann"], options)
     report = {
         "version": REPORT_VERSION,
         "index": _describe(index),
@@ -159,7 +160,7 @@ def evaluate(
         report["latency"] = measure_latency(
             index, questions.vectors, repeats=options.latency_queries, settings=settings
         )
-    return Evaluation(report, questions, found)
+    return Evaluation(report, questions, found, by_words)
 
 
 def _describe(index: ProductIndex) -> dict[str, Any]:

@@ -220,16 +220,16 @@ def test_the_weight_of_words_decides_what_rank_fusion_follows(folders):
 def test_what_words_find_is_kept_for_other_weights(folders):
     """One evaluation tells what another weight would have given; queries of pictures alone have no words."""
     once, again = measured(folders), measured(folders, options=Options(lexical_weight=3))
-    found, questions = once.found, once.questions
-    assert found["bm25"].shape == found["ann"].shape
+    by_words, served, questions = once.by_words, once.found["ann"], once.questions
+    assert by_words.shape == served.shape
     for kind in questions.all_kinds:
         of = questions.of_kind(kind)
         if kind in ("text", "product:text"):
-            both = reciprocal_rank_fusion([found["bm25"][of], found["ann"][of]], [3, 1])
+            both = reciprocal_rank_fusion([by_words[of], served[of]], [3, 1])
             judged = questions.relevant[of], questions.judged[of], questions.grades[of]
             assert measure(both, *judged) == again.report["baselines"]["hybrid"][kind]
         else:
-            assert (found["bm25"][of] == -1).all()
+            assert (by_words[of] == -1).all()
 
 
 def test_the_order_of_shards_does_not_matter(folders, tmp_path):
