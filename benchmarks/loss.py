@@ -31,7 +31,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
-from datamodules.batch import NO_KEY, RELATIONS, Batch, Items
+from datamodules.batch import MODALITIES, NO_KEY, RELATIONS, Batch, Items
 from retrieval import storage
 from towers.loss import InfoNCE
 
@@ -85,7 +85,7 @@ def peak() -> int:
 
 def tritower() -> Callable[[Tensor, Tensor], Tensor]:
     """InfoNCE with its defaults on products that are all different."""
-    loss, nothing = InfoNCE(), Items(None, None, None, None, torch.ones(0, 4, dtype=torch.bool))
+    loss, nothing = InfoNCE(), Items(None, None, None, None, torch.ones(0, len(MODALITIES), dtype=torch.bool))
 
     def of(query: Tensor, product: Tensor) -> Tensor:
         keys = torch.full((len(query), len(RELATIONS)), NO_KEY)

@@ -32,7 +32,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from datamodules.batch import NO_KEY, RELATIONS, Batch, Items
+from datamodules.batch import MODALITIES, NO_KEY, RELATIONS, Batch, Items
 from retrieval import storage
 from towers.encoder import Encoder
 from towers.open_clip_models import OpenClipImage, OpenClipText
@@ -137,7 +137,7 @@ def of_ours(arm: str, model: str, batch: int, chunk: int | None) -> Callable[[],
             tower.compile()
     optimizer = torch.optim.AdamW(two.parameter_groups())
     tokens, pixels = inputs(model, batch)
-    present = torch.tensor([[True, False, False, False], [False, True, False, False]], device=DEVICE)
+    present = torch.tensor([[name == side for name in MODALITIES] for side in ("text", "image")], device=DEVICE)
     query = Items(tokens, None, None, None, present[:1].expand(batch, -1))
     product = Items(None, pixels, torch.arange(batch, device=DEVICE), None, present[1:].expand(batch, -1))
     keys = torch.full((batch, len(RELATIONS)), NO_KEY, device=DEVICE)

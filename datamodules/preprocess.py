@@ -22,23 +22,13 @@ def stable_hash(text: str | bytes) -> int:
 
 
 class TextPreprocess(Protocol):
-    """What a text tower asks of its input."""
+    """What a tower of texts or of words asks of its input."""
 
     def render(self, item: Item, side: Side) -> str:
         """The text that stands for this item on this side; empty where it has none."""
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
-        """(B, L) int64 token ids, or (B, F) float32 features; an empty text is a row like any other."""
-
-
-class WordsPreprocess(Protocol):
-    """What a tower of words asks of its input."""
-
-    def render(self, item: Item, side: Side) -> str:
-        """As `TextPreprocess.render`."""
-
-    def __call__(self, texts: Sequence[str]) -> Tensor:
-        """(B, G) int64 hashes of the different n-grams of each text, 0 = padding."""
+        """(B, L) int64 token ids or hashes, or (B, F) float32 features; an empty text is a row like any other."""
 
 
 class ImagePreprocess(Protocol):
@@ -63,7 +53,7 @@ class ItemPreprocess:
     text: TextPreprocess | None = None
     image: ImagePreprocess | None = None
     attribute: AttributePreprocess | None = None
-    words: WordsPreprocess | None = None
+    words: TextPreprocess | None = None
 
     def readable(self, item: Item) -> Item:
         """The item without the modalities that this encoder has no tower for."""
@@ -109,9 +99,7 @@ class ItemPreprocess:
             words,
         )
 
-    def _written(
-        self, tower: TextPreprocess | WordsPreprocess | None, items: Sequence[Item]
-    ) -> tuple[Tensor | None, np.ndarray]:
+    def _written(self, tower: TextPreprocess | None, items: Sequence[Item]) -> tuple[Tensor | None, np.ndarray]:
         """The input of a tower that reads texts, None where no item has one; (B,) bool, which have."""
         texts = [] if tower is None else [tower.render(item, self.side) for item in items]
         there = np.array([text != "" for text in texts]) if texts else np.zeros(len(items), bool)

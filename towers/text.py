@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -157,6 +158,14 @@ def split_words(text: str) -> list[str]:
     return WORDS.findall(text) or [text]
 
 
+def padded(rows: Sequence[Sequence[int] | np.ndarray]) -> Tensor:
+    """(B, L) int64, the rows filled up with 0; at least one column."""
+    result = np.zeros((len(rows), max([1, *map(len, rows)])), np.int64)
+    for row, values in enumerate(rows):
+        result[row, : len(values)] = values
+    return torch.from_numpy(result)
+
+
 @dataclass(frozen=True)
 class HashedWords:
     """Words by hash (see `split_words`): needs no vocabulary and knows every language."""
@@ -166,11 +175,8 @@ class HashedWords:
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """(B, L) int64 token ids, 0 = padding; at least one column."""
-        rows = [[1 + stable_hash(w) % (self.num_buckets - 1) for w in split_words(t)[: self.max_length]] for t in texts]
-        tokens = torch.zeros(len(rows), max(1, *map(len, rows)), dtype=torch.int64)
-        for row, ids in enumerate(rows):
-            tokens[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
-        return tokens
+        words = (split_words(text)[: self.max_length] for text in texts)
+        return padded([[1 + stable_hash(word) % (self.num_buckets - 1) for word in row] for row in words])
 
     def lengths_and_fallbacks(self, text: str) -> tuple[int, int, int]:
         """No word is unknown."""

@@ -8,14 +8,13 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from datamodules.batch import Item, Side
 from datamodules.preprocess import stable_hash
 from datamodules.schema import Schema
-from towers.text import Template, split_words
+from towers.text import Template, padded, split_words
 from towers.tower import Tower
 
 
@@ -43,11 +42,7 @@ class NgramPreprocess:
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """(B, G) int64 hashes of the different n-grams of each text, 0 = padding; at least one column."""
-        rows = [ngram_hashes(text, self.max_ngram, self.max_length) for text in texts]
-        result = np.zeros((len(rows), max([1, *map(len, rows)])), np.int64)
-        for row, hashes in enumerate(rows):
-            result[row, : len(hashes)] = hashes
-        return torch.from_numpy(result)
+        return padded([ngram_hashes(text, self.max_ngram, self.max_length) for text in texts])
 
 
 class HashedNgrams(Tower):
