@@ -1,12 +1,13 @@
-"""Shop photos that ask for shelf products: our model, the usual softmax classifier, and products that are new.
+"""Shop photos that ask for shelf products: ours, open_clip's loss, a softmax classifier, and products that are new.
 
     python -m benchmarks.photos --data DIR --weights DIR --json FILE [--quick true] [--split val|test] [--arms '[ours]']
 
 All arms are configs/grocery.yaml: the same backbone, photos, batches, steps and learning rates.
 
 Keys of FILE, beside those of `benchmarks.catalogues`:
-    arms  "grocery/ARM/0" -> {"split", "seconds", "photos", "hit@1"}; of the arm with new products also "hit@1 seen",
-          "hit@1 new" and "new", the ids of the products that it was never trained on
+    arms  "grocery/ARM/0" -> {"split", "seconds", "photos", "hit@1", "hit@5", "hit@10"}, the classifier's without
+          photos and hit@5; of the arm with new products also "hit@1 seen", "hit@1 new" and "new", the ids of the
+          products that it was never trained on
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import hashlib
 import json
 import shutil
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,12 @@ from towers.embed import embed
 from towers.encoder import features_of, mean_by_row
 from towers.quiet import quiet_lightning
 from towers.two_tower import TwoTower
+
+LOSSES = {
+    "open_clip's ClipLoss": ["--model.loss=benchmarks.peer_losses.OpenClipLoss"],
+    "open_clip's SigLipLoss": ["--model.loss=benchmarks.peer_losses.OpenClipSigmoid"],
+}
+"""Arms that are ours with the loss of another library."""
 
 NEW = 16
 """Products, those with the smallest sha256 of their ids, that one arm is never trained on."""
@@ -93,11 +101,12 @@ def classified(bench: Bench, arguments: list[str], run: Path) -> dict[str, Any]:
     towers = ["--model.product.text=null", "--model.product.attribute=null", WHOLE]
     asked = [f"--data.test_split={bench.split}", "--then_test=true"]
     TrainingCLI.start(bench.fit_arguments(run, [*towers, *asked, *arguments], seed=0), model=Classifier)
-    return {"hit@1": round(json.loads((run / "test.json").read_text(encoding="utf-8"))["test/hit@1"], 4)}
+    figures = json.loads((run / "test.json").read_text(encoding="utf-8"))
+    return {name: round(figures[f"test/{name}"], 4) for name in ("hit@1", "hit@10")}
 
 
-def found_first(model: Path, bench: Bench, folder: Path) -> dict[str, list[bool]]:
-    """Product -> for each of its photos of the split, whether it is the nearest of all products."""
+def ranks(model: Path, bench: Bench, folder: Path) -> dict[str, list[int]]:
+    """Product -> for each of its photos of the split, how many products are nearer than it."""
     shutil.rmtree(folder, ignore_errors=True)
     embed(model, bench.prepared, folder)
     sides = []
@@ -110,11 +119,13 @@ def found_first(model: Path, bench: Bench, folder: Path) -> dict[str, list[bool]
             )
         )
     (query_ids, queries), (product_ids, products) = sides
-    nearest = dict(zip(query_ids, product_ids[(queries @ products.T).argmax(1)], strict=True))
-    result: dict[str, list[bool]] = {}
+    similarity = queries @ products.T
+    query_row, column = ({name: row for row, name in enumerate(ids)} for ids in (query_ids, product_ids))
+    result: dict[str, list[int]] = {}
     for photo in rows(bench.raw / "photos.csv"):
         if photo["split"] == bench.split:
-            result.setdefault(photo["product_id"], []).append(nearest[photo["photo_id"]] == photo["product_id"])
+            near, own = similarity[query_row[photo["photo_id"]]], column[photo["product_id"]]
+            result.setdefault(photo["product_id"], []).append(int((near > near[own]).sum()))
     return result
 
 
@@ -145,9 +156,9 @@ def rows(file: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(stream))
 
 
-def share(hits: list[list[bool]]) -> float:
-    """Of all photos."""
-    return round(float(np.mean(np.concatenate(hits))), 4)
+def hit(ranks: Iterable[list[int]], k: int) -> float:
+    """Share of all photos whose product is among the k nearest."""
+    return round(float(np.mean(np.concatenate(list(ranks)) < k)), 4)
 
 
 def main(
@@ -168,14 +179,15 @@ def main(
         json: where figures are stored, and resumed from.
         quick: two epochs: does everything run?
         split: whose photos ask; test is for the final table.
-        arms: `ours`, `softmax classifier`, `ours, some products new`; null takes all.
+        arms: `ours`, `open_clip's ClipLoss`, `open_clip's SigLipLoss`, `softmax classifier`, `ours, some products new`;
+            null takes all.
         arguments: further command-line arguments of train.py, for all arms.
         work: folder of everything that is made.
     """
     quiet_lightning()
     given = arguments or []
     results = Results(json)
-    for arm in arms or ["ours", "softmax classifier", "ours, some products new"]:
+    for arm in arms or ["ours", *LOSSES, "softmax classifier", "ours, some products new"]:
         key = f"grocery/{arm}/0"
         if results.done("arms", key, split):
             continue
@@ -190,13 +202,14 @@ def main(
         if arm == "softmax classifier":
             figures = classified(bench, given, work / "runs" / key)
         else:
-            model, command = bench.train(arm, given, seed=0)
-            hits = found_first(model, bench, work / "runs" / key / "embeddings")
-            figures = {"hit@1": share(list(hits.values())), "photos": sum(map(len, hits.values())), "command": command}
+            model, command = bench.train(arm, [*LOSSES.get(arm, []), *given], seed=0)
+            found = ranks(model, bench, work / "runs" / key / "embeddings")
+            figures = {f"hit@{k}": hit(found.values(), k) for k in (1, 5, 10)}
+            figures |= {"photos": sum(map(len, found.values())), "command": command}
             if new:
                 figures["new"] = new
-                figures["hit@1 new"] = share([hits[p] for p in hits if p in new])
-                figures["hit@1 seen"] = share([hits[p] for p in hits if p not in new])
+                figures["hit@1 new"] = hit((of for product, of in found.items() if product in new), 1)
+                figures["hit@1 seen"] = hit((of for product, of in found.items() if product not in new), 1)
         results.store("arms", key, {**figures, "split": split, "seconds": round(time.monotonic() - started, 1)})
         print(arm, {name: value for name, value in figures.items() if name not in ("command", "new")}, flush=True)
 

@@ -8,8 +8,12 @@ import importlib
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
+import pytest
 import torch
 from torch import nn
+
+from retrieval.embeddings import EmbeddingWriter
 
 photos = importlib.import_module("benchmarks.photos")
 
@@ -38,6 +42,25 @@ def test_new_products_and_their_photos_are_of_no_training(tmp_path: Path) -> Non
     assert [q["query_id"] for q in queries if q["split"] == "train"] == [f"train-{i}" for i in kept]
     assert sum(q["split"] == "test" for q in queries) == sum(q["split"] == "val" for q in queries) == len(ids)
     assert (tmp_path / "new" / "qrels.csv").read_bytes() == (raw / "qrels.csv").read_bytes()
+
+
+def test_ranks_count_the_products_that_are_nearer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def embed(model: Path, catalogue: Path, folder: Path) -> None:
+        for side, column, vectors in (
+            ("products", "product_id", {"a": [1, 0], "b": [0, 1], "c": [0.8, 0.6]}),
+            ("queries", "query_id", {"1": [1, 0], "2": [0, 1], "3": [0.8, 0.6], "4": [1, 0]}),
+        ):
+            writer = EmbeddingWriter(folder / side, dim=2, model="m", catalogue="c", id_column=column)
+            writer.write("shard-00000", list(vectors), np.array(list(vectors.values()), np.float32))
+            writer.finish(["shard-00000"])
+
+    monkeypatch.setattr(photos, "embed", embed)
+    asked = [("1", "b", "val"), ("2", "b", "val"), ("3", "a", "val"), ("4", "a", "test")]
+    write(tmp_path / "photos.csv", *({"photo_id": q, "product_id": p, "split": s} for q, p, s in asked))
+    bench = SimpleNamespace(prepared=tmp_path, raw=tmp_path, split="val")
+    found = photos.ranks(tmp_path / "model", bench, tmp_path / "embeddings")
+    assert found == {"b": [2, 0], "a": [1]}
+    assert [photos.hit(found.values(), k) for k in (1, 2, 3)] == [0.3333, 0.6667, 1.0]
 
 
 def test_a_classifiers_embeddings_are_logits_and_classes() -> None:
