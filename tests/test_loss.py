@@ -199,6 +199,20 @@ def test_without_duplicates_the_loss_and_its_gradients_are_those_of_open_clip() 
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
 
 
+def test_where_equal_products_are_equal_vectors_open_clips_loss_is_the_same_sum() -> None:
+    """What it takes from one of several photos of a product it gives to the others."""
+    torch.manual_seed(0)
+    which = torch.tensor([0, 0, 1, 2, 0, 1])
+    query, product = unit(6).requires_grad_(), unit(3).requires_grad_()
+    loss = InfoNCE(temperature=0.05)
+    mine = loss(query, product[which], make_batch(keys(6, product=which.tolist())))
+    theirs = ClipLoss()(query, product[which], loss.scale)
+    torch.testing.assert_close(mine, theirs)
+    inputs = [query, product, loss.logit_scale]
+    for one, other in zip(torch.autograd.grad(mine, inputs), torch.autograd.grad(theirs, inputs), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_blocks_have_loss_and_gradients_of_the_whole_and_hold_no_more(
     name: str, monkeypatch: pytest.MonkeyPatch
