@@ -17,10 +17,9 @@ from typing import Any
 import yaml
 from jsonargparse import auto_cli
 
-from benchmarks.catalogues import ALONE, TOWERS, WHOLE, Bench, Catalogue, Results, Split, run_all
+from benchmarks.catalogues import ALONE, CLIP, SIGLIP, TOWERS, WHOLE, Bench, Catalogue, Results, Split, run_all
 
 LOSS = "--model.loss.init_args"
-CLIP = "--model.loss=benchmarks.peer_losses.OpenClipLoss"
 CATALOGUE = "--data.sources=[catalogue]"
 PRODUCTS = [CATALOGUE, "--model.product.words.init_args.typed=false"]
 """Products alone, for losses that know no weights: typed queries of facets would weigh as much as products."""
@@ -82,7 +81,7 @@ ARMS: dict[str, dict[str, list[str]]] = {
         "no typed queries of facets": PRODUCTS,
         "no typed queries of facets, whole items alone": [*PRODUCTS, WHOLE],
         "open_clip's ClipLoss": [*PRODUCTS, WHOLE, CLIP],
-        "open_clip's SigLipLoss": [*PRODUCTS, WHOLE, "--model.loss=benchmarks.peer_losses.OpenClipSigmoid"],
+        "open_clip's SigLipLoss": [*PRODUCTS, WHOLE, SIGLIP],
         "one product of each family": [*PRODUCTS, "--data.one_per_mates=true"],
         "one product of each family, whole items alone": [*PRODUCTS, "--data.one_per_mates=true", WHOLE],
         "one product of each family, open_clip's ClipLoss": [*PRODUCTS, "--data.one_per_mates=true", WHOLE, CLIP],

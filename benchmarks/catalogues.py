@@ -65,6 +65,8 @@ LEXICAL_WEIGHTS = (4, 16, 64)
 
 
 WHOLE = "--model.compare=[{query: whole}]"
+CLIP = "--model.loss=benchmarks.peer_losses.OpenClipLoss"
+SIGLIP = "--model.loss=benchmarks.peer_losses.OpenClipSigmoid"
 TOWERS = (*MODALITIES, "words")
 ALONE = {tower: [*(f"--model.product.{other}=null" for other in TOWERS if other != tower), WHOLE] for tower in TOWERS}
 TRAINED = {

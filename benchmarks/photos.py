@@ -29,7 +29,7 @@ from jsonargparse import auto_cli
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.catalogues import WHOLE, Bench, Catalogue, Results, Split
+from benchmarks.catalogues import CLIP, SIGLIP, WHOLE, Bench, Catalogue, Results, Split
 from datamodules.batch import RELATIONS, Batch, Items, NumberedItems
 from datamodules.parquet import query_item
 from datamodules.preprocess import stable_hash
@@ -40,10 +40,7 @@ from towers.encoder import features_of, mean_by_row
 from towers.quiet import quiet_lightning
 from towers.two_tower import TwoTower
 
-LOSSES = {
-    "open_clip's ClipLoss": ["--model.loss=benchmarks.peer_losses.OpenClipLoss"],
-    "open_clip's SigLipLoss": ["--model.loss=benchmarks.peer_losses.OpenClipSigmoid"],
-}
+LOSSES = {"open_clip's ClipLoss": [CLIP], "open_clip's SigLipLoss": [SIGLIP]}
 """Arms that are ours with the loss of another library."""
 
 NEW = 16
