@@ -9,7 +9,7 @@ Keys of FILE:
                 METRIC: hit@1, hit@10, recall@10, best_recall@10, ndcg@10 by exact search; ann_vs_exact_recall@10 and
                 ann_hit@10 of the default index
     missing     "CATALOGUE/ARM/SEED/SIDE without MODALITY" -> as in arms, for what is left of products or queries
-    test_reads  one entry for every run with --split test: date, commit, arms that were measured
+    test_reads  one entry whenever an arm was measured on the test split: date, commit, arm
     machine     cores, memory, versions
 """
 
@@ -129,8 +129,12 @@ class Results:
         return self.data[part].get(key, {}).get("split") == split
 
     def store(self, part: str, key: str, value: dict[str, Any]) -> None:
-        """Keep an arm."""
+        """Keep an arm, and that the test split was read for it."""
         self.data[part][key] = value
+        if value["split"] == "test":
+            git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+            now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+            self.data["test_reads"].append({"date": now, "commit": git.stdout.strip(), "arm": key})
         self.save()
 
     def save(self) -> None:
@@ -425,20 +429,11 @@ def main(
 
 
 def run_all(benches: Sequence[Bench], results: Results, split: Split) -> None:
-    """Measure what is missing, keep when which arms were measured on the test split, and show everything."""
-    measured = []
+    """Measure what is missing and show everything."""
     for bench in benches:
         for key in bench.run():
             print(f"{key}: {results.data['arms'].get(key, {}).get('seconds', '')} s", flush=True)
-            measured.append(key)
-    if split == "test" and measured:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        results.data["test_reads"].append({"date": now, "commit": commit, "arms": measured})
-        results.save()
     show(results, split)
-    for read in results.data["test_reads"]:
-        print(f"test split read {read['date']} at {read['commit']}: {len(read['arms'])} arms")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 All arms are configs/grocery.yaml: the same backbone, photos, batches, steps and learning rates.
 
 Keys of FILE, beside those of `benchmarks.catalogues`:
-    arms  "grocery/ARM/0" -> {"split", "seconds", "photos", "hit@1", "hit@5", "hit@10"}, the classifier's without
+    arms  "grocery/ARM/SEED" -> {"split", "seconds", "photos", "hit@1", "hit@5", "hit@10"}, the classifier's without
           photos and hit@5; of the arm with new products also "hit@1 seen", "hit@1 new" and "new", the ids of the
           products that it was never trained on
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import itertools
 import json
 import shutil
 import time
@@ -93,11 +94,11 @@ class Classifier(TwoTower):
         self.held_out[dataloader_idx].append((batch.row.numpy(), found.float().numpy()))
 
 
-def classified(bench: Bench, arguments: list[str], run: Path) -> dict[str, Any]:
+def classified(bench: Bench, arguments: list[str], run: Path, seed: int) -> dict[str, Any]:
     """Train the classifier and ask the split's photos."""
     towers = ["--model.product.text=null", "--model.product.attribute=null", WHOLE]
     asked = [f"--data.test_split={bench.split}", "--then_test=true"]
-    TrainingCLI.start(bench.fit_arguments(run, [*towers, *asked, *arguments], seed=0), model=Classifier)
+    TrainingCLI.start(bench.fit_arguments(run, [*towers, *asked, *arguments], seed), model=Classifier)
     figures = json.loads((run / "test.json").read_text(encoding="utf-8"))
     return {name: round(figures[f"test/{name}"], 4) for name in ("hit@1", "hit@10")}
 
@@ -164,6 +165,7 @@ def main(
     json: Path,
     quick: bool = False,
     split: Split = "val",
+    seeds: int = 1,
     arms: list[str] | None = None,
     arguments: list[str] | None = None,
     work: Path = Path("benchmarks/results/catalogues"),
@@ -176,6 +178,7 @@ def main(
         json: where figures are stored, and resumed from.
         quick: two epochs: does everything run?
         split: whose photos ask; test is for the final table.
+        seeds: trainings per arm.
         arms: `ours`, `open_clip's ClipLoss`, `open_clip's SigLipLoss`, `softmax classifier`, `ours, some products new`;
             null takes all.
         arguments: further command-line arguments of train.py, for all arms.
@@ -184,22 +187,23 @@ def main(
     quiet_lightning()
     given = arguments or []
     results = Results(json)
-    for arm in arms or ["ours", *LOSSES, "softmax classifier", "ours, some products new"]:
-        key = f"grocery/{arm}/0"
+    names = arms or ["ours", *LOSSES, "softmax classifier", "ours, some products new"]
+    for seed, arm in itertools.product(range(seeds), names):
+        key = f"grocery/{arm}/{seed}"
         if results.done("arms", key, split):
             continue
-        L.seed_everything(0, verbose=False)
+        L.seed_everything(seed, verbose=False)
         started = time.monotonic()
-        bench = Bench(Catalogue("grocery", seeds=1), data, weights, work, split, results, quick)
+        bench = Bench(Catalogue("grocery", seeds=seeds), data, weights, work, split, results, quick)
         new: list[str] = []
         if arm == "ours, some products new":
             bench.raw, bench.prepared = work / "raw" / "grocery_new", work / "catalogues" / "grocery_new"
             new = without_new(data / "grocery", bench.raw)
         bench.prepare()
         if arm == "softmax classifier":
-            figures = classified(bench, given, work / "runs" / key)
+            figures = classified(bench, given, work / "runs" / key, seed)
         else:
-            model, command = bench.train(arm, [*LOSSES.get(arm, []), *given], seed=0)
+            model, command = bench.train(arm, [*LOSSES.get(arm, []), *given], seed)
             found = ranks(model, bench, work / "runs" / key / "embeddings")
             figures = {f"hit@{k}": hit(found.values(), k) for k in (1, 5, 10)}
             figures |= {"photos": sum(map(len, found.values())), "command": command}
@@ -208,7 +212,7 @@ def main(
                 figures["hit@1 new"] = hit((of for product, of in found.items() if product in new), 1)
                 figures["hit@1 seen"] = hit((of for product, of in found.items() if product not in new), 1)
         results.store("arms", key, {**figures, "split": split, "seconds": round(time.monotonic() - started, 1)})
-        print(arm, {name: value for name, value in figures.items() if name not in ("command", "new")}, flush=True)
+        print(key, {name: value for name, value in figures.items() if name not in ("command", "new")}, flush=True)
 
 
 if __name__ == "__main__":
