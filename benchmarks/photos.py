@@ -1,4 +1,4 @@
-"""Shop photos that ask for shelf products: ours, open_clip's loss, a softmax classifier, and products that are new.
+"""Shop photos that ask for shelf products: ours, its variants, a softmax classifier, and products that are new.
 
     python -m benchmarks.photos --data DIR --weights DIR --json FILE [--quick true] [--split val|test] [--arms '[ours]']
 
@@ -41,8 +41,12 @@ from towers.encoder import features_of, mean_by_row
 from towers.quiet import quiet_lightning
 from towers.two_tower import TwoTower
 
-LOSSES = {"open_clip's ClipLoss": [CLIP], "open_clip's SigLipLoss": [SIGLIP]}
-"""Arms that are ours with the loss of another library."""
+VARIANTS = {
+    "open_clip's ClipLoss": [CLIP],
+    "open_clip's SigLipLoss": [SIGLIP],
+    "every block tuned": ["--model.product.image.init_args.freeze_lower=0"],
+}
+"""Arms that are ours with the loss of another library, or without frozen blocks."""
 
 NEW = 16
 """Products, those with the smallest sha256 of their ids, that one arm is never trained on."""
@@ -179,15 +183,15 @@ def main(
         quick: two epochs: does everything run?
         split: whose photos ask; test is for the final table.
         seeds: trainings per arm.
-        arms: `ours`, `open_clip's ClipLoss`, `open_clip's SigLipLoss`, `softmax classifier`, `ours, some products new`;
-            null takes all.
+        arms: `ours`, `open_clip's ClipLoss`, `open_clip's SigLipLoss`, `every block tuned`, `softmax classifier`,
+            `ours, some products new`; null takes all.
         arguments: further command-line arguments of train.py, for all arms.
         work: folder of everything that is made.
     """
     quiet_lightning()
     given = arguments or []
     results = Results(json)
-    names = arms or ["ours", *LOSSES, "softmax classifier", "ours, some products new"]
+    names = arms or ["ours", *VARIANTS, "softmax classifier", "ours, some products new"]
     for seed, arm in itertools.product(range(seeds), names):
         key = f"grocery/{arm}/{seed}"
         if results.done("arms", key, split):
@@ -203,7 +207,7 @@ def main(
         if arm == "softmax classifier":
             figures = classified(bench, given, work / "runs" / key, seed)
         else:
-            model, command = bench.train(arm, [*LOSSES.get(arm, []), *given], seed)
+            model, command = bench.train(arm, [*VARIANTS.get(arm, []), *given], seed)
             found = ranks(model, bench, work / "runs" / key / "embeddings")
             figures = {f"hit@{k}": hit(found.values(), k) for k in (1, 5, 10)}
             figures |= {"photos": sum(map(len, found.values())), "command": command}
