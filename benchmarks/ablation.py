@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 from jsonargparse import auto_cli
 
-from benchmarks.catalogues import ALONE, CLIP, SIGLIP, TOWERS, WHOLE, Bench, Catalogue, Results, Split, run_all
+from benchmarks.catalogues import ALONE, CLIP, SIGLIP, TOWERS, WHOLE, Bench, Catalogue, Results, Split, chosen, run_all
 
 LOSS = "--model.loss.init_args"
 CATALOGUE = "--data.sources=[catalogue]"
@@ -135,11 +135,12 @@ def main(
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     results, benches = Results(json), []
-    for name, table in ARMS.items():
-        if only is None or name in only:
-            chosen = {arm: arguments for arm, arguments in table.items() if arms is None or arm in arms}
-            catalogue = Catalogue(name, seeds=3, trained=tuple(chosen))
-            benches.append(Bench(catalogue, data, weights, work, split, results, quick, chosen, robust=("in use",)))
+    catalogues = chosen(only, ARMS)
+    asked = chosen(arms, dict.fromkeys(arm for name in catalogues for arm in ARMS[name]))
+    for name in catalogues:
+        table = {arm: arguments for arm, arguments in ARMS[name].items() if arm in asked}
+        catalogue = Catalogue(name, seeds=3, trained=tuple(table))
+        benches.append(Bench(catalogue, data, weights, work, split, results, quick, table, robust=("in use",)))
     run_all(benches, results, split)
 
 

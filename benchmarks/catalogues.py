@@ -24,7 +24,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -424,8 +424,23 @@ def main(
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     results = Results(json)
-    chosen = [c for c in (CATALOGUES[:1] if quick else CATALOGUES) if only is None or c.name in only]
-    run_all([Bench(catalogue, data, weights, work, split, results, quick) for catalogue in chosen], results, split)
+    catalogues = {catalogue.name: catalogue for catalogue in (CATALOGUES[:1] if quick else CATALOGUES)}
+    names = chosen(only, catalogues)
+    run_all([Bench(catalogues[name], data, weights, work, split, results, quick) for name in names], results, split)
+
+
+def chosen(asked: list[str] | None, names: Iterable[str]) -> list[str]:
+    """What is asked for of these names; null is all of them.
+
+    Raises:
+        SystemExit: a name that is not there.
+    """
+    known = list(names)
+    for name in asked or ():
+        if name not in known:
+            quoted = ", ".join(f'"{one}"' for one in known)
+            raise SystemExit(f'there is no "{name}"; choose of {quoted} (a name with a comma needs its quotes).')
+    return known if asked is None else asked
 
 
 def run_all(benches: Sequence[Bench], results: Results, split: Split) -> None:

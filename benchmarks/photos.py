@@ -30,7 +30,7 @@ from jsonargparse import auto_cli
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.catalogues import CLIP, SIGLIP, WHOLE, Bench, Catalogue, Results, Split
+from benchmarks.catalogues import CLIP, SIGLIP, WHOLE, Bench, Catalogue, Results, Split, chosen
 from datamodules.batch import RELATIONS, Batch, Items, NumberedItems
 from datamodules.parquet import query_item
 from datamodules.preprocess import stable_hash
@@ -41,12 +41,15 @@ from towers.encoder import features_of, mean_by_row
 from towers.quiet import quiet_lightning
 from towers.two_tower import TwoTower
 
-VARIANTS = {
+ARMS: dict[str, list[str]] = {
+    "ours": [],
     "open_clip's ClipLoss": [CLIP],
     "open_clip's SigLipLoss": [SIGLIP],
     "every block tuned": ["--model.product.image.init_args.freeze_lower=0"],
+    "softmax classifier": ["--model.product.text=null", "--model.product.attribute=null", WHOLE],
+    "ours, some products new": [],
 }
-"""Arms that are ours with the loss of another library, or without frozen blocks."""
+"""Arm -> command-line arguments."""
 
 NEW = 16
 """Products, those with the smallest sha256 of their ids, that one arm is never trained on."""
@@ -100,9 +103,8 @@ class Classifier(TwoTower):
 
 def classified(bench: Bench, arguments: list[str], run: Path, seed: int) -> dict[str, Any]:
     """Train the classifier and ask the split's photos."""
-    towers = ["--model.product.text=null", "--model.product.attribute=null", WHOLE]
     asked = [f"--data.test_split={bench.split}", "--then_test=true"]
-    TrainingCLI.start(bench.fit_arguments(run, [*towers, *asked, *arguments], seed), model=Classifier)
+    TrainingCLI.start(bench.fit_arguments(run, [*asked, *arguments], seed), model=Classifier)
     figures = json.loads((run / "test.json").read_text(encoding="utf-8"))
     return {name: round(figures[f"test/{name}"], 4) for name in ("hit@1", "hit@10")}
 
@@ -191,8 +193,7 @@ def main(
     quiet_lightning()
     given = arguments or []
     results = Results(json)
-    names = arms or ["ours", *VARIANTS, "softmax classifier", "ours, some products new"]
-    for seed, arm in itertools.product(range(seeds), names):
+    for seed, arm in itertools.product(range(seeds), chosen(arms, ARMS)):
         key = f"grocery/{arm}/{seed}"
         if results.done("arms", key, split):
             continue
@@ -204,10 +205,11 @@ def main(
             bench.raw, bench.prepared = work / "raw" / "grocery_new", work / "catalogues" / "grocery_new"
             new = without_new(data / "grocery", bench.raw)
         bench.prepare()
+        arguments_of = [*ARMS[arm], *given]
         if arm == "softmax classifier":
-            figures = classified(bench, given, work / "runs" / key, seed)
+            figures = classified(bench, arguments_of, work / "runs" / key, seed)
         else:
-            model, command = bench.train(arm, [*VARIANTS.get(arm, []), *given], seed)
+            model, command = bench.train(arm, arguments_of, seed)
             found = ranks(model, bench, work / "runs" / key / "embeddings")
             figures = {f"hit@{k}": hit(found.values(), k) for k in (1, 5, 10)}
             figures |= {"photos": sum(map(len, found.values())), "command": command}
