@@ -134,14 +134,14 @@ def ranks(model: Path, bench: Bench, folder: Path) -> dict[str, list[int]]:
 
 
 def without_new(raw: Path, folder: Path) -> list[str]:
-    """A copy of the catalogue in which some products, and the photos of them that were of train, are of no split."""
+    """A copy of the catalogue in which some products, and all photos of them, are of test."""
     folder.mkdir(parents=True, exist_ok=True)
     answers = {photo["photo_id"]: photo["product_id"] for photo in rows(raw / "photos.csv")}
     ids = [product["id"] for product in rows(raw / "products.csv")]
     new = sorted(ids, key=lambda product_id: hashlib.sha256(product_id.encode()).hexdigest())[:NEW]
     for name, key in (("products", "id"), ("queries", "query_id")):
         changed = [
-            row | {"split": "new"} if row["split"] == "train" and answers.get(row[key], row[key]) in new else row
+            row | {"split": "test"} if answers.get(row[key], row[key]) in new else row
             for row in rows(raw / f"{name}.csv")
         ]
         with (folder / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:

@@ -133,7 +133,6 @@ def test_ids_are_verbatim(id: str) -> None:
         ("title", {"a": "b"}, "NOT_A_TEXT"),
         ("more", "{broken", "JSON_INVALID"),
         ("more", "[1]", "JSON_INVALID"),
-        ("split", "holdout", "SPLIT_UNKNOWN"),
         ("group", ["a"], "NOT_A_VALUE"),
     ],
 )
@@ -150,6 +149,13 @@ def test_bad_field_becomes_missing_and_the_policy_decides_on_the_row(column: str
     assert codes(rejected) == [(column, code)]
     problem = row.problems[0]
     assert (problem.file, problem.id, len(problem.reason) < 200) == ("products.csv", "007", True)
+
+
+def test_unknown_split_is_test_so_that_a_holdout_is_never_trained_on() -> None:
+    row = parse({"about": "x", "split": "holdout"})
+    assert (row.split, codes(row)) == ("test", [("split", "SPLIT_UNKNOWN")])
+    assert parse({"about": "x", "split": "holdout"}, strict=True).item is None
+    assert parse({"about": "x", "split": ""}).split is None
 
 
 def test_decimal_sign_can_be_set() -> None:

@@ -13,6 +13,8 @@ import pytest
 import torch
 from torch import nn
 
+from datamodules.parquet import Table
+from datamodules.prepare import prepare
 from retrieval.embeddings import EmbeddingWriter
 
 photos = importlib.import_module("benchmarks.photos")
@@ -31,17 +33,21 @@ def test_new_products_and_their_photos_are_of_no_training(tmp_path: Path) -> Non
     ids = [f"p{number}" for number in range(photos.NEW + 3)]
     asked = [(f"{split}-{i}", i, split) for i in ids for split in ("train", "val", "test")]
     write(raw / "products.csv", *({"id": i, "title": i, "split": "train"} for i in ids))
-    write(raw / "queries.csv", *({"query_id": q, "split": split} for q, _, split in asked))
+    write(raw / "queries.csv", *({"query_id": q, "text": q, "split": split} for q, _, split in asked))
     write(raw / "photos.csv", *({"photo_id": q, "product_id": i, "split": split} for q, i, split in asked))
     write(raw / "qrels.csv", *({"query_id": q, "product_id": i, "relevance": "3"} for q, i, _ in asked))
     new = photos.without_new(raw, tmp_path / "new")
     assert new == sorted(ids, key=lambda i: hashlib.sha256(i.encode()).hexdigest())[: photos.NEW]
     kept = [i for i in ids if i not in new]
-    products, queries = (photos.rows(tmp_path / "new" / f"{name}.csv") for name in ("products", "queries"))
-    assert [p["id"] for p in products if p["split"] == "train"] == kept
-    assert [q["query_id"] for q in queries if q["split"] == "train"] == [f"train-{i}" for i in kept]
-    assert sum(q["split"] == "test" for q in queries) == sum(q["split"] == "val" for q in queries) == len(ids)
-    assert (tmp_path / "new" / "qrels.csv").read_bytes() == (raw / "qrels.csv").read_bytes()
+    tables = {name: tmp_path / "new" / f"{name}.csv" for name in ("products", "queries", "qrels")}
+    prepare(tables["products"], tmp_path / "catalogue", queries=tables["queries"], qrels=tables["qrels"])
+    products, queries = (Table(tmp_path / "catalogue" / side) for side in ("products", "queries"))
+    trained, trained_photos = (
+        {row[column] for row in map(table.row, range(len(table))) if row["split"] == "train"}
+        for table, column in ((products, "product_id"), (queries, "query_id"))
+    )
+    assert (trained, trained_photos) == (set(kept), {f"train-{i}" for i in kept})
+    assert (len(products), len(queries)) == (len(ids), len(asked))
 
 
 def test_ranks_count_the_products_that_are_nearer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

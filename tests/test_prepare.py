@@ -261,6 +261,22 @@ def test_split_column_is_kept_and_leaks_are_reported(tmp_path: Path) -> None:
     assert report["leaks"]["family"]["examples"][0] == {"key": "s0", "ids": {"test": ["001"], "train": ["000"]}}
 
 
+def test_some_unknown_names_neither_hide_a_split_column_nor_reach_training(tmp_path: Path) -> None:
+    rows = [{"id": str(i), "title": f"t{i}", "split": ["train", "train", "val", "holdout"][i % 4]} for i in range(40)]
+    report = prepare(write_csv(tmp_path / "p.csv", rows), tmp_path / "c")
+    assert report["problems"] == {"SPLIT_UNKNOWN": 10}
+    named = {"train": "train", "val": "val", "holdout": "test"}
+    assert {row["product_id"]: row["split"] for row in read(tmp_path / "c")} == {
+        row["id"]: named[row["split"]] for row in rows
+    }
+
+
+def test_column_of_other_values_is_an_attribute_whatever_its_name(tmp_path: Path) -> None:
+    rows = [{"id": str(i), "title": f"t{i}", "split": ["hem", "back", "none"][i % 3]} for i in range(40)]
+    prepare(write_csv(tmp_path / "p.csv", rows), tmp_path / "c")
+    assert {row["attributes"]["split"] for row in read(tmp_path / "c")} == {"hem", "back", "none"}
+
+
 def test_same_picture_under_two_ids_is_one_family_in_one_split(tmp_path: Path) -> None:
     rows = [{"id": row["id"], "title": "t", "image": row["image"]} for row in shop(tmp_path, 40)]
     for i in range(0, 40, 2):
@@ -441,6 +457,18 @@ def test_query_with_answers_everywhere_goes_to_each_split_as_often_as_they_do(tm
     assert splits["val"] == pytest.approx(40, abs=20)
     assert splits["test"] == pytest.approx(80, abs=25)
     assert report["queries"]["repeated"] == 200
+
+
+@pytest.mark.parametrize("kind", ["queries", "pairs"])
+def test_query_of_an_unknown_split_is_of_test(tmp_path: Path, kind: str) -> None:
+    rows = [
+        {"query_id": str(i), "query" if kind == "pairs" else "text": f"t{i}", "product_id": f"p{i}", "split": split}
+        for i, split in enumerate(["train", "holdout", "val"])
+    ]
+    prepare(products(tmp_path), tmp_path / "c", **{kind: write_csv(tmp_path / "q.csv", rows)})
+    found = {row["text"]: row["split"] for row in read(tmp_path / "c", "queries")}
+    assert found == {"t0": "train", "t1": "test", "t2": "val"}
+    assert [code for _, _, code in codes(tmp_path / "c")].count("SPLIT_UNKNOWN") == 1
 
 
 def test_queries_in_two_splits_are_a_leak(tmp_path: Path) -> None:

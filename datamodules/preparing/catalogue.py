@@ -136,7 +136,7 @@ class ProductParser:
         cell = None if column is None else record.cells.get(column.column)
         if column is None or cell is None or cell == "":
             return None
-        return notebook.read(column.name, parse_split if role == "split" else _key, cell)
+        return read_split(notebook, column.name, cell) if role == "split" else notebook.read(column.name, _key, cell)
 
 
 def _key(cell: Cell) -> str:
@@ -149,12 +149,12 @@ def _odd_id(id: Cell) -> str:
     return "" if id is None or isinstance(id, str) else f"; {excerpt(id)} is none"
 
 
-def parse_split(cell: Cell) -> str:
-    """The name of a split.
+def read_split(notebook: Notebook, column: str, cell: Cell) -> str:
+    """The split of a cell: test and a recorded problem where it is unknown, so that a holdout is never trained on."""
+    return notebook.read(column, _split, cell) or "test"
 
-    Raises:
-        BadValue: SPLIT_UNKNOWN.
-    """
+
+def _split(cell: Cell) -> str:
     split = SPLITS.get(cell.strip().lower()) if isinstance(cell, str) else None
     if split is None:
         raise BadValue("SPLIT_UNKNOWN", f"{excerpt(cell)} is none of {', '.join(SPLITS)}")

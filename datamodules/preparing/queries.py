@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from datamodules.batch import Item
-from datamodules.preparing.catalogue import Reading, parse_split
+from datamodules.preparing.catalogue import Reading, read_split
 from datamodules.preparing.guess import plain_name
 from datamodules.preparing.records import Record
 from datamodules.preparing.rows import Notebook, Row
@@ -104,7 +104,7 @@ class QueryParser:
             return notebook.row(None)
         source = notebook.read(self.parts.get("source", ""), _one_id, cells["source"])
         item = Item() if cells["type"] == "product" else self._item(cells, notebook)  # there, the rest are copies
-        split = notebook.read(self.parts["split"], parse_split, cells["split"]) if cells["split"] else None
+        split = read_split(notebook, self.parts["split"], cells["split"]) if cells["split"] else None
         if not (item.text or item.images or source):
             notebook.note("", BadValue("NOTHING_USABLE", "no text, no picture and no product to ask with"))
             return notebook.row(None)
