@@ -131,7 +131,7 @@ class ProductParser:
         return Item(text, tuple(images), attributes)
 
     def _fact(self, role: Role, record: Record, notebook: Notebook) -> str | None:
-        """The group, family or split of a product, verbatim; None where the table has none."""
+        """The group or family of a product, verbatim, or its split; None where the table has none."""
         column = self.columns.one(role)
         cell = None if column is None else record.cells.get(column.column)
         if column is None or cell is None or cell == "":
