@@ -87,7 +87,9 @@ def test_the_manifest_tells_what_was_asked_and_compared(tuned):
 def test_points_are_a_front_that_was_checked_on_other_queries(tuned):
     for front in tuned.tuning.points.values():
         assert all(a.recall < b.recall and a.p50_ms <= b.p50_ms for a, b in pairwise(front))
-        assert all(abs(p.held_out - p.recall) < 0.06 and p.interval < 0.05 and p.qps > 0 for p in front)
+        assert all(p.interval < 0.05 and p.qps > 0 for p in front)
+        # which points are measured depends on the clock; two halves differ by less than 4 deviations, 3 intervals
+        assert all(abs(p.held_out - p.recall) < 3 * p.interval + 0.002 for p in front)
 
 
 def test_a_recall_needs_an_index_that_was_built_for_one(tmp_path, products):
