@@ -88,8 +88,9 @@ def test_points_are_a_front_that_was_checked_on_other_queries(tuned):
     for front in tuned.tuning.points.values():
         assert all(a.recall < b.recall and a.p50_ms <= b.p50_ms for a, b in pairwise(front))
         assert all(p.interval < 0.05 and p.qps > 0 for p in front)
-        # which points are measured depends on the clock; two halves differ by less than 4 deviations, 3 intervals
-        assert all(abs(p.held_out - p.recall) < 3 * p.interval + 0.002 for p in front)
+        # Which points are measured depends on the clock. Halves differ by less than 4 deviations, 3 intervals of one;
+        # where nearly all is found the interval is too small to go by.
+        assert all(abs(p.held_out - p.recall) < 3 * p.interval + 0.01 for p in front)
 
 
 def test_a_recall_needs_an_index_that_was_built_for_one(tmp_path, products):
