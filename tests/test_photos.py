@@ -48,6 +48,7 @@ def test_new_products_and_their_photos_are_of_no_training(tmp_path: Path) -> Non
     )
     assert (trained, trained_photos) == (set(kept), {f"train-{i}" for i in kept})
     assert (len(products), len(queries)) == (len(ids), len(asked))
+    assert tables["qrels"].read_bytes() == (raw / "qrels.csv").read_bytes()
 
 
 def test_ranks_count_the_products_that_are_nearer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
