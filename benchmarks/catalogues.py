@@ -46,7 +46,7 @@ from retrieval.embeddings import EmbeddingReader
 from retrieval.evaluate import Options, evaluate, measure
 from retrieval.index import ProductIndex
 from retrieval.judgements import Questions
-from retrieval.lexical import reciprocal_rank_fusion
+from retrieval.lexical import Ranked, reciprocal_rank_fusion
 from retrieval.storage import write_json
 from towers.embed import embed
 from towers.encoder import Encoder
@@ -285,8 +285,9 @@ class Bench:
         for kind, fused in report["baselines"].get("hybrid", {}).items():
             kinds[f"{kind}, fused with BM25"] = {metric: triple(fused[metric]) for metric in METRICS}
             of = questions.of_kind(kind)
+            rankings = evaluation.by_words.at(of), Ranked.in_order(found["ann"][of])
             for weight in LEXICAL_WEIGHTS:
-                both = reciprocal_rank_fusion([evaluation.by_words[of], found["ann"][of]], [weight, 1])
+                both = reciprocal_rank_fusion(rankings, [weight, 1])
                 kinds[f"{kind}, fused with BM25 of weight {weight}"] = figures_of(questions, of, both)
         if len(of := naming_a_colour(questions, catalogue)):
             kinds["text that names a colour"] = figures_of(questions, of, found["exact"][of])

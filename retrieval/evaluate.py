@@ -29,7 +29,7 @@ from retrieval.exact import exact_search
 from retrieval.index import ProductIndex
 from retrieval.judgements import Questions, make_questions, rows_of
 from retrieval.latency import measure_latency
-from retrieval.lexical import LEXICAL, reciprocal_rank_fusion
+from retrieval.lexical import LEXICAL, Ranked, reciprocal_rank_fusion
 
 REPORT_VERSION = 1
 DEPTH = 100
@@ -81,13 +81,13 @@ class Evaluation:
         report: plain JSON.
         questions: Q queries.
         found: task -> (Q, DEPTH) rows of the index, -1 padded: "exact" and "ann".
-        by_words: (Q, DEPTH) rows that BM25 found, -1 padded, for queries that have words.
+        by_words: DEPTH products that BM25 found for each query that has words.
     """
 
     report: dict[str, Any]
     questions: Questions
     found: Mapping[str, NDArray[np.int64]]
-    by_words: NDArray[np.int64]
+    by_words: Ranked
 
 
 def evaluate(
@@ -196,7 +196,7 @@ def _search(
         leave_out = (rows == questions.source[:, None]) & (rows >= 0)
         if options.exclude_identical:
             leave_out |= _twins(questions.source, rows, exact.content)
-        found[task] = _without(rows, leave_out)
+        found[task] = _without(Ranked.in_order(rows), leave_out).rows
     return found, int(twins.any(axis=1).sum())
 
 
@@ -228,13 +228,16 @@ def _twins(source: NDArray[np.int64], rows: NDArray[np.int64], content: NDArray[
     return same & (rows != source[:, None]) & (rows >= 0) & (source[:, None] >= 0)
 
 
-def _without(rows: NDArray[np.int64], leave_out: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """(Q, DEPTH) rows without some, moved up; -1 padded."""
-    rows = np.where(leave_out, metrics.NONE, rows)
-    order = np.argsort(rows == metrics.NONE, axis=1, kind="stable")
-    kept = np.take_along_axis(rows, order, axis=1)[:, :DEPTH]
-    padding = np.full((len(kept), DEPTH - kept.shape[1]), metrics.NONE)
-    return np.concatenate([kept, padding], axis=1)
+def _without(ranked: Ranked, leave_out: NDArray[np.bool_]) -> Ranked:
+    """DEPTH products of each query without some, moved up."""
+    leave_out = leave_out | (ranked.rows == metrics.NONE)
+    order = np.argsort(leave_out, axis=1, kind="stable")[:, :DEPTH]
+
+    def kept(values: NDArray[Any], padding: float) -> NDArray[Any]:
+        moved = np.take_along_axis(np.where(leave_out, padding, values).astype(values.dtype), order, axis=1)
+        return np.pad(moved, ((0, 0), (0, DEPTH - order.shape[1])), constant_values=padding)
+
+    return Ranked(kept(ranked.rows, metrics.NONE), kept(ranked.scores, -np.inf))
 
 
 def _tasks(questions: Questions, found: Mapping[str, NDArray[np.int64]]) -> dict[str, Any]:
@@ -298,7 +301,7 @@ def _baselines(
     questions: Questions,
     served: NDArray[np.int64],
     options: Options,
-) -> tuple[dict[str, Any], NDArray[np.int64]]:
+) -> tuple[dict[str, Any], Ranked]:
     """BM25, TF-IDF and Jaccard on typed texts and on products asked by their title, and BM25 fused with the index.
 
     Args:
@@ -310,9 +313,9 @@ def _baselines(
         options: how.
 
     Returns:
-        Name -> kind -> metrics; and (Q, DEPTH) rows that BM25 found, -1 where a query has no words.
+        Name -> kind -> metrics; and DEPTH products that BM25 found for each query, none where it has no words.
     """
-    by_words = np.full((len(questions.ids), DEPTH), metrics.NONE)
+    by_words = Ranked.in_order(np.full((len(questions.ids), DEPTH), metrics.NONE))
     if catalogue is None or table is None or not options.lexical:
         return {}, by_words
     typed = dict(zip(table.column("query_id").to_pylist(), table.column("text").to_pylist(), strict=True))
@@ -334,13 +337,13 @@ def _baselines(
         results[name] = {}
         for kind, of in asked.items():
             ranked = rank(words[kind], DEPTH + 1)
-            in_index = np.where(ranked >= 0, rows[ranked], metrics.NONE)
-            got = _without(in_index, in_index == questions.source[of][:, None])
+            in_index = np.where(ranked.rows >= 0, rows[ranked.rows], metrics.NONE)
+            got = _without(ranked._replace(rows=in_index), in_index == questions.source[of][:, None])
             judged = questions.relevant[of], questions.judged[of], questions.grades[of]
-            results[name][kind] = measure(got, *judged)
+            results[name][kind] = measure(got.rows, *judged)
             if name == "bm25":
-                by_words[of] = got
-                both = reciprocal_rank_fusion([got, served[of]], [options.lexical_weight, 1.0])
+                by_words.rows[of], by_words.scores[of] = got
+                both = reciprocal_rank_fusion([got, Ranked.in_order(served[of])], [options.lexical_weight, 1.0])
                 results.setdefault("hybrid", {})[kind] = measure(both, *judged)
     return results, by_words
 

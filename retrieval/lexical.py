@@ -9,6 +9,7 @@ import logging
 import re
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import bm25s
 import numpy as np
@@ -23,8 +24,36 @@ _HAN_AND_KANA = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-
 _WORDS = re.compile(rf"[{_HAN_AND_KANA}]+|[^\W_{_HAN_AND_KANA}]+")
 _UNSPACED = re.compile(f"[{_HAN_AND_KANA}]")
 
-Ranking = Callable[[Sequence[str], int], NDArray[np.int64]]
-"""(Q texts, k) -> (Q, k) int64 rows of the texts it was made from, best first, -1 padded; equal scores by row."""
+
+class Ranked(NamedTuple):
+    """What Q searches found.
+
+    Attributes:
+        rows: (Q, K) int64, best first, -1 padded.
+        scores: (Q, K) float64, descending; of the padding -inf.
+    """
+
+    rows: NDArray[np.int64]
+    scores: NDArray[np.float64]
+
+    @classmethod
+    def in_order(cls, rows: NDArray[np.int64]) -> Ranked:
+        """(Q, K) rows of which nothing but the order is known: no two score alike."""
+        return cls(rows, np.where(rows == NONE, -np.inf, -np.arange(rows.shape[1], dtype=np.float64)))
+
+    def at(self, queries: NDArray[np.int64]) -> Ranked:
+        """Those of some queries."""
+        return Ranked(self.rows[queries], self.scores[queries])
+
+    def ranks(self) -> NDArray[np.int64]:
+        """(Q, K) from 1; equal scores share the best of their ranks, as in sports: 1, 1, 3."""
+        new = np.ones(self.rows.shape, bool)
+        new[:, 1:] = self.scores[:, 1:] != self.scores[:, :-1]
+        return np.maximum.accumulate(np.where(new, np.arange(1, new.shape[1] + 1), 0), axis=1)
+
+
+Ranking = Callable[[Sequence[str], int], Ranked]
+"""(Q texts, k) -> the k nearest of the texts it was made from; equal scores by row."""
 
 
 def tokenize(text: str) -> list[str]:
@@ -43,7 +72,7 @@ def bm25(texts: Sequence[str]) -> Ranking:
     """Okapi BM25 in Lucene's form (k1 1.5, b 0.75), by the bm25s library."""
     tokens = [tokenize(text) for text in texts]
     if not any(tokens):
-        return lambda queries, k: np.full((len(queries), k), NONE)
+        return lambda queries, k: Ranked.in_order(np.full((len(queries), k), NONE))
     model = bm25s.BM25(method="lucene")
     model.index(tokens, show_progress=False)
     known = set(model.vocab_dict)
@@ -103,26 +132,30 @@ LEXICAL: dict[str, Callable[[Sequence[str]], Ranking]] = {"bm25": bm25, "tfidf":
 
 
 def reciprocal_rank_fusion(
-    rankings: Sequence[NDArray[np.int64]], weights: Sequence[float] | None = None, constant: int = 60
+    rankings: Sequence[Ranked], weights: Sequence[float] | None = None, constant: int = 60
 ) -> NDArray[np.int64]:
     """One ranking of several: what stands at rank r in one of them has 1 / (constant + r) points (SIGIR 2009, Cormack).
 
+    Equal scores share a rank (`Ranked.ranks`), so where one ranking cannot tell products apart, as words cannot tell
+    variants, the others do.
+
     Args:
-        rankings: (Q, K) rows each, best first, -1 padded.
+        rankings: of Q queries each.
         weights: of the rankings' points; None for 1 each.
         constant: the larger it is, the less the first ranks stand out.
 
     Returns:
         (Q, K) rows, most points first, equal points by row; -1 padded.
     """
-    width = max(ranking.shape[1] for ranking in rankings)
-    fused = np.full((len(rankings[0]), width), NONE)
+    width = max(ranking.rows.shape[1] for ranking in rankings)
+    fused = np.full((len(rankings[0].rows), width), NONE)
+    ranks = [ranking.ranks() for ranking in rankings]
     for query in range(len(fused)):
         points: dict[int, float] = {}
-        for ranking, weight in zip(rankings, weights or [1.0] * len(rankings), strict=True):
-            for rank, row in enumerate(ranking[query].tolist(), start=1):
+        for ranking, rank, weight in zip(rankings, ranks, weights or [1.0] * len(rankings), strict=True):
+            for row, place in zip(ranking.rows[query].tolist(), rank[query].tolist(), strict=True):
                 if row != NONE:
-                    points[row] = points.get(row, 0.0) + weight / (constant + rank)
+                    points[row] = points.get(row, 0.0) + weight / (constant + place)
         best = sorted(points, key=lambda row: (-points[row], row))[:width]
         fused[query, : len(best)] = best
     return fused
@@ -153,11 +186,9 @@ def _rows(matrix: sp.csr_array) -> Iterator[tuple[NDArray[np.int64], NDArray[np.
         yield matrix.indices[start:stop].astype(np.int64), matrix.data[start:stop]
 
 
-def _best(
-    found: Iterator[tuple[NDArray[np.int64], NDArray[np.float64]]], num_queries: int, k: int
-) -> NDArray[np.int64]:
-    best = np.full((num_queries, k), NONE)
+def _best(found: Iterator[tuple[NDArray[np.int64], NDArray[np.float64]]], num_queries: int, k: int) -> Ranked:
+    best = Ranked(np.full((num_queries, k), NONE), np.full((num_queries, k), -np.inf))
     for query, (rows, scores) in enumerate(found):
         order = np.lexsort((rows, -scores))[:k]
-        best[query, : len(order)] = rows[order]
+        best.rows[query, : len(order)], best.scores[query, : len(order)] = rows[order], scores[order]
     return best

@@ -16,7 +16,7 @@ from retrieval.evaluate import CUTS, Options, compare, evaluate, failed_gates, m
 from retrieval.exact import exact_search
 from retrieval.index import ProductIndex
 from retrieval.judgements import make_questions
-from retrieval.lexical import reciprocal_rank_fusion
+from retrieval.lexical import Ranked, reciprocal_rank_fusion
 from retrieval.pages import Hit, Section, data_url, facts_of, shown, write_sheet
 from retrieval.storage import ArtefactError
 from tests.catalogues import write_catalogue
@@ -221,15 +221,15 @@ def test_what_words_find_is_kept_for_other_weights(folders):
     """One evaluation tells what another weight would have given; queries of pictures alone have no words."""
     once, again = measured(folders), measured(folders, options=Options(lexical_weight=3))
     by_words, served, questions = once.by_words, once.found["ann"], once.questions
-    assert by_words.shape == served.shape
+    assert by_words.rows.shape == by_words.scores.shape == served.shape
     for kind in questions.all_kinds:
         of = questions.of_kind(kind)
         if kind in ("text", "product:text"):
-            both = reciprocal_rank_fusion([by_words[of], served[of]], [3, 1])
+            both = reciprocal_rank_fusion([by_words.at(of), Ranked.in_order(served[of])], [3, 1])
             judged = questions.relevant[of], questions.judged[of], questions.grades[of]
             assert measure(both, *judged) == again.report["baselines"]["hybrid"][kind]
         else:
-            assert (by_words[of] == -1).all()
+            assert (by_words.rows[of] == -1).all()
 
 
 def test_the_order_of_shards_does_not_matter(folders, tmp_path):

@@ -4,7 +4,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from retrieval.lexical import LEXICAL, bm25, jaccard, reciprocal_rank_fusion, tf_idf, tokenize
+from retrieval.lexical import LEXICAL, Ranked, bm25, jaccard, reciprocal_rank_fusion, tf_idf, tokenize
 
 TEXTS = ["Red shoe", "red red hat", "blue hat", "", "女士连衣裙 red", "連衣裙 blue"]
 
@@ -19,22 +19,26 @@ def test_tokens_of_english_and_chinese():
 @pytest.mark.parametrize("name", LEXICAL)
 def test_products_without_a_word_of_the_query_are_not_found(name):
     rank = LEXICAL[name](TEXTS)
-    rows = rank(["hat", "連衣裙", "green", "", "RED red shoe"], 6)
+    rows, scores = rank(["hat", "連衣裙", "green", "", "RED red shoe"], 6)
     assert sorted(rows[0][rows[0] >= 0]) == [1, 2]
     assert rows[1][0] == 5 and 4 in rows[1]  # shared characters
     assert (rows[2] == -1).all() and (rows[3] == -1).all()
     assert rows[4][0] == 0
-    assert rows.shape == (5, 6)
+    assert rows.shape == scores.shape == (5, 6)
+    assert np.array_equal(np.isinf(scores), rows == -1)
 
 
 @pytest.mark.parametrize("name", LEXICAL)
 def test_no_words_at_all(name):
-    assert (LEXICAL[name](["", "!"])(["a"], 2) == -1).all()
+    assert (LEXICAL[name](["", "!"])(["a"], 2).rows == -1).all()
 
 
-def test_equal_scores_stand_in_the_order_of_rows():
+def test_equal_scores_stand_in_the_order_of_rows_and_share_a_rank():
     for make in LEXICAL.values():
-        assert make(["b", "a", "a", "a"])(["a"], 2).tolist() == [[1, 2]]
+        found = make(["b", "a", "a", "a", "a b c", "a b"])(["a"], 5)
+        assert found.rows.tolist() == [[1, 2, 3, 5, 4]]
+        assert found.ranks().tolist() == [[1, 1, 1, 4, 5]]
+        assert (np.diff(found.scores) <= 0).all()
 
 
 def by_definition(texts, queries, score):
@@ -83,20 +87,32 @@ def test_rankings_equal_the_definitions(make, score):
     words = [f"w{i}" for i in range(15)]
     texts = [" ".join(generator.choice(words, generator.integers(0, 9))) for _ in range(40)]
     queries = [" ".join(generator.choice([*words, "unknown"], 4)) for _ in range(300)]  # more than a block
-    got, want = make(texts)(queries, len(texts)), by_definition(texts, queries, score)
+    got, want = make(texts)(queries, len(texts)).rows, by_definition(texts, queries, score)
     agree = (got == want).mean()
     assert agree > 0.97  # near-ties may swap
     assert np.array_equal(np.sort(got, axis=1), np.sort(want, axis=1))
 
 
+def in_order(*rows):
+    return Ranked.in_order(np.array(rows))
+
+
 def test_rank_fusion_by_hand():
     """Row 7: 1/61 + 1/62. Row 5: 1/61 + 1/63. Row 9, in one ranking alone: 1/62."""
-    one, other = np.array([[5, 7, -1], [-1, -1, -1]]), np.array([[7, 9, 5], [2, 1, -1]])
+    one, other = in_order([5, 7, -1], [-1, -1, -1]), in_order([7, 9, 5], [2, 1, -1])
     assert reciprocal_rank_fusion([one, other]).tolist() == [[7, 5, 9], [2, 1, -1]]
 
 
 def test_a_ranking_of_little_weight_only_adds_what_the_other_lacks():
     """With a tenth of the weight, rank 1 has 1/610 points, and rank 3 of the other 1/63."""
-    one, other = np.array([[5, 7, 3, -1]]), np.array([[9, 7, 5, 1]])
+    one, other = in_order([5, 7, 3, -1]), in_order([9, 7, 5, 1])
     assert reciprocal_rank_fusion([one, other], [1.0, 0.1]).tolist() == [[5, 7, 3, 9]]
     assert reciprocal_rank_fusion([one, other], [0.1, 1.0]).tolist() == [[7, 5, 9, 1]]
+
+
+def test_where_words_cannot_tell_products_apart_the_other_ranking_does_whatever_its_weight():
+    """Rows 4 and 6 share rank 2 of the words; the index puts 6 before 4, and 8, which words put last, first."""
+    words = Ranked(np.array([[2, 4, 6, 8]]), np.array([[3.0, 1.0, 1.0, 0.5]]))
+    assert words.ranks().tolist() == [[1, 2, 2, 4]]
+    assert reciprocal_rank_fusion([words, in_order([8, 6, 4, 2])], [1000.0, 1.0]).tolist() == [[2, 6, 4, 8]]
+    assert reciprocal_rank_fusion([words, in_order([8, 6, 4, 2])], [0.001, 1.0]).tolist() == [[8, 6, 4, 2]]
