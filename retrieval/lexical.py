@@ -45,11 +45,13 @@ class Ranked(NamedTuple):
         """Those of some queries."""
         return Ranked(self.rows[queries], self.scores[queries])
 
-    def ranks(self) -> NDArray[np.int64]:
-        """(Q, K) from 1; equal scores share the best of their ranks, as in sports: 1, 1, 3."""
-        new = np.ones(self.rows.shape, bool)
-        new[:, 1:] = self.scores[:, 1:] != self.scores[:, :-1]
-        return np.maximum.accumulate(np.where(new, np.arange(1, new.shape[1] + 1), 0), axis=1)
+    def ranks(self) -> NDArray[np.float64]:
+        """(Q, K) from 1; equal scores share the mean of their ranks: 1, 2.5, 2.5, 4."""
+        first = np.ones(self.rows.shape, bool)
+        first[:, 1:] = self.scores[:, 1:] != self.scores[:, :-1]
+        group = first.cumsum().reshape(first.shape) - 1  # of equal scores, counted through all queries
+        place = np.broadcast_to(np.arange(1.0, first.shape[1] + 1), first.shape)
+        return (np.bincount(group.ravel(), place.ravel()) / np.bincount(group.ravel()))[group]
 
 
 Ranking = Callable[[Sequence[str], int], Ranked]
@@ -136,7 +138,7 @@ def reciprocal_rank_fusion(
 ) -> NDArray[np.int64]:
     """One ranking of several: what stands at rank r in one of them has 1 / (constant + r) points (SIGIR 2009, Cormack).
 
-    Equal scores share a rank (`Ranked.ranks`), so where one ranking cannot tell products apart, as words cannot tell
+    Equal scores share the mean of their ranks, so where one ranking cannot tell products apart, as words cannot tell
     variants, the others do.
 
     Args:

@@ -37,7 +37,7 @@ def test_equal_scores_stand_in_the_order_of_rows_and_share_a_rank():
     for make in LEXICAL.values():
         found = make(["b", "a", "a", "a", "a b c", "a b"])(["a"], 5)
         assert found.rows.tolist() == [[1, 2, 3, 5, 4]]
-        assert found.ranks().tolist() == [[1, 1, 1, 4, 5]]
+        assert found.ranks().tolist() == [[2, 2, 2, 4, 5]]
         assert (np.diff(found.scores) <= 0).all()
 
 
@@ -97,6 +97,11 @@ def in_order(*rows):
     return Ranked.in_order(np.array(rows))
 
 
+def test_equal_scores_of_different_queries_share_no_rank():
+    found = Ranked(np.array([[3, 5, -1], [5, 3, 1]]), np.array([[2.0, 1.0, -np.inf], [1.0, 1.0, 1.0]]))
+    assert found.ranks().tolist() == [[1, 2, 3], [2, 2, 2]]
+
+
 def test_rank_fusion_by_hand():
     """Row 7: 1/61 + 1/62. Row 5: 1/61 + 1/63. Row 9, in one ranking alone: 1/62."""
     one, other = in_order([5, 7, -1], [-1, -1, -1]), in_order([7, 9, 5], [2, 1, -1])
@@ -111,8 +116,8 @@ def test_a_ranking_of_little_weight_only_adds_what_the_other_lacks():
 
 
 def test_where_words_cannot_tell_products_apart_the_other_ranking_does_whatever_its_weight():
-    """Rows 4 and 6 share rank 2 of the words; the index puts 6 before 4, and 8, which words put last, first."""
+    """Rows 4 and 6 share rank 2.5 of the words; the index puts 6 before 4, and 8, which words put last, first."""
     words = Ranked(np.array([[2, 4, 6, 8]]), np.array([[3.0, 1.0, 1.0, 0.5]]))
-    assert words.ranks().tolist() == [[1, 2, 2, 4]]
+    assert words.ranks().tolist() == [[1, 2.5, 2.5, 4]]
     assert reciprocal_rank_fusion([words, in_order([8, 6, 4, 2])], [1000.0, 1.0]).tolist() == [[2, 6, 4, 8]]
     assert reciprocal_rank_fusion([words, in_order([8, 6, 4, 2])], [0.001, 1.0]).tolist() == [[8, 6, 4, 2]]
