@@ -75,6 +75,11 @@ ARMS: dict[str, dict[str, list[str]]] = {
         "products compared with products too": [f"{LOSS}.same_side=true"],
         "a memory of 8,192": ["--model.loss=MemoryInfoNCE"],
         "batch 64": SMALL_BATCH,
+        "batch 64, hard negatives": [
+            *SMALL_BATCH,
+            "--hard_negatives.every_n_epochs=3",
+            "--hard_negatives.per_example=7",  # as many products as a batch of 512
+        ],
         "batch 64, remembered sums": [*SMALL_BATCH, "--model.loss=GlobalInfoNCE"],
         "batch 64, a memory of 8,192": [*SMALL_BATCH, "--model.loss=MemoryInfoNCE"],
         "hard negatives": ["--hard_negatives.every_n_epochs=2"],
