@@ -44,9 +44,10 @@ from retrieval.build import build_index
 from retrieval.catalogue import PreparedCatalogue
 from retrieval.embeddings import EmbeddingReader
 from retrieval.evaluate import Options, evaluate, measure
+from retrieval.hits import Hits
 from retrieval.index import ProductIndex
 from retrieval.judgements import Questions
-from retrieval.lexical import Ranked, reciprocal_rank_fusion
+from retrieval.lexical import reciprocal_rank_fusion
 from retrieval.storage import write_json
 from towers.embed import embed
 from towers.encoder import Encoder
@@ -285,7 +286,7 @@ class Bench:
         for kind, fused in report["baselines"].get("hybrid", {}).items():
             kinds[f"{kind}, fused with BM25"] = {metric: triple(fused[metric]) for metric in METRICS}
             of = questions.of_kind(kind)
-            rankings = evaluation.by_words.at(of), Ranked.in_order(found["ann"][of])
+            rankings = evaluation.by_words.of(of), Hits.in_order(found["ann"][of])
             for weight in LEXICAL_WEIGHTS:
                 both = reciprocal_rank_fusion(rankings, [weight, 1])
                 kinds[f"{kind}, fused with BM25 of weight {weight}"] = figures_of(questions, of, both)

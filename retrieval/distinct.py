@@ -12,13 +12,14 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
+from retrieval.hits import Hits
+
 Vectors = NDArray[np.float32]
 Rows = NDArray[np.int64]
 Codes = NDArray[np.int32]
 Mask = NDArray[np.bool_]
-Found = tuple[Vectors, Rows]
-Search = Callable[[Vectors, int], Found]
-"""(Q, D) queries and K -> (Q, K) scores, descending, and rows; -inf and -1 only where there are no more rows."""
+Search = Callable[[Vectors, int], Hits]
+"""(Q, D) queries and K -> the K nearest; fewer only where there are no more rows."""
 
 FETCHED = (3, 12)
 """Results to ask for per result wanted, one after the other."""
@@ -39,7 +40,7 @@ def with_relatives(rows: Rows, codes: Codes) -> Mask:
     return mask
 
 
-def without_rows(search: Search, queries: Vectors, k: int, rows: Rows) -> Found:
+def without_rows(search: Search, queries: Vectors, k: int, rows: Rows) -> Hits:
     """The first k results that are none of some rows; for few rows, since as many results more are asked for.
 
     Args:
@@ -49,15 +50,15 @@ def without_rows(search: Search, queries: Vectors, k: int, rows: Rows) -> Found:
         rows: what to leave out.
 
     Returns:
-        (Q, k) scores and rows; -inf and -1 only where there are no more rows.
+        (Q, k); fewer were found only where there are no more rows.
     """
-    scores, found = search(queries, k + len(rows))
-    return _first(scores, found, ~np.isin(found, rows) & (found >= 0), k)
+    found = search(queries, k + len(rows))
+    return found.first(~np.isin(found.rows, rows) & (found.rows >= 0), k)
 
 
 def one_each(
-    search: Search, without: Callable[[Vectors, int, Mask], Found], queries: Vectors, k: int, codes: Codes
-) -> Found:
+    search: Search, without: Callable[[Vectors, int, Mask], Hits], queries: Vectors, k: int, codes: Codes
+) -> Hits:
     """The first k results of which no two belong together.
 
     Args:
@@ -68,25 +69,25 @@ def one_each(
         codes: (N,) int32.
 
     Returns:
-        (Q, k) scores and rows; -inf and -1 only where there is nothing more that does not belong to a result.
+        (Q, k); fewer were found only where there is nothing more that does not belong to a result.
     """
-    scores, rows = np.full((len(queries), k), -np.inf, np.float32), np.full((len(queries), k), -1, np.int64)
+    hits = Hits.none(len(queries), k)
     left = np.arange(len(queries))
     for factor in FETCHED:
-        found_scores, found = search(queries[left], factor * k)
-        scores[left], rows[left] = _first(found_scores, found, _new(found, codes), k)
-        left = left[(rows[left, -1] < 0) & (found[:, -1] >= 0)]
+        found = search(queries[left], factor * k)
+        hits.scores[left], hits.rows[left] = found.first(_new(found.rows, codes), k)
+        left = left[(hits.rows[left, -1] < 0) & (found.rows[:, -1] >= 0)]
         if not len(left):
-            return scores, rows
+            return hits
     for query in left:  # few groups fill the first results: go on without them
-        while (filled := int(np.count_nonzero(rows[query] >= 0))) < k:
-            seen = with_relatives(rows[query, :filled], codes)
-            found_scores, found = without(queries[query : query + 1], k, seen)
-            more_scores, more = _first(found_scores, found, _new(found, codes), k - filled)
-            if more[0, 0] < 0:
+        while (filled := int(np.count_nonzero(hits.rows[query] >= 0))) < k:
+            seen = with_relatives(hits.rows[query, :filled], codes)
+            found = without(queries[query : query + 1], k, seen)
+            more = found.first(_new(found.rows, codes), k - filled)
+            if more.rows[0, 0] < 0:
                 break
-            scores[query, filled:], rows[query, filled:] = more_scores[0], more[0]
-    return scores, rows
+            hits.scores[query, filled:], hits.rows[query, filled:] = more.scores[0], more.rows[0]
+    return hits
 
 
 def _new(rows: Rows, codes: Codes) -> Mask:
@@ -98,13 +99,3 @@ def _new(rows: Rows, codes: Codes) -> Mask:
     new = np.ones(rows.shape, np.bool_)
     np.put_along_axis(new, order[:, 1:], ordered[:, 1:] != ordered[:, :-1], axis=1)
     return new & (rows >= 0)
-
-
-def _first(scores: Vectors, rows: Rows, kept: Mask, k: int) -> Found:
-    """(Q, k) the first results that are kept, then -inf and -1."""
-    order = np.argsort(~kept, axis=1, kind="stable")[:, :k]
-    kept = np.take_along_axis(kept, order, axis=1)
-    first_scores = np.where(kept, np.take_along_axis(scores, order, axis=1), -np.inf).astype(np.float32)
-    first_rows = np.where(kept, np.take_along_axis(rows, order, axis=1), -1)
-    missing = ((0, 0), (0, k - kept.shape[1]))
-    return np.pad(first_scores, missing, constant_values=-np.inf), np.pad(first_rows, missing, constant_values=-1)

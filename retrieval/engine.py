@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from retrieval.building.assemble import FINE_FILE, INDEX_FILE, LISTS_FILE, SIZES_FILE
 from retrieval.building.lists import attach
 from retrieval.building.mapped import make, open_fine, search_parameters
+from retrieval.hits import Hits
 from retrieval.storage import ArtefactError
 
 FEWEST = 10
@@ -109,9 +110,7 @@ class Engine:
             )
         return engine
 
-    def search(
-        self, queries: NDArray[np.float32], k: int, settings: Settings, selector: Any = None
-    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    def search(self, queries: NDArray[np.float32], k: int, settings: Settings, selector: Any = None) -> Hits:
         """The nearest rows.
 
         Args:
@@ -121,20 +120,20 @@ class Engine:
             selector: FAISS IDSelector of the rows that may be found; None for all.
 
         Returns:
-            (Q, k) float32 scores, descending, and (Q, k) int64 rows; -inf and -1 where fewer were found.
+            (Q, k).
         """
         if k < FEWEST:  # one result is no easier to find than ten
             settings = settings._replace(k_factor=settings.k_factor * FEWEST / k)
         if k * settings.k_factor > self.count:  # no more candidates than rows
             settings = settings._replace(k_factor=self.count / k)
         if not self.spill:
-            scores, rows = self.index.search(queries, k, params=self._search_parameters(settings, selector))
+            hits = Hits(*self.index.search(queries, k, params=self._search_parameters(settings, selector)))
         else:
             twice = settings._replace(k_factor=max(1.0, settings.k_factor * DUPLICATES / 2))
-            found = self.index.search(queries, 2 * k, params=self._search_parameters(twice, selector))
-            scores, rows = first_of_each(*found, k, beside=self.fine is not None)
-        scores[rows < 0] = -np.inf
-        return scores, rows
+            found = Hits(*self.index.search(queries, 2 * k, params=self._search_parameters(twice, selector)))
+            hits = first_of_each(found, k, beside=self.fine is not None)
+        hits.scores[hits.rows < 0] = -np.inf
+        return hits
 
     def vector(self, row: int) -> NDArray[np.float32]:
         """The vector of a row as the index keeps it, (D,) float32.
@@ -183,27 +182,23 @@ def _parameters_of(index: Any, settings: Settings, selector: Any) -> Any:
     return None if selector is None else make.SearchParameters(sel=selector)
 
 
-def first_of_each(
-    scores: NDArray[np.float32], rows: NDArray[np.int64], k: int, *, beside: bool
-) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """The first k results of each query without rows that came before; (Q, K) to (Q, k), -1 where there are fewer.
+def first_of_each(found: Hits, k: int, *, beside: bool) -> Hits:
+    """The first k results of each query without rows that came before; (Q, K) to (Q, k).
 
     Args:
-        scores: (Q, K), descending.
-        rows: (Q, K), -1 where fewer were found.
+        found: (Q, K).
         k: at most K.
         beside: a row scores the same from both of its lists, so it stands beside itself. Codes alone score differently.
     """
-    found_scores = np.full((len(rows), k), -np.inf, np.float32)
-    found_rows = np.full((len(rows), k), -1, np.int64)
+    (scores, rows), hits = found, Hits.none(len(found.rows), k)
     if len(rows) == 1:  # for a few dozen results, a loop takes a third of what a dozen calls of NumPy do
         places: dict[int, int] = {}
         for place, row in enumerate(rows[0].tolist()):
             if row >= 0 and row not in places:
                 places[row] = place
         kept = list(places.values())[:k]
-        found_scores[0, : len(kept)], found_rows[0, : len(kept)] = scores[0, kept], rows[0, kept]
-        return found_scores, found_rows
+        hits.scores[0, : len(kept)], hits.rows[0, : len(kept)] = scores[0, kept], rows[0, kept]
+        return hits
     same, tied = rows[:, 1:] == rows[:, :-1], scores[:, 1:] == scores[:, :-1]
     first = rows >= 0
     first[:, 1:] &= ~same
@@ -216,5 +211,5 @@ def first_of_each(
     first &= place < k
     query, column = np.nonzero(first)
     to = place[query, column]
-    found_scores[query, to], found_rows[query, to] = scores[query, column], rows[query, column]
-    return found_scores, found_rows
+    hits.scores[query, to], hits.rows[query, to] = scores[query, column], rows[query, column]
+    return hits

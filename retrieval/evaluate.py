@@ -26,10 +26,11 @@ from retrieval.catalogue import PreparedCatalogue, read_qrels
 from retrieval.embeddings import EmbeddingReader
 from retrieval.engine import Settings
 from retrieval.exact import exact_search
+from retrieval.hits import Hits
 from retrieval.index import ProductIndex
 from retrieval.judgements import Questions, make_questions, rows_of
 from retrieval.latency import measure_latency
-from retrieval.lexical import LEXICAL, Ranked, reciprocal_rank_fusion
+from retrieval.lexical import LEXICAL, reciprocal_rank_fusion
 
 REPORT_VERSION = 1
 DEPTH = 100
@@ -87,7 +88,7 @@ class Evaluation:
     report: dict[str, Any]
     questions: Questions
     found: Mapping[str, NDArray[np.int64]]
-    by_words: Ranked
+    by_words: Hits
 
 
 def evaluate(
@@ -193,10 +194,10 @@ def _search(
     approximate = _served(index, questions, spare, options)
     found = {}
     for task, rows in (("exact", exact.hits.rows), ("ann", approximate)):
-        leave_out = (rows == questions.source[:, None]) & (rows >= 0)
+        kept = (rows != questions.source[:, None]) & (rows >= 0)
         if options.exclude_identical:
-            leave_out |= _twins(questions.source, rows, exact.content)
-        found[task] = _without(Ranked.in_order(rows), leave_out).rows
+            kept &= ~_twins(questions.source, rows, exact.content)
+        found[task] = Hits.in_order(rows).first(kept, DEPTH).rows
     return found, int(twins.any(axis=1).sum())
 
 
@@ -226,18 +227,6 @@ def _twins(source: NDArray[np.int64], rows: NDArray[np.int64], content: NDArray[
     """(Q, K) bool: another product than the one asked, with the same vector."""
     same: NDArray[np.bool_] = content[rows] == content[source][:, None]
     return same & (rows != source[:, None]) & (rows >= 0) & (source[:, None] >= 0)
-
-
-def _without(ranked: Ranked, leave_out: NDArray[np.bool_]) -> Ranked:
-    """DEPTH products of each query without some, moved up."""
-    leave_out = leave_out | (ranked.rows == metrics.NONE)
-    order = np.argsort(leave_out, axis=1, kind="stable")[:, :DEPTH]
-
-    def kept(values: NDArray[Any], padding: float) -> NDArray[Any]:
-        moved = np.take_along_axis(np.where(leave_out, padding, values).astype(values.dtype), order, axis=1)
-        return np.pad(moved, ((0, 0), (0, DEPTH - order.shape[1])), constant_values=padding)
-
-    return Ranked(kept(ranked.rows, metrics.NONE), kept(ranked.scores, -np.inf))
 
 
 def _tasks(questions: Questions, found: Mapping[str, NDArray[np.int64]]) -> dict[str, Any]:
@@ -301,7 +290,7 @@ def _baselines(
     questions: Questions,
     served: NDArray[np.int64],
     options: Options,
-) -> tuple[dict[str, Any], Ranked]:
+) -> tuple[dict[str, Any], Hits]:
     """BM25, TF-IDF and Jaccard on typed texts and on products asked by their title, and BM25 fused with the index.
 
     Args:
@@ -315,7 +304,7 @@ def _baselines(
     Returns:
         Name -> kind -> metrics; and DEPTH products that BM25 found for each query, none where it has no words.
     """
-    by_words = Ranked.in_order(np.full((len(questions.ids), DEPTH), metrics.NONE))
+    by_words = Hits.none(len(questions.ids), DEPTH)
     if catalogue is None or table is None or not options.lexical:
         return {}, by_words
     typed = dict(zip(table.column("query_id").to_pylist(), table.column("text").to_pylist(), strict=True))
@@ -338,12 +327,13 @@ def _baselines(
         for kind, of in asked.items():
             ranked = rank(words[kind], DEPTH + 1)
             in_index = np.where(ranked.rows >= 0, rows[ranked.rows], metrics.NONE)
-            got = _without(ranked._replace(rows=in_index), in_index == questions.source[of][:, None])
+            kept = (in_index != questions.source[of][:, None]) & (in_index >= 0)
+            got = Hits(ranked.scores, in_index).first(kept, DEPTH)
             judged = questions.relevant[of], questions.judged[of], questions.grades[of]
             results[name][kind] = measure(got.rows, *judged)
             if name == "bm25":
-                by_words.rows[of], by_words.scores[of] = got
-                both = reciprocal_rank_fusion([got, Ranked.in_order(served[of])], [options.lexical_weight, 1.0])
+                by_words.scores[of], by_words.rows[of] = got
+                both = reciprocal_rank_fusion([got, Hits.in_order(served[of])], [options.lexical_weight, 1.0])
                 results.setdefault("hybrid", {})[kind] = measure(both, *judged)
     return results, by_words
 

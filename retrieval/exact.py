@@ -11,7 +11,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from retrieval.embeddings import EmbeddingBatch, EmbeddingReader
-from retrieval.index import Hits, ProductIndex
+from retrieval.hits import Hits
+from retrieval.index import ProductIndex
 from retrieval.progress import counted
 from retrieval.storage import ArtefactError
 from retrieval.vectors import content_of

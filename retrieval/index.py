@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -30,6 +30,7 @@ from retrieval.engine import Engine, Settings, is_whole
 from retrieval.filtering.attributes import ATTRIBUTES_FILE, AttributeTable
 from retrieval.filtering.filters import Filter, parse
 from retrieval.filtering.finding import NO_ROWS, Finder, Grouping
+from retrieval.hits import Hits
 from retrieval.storage import ArtefactError, Manifest
 from retrieval.vectors import Metric, checked_metric, checked_queries, checked_vectors
 
@@ -39,25 +40,6 @@ READABLE = (1, 2)
 """Formats that open: the first release's has no versions, and all of FAISS in one file."""
 
 SETTINGS_FILE = "settings.json"
-
-
-class Hits(NamedTuple):
-    """What a search found, best first.
-
-    Attributes:
-        scores: (Q, K) float32, descending; -inf where fewer than K were found.
-        rows: (Q, K) int64 row numbers, -1 where fewer than K were found.
-    """
-
-    scores: NDArray[np.float32]
-    rows: NDArray[np.int64]
-
-    def without(self, row: int, k: int) -> Hits:
-        """The first k hits other than one product."""
-        order = np.argsort(self.rows == row, axis=1, kind="stable")[:, :k]
-        rows = np.take_along_axis(self.rows, order, axis=1)
-        scores = np.take_along_axis(self.scores, order, axis=1)
-        return Hits(np.where(rows == row, np.float32(-np.inf), scores), np.where(rows == row, -1, rows))
 
 
 class ProductIndex:
@@ -214,18 +196,10 @@ class ProductIndex:
             settings = self.resolve(nprobe, k_factor, recall=recall, kind=kind)
         settings = settings.checked(self.engine.lists)
         if filter is None and one_per is None and not len(without):
-            return Hits(*self.engine.search(queries, k, settings))
+            return self.engine.search(queries, k, settings)
         chosen = parse(filter) if isinstance(filter, str) else filter
-        return Hits(
-            *self._finder.search(
-                queries,
-                k,
-                settings,
-                filter=chosen,
-                without=without,
-                without_groups=without_groups,
-                one_per=one_per,
-            )
+        return self._finder.search(
+            queries, k, settings, filter=chosen, without=without, without_groups=without_groups, one_per=one_per
         )
 
     def count(self, filter: Filter | str) -> int:

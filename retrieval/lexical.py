@@ -9,13 +9,13 @@ import logging
 import re
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
 
 import bm25s
 import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
+from retrieval.hits import Hits
 from retrieval.metrics import NONE
 
 logging.getLogger("bm25s").setLevel(logging.WARNING)  # it asks for debugging
@@ -25,36 +25,7 @@ _WORDS = re.compile(rf"[{_HAN_AND_KANA}]+|[^\W_{_HAN_AND_KANA}]+")
 _UNSPACED = re.compile(f"[{_HAN_AND_KANA}]")
 
 
-class Ranked(NamedTuple):
-    """What Q searches found.
-
-    Attributes:
-        rows: (Q, K) int64, best first, -1 padded.
-        scores: (Q, K) float64, descending; of the padding -inf.
-    """
-
-    rows: NDArray[np.int64]
-    scores: NDArray[np.float64]
-
-    @classmethod
-    def in_order(cls, rows: NDArray[np.int64]) -> Ranked:
-        """(Q, K) rows of which nothing but the order is known: no two score alike."""
-        return cls(rows, np.where(rows == NONE, -np.inf, -np.arange(rows.shape[1], dtype=np.float64)))
-
-    def at(self, queries: NDArray[np.int64]) -> Ranked:
-        """Those of some queries."""
-        return Ranked(self.rows[queries], self.scores[queries])
-
-    def ranks(self) -> NDArray[np.float64]:
-        """(Q, K) from 1; equal scores share the mean of their ranks: 1, 2.5, 2.5, 4."""
-        first = np.ones(self.rows.shape, bool)
-        first[:, 1:] = self.scores[:, 1:] != self.scores[:, :-1]
-        group = first.cumsum().reshape(first.shape) - 1  # of equal scores, counted through all queries
-        place = np.broadcast_to(np.arange(1.0, first.shape[1] + 1), first.shape)
-        return (np.bincount(group.ravel(), place.ravel()) / np.bincount(group.ravel()))[group]
-
-
-Ranking = Callable[[Sequence[str], int], Ranked]
+Ranking = Callable[[Sequence[str], int], Hits]
 """(Q texts, k) -> the k nearest of the texts it was made from; equal scores by row."""
 
 
@@ -74,7 +45,7 @@ def bm25(texts: Sequence[str]) -> Ranking:
     """Okapi BM25 in Lucene's form (k1 1.5, b 0.75), by the bm25s library."""
     tokens = [tokenize(text) for text in texts]
     if not any(tokens):
-        return lambda queries, k: Ranked.in_order(np.full((len(queries), k), NONE))
+        return lambda queries, k: Hits.none(len(queries), k)
     model = bm25s.BM25(method="lucene")
     model.index(tokens, show_progress=False)
     known = set(model.vocab_dict)
@@ -134,7 +105,7 @@ LEXICAL: dict[str, Callable[[Sequence[str]], Ranking]] = {"bm25": bm25, "tfidf":
 
 
 def reciprocal_rank_fusion(
-    rankings: Sequence[Ranked], weights: Sequence[float] | None = None, constant: int = 60
+    rankings: Sequence[Hits], weights: Sequence[float] | None = None, constant: int = 60
 ) -> NDArray[np.int64]:
     """One ranking of several: what stands at rank r in one of them has 1 / (constant + r) points (SIGIR 2009, Cormack).
 
@@ -188,9 +159,9 @@ def _rows(matrix: sp.csr_array) -> Iterator[tuple[NDArray[np.int64], NDArray[np.
         yield matrix.indices[start:stop].astype(np.int64), matrix.data[start:stop]
 
 
-def _best(found: Iterator[tuple[NDArray[np.int64], NDArray[np.float64]]], num_queries: int, k: int) -> Ranked:
-    best = Ranked(np.full((num_queries, k), NONE), np.full((num_queries, k), -np.inf))
+def _best(found: Iterator[tuple[NDArray[np.int64], NDArray[np.float64]]], num_queries: int, k: int) -> Hits:
+    best = Hits.none(num_queries, k)
     for query, (rows, scores) in enumerate(found):
         order = np.lexsort((rows, -scores))[:k]
-        best.rows[query, : len(order)], best.scores[query, : len(order)] = rows[order], scores[order]
+        best.scores[query, : len(order)], best.rows[query, : len(order)] = scores[order], rows[order]
     return best

@@ -16,7 +16,8 @@ from rich.text import Text
 from retrieval import storage
 from retrieval.building.factory import parse_mapped
 from retrieval.catalogue import Card, PreparedCatalogue
-from retrieval.index import Hits, ProductIndex, Settings
+from retrieval.hits import Hits
+from retrieval.index import ProductIndex, Settings
 from retrieval.pages import Hit, Section, facts_of, write_sheet
 from retrieval.storage import ArtefactError, Manifest
 from retrieval.update import UpdateReport

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retrieval.distinct import one_each, with_relatives, without_rows
+from retrieval.hits import Hits
 
 
 class Exact:
@@ -21,7 +22,7 @@ class Exact:
         order = np.pad(order, ((0, 0), (0, max(0, k - order.shape[1]))), constant_values=0)[:, :k]
         best = np.take_along_axis(scores, order, axis=1)
         best[:, len(self.vectors) :] = -np.inf
-        return best, np.where(np.isfinite(best), order, -1)
+        return Hits(best, np.where(np.isfinite(best), order, -1))
 
     def search(self, queries, k):
         return self.among(queries, k, np.ones(len(self.vectors), bool))

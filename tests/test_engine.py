@@ -8,6 +8,7 @@ from retrieval import engine as engine_module
 from retrieval.build import Recipe, build_index
 from retrieval.embeddings import EmbeddingReader, EmbeddingWriter
 from retrieval.engine import Engine, Settings, first_of_each, lists_of
+from retrieval.hits import Hits
 from retrieval.index import ProductIndex
 from retrieval.storage import ArtefactError
 
@@ -41,17 +42,17 @@ def build(tmp_path_factory):
 def test_the_first_of_each_by_hand():
     rows = np.array([[5, 3, 5, 7, 3, 9], [1, 1, -1, -1, -1, -1], [2, 4, 6, 8, 0, 1]])
     scores = np.array([[6, 5, 4, 3, 2, 1]] * 3, np.float32)
-    first, found = first_of_each(scores, rows, 3, beside=False)
+    first, found = first_of_each(Hits(scores, rows), 3, beside=False)
     assert found.tolist() == [[5, 3, 7], [1, -1, -1], [2, 4, 6]]
     assert first[0].tolist() == [6, 5, 3] and first[1, 0] == 6 and first[2].tolist() == [6, 5, 4]
-    every = first_of_each(scores, rows, 6, beside=False)[1].tolist()
+    every = first_of_each(Hits(scores, rows), 6, beside=False)[1].tolist()
     assert every == [[5, 3, 7, 9, -1, -1], [1, *[-1] * 5], [2, 4, 6, 8, 0, 1]]
 
 
 @given(st.lists(st.lists(st.integers(-1, 6), min_size=8, max_size=8), min_size=1, max_size=5), st.integers(1, 8))
 def test_the_first_of_each_keeps_order_and_pads(rows, k):
     scores = np.tile(np.arange(8, 0, -1, dtype=np.float32), (len(rows), 1))
-    first, found = first_of_each(scores, np.array(rows), k, beside=False)
+    first, found = first_of_each(Hits(scores, np.array(rows)), k, beside=False)
     for given_rows, got, its_scores in zip(rows, found.tolist(), first.tolist(), strict=True):
         distinct = list(dict.fromkeys(row for row in given_rows if row >= 0))[:k]
         assert [row for row in got if row >= 0] == distinct
@@ -68,7 +69,7 @@ def test_rows_that_score_the_same_wherever_they_are_found_are_told_apart_by_a_sh
     rows = np.array([[*sorted(rows, key=lambda row: -score_of[row]), -1, -1]])
     scores = np.array([[score_of[row] if row >= 0 else -9 for row in rows[0]]], np.float32)
     for k in (1, 3, rows.shape[1]):
-        short, general = (first_of_each(scores, rows, k, beside=beside) for beside in (True, False))
+        short, general = (first_of_each(Hits(scores, rows), k, beside=beside) for beside in (True, False))
         assert np.array_equal(short[0], general[0]) and np.array_equal(short[1], general[1])
 
 

@@ -14,9 +14,10 @@ from retrieval.catalogue import Card, PreparedCatalogue, read_qrels
 from retrieval.embeddings import EmbeddingReader, EmbeddingWriter
 from retrieval.evaluate import CUTS, Options, compare, evaluate, failed_gates, measure
 from retrieval.exact import exact_search
+from retrieval.hits import Hits
 from retrieval.index import ProductIndex
 from retrieval.judgements import make_questions
-from retrieval.lexical import Ranked, reciprocal_rank_fusion
+from retrieval.lexical import reciprocal_rank_fusion
 from retrieval.pages import Hit, Section, data_url, facts_of, shown, write_sheet
 from retrieval.storage import ArtefactError
 from tests.catalogues import write_catalogue
@@ -225,7 +226,7 @@ def test_what_words_find_is_kept_for_other_weights(folders):
     for kind in questions.all_kinds:
         of = questions.of_kind(kind)
         if kind in ("text", "product:text"):
-            both = reciprocal_rank_fusion([by_words.at(of), Ranked.in_order(served[of])], [3, 1])
+            both = reciprocal_rank_fusion([by_words.of(of), Hits.in_order(served[of])], [3, 1])
             judged = questions.relevant[of], questions.judged[of], questions.grades[of]
             assert measure(both, *judged) == again.report["baselines"]["hybrid"][kind]
         else:

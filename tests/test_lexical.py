@@ -4,7 +4,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from retrieval.lexical import LEXICAL, Ranked, bm25, jaccard, reciprocal_rank_fusion, tf_idf, tokenize
+from retrieval.hits import Hits
+from retrieval.lexical import LEXICAL, bm25, jaccard, reciprocal_rank_fusion, tf_idf, tokenize
 
 TEXTS = ["Red shoe", "red red hat", "blue hat", "", "女士连衣裙 red", "連衣裙 blue"]
 
@@ -19,7 +20,7 @@ def test_tokens_of_english_and_chinese():
 @pytest.mark.parametrize("name", LEXICAL)
 def test_products_without_a_word_of_the_query_are_not_found(name):
     rank = LEXICAL[name](TEXTS)
-    rows, scores = rank(["hat", "連衣裙", "green", "", "RED red shoe"], 6)
+    scores, rows = rank(["hat", "連衣裙", "green", "", "RED red shoe"], 6)
     assert sorted(rows[0][rows[0] >= 0]) == [1, 2]
     assert rows[1][0] == 5 and 4 in rows[1]  # shared characters
     assert (rows[2] == -1).all() and (rows[3] == -1).all()
@@ -94,12 +95,7 @@ def test_rankings_equal_the_definitions(make, score):
 
 
 def in_order(*rows):
-    return Ranked.in_order(np.array(rows))
-
-
-def test_equal_scores_of_different_queries_share_no_rank():
-    found = Ranked(np.array([[3, 5, -1], [5, 3, 1]]), np.array([[2.0, 1.0, -np.inf], [1.0, 1.0, 1.0]]))
-    assert found.ranks().tolist() == [[1, 2, 3], [2, 2, 2]]
+    return Hits.in_order(np.array(rows))
 
 
 def test_rank_fusion_by_hand():
@@ -117,7 +113,7 @@ def test_a_ranking_of_little_weight_only_adds_what_the_other_lacks():
 
 def test_where_words_cannot_tell_products_apart_the_other_ranking_does_whatever_its_weight():
     """Rows 4 and 6 share rank 2.5 of the words; the index puts 6 before 4, and 8, which words put last, first."""
-    words = Ranked(np.array([[2, 4, 6, 8]]), np.array([[3.0, 1.0, 1.0, 0.5]]))
+    words = Hits(np.array([[3.0, 1.0, 1.0, 0.5]], np.float32), np.array([[2, 4, 6, 8]]))
     assert words.ranks().tolist() == [[1, 2.5, 2.5, 4]]
     assert reciprocal_rank_fusion([words, in_order([8, 6, 4, 2])], [1000.0, 1.0]).tolist() == [[2, 6, 4, 8]]
     assert reciprocal_rank_fusion([words, in_order([8, 6, 4, 2])], [0.001, 1.0]).tolist() == [[8, 6, 4, 2]]

@@ -11,7 +11,8 @@ from retrieval.distinct import one_each, with_relatives, without_rows
 from retrieval.engine import Engine, Settings
 from retrieval.filtering.attributes import AttributeTable
 from retrieval.filtering.filters import Filter
-from retrieval.filtering.selection import Found, Mask, Rows, Selection, SelectiveSearch, Vectors
+from retrieval.filtering.selection import Mask, Rows, Selection, SelectiveSearch, Vectors
+from retrieval.hits import Hits
 
 Grouping = Literal["group", "family"]
 
@@ -51,7 +52,7 @@ class Finder:
         without: Rows = NO_ROWS,
         without_groups: bool = False,
         one_per: Grouping | None = None,
-    ) -> Found:
+    ) -> Hits:
         """The nearest rows of those that may be found.
 
         Args:
@@ -64,7 +65,7 @@ class Finder:
             one_per: find at most one row of each group or family.
 
         Returns:
-            (Q, k) float32 scores, descending, and (Q, k) int64 rows; -inf and -1 only where there are no more.
+            (Q, k); fewer were found only where there are no more.
 
         Raises:
             ValueError: an index without the attributes that this takes, or what `Filter.check` refuses.
@@ -75,16 +76,16 @@ class Finder:
         if len(without) > FEW_LEFT_OUT:
             selection, without = self._without(selection, without), NO_ROWS
 
-        def some(queries: Vectors, k: int, among: Selection = selection) -> Found:
+        def some(queries: Vectors, k: int, among: Selection = selection) -> Hits:
             return self._search.search(queries, k, settings, among)
 
-        def others(queries: Vectors, k: int) -> Found:
+        def others(queries: Vectors, k: int) -> Hits:
             return without_rows(some, queries, k, without) if len(without) else some(queries, k)
 
         if one_per is None:
             return others(queries, k)
 
-        def unseen(queries: Vectors, k: int, seen: Mask) -> Found:
+        def unseen(queries: Vectors, k: int, seen: Mask) -> Hits:
             return some(queries, k, self._without(selection, np.append(np.flatnonzero(seen), without)))
 
         return one_each(others, unseen, queries, k, self._codes(one_per))

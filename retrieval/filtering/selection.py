@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from retrieval.building.mapped import make
 from retrieval.engine import DUPLICATES, FEWEST, Engine, Settings, first_of_each
 from retrieval.filtering.selected_lists import Lists, SelectedLists, lists_of_rows
+from retrieval.hits import Hits
 
 FEW_BYTES = 3 << 20
 """Vectors for re-ranking up to which all are compared: a quarter of a millisecond's work. They are copied and kept."""
@@ -39,7 +40,6 @@ CACHED = 8
 Vectors = NDArray[np.float32]
 Rows = NDArray[np.int64]
 Mask = NDArray[np.bool_]
-Found = tuple[Vectors, Rows]
 
 
 class Selection:
@@ -123,7 +123,7 @@ class SelectiveSearch:
                 self._kept.popitem(last=False)
         return selection
 
-    def search(self, queries: Vectors, k: int, settings: Settings, selection: Selection) -> Found:
+    def search(self, queries: Vectors, k: int, settings: Settings, selection: Selection) -> Hits:
         """The nearest of the selected rows: min(k, selected) for every query.
 
         Args:
@@ -133,31 +133,31 @@ class SelectiveSearch:
             selection: the rows that may be found.
 
         Returns:
-            (Q, k) float32 scores, descending, and (Q, k) int64 rows; -inf and -1 where fewer are selected.
+            (Q, k); fewer were found only where fewer are selected.
 
         Raises:
             ValueError: the index keeps neither lists nor vectors to compare.
         """
-        scores = np.full((len(queries), k), -np.inf, np.float32)
-        rows = np.full((len(queries), k), -1, np.int64)
+        hits = Hits.none(len(queries), k)
         wanted = min(k, selection.count)
         if not wanted or not len(queries):
-            return scores, rows
+            return hits
         width = self._width(wanted, settings, selection)
         held = max(4 * self.engine.index.d * width, 16 * (self.engine.lists or 0))  # vectors or lists of a query
         block = max(1, BLOCK_BYTES // held)
         for start in range(0, len(queries), block):
             part = slice(start, start + block)
-            scores[part, :wanted], rows[part, :wanted] = self._search(queries[part], wanted, width, settings, selection)
-        return scores, rows
+            found = self._search(queries[part], wanted, width, settings, selection)
+            hits.scores[part, :wanted], hits.rows[part, :wanted] = found
+        return hits
 
-    def _search(self, queries: Vectors, k: int, width: int, settings: Settings, selection: Selection) -> Found:
+    def _search(self, queries: Vectors, k: int, width: int, settings: Settings, selection: Selection) -> Hits:
         """(Q, k) of a block of queries, k at most the number of selected rows."""
         engine = self.engine
         if self._is_small(selection):
             part, among = selection.gathered
             scores, places = part.search(queries, k)
-            return scores, among[places]
+            return Hits(scores, among[places])
         if engine.ivf is None:
             return self._compare_all(queries, k, selection)
         asked = _transformed(engine.index, queries)
@@ -170,7 +170,7 @@ class SelectiveSearch:
             )
         if (lacking := rows[:, -1] < 0).any() and engine.fine is not None:
             scores[lacking], rows[lacking] = self._compare_all(queries[lacking], k, selection)
-        return scores, rows
+        return Hits(scores, rows)
 
     def _is_small(self, selection: Selection) -> bool:
         """Whether all rows are compared; without finer vectors there is no quick way to them."""
@@ -186,7 +186,7 @@ class SelectiveSearch:
             width *= 2 if engine.fine is None else DUPLICATES
         return int(np.ceil(width))
 
-    def _scan(self, queries: Vectors, asked: Vectors, k: int, width: int, selection: Selection, lists: Lists) -> Found:
+    def _scan(self, queries: Vectors, asked: Vectors, k: int, width: int, selection: Selection, lists: Lists) -> Hits:
         """The best of the rows in some lists: candidates by their codes, then ranked by finer vectors.
 
         Args:
@@ -210,10 +210,10 @@ class SelectiveSearch:
             scores, rows = np.take_along_axis(scores, order, axis=1), np.take_along_axis(rows, order, axis=1)
         scores[rows < 0] = -np.inf
         if engine.spill:
-            return first_of_each(scores, rows, k, beside=engine.fine is not None)
-        return scores[:, :k], rows[:, :k]
+            return first_of_each(Hits(scores, rows), k, beside=engine.fine is not None)
+        return Hits(scores[:, :k], rows[:, :k])
 
-    def _compare_all(self, queries: Vectors, k: int, selection: Selection) -> Found:
+    def _compare_all(self, queries: Vectors, k: int, selection: Selection) -> Hits:
         """Compare with every selected row, in blocks."""
         best = faiss.ResultHeap(len(queries), k, keep_max=True)
         rows = np.flatnonzero(selection.mask)
@@ -223,7 +223,7 @@ class SelectiveSearch:
             scores, places = part_of(self.engine, some).search(queries, min(k, len(some)))
             best.add_result(scores, some[places])
         best.finalize()
-        return best.D, best.I
+        return Hits(best.D, best.I)
 
     @cached_property
     def _lists_of(self) -> NDArray[Any]:
