@@ -145,6 +145,8 @@ class Batch(NamedTuple):
         judged: (B, J) int64 `product` keys of what is judged to answer each query, padded with -1: so a product that
             answers several queries is pushed away by none of them. None = no judgements.
         grades: (B, J) float32 weights of these judgements, 0 where padded; None = no judgements.
+        query_present: (B,) bool, the queries that have what is compared; None = all. Others are compared with nothing.
+        product_present: (P,) bool, likewise.
     """
 
     query: Items
@@ -156,6 +158,8 @@ class Batch(NamedTuple):
     frequency: Tensor | None = None
     judged: Tensor | None = None
     grades: Tensor | None = None
+    query_present: Tensor | None = None
+    product_present: Tensor | None = None
 
 
 class NumberedItems(NamedTuple):

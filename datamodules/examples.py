@@ -70,6 +70,7 @@ def pair_examples(
     *,
     power: float = 1.0,
     labelled: bool = False,
+    equals: bool = False,
 ) -> ExampleRows:
     """The judgements whose both ends are of this split; weights are (relevance / highest relevance) to a power.
 
@@ -82,6 +83,7 @@ def pair_examples(
         seed: of the draw.
         power: 1 weighs by relevance, 0 takes all judgements alike, 2 sets the best ones apart.
         labelled: the examples have labels, which are their weights, and those of relevance 0 are among them.
+        equals: keep all products that are as relevant as the last one of `max_per_query`: they answer no less.
     """
     product_ids, query_ids = products.column("product_id"), queries.column("query_id")
     product = index_in(qrels["product_id"], product_ids)
@@ -94,7 +96,13 @@ def pair_examples(
     keep &= of_split[product] & is_split(queries, split)[query]
     keep &= np.where(source >= 0, of_split[source], True) & (source != product)
     if max_per_query is not None:
-        keep &= rank_in_query(query, np.where(keep, relevance, -1), seed) < max_per_query
+        rank = rank_in_query(query, np.where(keep, relevance, -1), seed)
+        if equals:
+            _, alike = np.unique(np.stack([query, relevance], 1), axis=0, return_inverse=True)
+            best = np.full(len(rank), len(rank))
+            np.minimum.at(best, alike[keep], rank[keep])
+            rank = best[alike]
+        keep &= rank < max_per_query
     weight = np.where(relevance > 0, (relevance / max(float(relevance.max(initial=0.0)), 1e-9)) ** power, 0.0)
     weight = weight.astype(np.float32)
     return ExampleRows(
@@ -258,21 +266,18 @@ class TrainingBatches(Dataset[Batch]):
         """The extra products of a batch."""
         if draw.negatives is None:
             return []
-        rows = [
-            draw.negatives.of(
-                int(self.rows.product[number]),
-                np.random.default_rng((self.seed, draw.epoch, int(number), 2)),
-                self.rows.product,
-            )
-            for number in draw.examples
-        ]
-        return [self.answer(int(row)) for row in np.concatenate(rows)]
+        found: list[Answer] = []
+        for number in draw.examples:
+            rng = np.random.default_rng((self.seed, draw.epoch, int(number), 2))
+            rows = draw.negatives.of(int(self.rows.product[number]), rng, self.rows.product)
+            found += [self.answer(int(row), rng) for row in rows]
+        return found
 
-    def answer(self, row: int) -> Answer:
-        """A product as it stands among the answers of a batch."""
+    def answer(self, row: int, rng: np.random.Generator) -> Answer:
+        """A product as it stands among the answers of a batch: a view, or one could tell by its completeness."""
         product = self.products.row(row)
         item = self.preprocess.product.readable(product_item(product))
-        return Answer(item, product_keys(product), float(self.frequency[row]))
+        return Answer(self.views(item, rng), product_keys(product), float(self.frequency[row]))
 
     def example(self, epoch: int, number: int) -> Example:
         """Example `number` as it looks in this epoch."""
@@ -343,17 +348,20 @@ def collate(
     answers = [Answer(example.product, example.product_keys, example.frequency) for example in examples]
     answers += negatives
     if rngs is not None:  # a negative is varied with the example that it stands for
-        rngs = [rngs[number * len(examples) // len(answers)] for number in range(len(answers))]
+        rngs = [*rngs, *(rngs[number * len(examples) // len(negatives)] for number in range(len(negatives)))]
     product = preprocess.product([answer.item for answer in answers], rngs)
-    known = query.present.any(1) & product.present[: len(examples)].any(1)  # a pair of nothing teaches nothing
+    asks, found = query.present.any(1), product.present.any(1)
+    known = asks & found[: len(examples)]  # a pair of nothing teaches nothing
     return Batch(
         query=query,
         product=product,
         query_keys=torch.tensor([example.query_keys for example in examples]),
         product_keys=torch.tensor([answer.keys for answer in answers]),
         weight=torch.tensor([example.weight for example in examples]) * known,
-        label=None if all(math.isnan(label) for label in labels) else torch.tensor(labels),
+        label=None if all(map(math.isnan, labels)) else torch.tensor(labels).masked_fill(~known, torch.nan),
         frequency=torch.tensor([answer.frequency for answer in answers]),
         judged=torch.tensor([example.judged for example in examples]) if examples[0].judged else None,
         grades=torch.tensor([example.grades for example in examples]) if examples[0].judged else None,
+        query_present=asks,
+        product_present=found,
     )

@@ -52,6 +52,7 @@ class ProductDataModule(L.LightningDataModule):
             together what is alike by its attributes: the more they weigh, the less sets one product apart.
         relevance_power: weight of a judgement: (relevance / highest relevance) to this power; 0 weighs all alike.
         max_pairs_per_query: judged products of a query that are trained on, the most relevant first; null takes all.
+            Others that are no less relevant are answers all the same, and less relevant ones are not.
         mates: whose views may ask for a product: `group` (the same thing), `family` (variants too), or `none`.
         mate_share: chance, 0 to 1, that a product is asked for by a mate's view and not its own.
         one_per_mates: examples of `catalogue` ask for one product of each group or family alone, the first one; so no
@@ -156,23 +157,38 @@ class ProductDataModule(L.LightningDataModule):
                 self.facets = facet_queries(self.products, self.train_rows, self.schema, self.seed, self.facet_weight)
                 logger.info("%d typed queries of facets", len(self.facets))
                 parts += [self.facets.examples(self._asked.first_facets, times, self.seed)]
-            elif self.queries is not None and self.qrels is not None:
-                pairs = pair_examples(
-                    self.qrels,
-                    self.products,
-                    self.queries,
-                    "train",
-                    self.max_pairs_per_query,
-                    self.seed,
-                    power=self.relevance_power,
-                    labelled=source == "labels",
-                )
-                parts += [pairs] * times
+            else:
+                parts += [self._pairs(labelled=source == "labels")] * times
         if not sum(map(len, parts)):
             raise ValueError(
                 f"No training examples: {self.catalogue} has {len(self.train_rows)} products of the train split, and "
                 f"data.sources={list(self.sources)}."
             )
+        return ExampleRows.join(parts)
+
+    def _pairs(self, *, labelled: bool, equals: bool = False) -> ExampleRows:
+        """The judgements of the train split, as `pair_examples` chooses them."""
+        if self.queries is None or self.qrels is None:
+            return catalogue_examples(np.empty(0, np.int64))
+        return pair_examples(
+            self.qrels,
+            self.products,
+            self.queries,
+            "train",
+            self.max_pairs_per_query,
+            self.seed,
+            power=self.relevance_power,
+            labelled=labelled,
+            equals=equals,
+        )
+
+    def _answers(self) -> ExampleRows:
+        """All that is known to answer queries: the examples, what a cut of theirs left out, and all typed facets."""
+        parts = [self.rows]
+        if self.max_pairs_per_query is not None and {"pairs", "labels"} & self.sources.keys():
+            parts.append(self._pairs(labelled=False, equals=True))
+        if len(self.facets):
+            parts.append(self.facets.pairs(self._asked.first_facets))
         return ExampleRows.join(parts)
 
     @property
@@ -201,7 +217,6 @@ class ProductDataModule(L.LightningDataModule):
         )
         mates = Mates(self.products, self.mates, self.train_rows)
         asked = self._asked
-        judged = ExampleRows.join([self.rows, self.facets.pairs(asked.first_facets)]) if len(self.facets) else None
         batches = TrainingBatches(
             self.products,
             asked,
@@ -211,7 +226,7 @@ class ProductDataModule(L.LightningDataModule):
             self.views,
             self._preprocess,
             self.seed,
-            judged=judged,
+            judged=self._answers(),
             first_facets=asked.first_facets,
         )
         return self._loader(batches, self._stream)

@@ -85,11 +85,13 @@ def test_a_step_sums_up_what_is_compared_by_hand() -> None:
     batch = make_batch(model.product)
     query, product = model.query(batch.query), model.product(batch.product)
     plain = InfoNCE()
-    both = (batch.query.present[:, 0] & batch.product.present[:, 1]).float()
+    texts, images = batch.query.present[:, 0], batch.product.present[:, 1]
+    both = (texts & images).float()
+    there = batch._replace(weight=batch.weight * both, query_present=texts, product_present=images)
     expected = (
         plain(query.embedding, product.embedding, batch)
         + 0.5 * plain(query.part, product.embedding, batch)
-        + 0.2 * plain(query.alone[:, 0], product.alone[:, 1], batch._replace(weight=batch.weight * both))
+        + 0.2 * plain(query.alone[:, 0], product.alone[:, 1], there)
         + 0.1 * CoSENT()(query.embedding, product.embedding, batch)
     )
     torch.testing.assert_close(model.training_step(batch, 0), expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,6 +31,7 @@ from datamodules.preprocess import ItemPreprocess, Preprocess, part_of, stable_h
 from datamodules.stream import Draw
 from datamodules.views import Views
 from towers.text import HashedWords, Template, TextPreprocess
+from towers.words import NgramPreprocess
 
 PRODUCTS = [  # id, group, family, split
     ("p0", "g0", "f0", "train"),
@@ -88,6 +90,21 @@ def test_pairs_have_both_ends_in_the_split_and_scaled_weights(tables: tuple[Tabl
 def test_a_query_whose_source_is_gone_is_a_query_of_its_own(tables: tuple[Table, Table]) -> None:
     rows = pair_examples(judgements(("q4", "p0", 1.0)), *tables, "train")
     assert (rows.product.tolist(), rows.query.tolist(), rows.source.tolist()) == ([0], [4], [ITSELF])
+
+
+@pytest.mark.parametrize(("cut", "kept"), [(1, {0, 1, 2}), (2, {0, 1, 2}), (3, {0, 1, 2}), (4, {0, 1, 2, 3, 5})])
+def test_a_cut_leaves_products_that_are_no_less_relevant_among_the_answers(
+    tables: tuple[Table, Table], cut: int, kept: set[int]
+) -> None:
+    """p0, p1 and p2 of grade 3, p3 and p5 of grade 1: any cut among equals is drawn at random."""
+    said = [("q0", f"p{row}", grade) for row, grade in ((0, 3.0), (1, 3.0), (2, 3.0), (3, 1.0), (5, 1.0), (4, 3.0))]
+    qrels = judgements(*said, ("q4", "p6", 1.0))
+    shown = pair_examples(qrels, *tables, "train", cut)
+    answers = pair_examples(qrels, *tables, "train", cut, equals=True)
+    of_q0 = shown.product[shown.query == 0]
+    assert len(of_q0) == cut and set(of_q0) <= kept
+    assert set(answers.product[answers.query == 0]) == kept
+    assert set(answers.product[answers.query == 4]) == {6}
 
 
 def test_no_judgements_are_no_examples(tables: tuple[Table, Table]) -> None:
@@ -249,6 +266,32 @@ def test_a_batch_holds_its_negatives_behind_its_answers(tables: tuple[Table, Tab
     assert batch.product_keys[:, PRODUCT].tolist() == ids
     assert (len(batch.query_keys), len(batch.weight), len(batch.product.present)) == (2, 2, 4)
     torch.testing.assert_close(batch.frequency, torch.tensor([2 / 3, 4 / 3, 0.0, 0.0]))  # 3 examples of 2 products
+
+
+def test_slices_of_a_batch_hold_what_the_whole_holds_whatever_negatives_it_has(
+    tables: tuple[Table, Table], tmp_path: Path
+) -> None:
+    """As two processes draw them: the same views and the same parts of answers and negatives."""
+    np.save(tmp_path / "mined.npy", np.array([[5, 3], [6, 2], [6, 1], [-1, -1], [0, 2], [1, 4], [0, 1]], np.int32))
+    mined = Negatives(tmp_path / "mined.npy", 3, 0.5)
+    data = batches(tables, catalogue_examples(np.arange(7)), 0.5, Views(0.5, 0.5))
+    sides = data.preprocess.query, data.preprocess.product
+    data.preprocess = Preprocess(*(replace(side, words=NgramPreprocess(Template(None), 1, 64, False)) for side in sides))
+    rows = np.array([3, 0, 6, 1])
+    whole, *halves = (data[Draw(2, part, mined)].product for part in (rows, rows[:2], rows[2:]))
+    answers, extra = slice(2), slice(2, None)
+    for name in ("present", "part"):
+        parts = [getattr(half, name)[of] for of in (answers, extra) for half in halves]
+        assert torch.equal(getattr(whole, name), torch.cat(parts))
+    alone = data[Draw(2, rows)].product
+    assert torch.equal(whole.part[:4], alone.part)
+    assert (whole.part.sum(1) < whole.present.sum(1)).any()
+
+
+def test_negatives_lose_facts_as_answers_do(tables: tuple[Table, Table]) -> None:
+    data = batches(tables, catalogue_examples(np.arange(7)), 0.0, Views(0, 1.0))
+    assert len(product_item(tables[0].row(0)).text) > 1
+    assert len(data.answer(0, np.random.default_rng(0)).item.text) == 1
 
 
 @pytest.mark.parametrize("there", [[True, True, True], [True, False, True]])

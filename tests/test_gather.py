@@ -109,7 +109,7 @@ def test_loss_and_gradients_of_two_processes_are_those_of_one(two_processes: lis
         torch.testing.assert_close(found, value, atol=1e-6, rtol=1e-6)
         assert found_gradients.keys() == gradients.keys()
         for key, gradient in gradients.items():
-            torch.testing.assert_close(found_gradients[key], gradient, atol=1e-6, rtol=1e-5)
+            torch.testing.assert_close(found_gradients[key], gradient, atol=5e-6, rtol=1e-5)
 
 
 def test_rows_are_gathered_in_the_order_of_the_ranks_with_gradient(two_processes: list[dict]) -> None:

@@ -46,6 +46,12 @@ def test_what_is_remembered_is_a_moving_average_by_hand() -> None:
     assert value == pytest.approx(sum(ratios) / 4, rel=1e-5)
 
 
+def test_a_row_that_stands_for_nothing_is_not_remembered() -> None:
+    loss, some = GlobalInfoNCE(), keys(3, product=[1, 2, 3])
+    value = loss(unit(3), unit(3), make_batch(some, absent=({1}, set())))
+    assert loss.last.isfinite().sum().item() == 4 and value.isfinite()
+
+
 def test_small_batches_come_nearer_to_the_gradient_of_the_whole_with_memory() -> None:
     """Mean gradients of batches of 4 out of 64 at the same weights, once the memory is filled."""
     torch.manual_seed(0)

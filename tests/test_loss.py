@@ -33,14 +33,19 @@ def make_batch(
     product_keys: Tensor | None = None,
     weight: list[float] | None = None,
     judged: list[list[tuple[int, float]]] | None = None,
+    absent: tuple[set[int], set[int]] = (set(), set()),
 ) -> Batch:
-    """`judged`: for each query, product keys and weights; as many for each."""
+    """`judged`: for each query, product keys and weights; as many for each. `absent`: queries and products."""
     product_keys = query_keys if product_keys is None else product_keys
     weights = torch.ones(len(query_keys)) if weight is None else torch.tensor(weight)
     frequency = torch.arange(1, len(product_keys) + 1) / 2
     said = None if judged is None else torch.tensor(judged, dtype=torch.float32).view(len(query_keys), -1, 2)
     lists = {} if said is None else {"judged": said[..., 0].long(), "grades": said[..., 1].contiguous()}
-    return Batch(NOTHING, NOTHING, query_keys, product_keys, weights, frequency=frequency, **lists)
+    asks = torch.tensor([i not in absent[0] for i in range(len(query_keys))])
+    found = torch.tensor([i not in absent[1] for i in range(len(product_keys))])
+    weights = weights * asks * found[: len(weights)]
+    present = {"query_present": asks, "product_present": found}
+    return Batch(NOTHING, NOTHING, query_keys, product_keys, weights, frequency=frequency, **lists, **present)
 
 
 def unit(rows: int, dim: int = 5, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -51,7 +56,8 @@ def reference(loss: ContrastiveLoss, query: Tensor, product: Tensor, batch: Batc
     """The loss by loops over pairs, in float64."""
     query, product = query.double(), product.double()
     scale = min(math.exp(loss.logit_scale.item()), math.exp(loss.max_logit_scale))
-    total_weight = batch.weight.double().sum().item()
+    total_weight = max(batch.weight.double().sum().item(), 1e-9)
+    there = {"query": batch.query_present.tolist(), "product": batch.product_present.tolist()}
 
     said: dict[tuple[int, int], float] = {}  # query and product rows that are judged
     for i, answers in enumerate(() if batch.judged is None else batch.judged.tolist()):
@@ -67,19 +73,26 @@ def reference(loss: ContrastiveLoss, query: Tensor, product: Tensor, batch: Batc
             return judged * loss.positives["query"]
         return None if not weight and any(equal[name] for name in loss.ignored) else weight
 
-    def direction(rows: int, columns: tuple[Tensor, Tensor, Tensor], own: tuple[Tensor, Tensor, Tensor]) -> float:
-        """Of the first rows of their own side (vectors, keys, frequencies), against the columns of the other."""
+    Side = tuple[Tensor, Tensor, Tensor, list[bool]]
+
+    def direction(rows: int, columns: Side, own: Side) -> float:
+        """Of the first rows of their own side (vectors, keys, frequencies, presence), against those of the other."""
         total = 0.0
         for i in range(rows):
-            row, row_keys, _ = (part[i] for part in own)
+            if not batch.weight[i]:
+                continue
+            row, row_keys, _, _ = (part[i] for part in own)
             grades = [said.get((i, j) if own is queries else (j, i), 0.0) for j in range(len(columns[0]))]
             seen = [(*values, i == j, grades[j]) for j, values in enumerate(zip(*columns, strict=True))]
             if loss.same_side:
                 seen += [(*values, False, 0.0) for j, values in enumerate(zip(*own, strict=True)) if j != i]
-            kinds = [kind(row_keys, key, answer, judged) for _, key, _, answer, judged in seen]
+            kinds = [
+                kind(row_keys, key, answer, judged) if present else None
+                for _, key, _, present, answer, judged in seen
+            ]
             logits = [
                 scale * float(row @ column) - (0 if k else loss.log_q * math.log(often))
-                for (column, _, often, _, _), k in zip(seen, kinds, strict=True)
+                for (column, _, often, *_), k in zip(seen, kinds, strict=True)
             ]
             log_sum = math.log(sum(math.exp(x) for x, k in zip(logits, kinds, strict=True) if k is not None))
             attract = sum(k * (x - log_sum) for x, k in zip(logits, kinds, strict=True) if k)
@@ -90,13 +103,16 @@ def reference(loss: ContrastiveLoss, query: Tensor, product: Tensor, batch: Batc
         total = 0.0
         for i in range(len(query)):
             for j in range(len(product)):
-                weight = kind(batch.query_keys[i], batch.product_keys[j], i == j, said.get((i, j), 0.0))
+                weight, own = (
+                    kind(batch.query_keys[i], batch.product_keys[k], i == k, said.get((i, k), 0.0)) for k in (j, i)
+                )
                 logit = scale * float(query[i] @ product[j]) + loss.bias.item()
-                if weight is not None:
-                    total += batch.weight[i].item() * (weight or 1) * math.log1p(math.exp(-logit if weight else logit))
+                if weight is not None and there["product"][j]:
+                    importance = batch.weight[i].item() * (weight / own if weight else 1)
+                    total += importance * math.log1p(math.exp(-logit if weight else logit))
         return total / total_weight
-    queries = query, batch.query_keys, torch.ones(len(query))
-    products = product, batch.product_keys, batch.frequency
+    queries = query, batch.query_keys, torch.ones(len(query)), there["query"]
+    products = product, batch.product_keys, batch.frequency, there["product"]
     return (direction(len(query), products, queries) + direction(len(query), queries, products)) / 2
 
 
@@ -138,7 +154,7 @@ def test_several_positives_share_the_target_by_hand() -> None:
 
 
 @st.composite
-def batches(draw: st.DrawFn) -> tuple[int, int, list[list[int]], list[list[int]], list[float], list | None]:
+def batches(draw: st.DrawFn) -> tuple[int, int, list[list[int]], list[list[int]], list[float], list | None, tuple]:
     rows = draw(st.integers(1, 6))
     extra = draw(st.integers(0, 3))
     width = draw(st.integers(0, 3))
@@ -153,6 +169,7 @@ def batches(draw: st.DrawFn) -> tuple[int, int, list[list[int]], list[list[int]]
         draw(st.lists(key, min_size=rows + extra, max_size=rows + extra)),
         [1.0, *draw(st.lists(weight, min_size=rows - 1, max_size=rows - 1))],
         draw(st.lists(answers, min_size=rows, max_size=rows)) if width else None,
+        (draw(st.sets(st.integers(0, rows - 1))), draw(st.sets(st.integers(0, rows + extra - 1)))),
     )
 
 
@@ -169,13 +186,43 @@ LOSSES = {
 @given(drawn=batches(), name=st.sampled_from(list(LOSSES)), seed=st.integers(0, 9))
 @settings(max_examples=150, deadline=None)
 def test_losses_equal_loops_in_float64(drawn: tuple, name: str, seed: int) -> None:
-    rows, extra, query_keys, product_keys, weight, judged = drawn
+    rows, extra, query_keys, product_keys, weight, judged, absent = drawn
     torch.manual_seed(seed)
     loss = LOSSES[name]()
-    batch = make_batch(torch.tensor(query_keys), torch.tensor(product_keys), weight, judged)
+    batch = make_batch(torch.tensor(query_keys), torch.tensor(product_keys), weight, judged, absent)
     query, product = unit(rows), unit(rows + extra)
     value = loss(query, product, batch).item()
     assert value == pytest.approx(reference(loss, query, product, batch), abs=1e-5, rel=1e-5)
+
+
+def test_a_judged_pair_weighs_in_the_sigmoid_loss_what_it_was_judged() -> None:
+    """Of one query with two answers of grades 1/2 and 1: each is shown once, and each pair has its grade in each row."""
+    query, product = unit(1).expand(2, -1), unit(2)
+    judged = [[(0, 0.5), (1, 1.0)]] * 2
+    batch = make_batch(keys(2, query=[7, 7]), keys(2, product=[0, 1], query=[7, 7]), [0.5, 1.0], judged)
+    similarity = (query @ product.T).requires_grad_()
+    SigmoidLoss(temperature=1.0, bias=0.0)(similarity, torch.eye(2), batch).backward()
+    pull = -similarity.grad * 1.5 * (1 + similarity.detach().exp())  # of a logit x: 1 / (1 + e^x)
+    torch.testing.assert_close(pull, torch.tensor([[0.5, 1.0], [0.5, 1.0]]))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_what_stands_for_nothing_is_compared_with_nothing(name: str) -> None:
+    """The loss and its gradients are those of the batch without it."""
+    torch.manual_seed(0)
+    query, product, loss = unit(6), unit(8), LOSSES[name]()
+    some = torch.randint(-1, 3, (8, len(RELATIONS)))
+    weight = [1.0, 0.5, 1.0, 0.3, 1.0, 1.0]
+    whole = make_batch(some[:6], some, weight, absent=({1, 4}, {1, 4, 7}))
+    left, found = [0, 2, 3, 5], [0, 2, 3, 5, 6]
+    fewer = make_batch(some[left], some[found], [weight[i] for i in left])
+    fewer = fewer._replace(frequency=whole.frequency[found])
+    inputs = query.requires_grad_(), product.requires_grad_()
+    values = loss(*inputs, whole), loss(query[left], product[found], fewer)
+    torch.testing.assert_close(*values)
+    for one, other in zip(*(torch.autograd.grad(value, inputs) for value in values), strict=True):
+        torch.testing.assert_close(one, other)
+    assert not torch.autograd.grad(loss(*inputs, whole), product)[0][7].any()
 
 
 def test_a_mined_product_that_is_never_trained_on_has_no_correction() -> None:

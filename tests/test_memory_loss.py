@@ -52,6 +52,17 @@ def test_a_remembered_product_that_answers_a_query_is_no_negative() -> None:
     torch.testing.assert_close(value, expected / 4)
 
 
+def test_what_stood_for_nothing_is_not_compared_with_later_either() -> None:
+    torch.manual_seed(0)
+    vectors, new = (unit(3), unit(3)), (unit(2), unit(2))
+    some = keys(3, product=[0, 1, 2])
+    whole, fewer = make_loss(), make_loss()
+    whole(*vectors, make_batch(some, absent=({1}, {1}))._replace(frequency=None))
+    left = [0, 2]
+    fewer(*(side[left] for side in vectors), make_batch(some[left])._replace(frequency=None))
+    torch.testing.assert_close(whole(*new, batch_of(5, 2)), fewer(*new, batch_of(5, 2)))
+
+
 def test_the_oldest_are_forgotten() -> None:
     loss = make_loss(size=4)
     vectors = [unit(3) for _ in range(3)]

@@ -56,7 +56,7 @@ class CoSENT(Loss):
 
 
 def labelled(query: Tensor, product: Tensor, batch: Batch, gather: bool = False) -> tuple[Tensor, Tensor]:
-    """(n,) cosines and (n,) labels of the pairs that have one and weigh something.
+    """(n,) cosines and (n,) labels of the pairs that have one.
 
     Args:
         query: (B, D) unit vectors.

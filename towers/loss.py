@@ -49,6 +49,7 @@ def targets(
     ignored: list[Relation],
     itself: Tensor | None = None,
     judged: Tensor | None = None,
+    present: tuple[Tensor, Tensor] | None = None,
 ) -> Targets:
     """Pairs by their keys: the largest weight of the relations that hold; else left out; else negative.
 
@@ -62,6 +63,8 @@ def targets(
         ignored: relations that leave a pair out which is no positive.
         itself: (B,) int64 column that is the row itself, and is left out; None where there is none.
         judged: (B, P) float32 weight of each pair's judgement, 0 where there is none; they are of the relation `query`.
+        present: (B,) and (P,) bool, the rows and columns that stand for something. All other pairs are left out but that
+            of a row with its answer, so that a row is never without a positive.
     """
     shape = (len(query_keys), len(product_keys))
     positive = torch.zeros(shape, device=query_keys.device)
@@ -71,6 +74,8 @@ def targets(
     for relation, weight in sorted(positives.items(), key=lambda pair: pair[1]):  # the largest weight has the last word
         positive.masked_fill_(same(query_keys, product_keys, relation), weight)
     row = torch.arange(len(answer), device=answer.device)
+    if present is not None:
+        counts &= present[0][:, None] & present[1]
     positive[row, answer] = 1.0
     if judged is not None:
         weight = positives.get("query", 0.0)
@@ -79,6 +84,10 @@ def targets(
             counts &= judged == 0
     if itself is not None:
         positive[row, itself], counts[row, itself] = 0.0, False
+    if present is not None:
+        own = positive[row, answer]
+        positive = positive * (present[0][:, None] & present[1])
+        positive[row, answer] = own
     return Targets(positive, counts | (positive > 0))
 
 
@@ -156,6 +165,7 @@ class Rows(NamedTuple):
         vectors: (n, D) unit vectors.
         keys: (n, R) int64.
         offset: (n,) float32, added to similarities with them.
+        present: (n,) bool, False = stands for nothing, and is compared with nothing.
         judged: (n, J) int64 `product` keys of what answers them; of products, J = 0.
         grades: (n, J) float32.
     """
@@ -163,13 +173,15 @@ class Rows(NamedTuple):
     vectors: Tensor
     keys: Tensor
     offset: Tensor
+    present: Tensor
     judged: Tensor
     grades: Tensor
 
     def gathered(self) -> Rows:
         """Those of all processes, in float32."""
-        judged, grades = (gather_rows(t) if t.shape[1] else t.new_empty(num_processes() * len(t), 0) for t in self[3:])
-        return Rows(gather_rows(self.vectors).float(), gather_rows(self.keys), gather_rows(self.offset), judged, grades)
+        judged, grades = (gather_rows(t) if t.shape[1] else t.new_empty(num_processes() * len(t), 0) for t in self[4:])
+        vectors, keys, offset, present = map(gather_rows, self[:4])
+        return Rows(vectors.float(), keys, offset, present, judged, grades)
 
     def first(self, count: int) -> Rows:
         """The first rows."""
@@ -197,16 +209,19 @@ def both_sides(query: Tensor, product: Tensor, batch: Batch, offset: Tensor | No
     """Queries and products of this process; `offset` is (P,) of the products."""
     nothing = product.new_zeros(len(product), dtype=torch.float32)
     judged, grades = batch.judged, batch.grades
+    asks, found = batch.query_present, batch.product_present
     if judged is None or grades is None:
         judged, grades = batch.query_keys[:, :0], nothing[: len(query), None][:, :0]
     products = Rows(
         product,
         batch.product_keys,
         nothing if offset is None else offset,
+        nothing == 0 if found is None else found,
         batch.product_keys[:, :0],
         nothing[:, None][:, :0],
     )
-    return Rows(query, batch.query_keys, nothing[: len(query)], judged, grades), products
+    none = nothing[: len(query)]
+    return Rows(query, batch.query_keys, none, none == 0 if asks is None else asks, judged, grades), products
 
 
 class Loss(nn.Module, ABC):
@@ -316,27 +331,29 @@ class InfoNCE(ContrastiveLoss):
         row = torch.arange(answers, device=query.device)
         query_row, product_row = rank_offset(answers) + row, rank_offset(len(product)) + row
         losses = torch.zeros_like(weight)
+        asked, found = asked._replace(present=weight > 0), found.first(answers)._replace(present=weight > 0)
         if self.product_share < 1:
             forth = self.direction(asked, query_row, products, product_row, queries)
             losses = losses + (1 - self.product_share) * self.over_batches("query", forth, asked.keys)
         if self.product_share > 0:
-            back = self.direction(found.first(answers), product_row, queries, query_row, products)
-            losses = losses + self.product_share * self.over_batches("product", back, found.keys[:answers])
+            back = self.direction(found, product_row, queries, query_row, products)
+            losses = losses + self.product_share * self.over_batches("product", back, found.keys)
         return num_processes() * (weight * losses).sum() / gather_rows(weight).sum().clamp(min=1e-9)
 
     def direction(self, rows: Rows, itself: Tensor, columns: Rows, answer: Tensor, own_side: Rows) -> Tensor:
         """(B,) `of_logits` of one direction.
 
         Args:
-            rows: B of this process.
+            rows: B of this process; those that weigh nothing are present to none.
             itself: (B,) int64, where they stand in `own_side`.
             columns: of all processes, what is asked for.
             answer: (B,) int64, the column that answers each row.
             own_side: of all processes, the side that the rows are of.
         """
-        vectors, all_keys, offset = columns[:3]
+        vectors, all_keys, offset, present = columns[:4]
         if self.same_side:
-            vectors, all_keys, offset = (torch.cat(pair) for pair in zip(columns[:3], own_side[:3], strict=True))
+            both = zip(columns[:4], own_side[:4], strict=True)
+            vectors, all_keys, offset, present = (torch.cat(pair) for pair in both)
 
         def of_rows(scale: Tensor, vectors: Tensor, *own: Tensor) -> Tensor:
             some, (answer, itself) = Rows(*own[:-2]), own[-2:]
@@ -344,7 +361,14 @@ class InfoNCE(ContrastiveLoss):
             if said is not None:  # nothing is said of two of one side
                 said = F.pad(said, (0, len(vectors) - said.shape[1]))
             target = targets(
-                some.keys, all_keys, answer, self.positives, self.ignored, itself if self.same_side else None, said
+                some.keys,
+                all_keys,
+                answer,
+                self.positives,
+                self.ignored,
+                itself if self.same_side else None,
+                said,
+                (some.present, present),
             )
             logits = scale * (some.vectors @ vectors.T)
             if self.log_q:
@@ -399,11 +423,13 @@ class SigmoidLoss(ContrastiveLoss):
         def of_rows(scale: Tensor, bias: Tensor, vectors: Tensor, *own: Tensor) -> Tensor:
             some, answer = Rows(*own[:-1]), own[-1]
             said = judged_pairs(some, products)
-            target = targets(some.keys, products.keys, answer, self.positives, self.ignored, judged=said)
+            known = some.present, products.present
+            target = targets(some.keys, products.keys, answer, self.positives, self.ignored, judged=said, present=known)
             logits = scale * (some.vectors @ vectors.T) + bias
             is_positive = target.positive > 0
             sign = torch.where(is_positive, 1.0, -1.0)
-            importance = torch.where(is_positive, target.positive, target.counts.float())
+            its_own = target.positive.gather(1, answer[:, None])  # the row's weight says that already
+            importance = torch.where(is_positive, target.positive / its_own, target.counts.float())
             return -(importance * F.logsigmoid(sign * logits)).sum(1)
 
         answer = rank_offset(len(product)) + torch.arange(len(query), device=query.device)

@@ -42,23 +42,24 @@ class MemoryInfoNCE(InfoNCE):
             self.register_buffer(f"{side}_vectors", torch.zeros(self.size, dim))
             self.register_buffer(f"{side}_keys", torch.full((self.size, len(RELATIONS)), NO_KEY))
             self.register_buffer(f"{side}_offset", torch.zeros(self.size))
+            self.register_buffer(f"{side}_present", torch.zeros(self.size, dtype=torch.bool))
             self.register_buffer(f"{side}_written", torch.zeros((), dtype=torch.int64))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
     def known(self, side: str, rows: Rows) -> Rows:
         """The rows, and those that are remembered; afterwards the rows are remembered in place of the oldest."""
-        memory = [getattr(self, f"{side}_{name}") for name in ("vectors", "keys", "offset")]
+        memory = [getattr(self, f"{side}_{name}") for name in ("vectors", "keys", "offset", "present")]
         written: Tensor = getattr(self, f"{side}_written")
         filled = min(int(written), self.size)
         both = rows
         if self.steps >= self.warmup and filled:
-            known = (torch.cat([new, old[:filled]]) for new, old in zip(rows[:3], memory, strict=True))
+            known = (torch.cat([new, old[:filled]]) for new, old in zip(rows[:4], memory, strict=True))
             judged, grades = (
-                F.pad(new, (0, 0, 0, filled), value=none) for new, none in zip(rows[3:], (NO_KEY, 0), strict=True)
+                F.pad(new, (0, 0, 0, filled), value=none) for new, none in zip(rows[4:], (NO_KEY, 0), strict=True)
             )
             both = Rows(*known, judged, grades)
         if self.training:
-            latest = [tensor[-self.size :].detach() for tensor in rows[:3]]
+            latest = [tensor[-self.size :].detach() for tensor in rows[:4]]
             place = (written + torch.arange(len(latest[0]), device=written.device)) % self.size
             for old, new in zip(memory, latest, strict=True):
                 old[place] = new.to(old.dtype)

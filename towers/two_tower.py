@@ -278,7 +278,13 @@ class TwoTower(L.LightningModule):
         """The weighted loss of one comparison."""
         asked, asks = self.query.view(query, comparison.query)
         found, answers = self.product.view(product, comparison.product)
-        batch = batch._replace(weight=batch.weight * asks * answers[: len(batch.weight)])
+        both = asks & answers[: len(batch.weight)]
+        batch = batch._replace(
+            weight=batch.weight * both,
+            label=None if batch.label is None else batch.label.masked_fill(~both, torch.nan),
+            query_present=asks,
+            product_present=answers,
+        )
         vectors = compared(asked, "query", self.metric), compared(found, "product", self.metric)
         value: Tensor = comparison.weight * loss(*vectors, batch)
         return value
