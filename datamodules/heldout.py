@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +17,10 @@ from datamodules.examples import ITSELF, MateRelation, Mates, index_in, is_split
 from datamodules.parquet import Table, product_item, query_item
 from datamodules.preprocess import ItemPreprocess
 
+logger = logging.getLogger(__name__)
+
+Asked = Literal["judged queries", "products that ask for their mates", "titles that ask for their product"]
+
 
 @dataclass(frozen=True)
 class HeldOut:
@@ -25,9 +31,10 @@ class HeldOut:
         source: (Q,) int64 rows of `products/` that are asked as queries, or `ITSELF`.
         gallery: (G,) int64 rows of `products/`, ascending.
         judged: (Q, J) int64 positions in the gallery, -1 padded.
-        grade: (Q, J) float32, 0 to 1, of the judged products; 1 is the catalogue's highest, and every query has one.
+        grade: (Q, J) float32, 0 to 1, of the judged products; 1 is the catalogue's highest.
         own: (Q,) int64 position of the asked product in the gallery, which is no hit; -1 where there is none.
-        title_only: queries show their title alone: the known-item test of a catalogue without queries or mates.
+        threshold: the lowest grade that is relevant; every query has a product of it.
+        asked: what the queries are. Titles alone are the known-item test of a catalogue without queries or mates.
     """
 
     query: np.ndarray
@@ -36,12 +43,13 @@ class HeldOut:
     judged: np.ndarray
     grade: np.ndarray
     own: np.ndarray
-    title_only: bool = False
+    threshold: float
+    asked: Asked
 
     @property
     def relevant(self) -> np.ndarray:
-        """(Q, J) int64: the judged products of the highest grade, -1 for the others."""
-        return np.where(self.grade == 1, self.judged, -1)
+        """(Q, J) int64: the judged products that are relevant, -1 for the others."""
+        return np.where(self.grade >= self.threshold, self.judged, -1)
 
     def __len__(self) -> int:
         return len(self.query)
@@ -57,22 +65,25 @@ def held_out(
     max_queries: int,
     max_products: int,
     seed: int = 0,
+    threshold: float | None = None,
 ) -> HeldOut:
     """The held-out queries of a split: judged ones where there are any, else its products' mates, else their titles.
 
     The gallery is the catalogue; one of more than `max_products` is sampled uniformly, judged and asked products always
-    among it.
+    among it. Judged queries without a product of relevance `threshold` (null: the highest there is) are not asked; how
+    many those are is logged.
 
     Raises:
-        ValueError: the split has no products to ask for.
+        ValueError: the split has no products to ask for, or none of its judged queries has a relevant product.
     """
     rng = np.random.default_rng((seed, 1))
-    query, source, judged_rows, grades = _judged(products, queries, qrels, split)
-    title_only = False
+    query, source, judged_rows, grades, lowest = _judged(products, queries, qrels, split, threshold)
+    asked: Asked = "judged queries"
     if not len(query):
+        asked = "products that ask for their mates"
         source, judged_rows = _mates(products, mates, split)
-        title_only = not len(source)
-        if title_only:
+        if not len(source):
+            asked = "titles that ask for their product"
             source = np.flatnonzero(is_split(products, split))
             judged_rows = [np.array([row]) for row in source]
         query = np.full(len(source), ITSELF, np.int64)
@@ -96,32 +107,55 @@ def held_out(
     for i, rows in enumerate(judged_rows):
         judged[i, : len(rows)] = np.searchsorted(gallery, rows)
         grade[i, : len(rows)] = grades[i]
-    asked = (source >= 0) & (not title_only)
-    own = np.where(asked, np.searchsorted(gallery, np.maximum(source, 0)), -1)
-    return HeldOut(query, source, gallery, judged, grade, own, title_only)
+    asks = (source >= 0) & (asked != "titles that ask for their product")
+    own = np.where(asks, np.searchsorted(gallery, np.maximum(source, 0)), -1)
+    return HeldOut(query, source, gallery, judged, grade, own, lowest, asked)
 
 
 def _judged(
-    products: Table, queries: Table | None, qrels: pa.Table | None, split: str
-) -> tuple[np.ndarray, np.ndarray, list[np.ndarray], list[np.ndarray]]:
-    """Rows of queries and sources of the split, and the products judged for each with their grades, one the highest."""
+    products: Table, queries: Table | None, qrels: pa.Table | None, split: str, threshold: float | None
+) -> tuple[np.ndarray, np.ndarray, list[np.ndarray], list[np.ndarray], float]:
+    """Rows of the split's queries, their sources, what is judged for each, its grades, and the lowest relevant one."""
     if queries is None or qrels is None or not len(qrels):
-        return np.empty(0, np.int64), np.empty(0, np.int64), [], []
+        return np.empty(0, np.int64), np.empty(0, np.int64), [], [], 1.0
     product_ids = products.column("product_id")
     query, product = index_in(qrels["query_id"], queries.column("query_id")), index_in(qrels["product_id"], product_ids)
     source = index_in(queries.column("source_product_id"), product_ids)
     relevance = qrels["relevance"].to_numpy().astype(np.float32)
     keep = (relevance > 0) & is_split(queries, split)[query] & (product >= 0) & (query >= 0)
     keep &= source[query] != product
-    query, product, grade = query[keep], product[keep], relevance[keep] / max(float(relevance.max()), 1e-9)
+    highest = max(float(relevance.max()), 1e-9)
+    lowest = float(np.float32(highest if threshold is None else threshold) / np.float32(highest))
+    query, product, grade = query[keep], product[keep], relevance[keep] / np.float32(highest)
     order = np.lexsort((-grade, product, query))
     pairs, first = np.unique(np.stack([query[order], product[order]], 1), axis=0, return_index=True)  # judged twice
     best = grade[order][first]
-    keep = np.isin(pairs[:, 0], pairs[best == 1, 0])
+    keep = np.isin(pairs[:, 0], pairs[best >= lowest, 0])
+    if not keep.all():
+        _tell_dropped(split, pairs[:, 0], keep, lowest * highest, float(best.max()) * highest)
     pairs, best = pairs[keep], best[keep]
     rows, starts = np.unique(pairs[:, 0], return_index=True)
     judged, grades = (np.split(values, starts[1:]) if len(rows) else [] for values in (pairs[:, 1], best))
-    return np.where(source[rows] >= 0, ITSELF, rows), source[rows], judged, grades
+    return np.where(source[rows] >= 0, ITSELF, rows), source[rows], judged, grades, lowest
+
+
+def _tell_dropped(split: str, query: np.ndarray, kept: np.ndarray, threshold: float, best: float) -> None:
+    """Say how many judged queries have nothing relevant, or refuse where that is all of them."""
+    count, dropped = len(np.unique(query)), len(np.unique(query[~kept]))
+    if dropped == count:
+        raise ValueError(
+            f"None of the {count} judged {split} queries has a product of relevance {threshold:g} or more, which is "
+            f"what counts as relevant; the best there has {best:g}. Choose a lower data.threshold. (Weights that are "
+            "counts, as of clicks, are better prepared as a few grades.)"
+        )
+    logger.warning(
+        "%d of %d judged %s queries have no product of relevance %g or more and are not asked; data.threshold says "
+        "what is relevant.",
+        dropped,
+        count,
+        split,
+        threshold,
+    )
 
 
 def _mates(products: Table, relation: MateRelation, split: str) -> tuple[np.ndarray, list[np.ndarray]]:
@@ -159,7 +193,8 @@ class QueryRows(Dataset[NumberedItems]):
             assert self.queries is not None
             return query_item(self.queries.row(number))
         item = product_item(self.products.row(int(self.held_out.source[position])))
-        return Item(text=dict(list(item.text.items())[:1])) if self.held_out.title_only else item
+        titles = self.held_out.asked == "titles that ask for their product"
+        return Item(text=dict(list(item.text.items())[:1])) if titles else item
 
 
 class RowBatches(Sampler[np.ndarray]):

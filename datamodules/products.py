@@ -64,6 +64,8 @@ class ProductDataModule(L.LightningDataModule):
         max_val_products: products they are searched among.
         val_split: split that the best model is chosen by.
         test_split: split of `train.py test`.
+        threshold: relevance from which products of held-out queries are relevant; null takes the highest of all
+            judgements. Queries without such a product are not asked.
         seed: of the order and of everything random about the examples.
     """
 
@@ -85,6 +87,7 @@ class ProductDataModule(L.LightningDataModule):
         max_val_products: int = 20_000,
         val_split: str = "val",
         test_split: str = "test",
+        threshold: float | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -102,10 +105,12 @@ class ProductDataModule(L.LightningDataModule):
         self.views = views if views is not None else Views()
         self.num_workers, self.window_groups, self.seed = num_workers, window_groups, seed
         self.max_val_queries, self.max_val_products = max_val_queries, max_val_products
-        self.val_split, self.test_split = val_split, test_split
+        if threshold is not None and not threshold > 0:
+            raise ValueError(f"threshold={threshold}: products of relevance 0 are no answers; choose above 0.")
+        self.val_split, self.test_split, self.threshold = val_split, test_split, threshold
         self.preprocess: Preprocess | None = None  # the model hands it over when a run is set up
         self.held_out: dict[str, HeldOut] = {}
-        self.progress = {"epoch": 0, "step": 0}
+        self.progress = {"epoch": 0, "step": 0, "batches": 0}
         self._negatives: Negatives | None = None
         self._stream: BatchStream | None = None
 
@@ -139,10 +144,10 @@ class ProductDataModule(L.LightningDataModule):
                 max_queries=self.max_val_queries,
                 max_products=self.max_val_products,
                 seed=self.seed,
+                threshold=self.threshold,
             )
-            logger.info(
-                "%d %s queries over %d products", len(self.held_out[split]), split, len(self.held_out[split].gallery)
-            )
+            asked = self.held_out[split]
+            logger.info("%s: %d %s, among %d products", split, len(asked), asked.asked, len(asked.gallery))
 
     def _examples(self) -> ExampleRows:
         self.train_rows = np.flatnonzero(is_split(self.products, "train"))
@@ -232,15 +237,22 @@ class ProductDataModule(L.LightningDataModule):
         return self._loader(batches, self._stream)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where training stands, for its checkpoints: the epoch, its steps that are done, and its mined negatives."""
-        done = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
-        epoch, step = divmod(done, self.trainer.num_training_batches)
+        """Where training stands, for its checkpoints: epoch, its steps that are done, all batches, mined negatives."""
+        per_epoch = self.trainer.num_training_batches
+        batches = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
+        since = batches - self.progress["batches"]  # epochs before the last start may have been of another length
+        epoch, step = divmod(self.progress["epoch"] * per_epoch + self.progress["step"] + since, per_epoch)
         mined = None if self._negatives is None else self._negatives._asdict()
-        return {"epoch": epoch, "step": step, "negatives": mined and mined | {"file": self._negatives.file.name}}
+        return {
+            "epoch": epoch,
+            "step": step,
+            "batches": batches,
+            "negatives": mined and mined | {"file": self._negatives.file.name},
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Called before the loaders are made, which may read ahead."""
-        self.progress = {name: state_dict[name] for name in ("epoch", "step")}
+        self.progress = {name: state_dict[name] for name in ("epoch", "step", "batches")}
         if (mined := state_dict.get("negatives")) is not None:
             file = Path(self.trainer.default_root_dir) / "negatives" / mined["file"]
             if not file.is_file():

@@ -38,6 +38,11 @@ def features(tower: AttributeTower, *facts: dict[str, Any]) -> torch.Tensor:
     return tower(tower.preprocess(facts))
 
 
+def test_nothing_that_an_average_over_steps_would_change_is_a_buffer(tower: AttributeTower) -> None:
+    """Averages are made in float32, where a name's 63 bits would be another name's."""
+    assert all(buffer.dtype in (torch.float32, torch.bool) for buffer in tower.buffers())
+
+
 def test_unseen_values_null_and_empty_are_finite(tower: AttributeTower) -> None:
     rows = features(tower, {"brand": "Acme"}, {"brand": "never seen"}, {}, {"brand": ""}, {"brand": "  "})
     assert rows.shape == (5, 24)

@@ -17,6 +17,7 @@ from training import diary, entries, fit
 from datamodules.batch import Item
 from datamodules.parquet import Table, product_item
 from datamodules.preprocess import Preprocess, stable_hash
+from towers import cache as cache_module
 from towers.cache import FeatureCache, cached, fingerprint, text_views
 from towers.encoder import Encoder
 from towers.hugging_face import HuggingFaceText
@@ -176,6 +177,23 @@ def test_parts_are_found_by_digest(tmp_path: Path) -> None:
     assert cache.positions(digests)[9] == -1
     copy = pickle.loads(pickle.dumps(cache))
     assert np.array_equal(copy.features([contents[5]]), features[5:6])
+
+
+def test_runs_that_fill_one_cache_at_a_time_keep_their_features_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One adds a part while the other is between the two files of its own."""
+    one, other = FeatureCache(tmp_path / "cache"), FeatureCache(tmp_path / "cache")
+    write, between = cache_module.write_bytes, [lambda: other.add(np.array([stable_hash("b")]), np.array([[2.0]]))]
+
+    def interrupted(path: Path, data: bytes) -> None:
+        write(path, data)
+        if between:
+            between.pop()()
+
+    monkeypatch.setattr(cache_module, "write_bytes", interrupted)
+    one.add(np.array([stable_hash("a")]), np.array([[1.0]]))
+    assert FeatureCache(tmp_path / "cache").features(["a", "b"]).tolist() == [[1.0], [2.0]]
 
 
 def test_too_many_text_fields_are_refused(encoder: Encoder) -> None:

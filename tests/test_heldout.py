@@ -117,7 +117,7 @@ def test_without_judgements_products_ask_for_their_mates(world: dict[str, Any], 
     rows = [i for i, p in enumerate(world["products"]) if p["split"] == "val"]
     expected = [(ITSELF, i, i, m) for i in rows if (m := mates_by_brute_force(world, i, relation, "val"))]
     assert answers(found) == expected
-    assert not found.title_only and len(expected) > 3
+    assert found.asked == "products that ask for their mates" and len(expected) > 3
 
 
 def test_judgements_that_find_nothing_relevant_are_none(world: dict[str, Any]) -> None:
@@ -127,11 +127,42 @@ def test_judgements_that_find_nothing_relevant_are_none(world: dict[str, Any]) -
     assert answers(found) == answers(ask(world, judged=False, mates="group"))
 
 
+@pytest.mark.parametrize("threshold", [1.0, 2.0])
+def test_a_threshold_says_what_is_relevant(world: dict[str, Any], threshold: float) -> None:
+    found = ask(world, threshold=threshold)
+    best: dict[tuple[int, int], float] = {}
+    for q, p, grade in world["judged"]:
+        query, product = int(q[1:]), int(p[1:])
+        if query < NUM_QUERIES and product < NUM_PRODUCTS and world["queries"][query]["split"] == "val":
+            if world["queries"][query]["source_product_id"] != p:
+                best[query, product] = max(grade, best.get((query, product), 0.0))
+    relevant = {pair for pair, grade in best.items() if grade >= threshold}
+    expected = [frozenset(p for q, p in relevant if q == query) for query in sorted({q for q, _ in relevant})]
+    assert [hits for *_, hits in answers(found)] == expected
+    assert len(found) > len(ask(world))
+    assert (found.grade[found.judged >= 0] > 0).all() and found.grade.max() == 1
+
+
+def test_judged_queries_without_a_relevant_product_are_counted(world: dict[str, Any], caplog: Any) -> None:
+    judged = {q for q, p, _ in world["judged"] if int(p[1:]) < NUM_PRODUCTS}
+    of_val = [q for q in world["queries"] if q["split"] == "val" and q["query_id"] in judged]
+    others = [q for q in of_val if any(a == q["query_id"] != p for a, p, _ in world["judged"])]
+    found = ask(world)
+    line = next(r.getMessage() for r in caplog.records if "not asked" in r.getMessage())
+    dropped, _, count = line.split(" judged")[0].split()
+    assert int(count) - int(dropped) == len(found) and int(count) <= len(others)
+    assert "relevance 3 or more" in line
+    with pytest.raises(
+        ValueError, match=r"None of the \d+ judged val queries has .*; the best there has 3.*data.threshold"
+    ):
+        ask(world, threshold=4.0)
+
+
 def test_without_mates_titles_ask_for_their_products(world: dict[str, Any]) -> None:
     found = ask(world, judged=False, mates="none")
     rows = [i for i, p in enumerate(world["products"]) if p["split"] == "val"]
     assert answers(found) == [(ITSELF, i, -1, frozenset({i})) for i in rows]
-    assert found.title_only
+    assert found.asked == "titles that ask for their product"
     queries = QueryRows(world["tables"][0], None, found, ItemPreprocess("query"))
     assert queries.item(0) == Item(text={"title": f"title {rows[0]}"})
 

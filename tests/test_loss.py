@@ -87,8 +87,7 @@ def reference(loss: ContrastiveLoss, query: Tensor, product: Tensor, batch: Batc
             if loss.same_side:
                 seen += [(*values, False, 0.0) for j, values in enumerate(zip(*own, strict=True)) if j != i]
             kinds = [
-                kind(row_keys, key, answer, judged) if present else None
-                for _, key, _, present, answer, judged in seen
+                kind(row_keys, key, answer, judged) if present else None for _, key, _, present, answer, judged in seen
             ]
             logits = [
                 scale * float(row @ column) - (0 if k else loss.log_q * math.log(often))
@@ -196,7 +195,7 @@ def test_losses_equal_loops_in_float64(drawn: tuple, name: str, seed: int) -> No
 
 
 def test_a_judged_pair_weighs_in_the_sigmoid_loss_what_it_was_judged() -> None:
-    """Of one query with two answers of grades 1/2 and 1: each is shown once, and each pair has its grade in each row."""
+    """Of one query with two answers of grades 1/2 and 1, each shown once: each pair has its grade in each row."""
     query, product = unit(1).expand(2, -1), unit(2)
     judged = [[(0, 0.5), (1, 1.0)]] * 2
     batch = make_batch(keys(2, query=[7, 7]), keys(2, product=[0, 1], query=[7, 7]), [0.5, 1.0], judged)

@@ -85,8 +85,18 @@ def test_a_restored_place_is_where_the_next_loader_starts(tiny_catalogue: Path) 
     whole, resumed = data_module(tiny_catalogue), data_module(tiny_catalogue)
     loader = whole.train_dataloader()
     loader.sampler.set_epoch(2)
-    resumed.load_state_dict({"epoch": 2, "step": 3})
+    resumed.load_state_dict({"epoch": 2, "step": 3, "batches": 2 * len(loader) + 3})
     assert all(map(same, list(loader)[3:], list(resumed.train_dataloader())))
+
+
+def test_epochs_before_a_start_may_have_been_of_another_length(tiny_catalogue: Path) -> None:
+    """5 epochs of 100 batches were done; then one of 200, and half of the next."""
+    data = data_module(tiny_catalogue)
+    data.load_state_dict({"epoch": 5, "step": 0, "batches": 500})
+    progress = SimpleNamespace(total=SimpleNamespace(processed=800))
+    data.trainer.fit_loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress))
+    data.trainer.num_training_batches = 200
+    assert data.state_dict() == {"epoch": 6, "step": 100, "batches": 800, "negatives": None}
 
 
 def test_validation_asks_every_query_and_searches_every_product(tiny_catalogue: Path) -> None:

@@ -171,13 +171,15 @@ def test_a_torn_checkpoint_is_skipped_by_name(
 ) -> None:
     arguments = ("--checkpoint_every_steps=3", "--checkpoint.mode=min")  # the best is the first one, and older
     stopped(tiny_catalogue, tmp_path / "run", 12, *arguments)
-    newest = max((tmp_path / "run" / "checkpoints").glob("last-*.ckpt"), key=lambda p: int(p.stem.split("=")[1]))
-    assert newest.name == "last-step=9.ckpt"  # step 12 fails before it is saved
+    saved = (tmp_path / "run" / "checkpoints").glob("*-*.ckpt")
+    *others, newest = sorted(saved, key=lambda path: int(path.stem.split("=")[1]))
+    assert [path.name for path in others] == ["last-step=5.ckpt", "within-step=6.ckpt", "within-step=9.ckpt"]
+    assert newest.name == "last-step=10.ckpt"  # step 12 fails before it is saved
     newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
     with caplog.at_level(logging.INFO, logger="towers.cli"):
         resumed = resume(tiny_catalogue, tmp_path / "run", *arguments)
     assert f"skipped {newest}: it cannot be read (" in caplog.text
-    assert resumed == whole[6:]
+    assert resumed == whole[9:]
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "flip", "text", "missing key"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import shutil
 import socket
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from catalogues import write_catalogue
 from safetensors.torch import load_file
 from training import CONFIG, ROOT, TEXT_ONLY, fit, fit_arguments, logged
 
@@ -241,6 +243,9 @@ def test_an_unknown_key_of_a_configuration_is_named(tmp_path: Path, capsys: pyte
         (["--data.val_split=dev"], "error: The dev split has no products and no queries."),
         (["--model.warmup=3"], "error: warmup=3.0 is a share of all steps"),
         (["--model.product.embed_dim=0"], "error: embed_dim=0"),
+        (["--model.compare=[]"], "error: compare=[] leaves nothing to learn from"),
+        (["--trainer.max_epochs=-1"], "error: The learning rate falls over a known number of steps"),
+        (["--data.threshold=0"], "error: threshold=0.0: products of relevance 0 are no answers"),
         (["--model.product.text.template={name}"], "error: template='{name}' names no text field of the catalogue"),
         pytest.param(
             ["--trainer.accelerator=gpu"],
@@ -254,6 +259,37 @@ def test_a_wrong_setting_is_one_line(
 ) -> None:
     assert fit(tiny_catalogue, tmp_path / "run", *TEXT_ONLY, *arguments) == 1
     assert last_line(capsys).startswith(message)
+
+
+def test_queries_that_are_not_there_are_no_way_to_choose(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Only products ask; or only titles do, and the model reads none."""
+    mates = write_catalogue(tmp_path / "mates", num_groups=12, queries=False)
+    monitor = "--checkpoint.monitor=val/product_queries/hit@1"
+    assert fit(mates, tmp_path / "a", *FAST, monitor) == 1
+    assert "all val queries are of one kind here" in last_line(capsys)
+    pictures = ("--model.product.text=null", "--model.product.attribute=null", "--trainer.max_epochs=1")
+    assert fit(mates, tmp_path / "b", *pictures, "--data.mates=none") == 1
+    error = last_line(capsys)
+    assert "val queries (titles that ask for their product) has anything that this model reads (image)" in error
+
+
+def test_a_checkpoint_of_another_model_is_refused(
+    tiny_run: Path, tiny_catalogue: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    best = f"--ckpt_path={tiny_run / 'checkpoints' / 'best.ckpt'}"
+    arguments = fit_arguments(tiny_catalogue, tmp_path / "run", "--model.product.embed_dim=48", best)
+    assert train.main(["validate", *arguments[1:]]) == 1
+    error = last_line(capsys)
+    assert error.startswith("error: The checkpoint is of another model than this configuration makes (")
+    assert "logs/version_0/config.yaml" in error
+
+
+def test_a_run_is_measured_by_the_configuration_that_it_left(tiny_run: Path, tmp_path: Path) -> None:
+    """It names everything, as the catalogue that the command line named."""
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    config = str(run / "logs" / "version_0" / "config.yaml")
+    assert train.main(["validate", "--config", config, f"--run={run}"]) == 0
+    assert train.main(["fit", "--config", config, f"--run={run}", "--resume=true"]) == 0
 
 
 # ---------------------------------------------------------------- configurations

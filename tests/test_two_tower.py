@@ -290,6 +290,11 @@ def test_a_small_gallery_is_padded() -> None:
     assert exact_search(product[:1], product, np.array([1]), k=5).tolist() == [[0, 2, -1, -1, -1]]
 
 
+def test_zero_vectors_are_no_products() -> None:
+    product = np.array([[1, 0], [0, 0], [-1, 0]], np.float32)
+    assert exact_search(product[:1], product, np.array([-1]), k=3).tolist() == [[0, 2, -1]]
+
+
 def test_the_best_score_is_that_of_the_exported_model(tiny_run: Path, tiny_catalogue: Path) -> None:
     model = load_model(tiny_run / "model")
     data = data_module(tiny_catalogue, batch_size=32, mates="group")

@@ -11,6 +11,7 @@ import io
 import json
 import logging
 import sys
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations, islice
@@ -95,7 +96,7 @@ class FeatureCache:
     def add(self, digests: np.ndarray, features: np.ndarray) -> None:
         """Add a part. The digests come last: a part without them does not exist."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        number = f"{len(list(self.folder.glob('digests-*.npy'))):05d}"
+        number = uuid.uuid4().hex  # two runs may fill one cache
         for name, array in (("features", features.astype(np.float32)), ("digests", digests.astype(np.int64))):
             buffer = io.BytesIO()
             np.save(buffer, array, allow_pickle=False)

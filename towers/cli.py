@@ -126,7 +126,7 @@ class TrainingCLI(LightningCLI):
             "--checkpoint_every_steps",
             type=PositiveInt | None,
             default=None,
-            help="Steps between the checkpoints that a run is resumed from; null saves at each validation.",
+            help="Save a checkpoint to resume from after as many steps too, not only at each validation.",
         )
         parser.add_argument(
             "--then_test", type=bool, default=False, help="After fit: the best model's figures on the test split."
@@ -165,7 +165,7 @@ class TrainingCLI(LightningCLI):
         best = trainer.checkpoint_callback
         assert isinstance(best, ModelCheckpoint)
         best.dirpath = str(self.checkpoints.resolve())
-        trainer.callbacks.append(self._last_checkpoint())  # the first one is `trainer.checkpoint_callback`
+        trainer.callbacks += self._last_checkpoints()  # the first one is `trainer.checkpoint_callback`
         trainer.callbacks.insert(0, LearningRateMonitor("step"))
         return trainer
 
@@ -189,15 +189,20 @@ class TrainingCLI(LightningCLI):
         """Folder of the run's checkpoints."""
         return self.run_folder / "checkpoints"
 
-    def _last_checkpoint(self) -> RunCheckpoint:
-        return RunCheckpoint(
-            dirpath=self.checkpoints.resolve(),
-            filename="last-{step}",
-            save_top_k=2,  # one to fall back to
-            monitor="step",
-            mode="max",
-            every_n_train_steps=self._get(self.config_init, "checkpoint_every_steps"),
-        )
+    def _last_checkpoints(self) -> list[RunCheckpoint]:
+        every = self._get(self.config_init, "checkpoint_every_steps")
+        moments = {"last": None} if every is None else {"last": None, "within": every}
+        return [
+            RunCheckpoint(
+                dirpath=self.checkpoints.resolve(),
+                filename=name + "-{step}",
+                save_top_k=2,  # one to fall back to
+                monitor="step",
+                mode="max",
+                every_n_train_steps=steps,
+            )
+            for name, steps in moments.items()
+        ]
 
     def fit(self, **kwargs: Any) -> None:
         """Train, then export the best model and, if asked, measure it."""

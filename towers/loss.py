@@ -63,8 +63,8 @@ def targets(
         ignored: relations that leave a pair out which is no positive.
         itself: (B,) int64 column that is the row itself, and is left out; None where there is none.
         judged: (B, P) float32 weight of each pair's judgement, 0 where there is none; they are of the relation `query`.
-        present: (B,) and (P,) bool, the rows and columns that stand for something. All other pairs are left out but that
-            of a row with its answer, so that a row is never without a positive.
+        present: (B,) and (P,) bool, the rows and columns that stand for something. All other pairs are left out, but
+            that of a row with its answer, so that a row is never without a positive.
     """
     shape = (len(query_keys), len(product_keys))
     positive = torch.zeros(shape, device=query_keys.device)

@@ -72,7 +72,7 @@ class StepTimes(L.Callback):
         """The step is over."""
         self._take("optimiser")
         self._seen += 1
-        if self._seen % trainer.log_every_n_steps == 0:
+        if trainer.log_every_n_steps and self._seen % trainer.log_every_n_steps == 0:
             means = {f"train/seconds_{part}": value / trainer.log_every_n_steps for part, value in self._now.items()}
             pl_module.log_dict(means, rank_zero_only=True)
             self._now = dict.fromkeys(PARTS, 0.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -104,13 +104,16 @@ class TwoTower(L.LightningModule):
             raise ValueError(f"chunk_size={chunk_size}: choose at least 1, or null for the whole batch.")
         self.product = product
         self.own_query = query
-        self.loss = loss if loss is not None else InfoNCE()
         self.compare = compare if compare is not None else [Comparison()]
-        own = [c.loss or (self.loss if i == 0 else copy.deepcopy(self.loss)) for i, c in enumerate(self.compare)]
+        if not self.compare:
+            raise ValueError("compare=[] leaves nothing to learn from: leave it out to compare whole with whole.")
+        given, own = loss if loss is not None else InfoNCE(), list[Loss]()
+        for comparison in self.compare:
+            own.append(comparison.loss or (copy.deepcopy(given) if given in own else given))
+        self.loss = next((one for one in own if isinstance(one, ContrastiveLoss)), own[0])
         self.losses = nn.ModuleList(own)
-        for one in {id(one): one for one in (self.loss, *own)}.values():
-            one.set_dim(product.embed_dim)
         for one in own:
+            one.set_dim(product.embed_dim)
             if metric == "kl" and (not isinstance(one, ContrastiveLoss) or getattr(one, "same_side", False)):
                 raise ValueError(
                     f"metric=kl compares queries with products; {type(one).__name__} asks for the cosine of a pair or "
@@ -232,10 +235,23 @@ class TwoTower(L.LightningModule):
 
     def on_fit_start(self) -> None:
         """Compile what is trained; weights and their names stay as they are."""
+        self._check_monitors()
         if self.compile_backend is not None:
             for tower in self._towers():
                 if not tower.frozen:
                     tower.compile(backend=self.compile_backend)
+
+    def _check_monitors(self) -> None:
+        """Kinds of queries have figures of their own only where there are both."""
+        data, trainer = self.trainer.datamodule, self.trainer
+        products = data.held_out[data.val_split].own >= 0
+        for callback in (*trainer.early_stopping_callbacks, *trainer.checkpoint_callbacks):
+            monitor = str(getattr(callback, "monitor", None))
+            if "_queries/" in monitor and (products.all() or not products.any()):
+                raise ValueError(
+                    f"monitor={monitor}: all {data.val_split} queries are of one kind here, and have no figures beside "
+                    f"those of all: monitor val/{monitor.rpartition('/')[2]}."
+                )
 
     def _towers(self) -> list[Tower]:
         return [tower for encoder in dict.fromkeys((self.product, self.query)) for tower in encoder.towers.values()]
@@ -266,7 +282,8 @@ class TwoTower(L.LightningModule):
         if len(losses) > 1:
             for comparison, value in zip(self.compare, losses, strict=True):
                 self.log(f"train/loss_{comparison}", value, batch_size=len(batch.weight), sync_dist=True)
-        self.log("train/temperature", 1 / self.loss.scale, batch_size=len(batch.weight))
+        if isinstance(self.loss, ContrastiveLoss):
+            self.log("train/temperature", 1 / self.loss.scale, batch_size=len(batch.weight))
         for side, encoder, encoded in (("query", self.query, query), ("product", self.product, product)):
             for name, share in zip(encoder.towers, encoded.shares.detach().mean(0), strict=True):
                 self.log(f"train/{side}_share_{name}", share, batch_size=len(batch.weight))
@@ -314,8 +331,9 @@ class TwoTower(L.LightningModule):
 
     def _not_finite(self, what: str, batch: Batch | None = None) -> FloatingPointError:
         products = "" if batch is None else ", ".join(self.trainer.datamodule.product_ids(batch)[:8])
+        temperature = (1 / self.loss.scale).item() if isinstance(self.loss, ContrastiveLoss) else math.nan
         return FloatingPointError(
-            f"{what} at step {self.global_step} (temperature {1 / self.loss.scale:.4f}"
+            f"{what} at step {self.global_step} (temperature {temperature:.4f}"
             + (f", products {products}" if products else "")
             + "). Lower model.lr, or train with trainer.precision=bf16-mixed or 32. Checkpoints so far are untouched."
         )
@@ -323,6 +341,11 @@ class TwoTower(L.LightningModule):
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW with one learning rate for new parts and one for pretrained towers; warm-up, then a cosine."""
         optimizer = torch.optim.AdamW(self.parameter_groups())
+        if math.isinf(self.trainer.estimated_stepping_batches):
+            raise ValueError(
+                "The learning rate falls over a known number of steps, and trainer.max_epochs=-1 has no end: name "
+                "trainer.max_epochs or trainer.max_steps (trainer.max_time may stop a run earlier)."
+            )
         steps = max(1, int(self.trainer.estimated_stepping_batches))
         if self.planned_steps not in (None, steps) and not self.replan:
             raise ValueError(
@@ -368,6 +391,7 @@ class TwoTower(L.LightningModule):
         side: Side = "query" if dataloader_idx == 0 else "product"
         encoded = self.encode_chunks(self.query if side == "query" else self.product, batch.items)
         vectors = compared(encoded.embedding.float(), side, self.metric)
+        vectors = vectors * encoded.present.any(1, keepdim=True)  # of nothing: no embedding
         self.held_out[dataloader_idx].append((batch.row.cpu().numpy(), vectors.cpu().numpy()))
 
     def on_validation_epoch_end(self) -> None:
@@ -394,7 +418,13 @@ class TwoTower(L.LightningModule):
         product = self._all_rows(self.held_out[1], len(asked.gallery))
         if not (np.isfinite(query).all() and np.isfinite(product).all()):
             raise self._not_finite("Embeddings of held-out queries or products are not numbers")
-        searched = (query.any(1)) & (asked.relevant >= 0).any(1)  # the sanity check encodes the first batches alone
+        searched = query.any(1)  # a sanity check encodes the first batches alone
+        if not searched.any():
+            raise ValueError(
+                f"None of the {len(asked)} {split} queries ({asked.asked}) has anything that this model reads "
+                f"({', '.join(self.query.towers)}), so no model could be chosen by them: give it a tower for "
+                "them, or the catalogue judged queries, groups or families."
+            )
         retrieved = exact_search(query[searched], product, asked.own[searched], k=10)
         relevant, judged, grade = asked.relevant[searched], asked.judged[searched], asked.grade[searched]
         asks_product = asked.own[searched] >= 0
@@ -425,6 +455,17 @@ class TwoTower(L.LightningModule):
         assert self.schema is not None
         checkpoint["schema"] = asdict(self.schema)
         checkpoint["planned_steps"] = self.planned_steps
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As Module's; weights of another model are a ValueError."""
+        try:
+            return super().load_state_dict(state_dict, strict, assign)
+        except RuntimeError as error:
+            about = "; ".join(line.strip()[:120] for line in str(error).splitlines()[1:3])
+            raise ValueError(
+                f"The checkpoint is of another model than this configuration makes ({about}). A run keeps the "
+                "configuration that it was trained with as logs/version_0/config.yaml: name that one with --config."
+            ) from None
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Parameters of attributes must exist before their weights come."""
@@ -460,15 +501,16 @@ def exact_search(query: np.ndarray, product: np.ndarray, own: np.ndarray, k: int
         block: queries at a time.
 
     Returns:
-        (Q, k) int64 positions, -1 where the gallery has fewer.
+        (Q, k) int64 positions, -1 where the gallery has fewer. Zero vectors are no products.
     """
     result = np.full((len(query), k), -1, np.int64)
-    products = torch.from_numpy(product)
+    products, nothing = torch.from_numpy(product), torch.from_numpy(~product.any(1))
     for start in range(0, len(query), block):
         scores = torch.from_numpy(query[start : start + block]) @ products.T
         mine = torch.from_numpy(own[start : start + block])
         asked = (mine >= 0).nonzero().flatten()
         scores[asked, mine[asked]] = float("-inf")
+        scores[:, nothing] = float("-inf")
         best = scores.topk(min(k, scores.shape[1]), 1)
         found = torch.where(best.values > float("-inf"), best.indices, -1).numpy()
         result[start : start + block, : found.shape[1]] = found
