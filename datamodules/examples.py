@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch.utils.data import Dataset
 
@@ -125,13 +126,13 @@ def rank_in_query(query: np.ndarray, relevance: np.ndarray, seed: int) -> np.nda
 
 def index_in(values: pa.ChunkedArray, among: pa.ChunkedArray) -> np.ndarray:
     """(n,) int64 position of each value, -1 where it is null or not there."""
-    found = pa.compute.index_in(values, value_set=among.combine_chunks(), skip_nulls=True)
+    found = pc.index_in(values, value_set=among.combine_chunks(), skip_nulls=True)
     return found.fill_null(-1).to_numpy().astype(np.int64)
 
 
 def is_split(table: Table, split: str) -> np.ndarray:
     """(n,) bool: the rows of this split."""
-    return pa.compute.equal(table.column("split"), split).to_numpy()
+    return pc.equal(table.column("split"), split).to_numpy()
 
 
 class Mates:
@@ -149,8 +150,8 @@ class Mates:
         else:
             keys = products.column("group").combine_chunks()
             if relation == "family":  # a family may have the name of another product's group
-                groups = pa.compute.binary_join_element_wise(keys, "group", "\0")
-                keys = pa.compute.coalesce(products.column("family").combine_chunks(), groups)
+                groups = pc.binary_join_element_wise(keys, "group", "\0")
+                keys = pc.coalesce(products.column("family").combine_chunks(), groups)
         codes = keys.take(pa.array(rows)).dictionary_encode().indices.fill_null(-1).to_numpy().astype(np.int64)
         order = np.argsort(codes, kind="stable")
         self.members = rows[order]

@@ -134,6 +134,13 @@ class ProductDataModule(L.LightningDataModule):
         if stage == "fit":
             self.rows = self._examples()
             logger.info("%d training examples from %d products", len(self.rows), len(self.products))
+            if self.qrels is not None and not {"pairs", "labels"} & self.sources.keys():
+                logger.warning(
+                    "%s holds %d judgements, and none is trained on: data.sources=%s names neither pairs nor labels.",
+                    self.catalogue,
+                    len(self.qrels),
+                    ", ".join(self.sources),
+                )
         for split in {"fit": [self.val_split], "validate": [self.val_split], "test": [self.test_split]}[stage]:
             self.held_out[split] = held_out(
                 self.products,

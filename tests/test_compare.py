@@ -12,7 +12,7 @@ from test_loss import keys
 from datamodules.batch import Batch, Item, Items
 from towers.encoder import Encoder
 from towers.fusion import FUSIONS
-from towers.label_loss import CoSENT
+from towers.label_loss import CoSENT, PairLoss
 from towers.loss import InfoNCE
 from towers.text import BiLSTM
 from towers.two_tower import Comparison, TwoTower
@@ -112,6 +112,17 @@ def test_chunks_have_the_loss_and_gradients_of_the_whole_with_parts() -> None:
         found.append([loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
+
+
+def test_a_label_says_nothing_of_a_picture_that_is_not_there() -> None:
+    """Of the two labelled pairs one has no picture: there is no order, and the one that is left is compared."""
+    batch = make_batch(make_encoder())
+    there = batch.query.present[:, 1] & batch.product.present[:, 1]
+    assert there.tolist()[:2] == [True, False] and not batch.label[:2].isnan().any()
+    ordered, alone = (make_model([Comparison("image", "image", loss=loss)]).eval() for loss in (CoSENT(), PairLoss()))
+    assert ordered.training_step(batch, 0).item() == 0.0
+    alone.training_step(batch, 0).backward()
+    assert not alone.product.absent.grad.any()
 
 
 def test_each_comparison_has_a_temperature_of_its_own() -> None:

@@ -18,6 +18,7 @@ from test_images import encode, noise, png_header
 
 from datamodules.images import decode
 from datamodules.prepare import main, prepare
+from datamodules.preparing.summary import summary
 from datamodules.preparing.tables import CatalogueError
 from datamodules.schema import Schema
 from retrieval import storage
@@ -349,9 +350,20 @@ def test_pairs_that_ask_the_same_are_one_query(tmp_path: Path) -> None:
         ("p1", 0),
     ]
     assert report["queries"] == {
-        "count": 4, "splits": {"train": 2, "val": 1, "test": 1}, "judgements": 6, "irrelevant": 1, "repeated": 1
+        "count": 4, "splits": {"train": 2, "val": 1, "test": 1}, "judgements": 6, "irrelevant": 1, "repeated": 1,
+        "unread_columns": {"pairs.csv": []},
     }  # fmt: skip
     assert report["files"]["pairs.csv"] == {"rows": 7, "accepted": 7, "rejected": 0, "with_problem": 0}
+
+
+def test_columns_of_a_log_that_are_not_read_are_named_and_repeated_rows_counted(tmp_path: Path) -> None:
+    """A raw log has a row for each click, and events that are no grades."""
+    rows = [{"time": str(i), "query": "red shoe", "product_id": f"p{i % 2}", "event": "click"} for i in range(5)]
+    report = prepare(products(tmp_path), tmp_path / "c", pairs=write_csv(tmp_path / "log.csv", rows))
+    assert report["queries"]["unread_columns"] == {"log.csv": ["time", "event"]}
+    facts = summary(report, 1.0, tmp_path / "c")
+    assert facts["judgements"] == "2, and 3 rows that repeat one"
+    assert facts["not read"] == "log.csv: time, event"
 
 
 def test_problems_of_pairs_are_named_and_never_crash(tmp_path: Path) -> None:

@@ -73,6 +73,13 @@ def test_batches_are_the_same_every_time_and_pictures_vary_by_epoch(tiny_catalog
     assert not any(map(same, loaders[0], again))
 
 
+def test_judgements_that_no_source_trains_on_are_told(tiny_catalogue: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data_module(tiny_catalogue, sources=["catalogue", "pairs"])
+    assert "none is trained on" not in caplog.text
+    data_module(tiny_catalogue, sources={"catalogue": 1, "facets": 1})
+    assert "judgements, and none is trained on: data.sources=catalogue, facets names neither pairs nor" in caplog.text
+
+
 def test_ranks_share_the_batch_of_one_process(tiny_catalogue: Path) -> None:
     whole = next(iter(data_module(tiny_catalogue).train_dataloader()))
     halves = [next(iter(data_module(tiny_catalogue, rank, 2).train_dataloader())) for rank in range(2)]

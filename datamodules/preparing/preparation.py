@@ -45,6 +45,9 @@ class Preparation:
         reading: how cells are read.
         policy: of splits.
         num_workers: processes that read pictures; None for as many as pay off.
+
+    Attributes:
+        unread: file of queries or judgements -> its columns that mean nothing here.
     """
 
     folder: Path
@@ -57,6 +60,7 @@ class Preparation:
     counts: Counter[str] = field(default_factory=Counter)
     queries: QuerySet = field(default_factory=QuerySet)
     judgements: Judgements = field(default_factory=Judgements)
+    unread: dict[str, list[str]] = field(default_factory=dict)
 
     def products(self, table: Table, columns: Columns, rows: int) -> Arrangement:
         """Read all products and write them in order.
@@ -146,6 +150,7 @@ class Preparation:
 
     def _read_queries(self, table: Table, spool: Spool, pairs: bool) -> None:
         parts = find_parts(table, ASKED) if pairs else find_parts(table, ASKED, ["query_id"])
+        self.unread[table.path.name] = [name for name in table.columns if name not in parts.values()]
         records = self.queries.new_queries(table.records(), parts) if pairs else table.records()
         parser = QueryParser(table.path.name, parts, self.reading)
         workers = self.num_workers if "image" in parts else 0
@@ -157,6 +162,7 @@ class Preparation:
 
     def _read_judgements(self, table: Table, pairs: bool) -> None:
         parts = find_parts(table, ["product"]) if pairs else find_parts(table, ["query_id"], ["product"])
+        self.unread[table.path.name] = [name for name in table.columns if name not in parts.values()]
         rows = self.judgements.read(table, parts, self.queries, self.numbers, pairs)
         for row in watched(rows, None, "reading judgements"):
             self.log.add(row)

@@ -39,6 +39,7 @@ def make_report(run: Preparation, columns: Columns, arrangement: Arrangement, qu
             "judgements": len(run.judgements) - run.judgements.repeated,
             "irrelevant": run.judgements.irrelevant,
             "repeated": run.judgements.repeated,
+            "unread_columns": run.unread,
         },
     }
 
@@ -73,7 +74,11 @@ def summary(report: Report, seconds: float, output: Path) -> dict[str, str]:
         facts["placeholders"] = f"{len(report['placeholder_pictures'])} pictures that up to {most:,} products share"
     if queries["count"]:
         facts["queries"] = f"{queries['count']:,}: {_numbers(queries['splits'])}"
-        facts["judgements"] = f"{queries['judgements']:,}"
+        repeated = f", and {queries['repeated']:,} rows that repeat one" if queries["repeated"] else ""
+        facts["judgements"] = f"{queries['judgements']:,}{repeated}"
+        unread = [f"{name}: {', '.join(columns)}" for name, columns in queries["unread_columns"].items() if columns]
+        if unread:
+            facts["not read"] = "; ".join(unread)
     facts["time"] = f"{seconds:,.1f} s, {report['rows'] / max(seconds, 0.1):,.0f} rows/s"
     facts["catalogue"] = str(output)
     return facts
