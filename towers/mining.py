@@ -33,7 +33,7 @@ class HardNegatives(L.Callback):
 
     What is as near as an answer may be one that nobody marked. So candidates begin at a rank, end at another, and have
     to be less similar to the product than its own mates are (as NV-Retriever, arXiv:2407.15831); whatever has an equal
-    key is none. Until `ramp_epochs` are over, a part of the negatives is drawn at random (as Etsy, arXiv:2306.04833).
+    key is none. At the first times a part of the negatives is still drawn at random (as Etsy, arXiv:2306.04833).
 
     Args:
         every_n_epochs: 0 mines nothing.
@@ -43,7 +43,8 @@ class HardNegatives(L.Callback):
         max_similarity: candidates more similar than this share of the similarity to the least similar mate (to itself:
             1, where it has none) are suspected to be answers, and left out.
         related: products with an equal key of these relations are no candidates.
-        ramp_epochs: until the mined ones make up all extra negatives.
+        ramp: times of mining until the mined ones make up all extra negatives: 3 takes a third after the first, then two
+            thirds, then all.
     """
 
     def __init__(
@@ -54,16 +55,16 @@ class HardNegatives(L.Callback):
         last_rank: int = 50,
         max_similarity: float = 0.95,
         related: list[Relation] | None = None,
-        ramp_epochs: int = 3,
+        ramp: int = 3,
     ) -> None:
-        if every_n_epochs < 0 or per_example < 1 or ramp_epochs < 0:
+        if every_n_epochs < 0 or per_example < 1 or ramp < 0:
             raise ValueError(
-                f"every_n_epochs={every_n_epochs}, per_example={per_example}, ramp_epochs={ramp_epochs}: none may be "
+                f"every_n_epochs={every_n_epochs}, per_example={per_example}, ramp={ramp}: none may be "
                 "negative, and per_example is at least 1."
             )
         if not 1 <= first_rank <= last_rank:
             raise ValueError(f"first_rank={first_rank}, last_rank={last_rank}: choose 1 <= first_rank <= last_rank.")
-        self.every_n_epochs, self.per_example, self.ramp_epochs = every_n_epochs, per_example, ramp_epochs
+        self.every_n_epochs, self.per_example, self.ramp = every_n_epochs, per_example, ramp
         self.first_rank, self.last_rank, self.max_similarity = first_rank, last_rank, max_similarity
         self.related: list[Relation] = (
             related if related is not None else ["product", "group", "family", "title", "picture"]
@@ -84,7 +85,7 @@ class HardNegatives(L.Callback):
             suspected = self._mine(trainer, pl_module, file)
             pl_module.log("train/suspected_false_negatives", suspected, rank_zero_only=True)
         trainer.strategy.barrier()
-        share = min(1.0, epoch / max(1, self.ramp_epochs * self.every_n_epochs))
+        share = min(1.0, epoch / max(1, self.ramp * self.every_n_epochs))
         trainer.datamodule.negatives = Negatives(file, self.per_example, share)
 
     @torch.inference_mode()
