@@ -241,7 +241,7 @@ class ProductDataModule(L.LightningDataModule):
             judged=self._answers(),
             first_facets=asked.first_facets,
         )
-        return self._loader(batches, self._stream)
+        return self.loader(batches, self._stream)
 
     def state_dict(self) -> dict[str, Any]:
         """Where training stands, for its checkpoints: epoch, its steps that are done, all batches, mined negatives."""
@@ -307,11 +307,12 @@ class ProductDataModule(L.LightningDataModule):
         queries = QueryRows(self.products, self.queries, asked, self._preprocess.query)
         products = ProductRows(self.products, asked.gallery, self._preprocess.product)
         return [
-            self._loader(queries, RowBatches(len(asked), self.batch_size, *ranks)),
-            self._loader(products, RowBatches(len(asked.gallery), self.batch_size, *ranks)),
+            self.loader(queries, RowBatches(len(asked), self.batch_size, *ranks)),
+            self.loader(products, RowBatches(len(asked.gallery), self.batch_size, *ranks)),
         ]
 
-    def _loader(self, dataset: Dataset, sampler: Sampler) -> DataLoader:
+    def loader(self, dataset: Dataset, sampler: Sampler) -> DataLoader:
+        """What a sampler draws from a dataset, by this run's loader processes."""
         return DataLoader(
             dataset,
             batch_size=None,  # the sampler draws whole batches

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from test_embed import read
+from tiny_models import write_bert
 from training import fit, fit_arguments, logged, run_program
 
 from towers.embed import embed
@@ -36,6 +37,39 @@ def test_a_training_of_two_processes_equals_one(tiny_catalogue: Path, tmp_path: 
     for metric in ("val/hit@1", "val/hit@10", "val/recall@10", "val/mrr@10"):
         assert logged(tmp_path / "two", metric) == pytest.approx(logged(tmp_path / "one", metric), abs=1e-12)
     assert (tmp_path / "two" / "model" / "manifest.json").is_file()
+
+
+def test_two_processes_mine_and_cache_as_one_does(tiny_catalogue: Path, tmp_path: Path) -> None:
+    """Each process makes some of the frozen text tower's features, and some of the embeddings that are mined."""
+    arguments = (
+        *NO_DROPOUT,
+        "--model.product.image=null",
+        "--model.product.text=HuggingFaceText",
+        f"--model.product.text.pretrained={write_bert(tmp_path / 'bert')}",
+        "--model.product.text.freeze=true",
+        "--data.batch_size=8",
+        "--trainer.max_epochs=2",
+        "--trainer.limit_train_batches=5",
+        "--trainer.log_every_n_steps=1",
+        "--hard_negatives.every_n_epochs=1",
+        "--hard_negatives.per_example=2",
+        "--hard_negatives.ramp=0",
+    )
+    one = ("--trainer.devices=1", f"--model.feature_cache={tmp_path / 'cache1'}")
+    two = ("--trainer.devices=2", "--trainer.strategy=ddp", f"--model.feature_cache={tmp_path / 'cache2'}")
+    assert fit(tiny_catalogue, tmp_path / "one", *arguments, *one) == 0
+    distributed = run_program("train.py", *fit_arguments(tiny_catalogue, tmp_path / "two", *arguments, *two))
+    assert distributed.returncode == 0, distributed.stdout
+    alone, together = (logged(tmp_path / run, "train/loss") for run in ("one", "two"))
+    assert len(alone) == 10
+    assert together == pytest.approx(alone, abs=2e-5)
+    mined = [np.load(tmp_path / run / "negatives" / "epoch-00001.npy") for run in ("one", "two")]
+    assert (mined[0] >= 0).any() and (mined[0] == mined[1]).mean() > 0.98  # near-ties may swap
+    parts = sorted((tmp_path / "cache2").glob("text-*/digests-*.npy"))
+    assert len(parts) == 2
+    assert set(np.concatenate([np.load(part) for part in parts])) == set(
+        np.load(next((tmp_path / "cache1").glob("text-*/digests-*.npy")))
+    )
 
 
 def test_two_processes_embed_as_one_does(tiny_run: Path, tiny_catalogue: Path, tmp_path: Path) -> None:

@@ -180,7 +180,7 @@ def cached(
         every_view: texts may lose fields in training.
         device: where towers run.
         batch_size: contents per step.
-        write: make what is missing (one process does).
+        write: make what is missing.
     """
     sides = {"query": query, "product": product}
     result = {"query": preprocess.query, "product": preprocess.product}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import lightning as L
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader
 
 from datamodules.batch import NO_KEY, RELATIONS, Relation
 from datamodules.heldout import ProductRows, RowBatches
@@ -43,8 +41,8 @@ class HardNegatives(L.Callback):
         max_similarity: candidates more similar than this share of the similarity to the least similar mate (to itself:
             1, where it has none) are suspected to be answers, and left out.
         related: products with an equal key of these relations are no candidates.
-        ramp: times of mining until the mined ones make up all extra negatives: 3 takes a third after the first, then two
-            thirds, then all.
+        ramp: times of mining until the mined ones make up all extra negatives: 3 takes a third after the first, two
+            thirds after the second.
     """
 
     def __init__(
@@ -81,35 +79,22 @@ class HardNegatives(L.Callback):
             return
         assert isinstance(pl_module, TwoTower)
         file = Path(trainer.default_root_dir) / "negatives" / f"epoch-{epoch:05d}.npy"
+        work = file.parent / "work"
+        _embed(trainer, pl_module, work / "embeddings")
         if trainer.is_global_zero:
-            suspected = self._mine(trainer, pl_module, file)
+            suspected = self._mine(trainer.datamodule, work, file)
             pl_module.log("train/suspected_false_negatives", suspected, rank_zero_only=True)
         trainer.strategy.barrier()
         share = min(1.0, epoch / max(1, self.ramp * self.every_n_epochs))
         trainer.datamodule.negatives = Negatives(file, self.per_example, share)
 
-    @torch.inference_mode()
-    def _mine(self, trainer: L.Trainer, model: TwoTower, file: Path) -> float:
-        """Write the candidates of every product; returns the share of suspected answers among them."""
+    def _mine(self, data: Any, work: Path, file: Path) -> float:
+        """Write the candidates of every embedded product; returns the share of suspected answers among them."""
         from retrieval.build import build_index  # training itself needs no FAISS
-        from retrieval.embeddings import EmbeddingReader, EmbeddingWriter
+        from retrieval.embeddings import EmbeddingReader
         from retrieval.index import ProductIndex
 
-        data, work = trainer.datamodule, file.parent / "work"
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
         rows: Rows = data.train_rows
-        was_training = model.training
-        model.eval()
-        writer = EmbeddingWriter(work / "embeddings", dim=model.embed_dim)
-        names: list[str] = []
-        first = 0
-        for vectors in _embedded(model, data, rows):
-            names.append(f"shard-{len(names):05d}")
-            writer.write(names[-1], [str(row) for row in rows[first : first + len(vectors)]], vectors)
-            first += len(vectors)
-        writer.finish(names)
-        model.train(was_training)
         build_index(EmbeddingReader(work / "embeddings"), work / "index")
         index = ProductIndex.open(work / "index")
         keys = np.array([product_keys(data.products.row(int(row))) for row in rows])
@@ -156,20 +141,28 @@ class HardNegatives(L.Callback):
         return np.take_along_axis(np.where(good, found, -1), order, axis=1), int(doubtful.sum())
 
 
-def _embedded(model: TwoTower, data: Any, rows: Rows) -> Iterator[NDArray[np.float32]]:
-    """The embeddings of some products, a shard at a time."""
-    products = ProductRows(data.products, rows, data.preprocess.product)
-    loader = DataLoader(products, batch_size=None, sampler=RowBatches(len(rows), data.batch_size), collate_fn=_as_is)
-    parts: list[NDArray[np.float32]] = []
-    for batch in loader:
-        encoded = model.encode_chunks(model.product, to_device(batch.items, model.device))
-        parts.append(encoded.embedding.float().cpu().numpy())
-        if sum(map(len, parts)) >= SHARD:
-            yield np.concatenate(parts)
-            parts = []
-    if parts:
-        yield np.concatenate(parts)
+@torch.inference_mode()
+def _embed(trainer: L.Trainer, model: TwoTower, folder: Path) -> None:
+    """Write the embeddings of the products that are trained on, each process some of the shards."""
+    from retrieval.embeddings import EmbeddingWriter
 
-
-def _as_is(batch: object) -> object:
-    return batch
+    data, rows = trainer.datamodule, trainer.datamodule.train_rows
+    if trainer.is_global_zero:
+        shutil.rmtree(folder.parent, ignore_errors=True)
+        EmbeddingWriter(folder, dim=model.embed_dim)  # begins it
+    trainer.strategy.barrier()
+    writer, was_training = EmbeddingWriter(folder, dim=model.embed_dim), model.training
+    shards = np.array_split(rows, max(-(-len(rows) // SHARD), min(trainer.world_size, len(rows))))
+    names = [f"shard-{number:05d}" for number in range(len(shards))]
+    model.eval()
+    for number in range(trainer.global_rank, len(shards), trainer.world_size):
+        products = ProductRows(data.products, shards[number], data.preprocess.product)
+        parts = []
+        for batch in data.loader(products, RowBatches(len(products.gallery), data.batch_size)):
+            encoded = model.encode_chunks(model.product, to_device(batch.items, model.device))
+            parts.append(encoded.embedding.float().cpu().numpy())
+        writer.write(names[number], [str(row) for row in shards[number]], np.concatenate(parts))
+    model.train(was_training)
+    trainer.strategy.barrier()
+    if trainer.is_global_zero:
+        writer.finish(names)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -221,17 +222,15 @@ class TwoTower(L.LightningModule):
 
     def _cached_preprocess(self, data: Any) -> Preprocess:
         assert self.feature_cache is not None
-        make = {
-            "every_view": data.views.field_dropout > 0,
-            "device": self.trainer.strategy.root_device,
-        }
-        for write in (True, False):  # the first process writes, then all read
-            if write == (self.trainer.global_rank == 0):
-                result = cached(
-                    self.preprocess, self.product, self.query, data.all_items, self.feature_cache, write=write, **make
-                )
-            self.trainer.strategy.barrier()
-        return result
+        trainer, encoders = self.trainer, (self.preprocess, self.product, self.query)
+        make = {"every_view": data.views.field_dropout > 0, "device": trainer.strategy.root_device}
+
+        def own_items() -> Iterator[Item]:
+            return islice(data.all_items(), trainer.global_rank, None, trainer.world_size)
+
+        cached(*encoders, own_items, self.feature_cache, **make)  # each process makes some of the features
+        trainer.strategy.barrier()
+        return cached(*encoders, data.all_items, self.feature_cache, write=False, **make)  # and reads all
 
     def on_fit_start(self) -> None:
         """Compile what is trained; weights and their names stay as they are."""
