@@ -97,6 +97,17 @@ ARMS: dict[str, dict[str, list[str]]] = {
             "--model.loss=benchmarks.peer_losses.MultipleNegativesRanking",
         ],
         **{f"{tower} alone": [*ALONE[tower], CATALOGUE] for tower in TOWERS},
+        **{
+            f"text alone, {what}": [
+                *ALONE["text"],
+                CATALOGUE,
+                "--model.product.text.init_args.freeze=false",
+                f"--model.product.text.init_args.freeze_lower={share}",
+                "--model.pretrained_lr=1e-4",
+                "--trainer.max_epochs=6",
+            ]
+            for what, share in (("tuned", 0), ("upper half tuned", 0.5))
+        },
         "typed queries are not read word by word": ["--model.product.words.init_args.typed=false"],
         **{f"typed queries of facets weigh {w}": [f"--data.facet_weight={w}"] for w in (0.005, 0.02, 0.1, 1)},
         "averaged weights": [
