@@ -179,19 +179,27 @@ class JudgedAnswers:
     Args:
         products: the catalogue.
         rows: examples; those of weight 0 are no answers.
-        max_per_query: the ones with the largest weights are kept, so that a batch stays small.
+        others: what is no example and answers all the same.
+        max_per_query: so many with the largest weights are kept, of equals those of `rows`: a batch stays small.
     """
 
-    def __init__(self, products: Table, rows: ExampleRows, max_per_query: int = 64) -> None:
+    def __init__(
+        self, products: Table, rows: ExampleRows, others: Sequence[ExampleRows] = (), max_per_query: int = 64
+    ) -> None:
         self.num_products = len(products)
-        judged = (rows.weight > 0) & ((rows.query != ITSELF) | (rows.source != ITSELF))
-        asker = np.where(rows.query != ITSELF, self.num_products + rows.query, rows.source)[judged]
-        product, weight = rows.product[judged], rows.weight[judged]
-        order = np.lexsort((-weight, product, asker))  # an example that is shown several times is one judgement
+        parts = (rows, *others)
+        product, query, source, weight = (
+            np.concatenate([getattr(part, name) for part in parts]) for name in ("product", "query", "source", "weight")
+        )
+        is_other = np.repeat([False, *[True] * len(others)], [len(part) for part in parts])
+        judged = (weight > 0) & ((query != ITSELF) | (source != ITSELF))
+        asker = np.where(query != ITSELF, self.num_products + query, source)
+        asker, product, weight, is_other = (values[judged] for values in (asker, product, weight, is_other))
+        order = np.lexsort((is_other, -weight, product, asker))  # one judgement may be shown several times
         first = np.ones(len(order), bool)
         first[1:] = (np.diff(asker[order]) != 0) | (np.diff(product[order]) != 0)
-        asker, product, weight = (values[order][first] for values in (asker, product, weight))
-        order = np.lexsort((-weight, asker))
+        asker, product, weight, is_other = (values[order][first] for values in (asker, product, weight, is_other))
+        order = np.lexsort((is_other, -weight, asker))
         order = order[np.arange(len(order)) - np.searchsorted(asker[order], asker[order]) < max_per_query]
         self.asker, product, self.weight = asker[order], product[order], weight[order]
         rows_, number = np.unique(product, return_inverse=True)
@@ -229,7 +237,7 @@ class TrainingBatches(Dataset[Batch]):
         views: what is left out of queries and products.
         preprocess: of the model.
         seed: of all views.
-        judged: all that is known to answer queries; null takes the examples.
+        others: what answers queries beside the examples.
         first_facets: queries from this number on name facets: they ask for what is judged, and not for its family.
     """
 
@@ -243,13 +251,13 @@ class TrainingBatches(Dataset[Batch]):
         views: Views,
         preprocess: Preprocess,
         seed: int,
-        judged: ExampleRows | None = None,
+        others: Sequence[ExampleRows] = (),
         first_facets: float = math.inf,
     ) -> None:
         self.products, self.queries, self.rows, self.mates = products, queries, rows, mates
         self.first_facets = first_facets
         self.mate_share, self.views, self.preprocess, self.seed = mate_share, views, preprocess, seed
-        self.answers = JudgedAnswers(products, rows if judged is None else judged)
+        self.answers = JudgedAnswers(products, rows, others)
         times = np.bincount(rows.product, minlength=len(products))
         self.frequency = (times / max(times.sum() / max(np.count_nonzero(times), 1), 1)).astype(np.float32)
 

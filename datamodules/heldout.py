@@ -131,6 +131,8 @@ def _judged(
     pairs, first = np.unique(np.stack([query[order], product[order]], 1), axis=0, return_index=True)  # judged twice
     best = grade[order][first]
     keep = np.isin(pairs[:, 0], pairs[best >= lowest, 0])
+    if not len(pairs):
+        return np.empty(0, np.int64), np.empty(0, np.int64), [], [], 1.0
     if not keep.all():
         _tell_dropped(split, pairs[:, 0], keep, lowest * highest, float(best.max()) * highest)
     pairs, best = pairs[keep], best[keep]

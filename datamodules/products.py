@@ -134,11 +134,12 @@ class ProductDataModule(L.LightningDataModule):
         if stage == "fit":
             self.rows = self._examples()
             logger.info("%d training examples from %d products", len(self.rows), len(self.products))
-            if self.qrels is not None and not {"pairs", "labels"} & self.sources.keys():
+            if not {"pairs", "labels"} & self.sources.keys() and (left := len(self._pairs(labelled=True))):
                 logger.warning(
-                    "%s holds %d judgements, and none is trained on: data.sources=%s names neither pairs nor labels.",
+                    "%s holds %d judgements of the train split, and none is trained on: data.sources=%s names neither "
+                    "pairs nor labels.",
                     self.catalogue,
-                    len(self.qrels),
+                    left,
                     ", ".join(self.sources),
                 )
         for split in {"fit": [self.val_split], "validate": [self.val_split], "test": [self.test_split]}[stage]:
@@ -194,14 +195,14 @@ class ProductDataModule(L.LightningDataModule):
             equals=equals,
         )
 
-    def _answers(self) -> ExampleRows:
-        """All that is known to answer queries: the examples, what a cut of theirs left out, and all typed facets."""
-        parts = [self.rows]
+    def _other_answers(self) -> list[ExampleRows]:
+        """What answers queries beside the examples: what a cut of theirs left out, and all that have typed facets."""
+        parts = []
         if self.max_pairs_per_query is not None and {"pairs", "labels"} & self.sources.keys():
             parts.append(self._pairs(labelled=False, equals=True))
         if len(self.facets):
             parts.append(self.facets.pairs(self._asked.first_facets))
-        return ExampleRows.join(parts)
+        return parts
 
     @property
     def negatives(self) -> Negatives | None:
@@ -238,7 +239,7 @@ class ProductDataModule(L.LightningDataModule):
             self.views,
             self._preprocess,
             self.seed,
-            judged=self._answers(),
+            others=self._other_answers(),
             first_facets=asked.first_facets,
         )
         return self.loader(batches, self._stream)
@@ -247,8 +248,9 @@ class ProductDataModule(L.LightningDataModule):
         """Where training stands, for its checkpoints: epoch, its steps that are done, all batches, mined negatives."""
         per_epoch = self.trainer.num_training_batches
         batches = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
-        since = batches - self.progress["batches"]  # epochs before the last start may have been of another length
-        epoch, step = divmod(self.progress["epoch"] * per_epoch + self.progress["step"] + since, per_epoch)
+        since = batches - self.progress["batches"]  # epochs before the last start may have been of another length,
+        started = min(self.progress["step"], per_epoch)  # and of the one it was in nothing may be left
+        epoch, step = divmod(self.progress["epoch"] * per_epoch + started + since, per_epoch)
         mined = None if self._negatives is None else self._negatives._asdict()
         return {
             "epoch": epoch,

@@ -227,6 +227,15 @@ def test_the_strongest_answers_are_kept(tables: tuple[Table, Table]) -> None:
     assert answers.of(ITSELF, 6) == ([NO_KEY] * 2, [0.0] * 2)
 
 
+def test_of_equal_answers_those_that_are_shown_are_kept(tables: tuple[Table, Table]) -> None:
+    qrels = judgements(*((f"q{0}", f"p{row}", 1.0) for row in (0, 1, 2, 3, 5, 6)))
+    shown = pair_examples(qrels, *tables, "train", 2)
+    answers = JudgedAnswers(tables[0], shown, [pair_examples(qrels, *tables, "train")], max_per_query=3)
+    keys, weights = answers.of(0, ITSELF)
+    assert {stable_hash(f"p{row}") for row in shown.product} <= set(keys)
+    assert len(set(keys)) == 3 and weights == [1.0] * 3
+
+
 def test_without_judgements_a_batch_has_no_lists(tables: tuple[Table, Table]) -> None:
     batch = batches(tables, catalogue_examples(np.arange(7)), 0.0)[Draw(0, np.arange(7))]
     assert batch.judged is None and batch.grades is None

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
@@ -125,6 +126,14 @@ def test_judgements_that_find_nothing_relevant_are_none(world: dict[str, Any]) -
     zeros = qrels.set_column(2, "relevance", pa.array([0.0] * len(qrels)))
     found = held_out(products, queries, zeros, split="val", mates="group", max_queries=1000, max_products=1000)
     assert answers(found) == answers(ask(world, judged=False, mates="group"))
+
+
+def test_a_threshold_is_of_judged_queries_alone(world: dict[str, Any]) -> None:
+    products, queries, qrels = world["tables"]
+    of_train = [q["query_id"] for q in world["queries"] if q["split"] == "train"]
+    some = qrels.filter(pc.is_in(qrels["query_id"], pa.array(of_train)))
+    settings = {"split": "val", "mates": "group", "max_queries": 1000, "max_products": 1000, "threshold": 9.0}
+    assert answers(held_out(products, queries, some, **settings)) == answers(ask(world, judged=False, mates="group"))
 
 
 @pytest.mark.parametrize("threshold", [1.0, 2.0])

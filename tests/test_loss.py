@@ -102,12 +102,12 @@ def reference(loss: ContrastiveLoss, query: Tensor, product: Tensor, batch: Batc
         total = 0.0
         for i in range(len(query)):
             for j in range(len(product)):
-                weight, own = (
-                    kind(batch.query_keys[i], batch.product_keys[k], i == k, said.get((i, k), 0.0)) for k in (j, i)
-                )
+                judged = said.get((i, j), 0.0)
+                weight = kind(batch.query_keys[i], batch.product_keys[j], i == j, judged)
                 logit = scale * float(query[i] @ product[j]) + loss.bias.item()
-                if weight is not None and there["product"][j]:
-                    importance = batch.weight[i].item() * (weight / own if weight else 1)
+                if weight is not None and (there["product"][j] or i == j):
+                    of_row = batch.weight[i].item()
+                    importance = of_row if i == j or not weight else weight * (1 if judged and of_row else of_row)
                     total += importance * math.log1p(math.exp(-logit if weight else logit))
         return total / total_weight
     queries = query, batch.query_keys, torch.ones(len(query)), there["query"]
@@ -203,6 +203,15 @@ def test_a_judged_pair_weighs_in_the_sigmoid_loss_what_it_was_judged() -> None:
     SigmoidLoss(temperature=1.0, bias=0.0)(similarity, torch.eye(2), batch).backward()
     pull = -similarity.grad * 1.5 * (1 + similarity.detach().exp())  # of a logit x: 1 / (1 + e^x)
     torch.testing.assert_close(pull, torch.tensor([[0.5, 1.0], [0.5, 1.0]]))
+
+
+def test_what_was_not_judged_weighs_in_the_sigmoid_loss_as_its_row() -> None:
+    """Its own answer of grade .1, that is not among the listed ones; a mate of it; a listed answer of grade 1/2."""
+    answers = keys(3, product=[0, 1, 2], group=[3, 3, 4], query=[7, NO_KEY, NO_KEY])
+    batch = make_batch(keys(1, group=[3], query=[7]), answers, [0.1], [[(2, 0.5)]])
+    similarity = torch.zeros(1, 3, requires_grad=True)
+    SigmoidLoss(temperature=1.0, bias=0.0)(similarity, torch.eye(3), batch).backward()
+    torch.testing.assert_close(-similarity.grad * 0.1 * 2, torch.tensor([[0.1, 0.1, 0.5]]))
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -77,7 +77,7 @@ def test_judgements_that_no_source_trains_on_are_told(tiny_catalogue: Path, capl
     data_module(tiny_catalogue, sources=["catalogue", "pairs"])
     assert "none is trained on" not in caplog.text
     data_module(tiny_catalogue, sources={"catalogue": 1, "facets": 1})
-    assert "judgements, and none is trained on: data.sources=catalogue, facets names neither pairs nor" in caplog.text
+    assert "judgements of the train split, and none is trained on: data.sources=catalogue, facets names" in caplog.text
 
 
 def test_ranks_share_the_batch_of_one_process(tiny_catalogue: Path) -> None:
@@ -104,6 +104,16 @@ def test_epochs_before_a_start_may_have_been_of_another_length(tiny_catalogue: P
     data.trainer.fit_loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress))
     data.trainer.num_training_batches = 200
     assert data.state_dict() == {"epoch": 6, "step": 100, "batches": 800, "negatives": None}
+
+
+def test_an_epoch_that_became_shorter_than_where_it_stood_is_over(tiny_catalogue: Path) -> None:
+    """Step 6 of 10 of epoch 1; with 5 steps an epoch, 5 more make epoch 2, and none of epoch 3."""
+    data = data_module(tiny_catalogue)
+    data.load_state_dict({"epoch": 1, "step": 6, "batches": 16})
+    progress = SimpleNamespace(total=SimpleNamespace(processed=21))
+    data.trainer.fit_loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress))
+    data.trainer.num_training_batches = 5
+    assert data.state_dict() == {"epoch": 3, "step": 0, "batches": 21, "negatives": None}
 
 
 def test_validation_asks_every_query_and_searches_every_product(tiny_catalogue: Path) -> None:

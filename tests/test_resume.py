@@ -91,6 +91,27 @@ def test_a_run_that_failed_anywhere_goes_on_where_it_was(
     assert first < step
 
 
+@pytest.mark.parametrize(
+    ("every", "saved"), [(5, set()), (4, {"within-step=8", "within-step=4"}), (1, {"within-step=11", "within-step=12"})]
+)
+def test_nothing_is_saved_between_an_epoch_and_its_validation(
+    tiny_catalogue: Path, tmp_path: Path, every: int, saved: set[str]
+) -> None:
+    """A run that went on from there would not know how good that epoch was."""
+    stopped(tiny_catalogue, tmp_path / "run", 13, f"--checkpoint_every_steps={every}")
+    there = {path.stem for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert there == {"best", "last-step=5", "last-step=10"} | saved
+
+
+def test_a_run_of_so_many_steps_goes_on_after_an_epoch(
+    tiny_catalogue: Path, whole: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    steps = "--trainer.max_steps=15"
+    assert stopped(tiny_catalogue, tmp_path / "run", 12, steps) == whole[:12]
+    assert resume(tiny_catalogue, tmp_path / "run", steps) == whole[10:]
+    assert len(logged(tmp_path / "run", "val/hit@10")) == 1
+
+
 @pytest.mark.parametrize("loss", ["MemoryInfoNCE", "GlobalInfoNCE"])
 def test_what_a_loss_remembers_goes_on(tiny_catalogue: Path, tmp_path: Path, loss: str) -> None:
     settings = ("--model.loss.warmup=2", "--model.loss.size=40") if loss == "MemoryInfoNCE" else ()
@@ -206,6 +227,8 @@ def test_the_newest_checkpoint_that_can_be_read_is_taken(
 def test_steps_are_compared_as_numbers(uninterrupted: Path, tmp_path: Path) -> None:
     for step in (5, 10):
         torch.save({"global_step": step}, tmp_path / f"last-step={step}.ckpt")
+    assert newest_valid_checkpoint(sorted(tmp_path.glob("*.ckpt"))) == tmp_path / "last-step=10.ckpt"
+    torch.save({"global_step": 10}, tmp_path / "within-step=10.ckpt")
     assert newest_valid_checkpoint(sorted(tmp_path.glob("*.ckpt"))) == tmp_path / "last-step=10.ckpt"
     assert newest_valid_checkpoint([]) is None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 import shutil
 import socket
 from pathlib import Path
@@ -271,6 +272,19 @@ def test_queries_that_are_not_there_are_no_way_to_choose(tmp_path: Path, capsys:
     assert fit(mates, tmp_path / "b", *pictures, "--data.mates=none") == 1
     error = last_line(capsys)
     assert "val queries (titles that ask for their product) has anything that this model reads (image)" in error
+
+
+def test_queries_that_a_model_cannot_read_find_nothing_and_are_counted(
+    tiny_catalogue: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Typed ones, of a model that reads attributes alone."""
+    attributes = ("--model.product.text=null", "--model.product.image=null", "--trainer.max_epochs=1")
+    with caplog.at_level(logging.WARNING, logger="towers.two_tower"):
+        assert fit(tiny_catalogue, tmp_path / "run", *attributes) == 0
+    [line] = [record.getMessage() for record in caplog.records if "find nothing" in record.getMessage()]
+    unread, total = (int(word) for word in line.split(" val queries")[0].split(" of "))
+    assert 0 < unread < total
+    assert logged(tmp_path / "run", "val/hit@10")[0] <= 1 - unread / total
 
 
 def test_a_checkpoint_of_another_model_is_refused(

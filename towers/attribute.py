@@ -149,7 +149,8 @@ class AttributeTower(Tower):
         self.register_buffer("log", torch.tensor([a.log for a in numbers], dtype=torch.bool), persistent=False)
         self.register_buffer("mean", torch.tensor([a.mean for a in numbers]), persistent=False)
         self.register_buffer("std", torch.tensor([a.std for a in numbers]), persistent=False)
-        self.names = [stable_hash(a.name) for a in numbers]  # no buffer: averaged over steps it would name others
+        # No buffer: averaged over steps, it would name others.
+        self.names = torch.tensor([stable_hash(a.name) for a in numbers], dtype=torch.int64)
         frequencies = 2 * self.num_frequencies
         self.frequency = nn.Parameter(torch.randn(len(numbers), self.num_frequencies) * self.frequency_scale)
         self.number_weight = nn.Parameter(torch.randn(len(numbers), frequencies, dim) / math.sqrt(frequencies))
@@ -186,8 +187,9 @@ class AttributeTower(Tower):
     def exact_vectors(self, number: Tensor) -> Tensor:
         """(B, A) raw values -> (B, A, d) hash embeddings of them, zeros for NaN."""
         bits = (number.float() + 0.0).view(torch.int32).long()  # -0.0 + 0.0 is 0.0
-        names = torch.tensor(self.names, dtype=torch.int64, device=number.device)
-        return self.hash_vectors(bits * MULTIPLIERS[0] ^ names) * ~number.isnan().unsqueeze(-1)
+        if self.names.device != number.device:
+            self.names = self.names.to(number.device)
+        return self.hash_vectors(bits * MULTIPLIERS[0] ^ self.names) * ~number.isnan().unsqueeze(-1)
 
     def category_vectors(self, category: Tensor) -> Tensor:
         """(B, A, V) hashes -> (B, A, d), the mean over values that are there."""

@@ -63,6 +63,26 @@ class RunCheckpoint(ModelCheckpoint):
         super().load_state_dict({name: moved(value) for name, value in state_dict.items()})
 
 
+class WithinEpochs(RunCheckpoint):
+    """Saves every few steps, but not before a validation: a run that went on from there would leave it out."""
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """As ModelCheckpoint; after a validation the other checkpoint saves."""
+        if not _validation_follows(trainer, batch_idx):
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+
+def _validation_follows(trainer: L.Trainer, batch_idx: int) -> bool:
+    every, epochs = trainer.val_check_batch, trainer.check_val_every_n_epoch
+    if not trainer.enable_validation or every is None or every == float("inf"):
+        return False
+    if epochs is None:
+        return (trainer.fit_loop.total_batch_idx + 1) % every == 0
+    return (trainer.current_epoch + 1) % epochs == 0 and (batch_idx + 1) % every == 0
+
+
 class TrainingCLI(LightningCLI):
     """`fit`, `validate` and `test` of a TwoTower on a ProductDataModule."""
 
@@ -191,23 +211,18 @@ class TrainingCLI(LightningCLI):
 
     def _last_checkpoints(self) -> list[RunCheckpoint]:
         every = self._get(self.config_init, "checkpoint_every_steps")
-        moments = {"last": None} if every is None else {"last": None, "within": every}
-        return [
-            RunCheckpoint(
-                dirpath=self.checkpoints.resolve(),
-                filename=name + "-{step}",
-                save_top_k=2,  # one to fall back to
-                monitor="step",
-                mode="max",
-                every_n_train_steps=steps,
-            )
-            for name, steps in moments.items()
-        ]
+        two = {"dirpath": self.checkpoints.resolve(), "save_top_k": 2, "monitor": "step", "mode": "max"}  # to fall back
+        last = RunCheckpoint(filename="last-{step}", **two)
+        if every is None:
+            return [last]
+        return [last, WithinEpochs(filename="within-{step}", every_n_train_steps=every, **two)]
 
     def fit(self, **kwargs: Any) -> None:
         """Train, then export the best model and, if asked, measure it."""
         path = self._checkpoint_to_resume()
         self.model.replan = self._get(self.config_init, "replan")
+        # Under max_steps Lightning takes a finished epoch for one to be gone on with, and leaves its validation out.
+        self.trainer.fit_loop._iteration_based_training = lambda: False  # type: ignore[method-assign]
         self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=path, weights_only=True)
         self._export()
         if self._get(self.config_init, "then_test"):
@@ -290,4 +305,5 @@ def newest_valid_checkpoint(paths: list[Path]) -> Path | None:
             )
     if paths and not steps:
         raise ValueError(f"None of the checkpoints can be read: {', '.join(map(str, paths))}.")
-    return max(steps, key=lambda path: (steps[path], path.name)) if steps else None
+    # Of one step, the checkpoint after its validation goes before the one within an epoch.
+    return max(steps, key=lambda path: (steps[path], not path.name.startswith("within"), path.name), default=None)

@@ -63,8 +63,8 @@ def targets(
         ignored: relations that leave a pair out which is no positive.
         itself: (B,) int64 column that is the row itself, and is left out; None where there is none.
         judged: (B, P) float32 weight of each pair's judgement, 0 where there is none; they are of the relation `query`.
-        present: (B,) and (P,) bool, the rows and columns that stand for something. All other pairs are left out, but
-            that of a row with its answer, so that a row is never without a positive.
+        present: (B,) and (P,) bool, the rows and columns that stand for something. Others are no answers and no
+            negatives, but a row always keeps the answer of its own, so that it is never without a positive.
     """
     shape = (len(query_keys), len(product_keys))
     positive = torch.zeros(shape, device=query_keys.device)
@@ -75,7 +75,8 @@ def targets(
         positive.masked_fill_(same(query_keys, product_keys, relation), weight)
     row = torch.arange(len(answer), device=answer.device)
     if present is not None:
-        counts &= present[0][:, None] & present[1]
+        counts &= present[1]
+        counts &= present[0][:, None]
     positive[row, answer] = 1.0
     if judged is not None:
         weight = positives.get("query", 0.0)
@@ -86,7 +87,7 @@ def targets(
         positive[row, itself], counts[row, itself] = 0.0, False
     if present is not None:
         own = positive[row, answer]
-        positive = positive * (present[0][:, None] & present[1])
+        positive.mul_(present[1])
         positive[row, answer] = own
     return Targets(positive, counts | (positive > 0))
 
@@ -421,22 +422,27 @@ class SigmoidLoss(ContrastiveLoss):
         products = found.gathered()
 
         def of_rows(scale: Tensor, bias: Tensor, vectors: Tensor, *own: Tensor) -> Tensor:
-            some, answer = Rows(*own[:-1]), own[-1]
+            some, (answer, weight) = Rows(*own[:-2]), own[-2:]
             said = judged_pairs(some, products)
             known = some.present, products.present
             target = targets(some.keys, products.keys, answer, self.positives, self.ignored, judged=said, present=known)
             logits = scale * (some.vectors @ vectors.T) + bias
             is_positive = target.positive > 0
             sign = torch.where(is_positive, 1.0, -1.0)
-            its_own = target.positive.gather(1, answer[:, None])  # the row's weight says that already
-            importance = torch.where(is_positive, target.positive / its_own, target.counts.float())
+            importance = torch.where(is_positive, target.positive, target.counts.float())
+            if (
+                said is not None and "query" in self.positives
+            ):  # a judged pair weighs what was said of it, in whichever row: weight x importance
+                judged = is_positive & (said > 0)
+                importance = torch.where(judged, importance / weight[:, None].clamp(min=1e-9), importance)
+            importance[torch.arange(len(answer), device=answer.device), answer] = 1.0
             return -(importance * F.logsigmoid(sign * logits)).sum(1)
 
         answer = rank_offset(len(product)) + torch.arange(len(query), device=query.device)
         shared = self.scale.float(), self.bias, products.vectors
-        own = *asked._replace(vectors=query.float()), answer
-        losses = in_blocks(of_rows, len(products.keys), shared, *own)
         weight = batch.weight.float()
+        own = *asked._replace(vectors=query.float()), answer, weight
+        losses = in_blocks(of_rows, len(products.keys), shared, *own)
         return num_processes() * (weight * losses).sum() / gather_rows(weight).sum().clamp(min=1e-9)
 
 

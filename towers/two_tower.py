@@ -132,6 +132,7 @@ class TwoTower(L.LightningModule):
         self.schema: Schema | None = None
         self.planned_steps: int | None = None
         self.replan = False  # a resumed run may have another number of steps
+        self._told: set[str] = set()  # splits of which queries cannot be read
 
     # ------------------------------------------------------------------ encoding
 
@@ -413,18 +414,28 @@ class TwoTower(L.LightningModule):
 
     def _held_out_metrics(self, name: str, split: str) -> dict[str, float]:
         asked = self.trainer.datamodule.held_out[split]
-        query = self._all_rows(self.held_out[0], len(asked))
-        product = self._all_rows(self.held_out[1], len(asked.gallery))
+        query, searched = self._all_rows(self.held_out[0], len(asked))
+        product, _ = self._all_rows(self.held_out[1], len(asked.gallery))
         if not (np.isfinite(query).all() and np.isfinite(product).all()):
             raise self._not_finite("Embeddings of held-out queries or products are not numbers")
-        searched = query.any(1)  # a sanity check encodes the first batches alone
-        if not searched.any():
+        unread = ~query[searched].any(1)  # a sanity check encodes the first batches alone
+        if unread.all() and searched.all():
             raise ValueError(
                 f"None of the {len(asked)} {split} queries ({asked.asked}) has anything that this model reads "
                 f"({', '.join(self.query.towers)}), so no model could be chosen by them: give it a tower for "
                 "them, or the catalogue judged queries, groups or families."
             )
+        if unread.any() and self.trainer.is_global_zero and split not in self._told:
+            self._told.add(split)
+            logger.warning(
+                "%d of %d %s queries have nothing that this model reads (%s) and find nothing.",
+                unread.sum(),
+                len(unread),
+                split,
+                ", ".join(self.query.towers),
+            )
         retrieved = exact_search(query[searched], product, asked.own[searched], k=10)
+        retrieved[unread] = -1
         relevant, judged, grade = asked.relevant[searched], asked.judged[searched], asked.grade[searched]
         asks_product = asked.own[searched] >= 0
         parts = {name: np.full(len(retrieved), True)}
@@ -435,17 +446,17 @@ class TwoTower(L.LightningModule):
             figures |= ranking_figures(part, retrieved[of], relevant[of], judged[of], grade[of])
         return figures
 
-    def _all_rows(self, parts: list[Any], num_rows: int) -> np.ndarray:
-        """(num_rows, D) of all processes; zeros where no process encoded a row."""
+    def _all_rows(self, parts: list[Any], num_rows: int) -> tuple[np.ndarray, np.ndarray]:
+        """(num_rows, D) of all processes, zeros where a row is of nothing; (num_rows,) bool, which were encoded."""
         gathered: list[Any] = [parts]
         if num_processes() > 1:
             gathered = [None] * num_processes()
             torch.distributed.all_gather_object(gathered, parts)
-        result = np.zeros((num_rows, self.embed_dim), np.float32)
+        result, encoded = np.zeros((num_rows, self.embed_dim), np.float32), np.zeros(num_rows, bool)
         for process in gathered:
             for rows, embeddings in process:
-                result[rows] = embeddings
-        return result
+                result[rows], encoded[rows] = embeddings, True
+        return result, encoded
 
     # ------------------------------------------------------------------ checkpoints
 

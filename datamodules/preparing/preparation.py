@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -20,7 +20,7 @@ from datamodules.preparing.columns import ATTRIBUTES, Columns
 from datamodules.preparing.judgements import Judgements, query_splits
 from datamodules.preparing.parallel import parse_records
 from datamodules.preparing.pictures import digest
-from datamodules.preparing.queries import ASKED, QueryParser, QuerySet, find_parts
+from datamodules.preparing.queries import ASKED, Part, QueryParser, QuerySet, find_parts
 from datamodules.preparing.report import ProblemLog, console
 from datamodules.preparing.rows import Row
 from datamodules.preparing.shards import ShardWriter, Spool, product_columns, query_columns
@@ -150,7 +150,7 @@ class Preparation:
 
     def _read_queries(self, table: Table, spool: Spool, pairs: bool) -> None:
         parts = find_parts(table, ASKED) if pairs else find_parts(table, ASKED, ["query_id"])
-        self.unread[table.path.name] = [name for name in table.columns if name not in parts.values()]
+        self._note_unread(table, parts)
         records = self.queries.new_queries(table.records(), parts) if pairs else table.records()
         parser = QueryParser(table.path.name, parts, self.reading)
         workers = self.num_workers if "image" in parts else 0
@@ -160,9 +160,13 @@ class Preparation:
             if row.item is not None:
                 spool.append(row.item)
 
+    def _note_unread(self, table: Table, parts: Mapping[Part, str]) -> None:
+        known = self.unread.setdefault(table.path.name, [])
+        known += [name for name in table.columns if name not in {*parts.values(), *known}]
+
     def _read_judgements(self, table: Table, pairs: bool) -> None:
         parts = find_parts(table, ["product"]) if pairs else find_parts(table, ["query_id"], ["product"])
-        self.unread[table.path.name] = [name for name in table.columns if name not in parts.values()]
+        self._note_unread(table, parts)
         rows = self.judgements.read(table, parts, self.queries, self.numbers, pairs)
         for row in watched(rows, None, "reading judgements"):
             self.log.add(row)
