@@ -92,7 +92,8 @@ def test_a_run_that_failed_anywhere_goes_on_where_it_was(
 
 
 @pytest.mark.parametrize(
-    ("every", "saved"), [(5, set()), (4, {"within-step=8", "within-step=4"}), (1, {"within-step=11", "within-step=12"})]
+    ("every", "saved"),
+    [(5, set()), (4, {"within-step=8", "within-step=12"}), (1, {"within-step=11", "within-step=12"})],
 )
 def test_nothing_is_saved_between_an_epoch_and_its_validation(
     tiny_catalogue: Path, tmp_path: Path, every: int, saved: set[str]
