@@ -20,6 +20,7 @@ from datamodules.preprocess import ItemPreprocess
 logger = logging.getLogger(__name__)
 
 Asked = Literal["judged queries", "products that ask for their mates", "titles that ask for their product"]
+TITLES: Asked = "titles that ask for their product"
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def held_out(
         asked = "products that ask for their mates"
         source, judged_rows = _mates(products, mates, split)
         if not len(source):
-            asked = "titles that ask for their product"
+            asked = TITLES
             source = np.flatnonzero(is_split(products, split))
             judged_rows = [np.array([row]) for row in source]
         query = np.full(len(source), ITSELF, np.int64)
@@ -107,7 +108,7 @@ def held_out(
     for i, rows in enumerate(judged_rows):
         judged[i, : len(rows)] = np.searchsorted(gallery, rows)
         grade[i, : len(rows)] = grades[i]
-    asks = (source >= 0) & (asked != "titles that ask for their product")
+    asks = (source >= 0) & (asked != TITLES)
     own = np.where(asks, np.searchsorted(gallery, np.maximum(source, 0)), -1)
     return HeldOut(query, source, gallery, judged, grade, own, lowest, asked)
 
@@ -131,14 +132,12 @@ def _judged(
     pairs, first = np.unique(np.stack([query[order], product[order]], 1), axis=0, return_index=True)  # judged twice
     best = grade[order][first]
     keep = np.isin(pairs[:, 0], pairs[best >= lowest, 0])
-    if not len(pairs):
-        return np.empty(0, np.int64), np.empty(0, np.int64), [], [], 1.0
     if not keep.all():
         _tell_dropped(split, pairs[:, 0], keep, lowest * highest, float(best.max()) * highest)
     pairs, best = pairs[keep], best[keep]
     rows, starts = np.unique(pairs[:, 0], return_index=True)
     judged, grades = (np.split(values, starts[1:]) if len(rows) else [] for values in (pairs[:, 1], best))
-    return np.where(source[rows] >= 0, ITSELF, rows), source[rows], judged, grades, lowest
+    return np.where(source[rows] >= 0, ITSELF, rows), source[rows], judged, grades, lowest if len(rows) else 1.0
 
 
 def _tell_dropped(split: str, query: np.ndarray, kept: np.ndarray, threshold: float, best: float) -> None:
@@ -195,8 +194,7 @@ class QueryRows(Dataset[NumberedItems]):
             assert self.queries is not None
             return query_item(self.queries.row(number))
         item = product_item(self.products.row(int(self.held_out.source[position])))
-        titles = self.held_out.asked == "titles that ask for their product"
-        return Item(text=dict(list(item.text.items())[:1])) if titles else item
+        return Item(text=dict(list(item.text.items())[:1])) if self.held_out.asked == TITLES else item
 
 
 class RowBatches(Sampler[np.ndarray]):

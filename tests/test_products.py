@@ -96,24 +96,24 @@ def test_a_restored_place_is_where_the_next_loader_starts(tiny_catalogue: Path) 
     assert all(map(same, list(loader)[3:], list(resumed.train_dataloader())))
 
 
-def test_epochs_before_a_start_may_have_been_of_another_length(tiny_catalogue: Path) -> None:
-    """5 epochs of 100 batches were done; then one of 200, and half of the next."""
+@pytest.mark.parametrize(
+    ("start", "per_epoch", "processed", "expected"),
+    [
+        # 5 epochs of 100 batches were done; then one of 200, and half of the next.
+        ({"epoch": 5, "step": 0, "batches": 500}, 200, 800, {"epoch": 6, "step": 100}),
+        # Step 6 of 10 of epoch 1; with 5 steps an epoch that one is over, and 5 more make epoch 2.
+        ({"epoch": 1, "step": 6, "batches": 16}, 5, 21, {"epoch": 3, "step": 0}),
+    ],
+)
+def test_epochs_before_a_start_may_have_been_of_another_length(
+    tiny_catalogue: Path, start: dict[str, int], per_epoch: int, processed: int, expected: dict[str, int]
+) -> None:
     data = data_module(tiny_catalogue)
-    data.load_state_dict({"epoch": 5, "step": 0, "batches": 500})
-    progress = SimpleNamespace(total=SimpleNamespace(processed=800))
+    data.load_state_dict(start)
+    progress = SimpleNamespace(total=SimpleNamespace(processed=processed))
     data.trainer.fit_loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress))
-    data.trainer.num_training_batches = 200
-    assert data.state_dict() == {"epoch": 6, "step": 100, "batches": 800, "negatives": None}
-
-
-def test_an_epoch_that_became_shorter_than_where_it_stood_is_over(tiny_catalogue: Path) -> None:
-    """Step 6 of 10 of epoch 1; with 5 steps an epoch, 5 more make epoch 2, and none of epoch 3."""
-    data = data_module(tiny_catalogue)
-    data.load_state_dict({"epoch": 1, "step": 6, "batches": 16})
-    progress = SimpleNamespace(total=SimpleNamespace(processed=21))
-    data.trainer.fit_loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress))
-    data.trainer.num_training_batches = 5
-    assert data.state_dict() == {"epoch": 3, "step": 0, "batches": 21, "negatives": None}
+    data.trainer.num_training_batches = per_epoch
+    assert data.state_dict() == {**expected, "batches": processed, "negatives": None}
 
 
 def test_validation_asks_every_query_and_searches_every_product(tiny_catalogue: Path) -> None:

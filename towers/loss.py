@@ -430,10 +430,8 @@ class SigmoidLoss(ContrastiveLoss):
             is_positive = target.positive > 0
             sign = torch.where(is_positive, 1.0, -1.0)
             importance = torch.where(is_positive, target.positive, target.counts.float())
-            if (
-                said is not None and "query" in self.positives
-            ):  # a judged pair weighs what was said of it, in whichever row: weight x importance
-                judged = is_positive & (said > 0)
+            if said is not None and self.positives.get("query"):
+                judged = is_positive & (said > 0)  # weighs what was said of it, whatever its row weighs
                 importance = torch.where(judged, importance / weight[:, None].clamp(min=1e-9), importance)
             importance[torch.arange(len(answer), device=answer.device), answer] = 1.0
             return -(importance * F.logsigmoid(sign * logits)).sum(1)
