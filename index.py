@@ -33,6 +33,7 @@ def embed(
     devices: int | str = "auto",
     precision: str = "32-true",
     feature_cache: Path | None = None,
+    skip_untrained: bool = False,
 ) -> int:
     """Embed a prepared catalogue: products and, where it has them, queries. Goes on where a killed run stopped.
 
@@ -46,6 +47,8 @@ def embed(
         devices: number of devices, or auto.
         precision: 32-true, or bf16-mixed on a GPU.
         feature_cache: folder of features of frozen towers that training made.
+        skip_untrained: do not write the features of pretrained towers before training, from which evaluate shows what
+            they find by themselves. They are written where the catalogue has queries, as float16.
     """
     from towers.embed import embed as embed_catalogue
 
@@ -59,6 +62,7 @@ def embed(
         devices=devices,
         precision=precision,
         feature_cache=feature_cache,
+        untrained=not skip_untrained,
     )
     print(f"embeddings: {output}")
     return 0
@@ -384,8 +388,7 @@ def evaluate(
     recall: float | None = None,
     nprobe: int | None = None,
     exclude_identical: bool = False,
-    lexical_fields: list[str] = [],  # noqa: B006
-    lexical_weight: float = 1.0,
+    untrained: Path | None = None,
     latency_queries: int = 1000,
     examples: int = 2,
     oracle: Path | None = None,
@@ -408,8 +411,8 @@ def evaluate(
         recall: recall that searches are asked for; the one the index was built for when not given.
         nprobe: lists to visit; what each kind of query needs when not given.
         exclude_identical: also leave out products whose vector equals that of the product asked.
-        lexical_fields: fields that traditional search reads; the title and all attributes but numbers when not given.
-        lexical_weight: of BM25's ranks beside 1 of the index's, where both are fused; above 0, chosen on the val split.
+        untrained: features of the pretrained towers before training, as embed writes them; EMBEDDINGS/untrained when
+            not given, and left out where there are none.
         latency_queries: timed searches; 0 for none.
         examples: queries of each kind to show with their hits.
         oracle: oracle.json of the sample catalogue, to show beside the figures.
@@ -418,6 +421,7 @@ def evaluate(
     """
     from retrieval import evaluate as measuring
     from retrieval import report
+    from retrieval.comparison_table import below_floor, terminal_table
     from retrieval.embeddings import EmbeddingReader
     from retrieval.index import ProductIndex
     from retrieval.present import find_catalogue, show
@@ -433,15 +437,18 @@ def evaluate(
         recall=recall,
         nprobe=nprobe,
         exclude_identical=exclude_identical,
-        lexical_fields=lexical_fields or None,
-        lexical_weight=lexical_weight,
         latency_queries=latency_queries,
     )
-    measured = measuring.evaluate(opened, products, queries, catalogue=known, qrels=qrels, options=options)
+    towers = measuring.open_untrained(untrained or embeddings / "untrained", required=untrained is not None)
+    measured = measuring.evaluate(
+        opened, products, queries, catalogue=known, qrels=qrels, untrained=towers, options=options
+    )
     sections = report.examples(measured, opened, known, examples) if known and examples else []
     report.write_report(output, measured, sections, measuring.read_oracle(oracle) if oracle else None)
-    show(report.terminal_table(measured.report))
+    show(terminal_table(measured.report))
     print(report.summary(measured.report))
+    for line in below_floor(measured.report):
+        print(f"warning: {line}", file=sys.stderr)
     print(f"report: {output / 'report.json'}, page: {output / 'report.html'}")
     failures = measuring.failed_gates(measured.report, gate)
     for failure in failures:

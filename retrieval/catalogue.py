@@ -12,11 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from retrieval import storage
+from retrieval.lexical.records import Record, record_of
 from retrieval.storage import ArtefactError
 
 Value = str | float | Sequence[str]
@@ -89,31 +92,24 @@ class PreparedCatalogue:
             raise ArtefactError(f"{self.path} has no judgements (qrels.parquet): prepare it with queries and qrels")
         return read_qrels(self.path / "qrels.parquet")
 
-    def texts(self, fields: Sequence[str] | None = None) -> Iterator[tuple[list[str], list[str]]]:
-        """Product ids with their words in one text each, shard by shard.
+    @property
+    def number_attributes(self) -> list[str]:
+        """Names of the attributes that are numbers."""
+        return [name for name, kind in self.attributes.items() if kind == "number"]
 
-        Args:
-            fields: text fields and attributes to join; None for the title and all attributes but numbers: long texts
-                would drown the words that name a product.
-
-        Raises:
-            ValueError: no such field.
-        """
-        all_fields = [*self.text_fields, *self.attributes]
-        if fields is None:
-            words = (name for name, kind in self.attributes.items() if kind != "number")
-            fields = [*self.text_fields[:1], *words]
-        if unknown := [name for name in fields if name not in all_fields]:
-            raise ValueError(f"no field {unknown[0]!r} in {self.path}; there are {', '.join(all_fields)}")
+    def records(self) -> Iterator[tuple[list[str], list[Record], NDArray[np.float64]]]:
+        """Shard by shard: B product ids, their records for lexical search, and (B, A) numbers, NaN where missing."""
+        title = self.text_fields[0] if self.text_fields else ""
         for file in self._shards("products"):
             there = pq.read_schema(file).names
             columns = [name for name in ("product_id", "text", "attributes") if name in there]
             rows = pq.read_table(file, columns=columns).to_pylist()
-            texts = []
-            for row in rows:
-                facts = {**(row.get("attributes") or {}), **(row.get("text") or {})}
-                texts.append(" ".join(_words(facts.get(name)) for name in fields))
-            yield [row["product_id"] for row in rows], texts
+            attributes = [row.get("attributes") or {} for row in rows]
+            records = [
+                record_of(row.get("text") or {}, facts, title) for row, facts in zip(rows, attributes, strict=True)
+            ]
+            numbers = [[facts.get(name) for name in self.number_attributes] for facts in attributes]
+            yield [row["product_id"] for row in rows], records, np.array(numbers, np.float64).reshape(len(rows), -1)
 
     def product_files(self) -> list[Path]:
         """The Parquet shards of the products, in order."""
@@ -179,9 +175,3 @@ def _card(row: Mapping[str, Any], kinds: Mapping[str, str]) -> Card:
     facts = {name: value for name, value in (row.get("attributes") or {}).items() if value not in (None, [])}
     paths = {name: " > ".join(value) for name, value in facts.items() if kinds.get(name) == "path"}
     return Card({name: value for name, value in fields.items() if value}, facts | paths, row.get("images") or ())
-
-
-def _words(value: Value | None) -> str:
-    if value is None:
-        return ""
-    return value if isinstance(value, str) else " ".join(value) if isinstance(value, list) else str(value)

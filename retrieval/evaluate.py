@@ -10,7 +10,6 @@ The result is one JSON object; docs/index.md names its keys.
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,20 +22,33 @@ from numpy.typing import NDArray
 
 from retrieval import metrics
 from retrieval.catalogue import PreparedCatalogue, read_qrels
+from retrieval.comparison import (
+    CUTS,
+    DEPTH,
+    Asked,
+    Compared,
+    measure,
+    search_untrained,
+    untrained_report,
+    with_intervals,
+)
 from retrieval.embeddings import EmbeddingReader
 from retrieval.engine import Settings
 from retrieval.exact import exact_search
 from retrieval.hits import Hits
 from retrieval.index import ProductIndex
-from retrieval.judgements import Questions, make_questions, rows_of
+from retrieval.judgements import make_questions, rows_of
 from retrieval.latency import measure_latency
-from retrieval.lexical import LEXICAL, reciprocal_rank_fusion
+from retrieval.lexical.records import Record, record_of_kind, typed_record
+from retrieval.questions import Questions
+from retrieval.untrained import Untrained, number_features
 
-REPORT_VERSION = 1
-DEPTH = 100
-"""Results measured per query."""
+REPORT_VERSION = 2
+"""2: search without training is tuned, and differences to it are paired."""
 
-CUTS = (1, 10, 100)
+TowerReaders = tuple[EmbeddingReader, EmbeddingReader]
+"""Features of a pretrained tower: of products, and of queries."""
+
 SERVED = 10
 """Results that a user asks for."""
 
@@ -51,9 +63,7 @@ class Options:
         recall: the recall that searches are asked for, of an index built for one; None for the one it was built for.
         nprobe: lists visited; None for what the kind of query needs.
         exclude_identical: also leave out products whose vector equals that of the product asked.
-        lexical: measure BM25, TF-IDF and Jaccard where texts are known.
-        lexical_fields: fields of products they read; None for the title and all attributes but numbers.
-        lexical_weight: of BM25's ranks beside 1 of the index's, where both are fused.
+        untrained: measure search without training, where a catalogue is known.
         latency_queries: timed searches; 0 for none.
     """
 
@@ -62,16 +72,8 @@ class Options:
     recall: float | None = None
     nprobe: int | None = None
     exclude_identical: bool = False
-    lexical: bool = True
-    lexical_fields: Sequence[str] | None = None
-    lexical_weight: float = 1.0
+    untrained: bool = True
     latency_queries: int = 1000
-
-    def __post_init__(self) -> None:
-        if not 0 < self.lexical_weight < math.inf:
-            raise ValueError(
-                f"lexical_weight={self.lexical_weight} weighs BM25's ranks beside 1 of the index's: choose above 0."
-            )
 
 
 @dataclass(frozen=True)
@@ -82,13 +84,13 @@ class Evaluation:
         report: plain JSON.
         questions: Q queries.
         found: task -> (Q, DEPTH) rows of the index, -1 padded: "exact" and "ann".
-        by_words: DEPTH products that BM25 found for each query that has words.
+        untrained: kind -> name of a row -> (Q', DEPTH) rows that search without training found.
     """
 
     report: dict[str, Any]
     questions: Questions
     found: Mapping[str, NDArray[np.int64]]
-    by_words: Hits
+    untrained: Mapping[str, Mapping[str, NDArray[np.int64]]]
 
 
 def evaluate(
@@ -98,6 +100,7 @@ def evaluate(
     *,
     catalogue: PreparedCatalogue | None = None,
     qrels: Path | None = None,
+    untrained: Mapping[str, TowerReaders] | None = None,
     options: Options | None = None,
 ) -> Evaluation:
     """Measure an index on queries with judged answers.
@@ -108,6 +111,7 @@ def evaluate(
         queries: embedded queries.
         catalogue: tells queries' splits, source products and texts; its judgements are used unless `qrels` is given.
         qrels: file of judgements (query_id, product_id, relevance), for anyone's vectors.
+        untrained: features of pretrained towers before training: name -> those of products, those of queries.
         options: what is asked and how.
 
     Raises:
@@ -130,14 +134,16 @@ def evaluate(
         threshold=options.threshold,
     )
     found, identical = _search(index, products, questions, options)
-    baselines, by_words = _baselines(index, catalogue, table, questions, found["ann"], options)
+    compared = Compared({}, {})
+    if catalogue is not None and options.untrained:
+        choosing = _choosing_questions(queries, judgements, index, table, questions, options)
+        compared = _without_training(index, catalogue, untrained or {}, questions, choosing, found["ann"], options)
     report = {
         "version": REPORT_VERSION,
         "index": _describe(index),
         "settings": {
             "split": options.split if catalogue else None,
             "threshold": questions.threshold,
-            "lexical_weight": options.lexical_weight,
             **index.resolve(options.nprobe, recall=options.recall)._asdict(),
             "by_kind": {kind: _settings(index, options, kind)._asdict() for kind in questions.all_kinds},
             "depth": DEPTH,
@@ -154,14 +160,73 @@ def evaluate(
         "catalogue_is_that_of_the_index": catalogue is None
         or catalogue.fingerprint == index.manifest.meta["catalogue"],
         "tasks": _tasks(questions, found),
-        "baselines": baselines,
+        **untrained_report(questions, compared, {"exact": found["exact"], "ann": found["ann"]}),
     }
     if options.latency_queries:
         settings = index.resolve(options.nprobe, recall=options.recall)
         report["latency"] = measure_latency(
             index, questions.vectors, repeats=options.latency_queries, settings=settings
         )
-    return Evaluation(report, questions, found, by_words)
+    return Evaluation(report, questions, found, compared.found)
+
+
+def open_untrained(folder: Path, required: bool = False) -> dict[str, TowerReaders]:
+    """The features of pretrained towers before training, as `index.py embed` writes them.
+
+    Args:
+        folder: a folder for each tower, with products/ and queries/ in it.
+        required: whether it must be there.
+
+    Raises:
+        FileNotFoundError: it must be there and is not.
+    """
+    if not folder.is_dir():
+        if required:
+            raise FileNotFoundError(f"{folder}: no such folder. `index.py embed` writes EMBEDDINGS/untrained.")
+        return {}
+    towers = sorted(tower for tower in folder.iterdir() if (tower / "products").is_dir())
+    return {tower.name: (EmbeddingReader(tower / "products"), EmbeddingReader(tower / "queries")) for tower in towers}
+
+
+def _choosing_questions(
+    queries: EmbeddingReader,
+    judgements: pa.Table,
+    index: ProductIndex,
+    table: pa.Table | None,
+    questions: Questions,
+    options: Options,
+) -> Questions | None:
+    """The judged queries of the val split, where other queries are measured; None where there are none."""
+    if table is None or options.split in (None, "val") or "val" not in table.column("split").unique().to_pylist():
+        return None
+    try:
+        return make_questions(queries, judgements, index, queries=table, split="val", threshold=questions.threshold)
+    except ValueError:  # none of them has a relevant product
+        return None
+
+
+def _without_training(
+    index: ProductIndex,
+    catalogue: PreparedCatalogue,
+    untrained: Mapping[str, TowerReaders],
+    questions: Questions,
+    choosing: Questions | None,
+    served: NDArray[np.int64],
+    options: Options,
+) -> Compared:
+    """Search without training, chosen on other queries than those that are measured."""
+    products = _untrained_inputs(index, catalogue, untrained)
+    table = catalogue.queries()
+
+    def asked(of: Questions, trained: NDArray[np.int64]) -> Asked:
+        return Asked(of, _untrained_queries(of, table, products, untrained), trained)
+
+    others = None
+    if choosing is not None:
+        rows = _served(index, choosing, 1, options)
+        kept = (rows != choosing.source[:, None]) & (rows >= 0)
+        others = asked(choosing, Hits.in_order(rows).first(kept, DEPTH).rows)
+    return search_untrained(products, asked(questions, served), others)
 
 
 def _describe(index: ProductIndex) -> dict[str, Any]:
@@ -241,26 +306,6 @@ def _tasks(questions: Questions, found: Mapping[str, NDArray[np.int64]]) -> dict
     return tasks
 
 
-def measure(
-    rows: NDArray[np.int64], relevant: NDArray[np.int64], judged: NDArray[np.int64], grades: NDArray[np.float64]
-) -> dict[str, Any]:
-    """All metrics of a ranking, each with its 95 % interval.
-
-    Args:
-        rows: (Q, DEPTH) rows, best first, -1 padded.
-        relevant: (Q, R) relevant rows, -1 padded.
-        judged: (Q, J) judged rows, -1 padded.
-        grades: (Q, J) their grades.
-    """
-    values = {f"hit@{k}": metrics.hit_at_k_per_query(rows, relevant, k) for k in CUTS}
-    values |= {f"recall@{k}": metrics.recall_at_k_per_query(rows, relevant, k) for k in CUTS}
-    values["mrr"] = metrics.mrr_per_query(rows, relevant)
-    values["ndcg@10"] = metrics.ndcg_at_k_per_query(rows, judged, grades, 10)
-    values["map"] = metrics.average_precision_per_query(rows, relevant)
-    best = {f"best_recall@{k}": {"value": metrics.best_recall_at_k(relevant, k)} for k in CUTS}
-    return _with_intervals(values) | best
-
-
 def compare(rows: NDArray[np.int64], exact: NDArray[np.int64]) -> dict[str, Any]:
     """The same metrics of an approximate ranking, with exact search's first k as the relevant products.
 
@@ -272,86 +317,56 @@ def compare(rows: NDArray[np.int64], exact: NDArray[np.int64]) -> dict[str, Any]
     values["mrr"] = metrics.mrr_per_query(rows, ten)
     values["ndcg@10"] = metrics.ndcg_at_k_per_query(rows, ten, np.ones(ten.shape), 10)
     values["map"] = metrics.average_precision_per_query(rows, ten)
-    return _with_intervals(values)
+    return with_intervals(values)
 
 
-def _with_intervals(values: Mapping[str, NDArray[np.float64]]) -> dict[str, Any]:
-    low, high = metrics.bootstrap_interval(np.stack(list(values.values()), axis=1))
-    return {
-        name: {"value": float(column.mean()), "low": float(low[i]), "high": float(high[i])}
-        for i, (name, column) in enumerate(values.items())
-    }
+def _untrained_inputs(
+    index: ProductIndex, catalogue: PreparedCatalogue, untrained: Mapping[str, TowerReaders]
+) -> Untrained:
+    """What search without training reads of the products, by row of the index."""
+    records: list[Record] = [{} for _ in range(index.engine.count)]
+    numbers = np.full((index.engine.count, len(catalogue.number_attributes)), np.nan)
+    for ids, own_records, own_numbers in catalogue.records():
+        rows = rows_of(ids, index)
+        numbers[rows[rows >= 0]] = own_numbers[rows >= 0]
+        for row, record in zip(rows.tolist(), own_records, strict=True):
+            if row >= 0:
+                records[row] = record
+    features = {"numbers": number_features(numbers)} if numbers.size else {}
+    for name, (products, _) in untrained.items():
+        features[name] = np.zeros((index.engine.count, products.dim), np.float16)
+        for batch in products.batches():
+            rows = index.rows_of(batch.ids)
+            features[name][rows[rows >= 0]] = batch.vectors[rows >= 0]
+    return Untrained(records, features)
 
 
-def _baselines(
-    index: ProductIndex,
-    catalogue: PreparedCatalogue | None,
-    table: pa.Table | None,
+def _untrained_queries(
     questions: Questions,
-    served: NDArray[np.int64],
-    options: Options,
-) -> tuple[dict[str, Any], Hits]:
-    """BM25, TF-IDF and Jaccard on typed texts and on products asked by their title, and BM25 fused with the index.
-
-    Args:
-        index: what users search.
-        catalogue: where texts are from; None: there are none.
-        table: its queries.
-        questions: what is asked.
-        served: (Q, DEPTH) rows that the index found.
-        options: how.
-
-    Returns:
-        Name -> kind -> metrics; and DEPTH products that BM25 found for each query, none where it has no words.
-    """
-    by_words = Hits.none(len(questions.ids), DEPTH)
-    if catalogue is None or table is None or not options.lexical:
-        return {}, by_words
-    typed = dict(zip(table.column("query_id").to_pylist(), table.column("text").to_pylist(), strict=True))
-    sources = dict(
-        zip(table.column("query_id").to_pylist(), table.column("source_product_id").to_pylist(), strict=True)
-    )
-    asked = {kind: of for kind in ("text", "product:text") if len(of := questions.of_kind(kind))}
-    if not asked:
-        return {}, by_words
-    ids, texts, titles = _texts(catalogue, options.lexical_fields)
-    rows = rows_of(ids, index)
-    words = {
-        kind: [typed[i] or "" if kind == "text" else titles.get(sources[i], "") for i in questions.ids[of]]
-        for kind, of in asked.items()
-    }
-    results: dict[str, Any] = {}
-    for name, make in LEXICAL.items():
-        rank = make(texts)
-        results[name] = {}
-        for kind, of in asked.items():
-            ranked = rank(words[kind], DEPTH + 1)
-            in_index = np.where(ranked.rows >= 0, rows[ranked.rows], metrics.NONE)
-            kept = (in_index != questions.source[of][:, None]) & (in_index >= 0)
-            got = Hits(ranked.scores, in_index).first(kept, DEPTH)
-            judged = questions.relevant[of], questions.judged[of], questions.grades[of]
-            results[name][kind] = measure(got.rows, *judged)
-            if name == "bm25":
-                by_words.scores[of], by_words.rows[of] = got
-                both = reciprocal_rank_fusion([got, Hits.in_order(served[of])], [options.lexical_weight, 1.0])
-                results.setdefault("hybrid", {})[kind] = measure(both, *judged)
-    return results, by_words
-
-
-def _texts(
-    catalogue: PreparedCatalogue, fields: Sequence[str] | None
-) -> tuple[list[str], list[str], dict[str | None, str]]:
-    """Product ids, their words, and product id -> title."""
-    ids: list[str] = []
-    texts: list[str] = []
-    titles: dict[str | None, str] = {}
-    for (shard_ids, shard_texts), (_, shard_titles) in zip(
-        catalogue.texts(fields), catalogue.texts(catalogue.text_fields[:1]), strict=True
-    ):
-        ids += shard_ids
-        texts += shard_texts
-        titles.update(zip(shard_ids, shard_titles, strict=True))
-    return ids, texts, titles
+    table: pa.Table,
+    products: Untrained,
+    untrained: Mapping[str, TowerReaders],
+) -> Untrained:
+    """What search without training reads of the queries."""
+    texts = dict(zip(table.column("query_id").to_pylist(), table.column("text").to_pylist(), strict=True))
+    records: list[Record] = []
+    for query_id, kind, source in zip(questions.ids, questions.kinds, questions.source.tolist(), strict=True):
+        record = record_of_kind(products.records[source], kind) if source >= 0 else typed_record(texts.get(query_id))
+        records.append(record)
+    features: dict[str, NDArray[np.floating]] = {}
+    for name, (_, queries) in untrained.items():
+        place = {key: n for n, key in enumerate(zip(questions.ids, questions.kinds, strict=True))}
+        features[name] = np.zeros((len(records), queries.dim), np.float16)
+        for batch in queries.batches():
+            kinds = ["query"] * len(batch.ids) if batch.kinds is None else batch.kinds.to_pylist()
+            for key, vector in zip(zip(batch.ids.to_pylist(), kinds, strict=True), batch.vectors, strict=True):
+                if key in place:
+                    features[name][place[key]] = vector
+    if "numbers" in products.features:
+        shows_numbers = (questions.source >= 0) & np.isin(questions.kinds.astype(str), ("fused", "product:attribute"))
+        numbers = products.features["numbers"][questions.source]
+        features["numbers"] = np.where(shows_numbers[:, None], numbers, 0)
+    return Untrained(records, features)
 
 
 _GATE = re.compile(r"(exact|ann|ann_vs_exact)\.([^.\s]+)\.([^.\s]+)\s*>=\s*([0-9.]+)")

@@ -3,40 +3,28 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich import box
-from rich.markup import escape
-from rich.table import Table
 
 from retrieval import storage
 from retrieval.catalogue import Card, PreparedCatalogue
-from retrieval.evaluate import CUTS, DEPTH, Evaluation
+from retrieval.comparison import CUTS, DEPTH
+from retrieval.comparison_table import TASKS, gain_of, row_name, rows_of_kind
+from retrieval.evaluate import Evaluation
 from retrieval.index import ProductIndex
 from retrieval.metrics import recall_at_k_per_query
 from retrieval.pages import Hit, Section, data_url, render, sections_of
 
 COLUMNS = ("hit@1", "hit@10", "hit@100", "recall@1", "recall@10", "recall@100", "mrr", "ndcg@10", "map")
-TASKS = {
-    "exact": "exact task",
-    "ann": "ANN task",
-    "ann_vs_exact": "ANN vs exact",
-}
 NOTES = {
-    "exact": "Relevant products, found by comparing with every vector: how good the embeddings are.",
+    "exact": "Relevant products, found by comparing with every vector: how good the embeddings are. Some rows need "
+    "no training; the best of them has a star, and the gain is what the model adds to it on the same queries.",
     "ann": "Relevant products, found through the index: what users get.",
     "ann_vs_exact": "The index against exact search, whose first k results are the relevant ones: what it costs.",
 }
-ORACLE_KINDS = {
-    "text": "product:text",
-    "image": "product:image",
-    "attribute": "product:attribute",
-    "text+image+attribute": "fused",
-}
-"""Subset of modalities in an oracle's file -> the kind of query that shows just these."""
 
 
 def write_report(
@@ -86,23 +74,6 @@ def summary(report: Mapping[str, Any]) -> str:
     return "; ".join(parts)
 
 
-def terminal_table(report: Mapping[str, Any]) -> Table:
-    """Every kind of query with its rows; fits into 80 columns. The report itself holds more figures."""
-    caption = "± half a 95 % interval; best: the recall@10 of a perfect ranking"
-    table = Table(title="What is found, per kind of query", caption=caption, box=box.SIMPLE_HEAD)
-    columns = ("hit@1", "hit@10", "recall@10", "best_recall@10", "mrr", "ndcg@10", "map")
-    table.add_column("")
-    for name in columns:
-        table.add_column(name.removesuffix("_recall@10"), justify="right", no_wrap=True)
-    for kind, queries in report["queries"].items():
-        table.add_row(f"[bold]{escape(kind)}[/bold] ({queries['count']:,} queries)")
-        for name, figures in _rows_of_kind(report, kind):
-            cells = [_cell(figures, column, interval=column in ("hit@10", "recall@10")) for column in columns]
-            table.add_row(f"  {name}", *cells)
-        table.add_section()
-    return table
-
-
 def examples(
     evaluation: Evaluation, index: ProductIndex, catalogue: PreparedCatalogue, per_kind: int, hits: int = 8
 ) -> list[Section]:
@@ -141,51 +112,34 @@ def _as_asked(card: Card, kind: str) -> Card:
     }.get(kind, card)
 
 
-def _rows_of_kind(report: Mapping[str, Any], kind: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    for task, name in TASKS.items():
-        yield name, report["tasks"][task][kind]
-    for name, kinds in report["baselines"].items():
-        if kind in kinds:
-            yield name, kinds[kind]
-    if (value := oracle_recall(report, kind)) is not None:
-        yield "oracle", {"recall@10": {"value": value}}
-
-
-def oracle_recall(report: Mapping[str, Any], kind: str) -> float | None:
-    """The oracle's recall@10 for a kind of query, None where it says nothing."""
-    recalls = (report.get("oracle") or {}).get("recall@10", {})
-    return next((value for subset, value in recalls.items() if ORACLE_KINDS.get(subset) == kind), None)
-
-
-def _cell(figures: Mapping[str, Any], name: str, interval: bool = False) -> str:
-    if name not in figures:
-        return ""
-    figure = figures[name]
-    half = f" ±{(figure['high'] - figure['low']) / 2:.2f}" if interval and "low" in figure else ""
-    return f"{figure['value']:.3f}{half}"
-
-
 def _interval(figure: Mapping[str, float]) -> str:
     return f"[{figure['low']:.2f}, {figure['high']:.2f}]"
 
 
 def _html_table(task: str, report: Mapping[str, Any]) -> dict[str, Any]:
+    """One task as a table; that of exact search also has the rows without training, and what the model gains."""
     rows = []
     for kind in report["queries"]:
-        named = [(TASKS[task], report["tasks"][task][kind])]
-        if task == "exact":
-            named += [row for row in _rows_of_kind(report, kind) if row[0] not in TASKS.values()]
-        for name, figures in named:
-            cells = [{"value": kind, "interval": ""}, {"value": name, "interval": ""}]
+        shown = [
+            row for row in rows_of_kind(report, kind) if row[1] == task or (task == "exact" and row[1] not in TASKS)
+        ]
+        for name, key, figures in shown:
+            mark, gain, is_below = gain_of(report, kind, key)
+            cells = [_html_cell(kind), _html_cell(f"{name}{mark}", below=is_below)]
             for column in COLUMNS:
                 figure = figures.get(column)
                 best = figures.get(f"best_{column}")
                 interval = "" if figure is None or "low" not in figure else _interval(figure)
                 if best is not None and best["value"] < 1:
                     interval += f" best {best['value']:.3f}"
-                cells.append({"value": "" if figure is None else f"{figure['value']:.3f}", "interval": interval})
-            rows.append(cells)
-    return {"title": TASKS[task], "note": NOTES[task], "columns": ["kind", "row", *COLUMNS], "rows": rows}
+                cells.append(_html_cell("" if figure is None else f"{figure['value']:.3f}", interval))
+            rows.append([*cells, _html_cell(gain, below=is_below)])
+    columns = ["kind", "row", *COLUMNS, "gain in ndcg@10"]
+    return {"title": TASKS[task], "note": NOTES[task], "columns": columns, "rows": rows}
+
+
+def _html_cell(value: str, interval: str = "", below: bool = False) -> dict[str, Any]:
+    return {"value": value, "interval": interval, "below": below}
 
 
 def _plots(evaluation: Evaluation) -> list[dict[str, str]]:
@@ -213,14 +167,16 @@ def _plots(evaluation: Evaluation) -> list[dict[str, str]]:
 def _draw_bars(axes: Any, evaluation: Evaluation) -> None:
     report = evaluation.report
     kinds = list(report["queries"])
-    series = {"exact task": report["tasks"]["exact"], "ANN task": report["tasks"]["ann"], **report["baselines"]}
+    series = {"exact": report["tasks"]["exact"], "ann": report["tasks"]["ann"], **report["baselines"]}
     width = 0.8 / len(series)
     for n, (name, by_kind) in enumerate(series.items()):
         there = [kind for kind in kinds if kind in by_kind]
         values = np.array([[by_kind[kind]["hit@10"][key] for key in ("value", "low", "high")] for kind in there])
         at = np.array([kinds.index(kind) for kind in there]) + (n - (len(series) - 1) / 2) * width
         errors = np.abs(values[:, 1:] - values[:, :1]).T
-        axes.bar(at, values[:, 0], width, yerr=errors, label=name, error_kw={"linewidth": 0.8})
+        axes.bar(
+            at, values[:, 0], width, yerr=errors, label=TASKS.get(name) or row_name(name), error_kw={"linewidth": 0.8}
+        )
     axes.set_xticks(range(len(kinds)), kinds, rotation=20, ha="right", fontsize=8)
     axes.set_ylim(0, 1.02)
     axes.set_ylabel("hit@10")

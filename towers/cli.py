@@ -21,8 +21,11 @@ from rich.console import Console
 from rich.table import Table
 
 import configs
+from datamodules.batch import Side
 from datamodules.products import ProductDataModule
+from retrieval.comparison_table import below_floor, terminal_table
 from retrieval.storage import ArtefactError, write_json
+from towers.floor import floor_report
 from towers.global_loss import GlobalInfoNCE
 from towers.label_loss import CoSENT, PairLoss
 from towers.loss import InfoNCE, Loss, SigmoidLoss
@@ -31,8 +34,10 @@ from towers.mining import HardNegatives
 from towers.model_folder import save_model
 from towers.quiet import quiet_lightning
 from towers.step_times import StepTimes
+from towers.tower import Tower
 from towers.tracking import wandb_logger
 from towers.two_tower import TwoTower
+from towers.untrained import untrained_towers
 
 logger = logging.getLogger(__name__)
 
@@ -152,6 +157,13 @@ class TrainingCLI(LightningCLI):
             "--then_test", type=bool, default=False, help="After fit: the best model's figures on the test split."
         )
         parser.add_argument(
+            "--floor",
+            type=bool,
+            default=True,
+            help="After fit: the best model beside search without training (words, pretrained towers, their weighted "
+            "sum), for each kind of query of the val split.",
+        )
+        parser.add_argument(
             "--wandb", type=Literal["off", "online", "offline"], default="off", help="Log to Weights & Biases too."
         )
         parser.add_argument("--wandb_project", type=str, default="tritower", help="Project in Weights & Biases.")
@@ -223,13 +235,30 @@ class TrainingCLI(LightningCLI):
         self.model.replan = self._get(self.config_init, "replan")
         # Under max_steps Lightning takes a finished epoch for one to be gone on with, and leaves its validation out.
         self.trainer.fit_loop._iteration_based_training = lambda: False  # type: ignore[method-assign]
+        untrained = self._untrained_towers()
         self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=path, weights_only=True)
-        self._export()
+        self._export(untrained)
+        if self._get(self.config_init, "floor") and self.trainer.limit_val_batches != 0 and self.trainer.is_global_zero:
+            self._show_floor(untrained)
         if self._get(self.config_init, "then_test"):
             self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
             figures = {n: float(v) for n, v in self.trainer.callback_metrics.items() if n.startswith("test/")}
             write_json(self.run_folder / "test.json", figures)
             show_figures(figures)
+
+    def _untrained_towers(self) -> dict[Side, dict[str, Tower]]:
+        """The pretrained towers of each side as they are before training."""
+        product = untrained_towers(self.model.product)
+        own_query = self.model.own_query
+        return {"product": product, "query": product if own_query is None else untrained_towers(own_query)}
+
+    def _show_floor(self, untrained: dict[Side, dict[str, Tower]]) -> None:
+        """Write floor.json and show the model beside the best search without training."""
+        report = floor_report(self.model, self.datamodule, self.datamodule.val_split, untrained)
+        write_json(self.run_folder / "floor.json", report)
+        Console().print(terminal_table(report))
+        for line in below_floor(report):
+            logger.warning("%s", line)
 
     def validate(self, **kwargs: Any) -> None:
         """Held-out queries of the validation split, by the run's best checkpoint or `--ckpt_path`."""
@@ -264,7 +293,7 @@ class TrainingCLI(LightningCLI):
         )
         return path
 
-    def _export(self) -> None:
+    def _export(self, untrained: dict[Side, dict[str, Tower]]) -> None:
         best = self.trainer.checkpoint_callback
         assert isinstance(best, ModelCheckpoint)
         if not best.best_model_path:
@@ -274,7 +303,7 @@ class TrainingCLI(LightningCLI):
             self.model.load_state_dict(state)
         if self.trainer.is_global_zero:
             meta = {} if best.best_model_score is None else {str(best.monitor): float(best.best_model_score)}
-            save_model(self.model, self.run_folder / "model", meta=meta, overwrite=True)
+            save_model(self.model, self.run_folder / "model", untrained=untrained, meta=meta, overwrite=True)
             logger.info("exported the best model to %s", self.run_folder / "model")
 
 

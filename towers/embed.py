@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,9 +22,10 @@ from retrieval import storage
 from retrieval.embeddings import EmbeddingWriter
 from towers.cache import cached
 from towers.metric import compared
-from towers.model_folder import load_model
+from towers.model_folder import load_model, load_untrained
 from towers.quiet import quiet_lightning
 from towers.two_tower import TwoTower
+from towers.untrained import UntrainedTowers, as_modules, untrained_features
 
 logger = logging.getLogger(__name__)
 
@@ -64,10 +65,14 @@ def embed(
     devices: int | str = "auto",
     precision: Any = "32-true",
     feature_cache: Path | None = None,
+    untrained: bool = True,
     product_view: ItemView = as_it_is,
     query_view: ItemView = as_it_is,
 ) -> None:
     """Write `output/products` and, where the catalogue has queries, `output/queries`.
+
+    Where it has queries, features of the model's pretrained towers before training are written, too, as
+    `output/untrained/TOWER/products` and `.../queries`: an evaluation shows what they find by themselves.
 
     Shards that are finished are skipped; folders that were begun with another model or catalogue are refused.
 
@@ -81,6 +86,7 @@ def embed(
         devices: as Lightning's; every device takes shards of its own.
         precision: as Lightning's: `32-true`, `bf16-mixed`.
         feature_cache: folder of features of frozen towers that training made.
+        untrained: write features of the pretrained towers, too.
         product_view: what of a product is shown, e.g. to measure what happens without its pictures.
         query_view: what of a query is shown; what a kind of query leaves out stays out.
     """
@@ -88,6 +94,7 @@ def embed(
     two_tower = load_model(model)
     storage.read_manifest(catalogue, kind="catalogue")
     tables = {side: Table(catalogue / side) for side in ("products", "queries") if (catalogue / side).is_dir()}
+    towers = load_untrained(model, two_tower) if untrained and "queries" in tables else {"product": {}, "query": {}}
     preprocess = two_tower.preprocess
     if feature_cache is not None:
         items = partial(all_items, tables)
@@ -97,14 +104,17 @@ def embed(
         folder = output / side
         if (folder / storage.MANIFEST).is_file():
             storage.verify(folder, kind="embeddings")
-        writer = EmbeddingWriter(
-            folder,
-            dim=two_tower.embed_dim,
-            model=storage.fingerprint(model),
-            catalogue=storage.fingerprint(catalogue),
-            id_column="product_id" if side == "products" else "query_id",
-            metric=two_tower.metric,
-        )
+        about: dict[str, Any] = {
+            "model": storage.fingerprint(model),
+            "catalogue": storage.fingerprint(catalogue),
+            "id_column": "product_id" if side == "products" else "query_id",
+        }
+        writer = EmbeddingWriter(folder, dim=two_tower.embed_dim, metric=two_tower.metric, **about)
+        own_towers = towers["product" if side == "products" else "query"]
+        untrained_writers = {
+            name: EmbeddingWriter(output / "untrained" / name / side, dim=tower.out_dim, **about)
+            for name, tower in own_towers.items()
+        }
         data: Dataset[NumberedItems]
         if side == "products":
             data = ProductTable(table, preprocess.product, product_view)
@@ -113,7 +123,20 @@ def embed(
         rows = {shard: np.arange(*table.shard_starts[shard : shard + 2]) for shard in range(len(table.shards))}
         rows = {shard: some for shard, some in rows.items() if len(some)}
         hints = {"model": str(model.resolve()), "catalogue": str(catalogue.resolve())}
-        embed_rows(data, two_tower, table, rows, writer, hints, options)
+        embed_rows(data, two_tower, table, rows, writer, hints, options, Untrained(own_towers, untrained_writers))
+
+
+@dataclass(frozen=True)
+class Untrained:
+    """Pretrained towers before training whose features are written beside the embeddings.
+
+    Attributes:
+        towers: of the side that is embedded.
+        writers: name of a tower -> what takes its features.
+    """
+
+    towers: UntrainedTowers = field(default_factory=dict)
+    writers: Mapping[str, EmbeddingWriter] = field(default_factory=dict)
 
 
 def embed_rows(
@@ -124,6 +147,7 @@ def embed_rows(
     writer: EmbeddingWriter,
     hints: Mapping[str, str],
     options: Options,
+    untrained: Untrained | None = None,
 ) -> None:
     """Embed some rows of a table and finish their folder; shards that are written already are left alone.
 
@@ -135,9 +159,13 @@ def embed_rows(
         writer: takes a shard at a time.
         hints: where model and catalogue lie.
         options: how.
+        untrained: pretrained towers whose features are written, too.
     """
     quiet_lightning()
-    missing = {shard: some for shard, some in rows.items() if not writer.done(table.shards[shard].stem)}
+    untrained = untrained or Untrained()
+    writers = [writer, *untrained.writers.values()]
+    names = {shard: table.shards[shard].stem for shard in rows}
+    missing = {shard: some for shard, some in rows.items() if not all(w.done(names[shard]) for w in writers)}
     side = "products" if writer.id_column == "product_id" else "queries"
     logger.info("%s: %d of %d shards to embed", side, len(missing), len(rows))
     trainer = L.Trainer(
@@ -145,7 +173,7 @@ def embed_rows(
         devices=options.devices,
         precision=options.precision,
         use_distributed_sampler=False,  # every process has shards of its own
-        callbacks=[ShardWriter(writer, table, missing)],
+        callbacks=[ShardWriter(writer, table, missing, untrained.writers)],
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
@@ -153,11 +181,12 @@ def embed_rows(
     )
     if missing:
         loaders = ShardLoaders(data, missing, options.batch_size, options.num_workers)
-        encode = _Encode(model, "product" if side == "products" else "query")
+        encode = _Encode(model, "product" if side == "products" else "query", untrained.towers)
         trainer.predict(encode, datamodule=loaders, return_predictions=False)
     trainer.strategy.barrier("embedded")  # every process has written its shards
     if trainer.is_global_zero:
-        writer.finish([table.shards[shard].stem for shard in rows], dict(hints))
+        for own in writers:
+            own.finish(list(names.values()), dict(hints))
 
 
 def all_items(tables: dict[str, Table]) -> Iterator[Item]:
@@ -249,31 +278,44 @@ class Prediction(NamedTuple):
         row: (B,) int64.
         embedding: (B, D) float32.
         known: (B,) bool: the model reads something of the item.
+        untrained: name of a pretrained tower -> (B, F) float32 unit vectors, zeros where an item lacks the modality.
     """
 
     row: np.ndarray
     embedding: np.ndarray
     known: np.ndarray
+    untrained: Mapping[str, np.ndarray]
 
 
 class _Encode(L.LightningModule):
-    def __init__(self, model: TwoTower, side: Side) -> None:
+    def __init__(self, model: TwoTower, side: Side, towers: UntrainedTowers) -> None:
         super().__init__()
         self.encoder = model.query if side == "query" else model.product
         self.side, self.metric = side, model.metric
+        self.towers = dict(towers)
+        self.copies = as_modules(towers, self.encoder)
 
     def predict_step(self, batch: NumberedItems, batch_idx: int) -> Prediction:
         present = batch.items.present
         known = present[:, self.encoder.columns].any(1)
-        embedding = compared(self.encoder(batch.items).embedding.float(), self.side, self.metric)
-        return Prediction(batch.row.cpu().numpy(), embedding.cpu().numpy(), known.cpu().numpy())
+        items, untrained = untrained_features(self.encoder, self.towers, batch.items)
+        embedding = compared(self.encoder(items).embedding.float(), self.side, self.metric)
+        features = {name: vectors.cpu().numpy() for name, vectors in untrained.items()}
+        return Prediction(batch.row.cpu().numpy(), embedding.cpu().numpy(), known.cpu().numpy(), features)
 
 
 class ShardWriter(L.Callback):
     """Writes a shard as soon as the last of its rows that are wanted is encoded."""
 
-    def __init__(self, writer: EmbeddingWriter, table: Table, rows: Mapping[int, np.ndarray]) -> None:
+    def __init__(
+        self,
+        writer: EmbeddingWriter,
+        table: Table,
+        rows: Mapping[int, np.ndarray],
+        untrained: Mapping[str, EmbeddingWriter],
+    ) -> None:
         self.writer, self.table, self.rows = writer, table, rows
+        self.untrained = untrained
         self.pending: list[Prediction] = []
         self.unknown = 0
 
@@ -290,7 +332,10 @@ class ShardWriter(L.Callback):
 
     def write(self, shard: int, is_query: bool) -> None:
         """Write what was collected as a shard. Queries of which the model reads nothing are left out."""
-        row, embedding, known = (np.concatenate(parts) for parts in zip(*self.pending, strict=True))
+        row = np.concatenate([part.row for part in self.pending])
+        embedding = np.concatenate([part.embedding for part in self.pending])
+        known = np.concatenate([part.known for part in self.pending])
+        features = {name: np.concatenate([part.untrained[name] for part in self.pending]) for name in self.untrained}
         self.pending = []
         self.unknown += int((~known).sum())
         start, stop = self.table.shard_starts[shard : shard + 2]
@@ -299,13 +344,20 @@ class ShardWriter(L.Callback):
             raise RuntimeError(f"{len(seen)} of {wanted} rows of shard {shard} were encoded: nothing is written.")
         ids = self.table.column(self.writer.id_column)[start:stop].to_pylist()
         name = self.table.shards[shard].stem
-        if is_query:
-            row, embedding = row[known], embedding[known]
-            kinds = [KINDS[number % len(KINDS)] for number in row]
-            self.writer.write(name, [ids[number // len(KINDS) - start] for number in row], embedding, kinds)
-        else:
-            contents = product_digests(self.table.shards[shard])[row - start]
-            self.writer.write(name, [ids[number - start] for number in row], embedding, contents=contents.tolist())
+        numbers = row // (len(KINDS) if is_query else 1) - start
+        own_ids = np.array([ids[number] for number in numbers], object)
+        kinds = np.array([KINDS[number % len(KINDS)] for number in row], object) if is_query else None
+        contents = None if is_query else product_digests(self.table.shards[shard])[row - start]
+
+        def write_rows(writer: EmbeddingWriter, vectors: np.ndarray, some: np.ndarray) -> None:
+            if not writer.done(name):
+                own_kinds = None if kinds is None else kinds[some].tolist()
+                own_contents = None if contents is None else contents[some].tolist()
+                writer.write(name, own_ids[some].tolist(), vectors[some], own_kinds, own_contents)
+
+        write_rows(self.writer, embedding, known if is_query else np.ones(len(row), bool))
+        for tower, writer in self.untrained.items():
+            write_rows(writer, features[tower], features[tower].any(axis=1))
 
     def on_predict_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Say what the model could not read."""

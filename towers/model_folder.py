@@ -1,6 +1,7 @@
 """The model folder: what everything but training reads. Weights, architecture, tokenizers and schema; no code.
 
 model.safetensors   all weights
+untrained.safetensors   weights that pretrained towers had before they were tuned; only where some were
 config.json         class names and plain constructor arguments of towers; looked up among our own, never imported
 schema.json         of the catalogue it was trained on
 product/text/ ...   files that a tower needs beside its weights, e.g. of its tokenizer
@@ -10,11 +11,14 @@ manifest.json       size and digest of every file, and the fingerprint that an i
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
+from datamodules.batch import Side
 from datamodules.schema import Schema
 from retrieval.storage import ArtefactError, new_folder, verify
 from towers.attribute import AttributeTower
@@ -25,6 +29,7 @@ from towers.open_clip_models import OpenClipImage, OpenClipText
 from towers.text import BiLSTM
 from towers.tower import Tower
 from towers.two_tower import TwoTower
+from towers.untrained import UntrainedTowers, copied
 from towers.words import HashedNgrams
 
 FORMAT = 2
@@ -35,12 +40,20 @@ TOWERS: dict[str, type[Tower]] = {
 }
 
 
-def save_model(model: TwoTower, folder: Path, *, meta: dict[str, Any] | None = None, overwrite: bool = False) -> None:
+def save_model(
+    model: TwoTower,
+    folder: Path,
+    *,
+    untrained: Mapping[Side, UntrainedTowers] | None = None,
+    meta: dict[str, Any] | None = None,
+    overwrite: bool = False,
+) -> None:
     """Export a trained model.
 
     Args:
         model: with a schema.
         folder: to be made.
+        untrained: the pretrained towers of each side before training (`towers.untrained`).
         meta: more plain data for the manifest, e.g. where the model comes from.
         overwrite: replace a model folder that is there.
 
@@ -62,6 +75,8 @@ def save_model(model: TwoTower, folder: Path, *, meta: dict[str, Any] | None = N
         model.schema.save(new / "schema.json")
         weights = {f"{s}.{k}": v.cpu().contiguous() for s, e in encoders.items() for k, v in e.state_dict().items()}
         save_file(weights, new / "model.safetensors")
+        if before := _tuned_weights(model, untrained or {}):
+            save_file(before, new / "untrained.safetensors")
 
 
 def load_model(folder: Path | str) -> TwoTower:
@@ -88,6 +103,45 @@ def load_model(folder: Path | str) -> TwoTower:
     return model.eval()
 
 
+def load_untrained(folder: Path | str, model: TwoTower) -> dict[Side, dict[str, Tower]]:
+    """The pretrained towers of a model folder as they were before training, for each side.
+
+    Args:
+        folder: the model folder.
+        model: as loaded from it; its frozen towers are taken as they are.
+    """
+    folder = Path(folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    tuned = load_file(folder / "untrained.safetensors") if (folder / "untrained.safetensors").is_file() else {}
+    encoders: dict[Side, Encoder] = {"product": model.product, "query": model.query}
+    result: dict[Side, dict[str, Tower]] = {}
+    for side, encoder in encoders.items():
+        stored = side if side in config["encoders"] else "product"  # sides that share their weights
+        result[side] = {}
+        for name, tower in encoder.towers.items():
+            prefix = f"{stored}.{name}."
+            weights = {key.removeprefix(prefix): value for key, value in tuned.items() if key.startswith(prefix)}
+            if weights:
+                result[side][name] = copied(tower)
+                result[side][name].load_state_dict(weights)
+            elif tower.pretrained and tower.frozen:
+                result[side][name] = tower
+    return result
+
+
+def _tuned_weights(model: TwoTower, untrained: Mapping[Side, UntrainedTowers]) -> dict[str, Tensor]:
+    """Weights before training of the towers that were tuned: those that are not the model's own any more."""
+    own = set(model.modules())
+    return {
+        f"{side}.{name}.{key}": value.cpu().contiguous().clone()
+        for side, towers in untrained.items()
+        if side == "product" or model.own_query is not None
+        for name, tower in towers.items()
+        if tower not in own
+        for key, value in tower.state_dict().items()
+    }
+
+
 def _describe(encoder: Encoder, folder: Path) -> dict[str, Any]:
     towers = {}
     for name, tower in encoder.towers.items():
@@ -96,7 +150,13 @@ def _describe(encoder: Encoder, folder: Path) -> dict[str, Any]:
             raise ValueError(f"A model folder cannot hold a {kind} tower. It can hold: {', '.join(TOWERS)}.")
         (folder / name).mkdir(parents=True)
         tower.save_assets(folder / name)
-        towers[name] = {"class": kind, "arguments": tower.architecture(), "frozen": tower.frozen}
+        arguments = tower.architecture()
+        towers[name] = {
+            "class": kind,
+            "arguments": arguments,
+            "frozen": tower.frozen,
+            "pretrained": tower.pretrained,
+        }
     return {"embed_dim": encoder.embed_dim, "fusion": encoder.fusion_name, "towers": towers}
 
 
@@ -109,4 +169,5 @@ def _rebuild(parts: dict[str, Any], assets: Path, folder: Path) -> Encoder:
             )
         towers[name] = TOWERS[tower["class"]].rebuild(tower["arguments"], assets / name)
         towers[name].frozen = tower["frozen"]
+        towers[name].pretrained = tower.get("pretrained", False)
     return Encoder(parts["embed_dim"], **towers, fusion=parts["fusion"])

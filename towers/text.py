@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import re
 import string
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -17,6 +15,7 @@ from torch import Tensor, nn
 from datamodules.batch import Item, Side
 from datamodules.preprocess import stable_hash
 from datamodules.schema import Schema
+from retrieval.lexical.tokenizer import tokenize
 from towers.tower import Tower
 
 logger = logging.getLogger(__name__)
@@ -149,13 +148,9 @@ class TextTower(Tower):
         }
 
 
-WORDS = re.compile(r"[぀-ヿ㐀-鿿가-힯豈-﫿]|[^\W_぀-ヿ㐀-鿿가-힯豈-﫿]+")
-
-
 def split_words(text: str) -> list[str]:
-    """Lower-case words; Chinese, Japanese and Korean by character. A text without a letter or digit is one word."""
-    text = unicodedata.normalize("NFKC", text).lower()
-    return WORDS.findall(text) or [text]
+    """Lower-case words (`retrieval.lexical.tokenizer`). A text without a letter or digit is one word."""
+    return tokenize(text) or [text.lower()]
 
 
 def padded(rows: Sequence[Sequence[int] | np.ndarray]) -> Tensor:

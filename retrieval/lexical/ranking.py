@@ -1,0 +1,206 @@
+"""BM25 and TF-IDF over the fields of product records.
+
+An index of words is built once. How fields are weighted and how counts become scores can then be changed at little
+cost, so that both can be chosen on held-out queries (`retrieval.lexical.tuning`).
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Literal
+
+import numpy as np
+import scipy.sparse as sp
+from numpy.typing import NDArray
+
+from retrieval.hits import Hits
+from retrieval.lexical.analyzer import Analyzer
+from retrieval.lexical.records import EXACT_FIELDS, FIELDS, Record
+from retrieval.lexical.tokenizer import is_cjk
+
+MAX_CELLS = 20_000_000
+"""Scores that are held at a time: queries are searched in blocks."""
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How the counts of a product's terms become a score.
+
+    Attributes:
+        model: `bm25` is BM25F (Zaragoza et al., TREC 2004) with Lucene's idf: counts are weighted and normalized by
+            length per field, added up over the fields, then saturated. `tfidf` is the cosine of (1 + log count) x idf.
+        k1: of BM25: the larger, the more a repeated term counts.
+        b: of BM25: how much long fields are discounted, 0 to 1.
+        weights: field -> weight of its counts; 0 leaves the field out.
+    """
+
+    model: Literal["bm25", "tfidf"] = "bm25"
+    k1: float = 1.2
+    b: float = 0.75
+    weights: Mapping[str, float] = field(default_factory=lambda: {**dict.fromkeys(FIELDS, 1.0), "texts": 0.25})
+
+    def __post_init__(self) -> None:
+        """Refuse what is no score.
+
+        Raises:
+            ValueError: a field that records do not have, or a number out of range.
+        """
+        if unknown := set(self.weights) - set(FIELDS):
+            raise ValueError(f"weights name the field {min(unknown)!r}; there are {', '.join(FIELDS)}")
+        if not (self.k1 > 0 and 0 <= self.b <= 1 and min(self.weights.values(), default=0) >= 0):
+            raise ValueError(
+                f"k1={self.k1}, b={self.b}, weights={dict(self.weights)}: choose k1 above 0, b from 0 to 1 and weights "
+                "of at least 0"
+            )
+
+
+class WordIndex:
+    """An inverted index of product records.
+
+    Args:
+        records: of N products.
+        analyzer: maps tokens to terms, of products and of queries.
+        neighbors: pairs of neighboring words are terms, too.
+    """
+
+    def __init__(self, records: Sequence[Record], analyzer: Analyzer, neighbors: bool = False) -> None:
+        self.analyzer = analyzer
+        self.neighbors = neighbors
+        self.num_products = len(records)
+        self._columns: dict[str, int] = {}  # term -> column
+
+        # Postings: each (term, product) that occurs in any field once, with its count in every field.
+        keys = [self._occurrences(records, name) for name in FIELDS]
+        postings = np.unique(np.concatenate(keys))  # (P,) ascending, so grouped by term
+        self._counts = np.zeros((len(FIELDS), len(postings)), np.float32)
+        for row, occurrences in enumerate(keys):
+            found, counts = np.unique(occurrences, return_counts=True)
+            self._counts[row, np.searchsorted(postings, found)] = counts
+        columns, products = np.divmod(postings, max(1, self.num_products))
+        self._products = products.astype(np.int32)  # (P,)
+        self._starts = np.searchsorted(columns, np.arange(len(self._columns) + 1))  # (V + 1,)
+        self._document_frequency = np.diff(self._starts)
+
+        # Length of each field, relative to the mean over all products.
+        lengths = np.array([[len(record.get(name, ())) for record in records] for name in FIELDS], np.float32)
+        self._relative_length = lengths / np.maximum(lengths.mean(axis=1, keepdims=True), 1e-9)  # (F, N)
+
+    def search(self, queries: Sequence[Record], k: int, scoring: Scoring) -> Hits:
+        """The k products with the highest scores, equal scores by row.
+
+        A product without a term of the query is not found.
+
+        Returns:
+            Hits of Q queries.
+        """
+        hits = Hits.none(len(queries), k)
+        for first, scores in self._score_blocks(queries, scoring):
+            for number, (start, stop) in enumerate(pairwise(scores.indptr)):
+                values, rows = scores.data[start:stop], scores.indices[start:stop]
+                best = np.lexsort((rows, -values))[:k]
+                hits.scores[first + number, : len(best)] = values[best]
+                hits.rows[first + number, : len(best)] = rows[best]
+        return hits
+
+    def scores(self, queries: Sequence[Record], scoring: Scoring) -> NDArray[np.float32]:
+        """(Q, N) float32: the score of every product, 0 where it has no term of the query."""
+        blocks = [block.toarray() for _, block in self._score_blocks(queries, scoring)]
+        return np.concatenate([np.zeros((0, self.num_products), np.float32), *blocks])
+
+    def _score_blocks(self, queries: Sequence[Record], scoring: Scoring) -> Iterator[tuple[int, sp.csr_array]]:
+        """The number of a block's first query, and its (B, N) scores above 0."""
+        weights = self._product_weights(scoring)
+        size = max(1, MAX_CELLS // max(1, self.num_products))
+        for first in range(0, len(queries), size):
+            scores = self._query_weights(queries[first : first + size], scoring) @ weights
+            scores.eliminate_zeros()
+            yield first, scores
+
+    # ------------------------------------------------------------------ weights
+
+    def _product_weights(self, scoring: Scoring) -> sp.csr_array:
+        """(V, N) float32 weights of the products' terms."""
+        counts = np.zeros(len(self._products), np.float32)  # (P,) weighted, added up over the fields
+        for row, name in enumerate(FIELDS):
+            if weight := scoring.weights.get(name, 0.0):
+                of_field = weight * self._counts[row]
+                if scoring.model == "bm25":
+                    of_field /= (1 - scoring.b + scoring.b * self._relative_length[row])[self._products].clip(1e-6)
+                counts += of_field
+        idf = np.repeat(self._idf(scoring), self._document_frequency)
+        if scoring.model == "bm25":
+            weights = idf * counts / (scoring.k1 + counts)
+        else:
+            weights = idf * _damped(counts)
+            length = np.sqrt(np.bincount(self._products, weights**2, minlength=self.num_products))
+            weights = weights / length.clip(1e-12)[self._products]
+        shape = (len(self._columns), self.num_products)
+        return sp.csr_array((weights.astype(np.float32), self._products, self._starts), shape=shape)
+
+    def _query_weights(self, queries: Sequence[Record], scoring: Scoring) -> sp.csr_array:
+        """(Q, V) float32 weights of the queries' terms."""
+        idf = self._idf(scoring)
+        columns: list[int] = []
+        weights: list[NDArray[np.float32]] = [np.empty(0, np.float32)]
+        starts = [0]
+        for query in queries:
+            counts = self._query_counts(query, scoring)
+            known = list(counts)
+            count = np.array(list(counts.values()), np.float32)
+            if scoring.model == "bm25":
+                weight = count * (scoring.k1 + 1) / (scoring.k1 + count)  # 1 for a term that occurs once
+            else:
+                weight = _damped(count) * idf[known]
+                weight /= np.sqrt(weight @ weight).clip(1e-12)
+            columns += known
+            weights.append(weight)
+            starts.append(len(columns))
+        shape = (len(queries), len(self._columns))
+        return sp.csr_array((np.concatenate(weights), np.array(columns, np.int64), starts), shape=shape)
+
+    def _query_counts(self, query: Record, scoring: Scoring) -> dict[int, float]:
+        """Column -> weighted count of the query's known terms. A typed query has no fields to weight."""
+        typed = list(query) == ["title"]
+        counts: dict[int, float] = {}
+        for name, tokens in query.items():
+            weight = 1.0 if typed else scoring.weights.get(name, 0.0)
+            for term in self._terms(tokens, name) if weight else ():
+                if (column := self._columns.get(term)) is not None:
+                    counts[column] = counts.get(column, 0.0) + weight
+        return counts
+
+    def _idf(self, scoring: Scoring) -> NDArray[np.float32]:
+        """(V,) float32 inverse document frequencies."""
+        count, frequency = self.num_products, self._document_frequency
+        if scoring.model == "bm25":
+            return np.log1p((count - frequency + 0.5) / (frequency + 0.5)).astype(np.float32)
+        return (np.log((1 + count) / (1 + frequency)) + 1).astype(np.float32)
+
+    # ------------------------------------------------------------------ terms
+
+    def _occurrences(self, records: Sequence[Record], name: str) -> NDArray[np.int64]:
+        """(O,) one number for each occurrence of a term in a field: column x N + product. Enters new terms."""
+        keys = array("q")
+        for product, record in enumerate(records):
+            for term in self._terms(record.get(name, ()), name):
+                keys.append(self._columns.setdefault(term, len(self._columns)) * self.num_products + product)
+        return np.array(keys, np.int64)
+
+    def _terms(self, tokens: Sequence[str], name: str) -> list[str]:
+        """The terms of a field, and pairs of neighbors.
+
+        Chinese, Japanese and Korean characters always form pairs: a single one is hardly a word.
+        """
+        if name in EXACT_FIELDS:
+            return list(tokens)
+        terms = [term for token in tokens if (term := self.analyzer.term(token)) is not None]
+        pairs = [f"{a} {b}" for a, b in pairwise(terms) if self.neighbors or (is_cjk(a) and is_cjk(b))]
+        return terms + pairs
+
+
+def _damped(counts: NDArray[np.float32]) -> NDArray[np.float32]:
+    """1 + log(count), and the count itself below 1, as weights may make it."""
+    return np.where(counts < 1, counts, 1 + np.log(counts.clip(1)))

@@ -1,0 +1,67 @@
+"""A product as fields of tokens: what lexical search reads of its whole record."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from retrieval.lexical.tokenizer import tokenize
+
+Value = str | float | Sequence[str]
+
+FIELDS = ("title", "texts", "attributes", "facts", "numbers")
+"""The fields of a record:
+
+    title        words of the first text field, or of a typed query
+    texts        words of all other text fields
+    attributes   words of brand, category, colour and the like
+    facts        whole values, "brand=acme": equal or not
+    numbers      whole numbers, "price=59.9": equal or not
+"""
+
+Record = Mapping[str, Sequence[str]]
+"""Field -> tokens. Facts and numbers are terms as they are: never split, stemmed or joined."""
+
+EXACT_FIELDS = frozenset({"facts", "numbers"})
+
+
+def record_of(text: Mapping[str, str | None], attributes: Mapping[str, Value | None], title: str) -> Record:
+    """The record of a product.
+
+    Args:
+        text: text field -> text.
+        attributes: name -> value; numbers, texts, or lists of texts.
+        title: the text field that names products.
+    """
+    words: list[str] = []
+    facts: list[str] = []
+    numbers: list[str] = []
+    for name, value in attributes.items():
+        if isinstance(value, float | int):
+            numbers.append(f"{name}={value:g}")
+            continue
+        for one in [value] if isinstance(value, str) else value or ():
+            words += tokenize(one)
+            facts.append(f"{name}={' '.join(one.lower().split())}")
+    others = [value for name, value in text.items() if name != title and value]
+    return {
+        "title": tokenize(text.get(title) or ""),
+        "texts": [token for other in others for token in tokenize(other)],
+        "attributes": words,
+        "facts": facts,
+        "numbers": numbers,
+    }
+
+
+def typed_record(text: str | None) -> Record:
+    """The record of a typed query."""
+    return {"title": tokenize(text or "")}
+
+
+def record_of_kind(record: Record, kind: str) -> Record:
+    """What a query of this kind shows of a product's record; nothing for a picture."""
+    fields = {
+        "fused": FIELDS,
+        "product:text": ("title", "texts"),
+        "product:attribute": ("attributes", "facts", "numbers"),
+    }.get(kind, ())
+    return {field: record[field] for field in fields if field in record}
