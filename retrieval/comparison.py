@@ -78,8 +78,8 @@ class Compared:
 def search_untrained(products: Untrained, asked: Asked, choosing: Asked | None, seed: int = 0) -> Compared:
     """Search with nothing trained, and fuse its words with the model, per kind of query.
 
-    Settings and weights are chosen on other queries than those that are measured: on `choosing`, or, where it has none
-    of a kind, on each half of the queries for the other half.
+    Settings and weights are chosen on other queries than those that are measured: on `choosing`, or, where there is no
+    other split, on each half of the queries for the other half. Too few queries choose nothing: defaults are taken.
 
     Args:
         products: what is searched, by row.
@@ -96,13 +96,13 @@ def search_untrained(products: Untrained, asked: Asked, choosing: Asked | None, 
     choices: dict[str, list[Mapping[str, Any]]] = {}
     for kind in asked.questions.all_kinds:
         of_kind = asked.take(asked.questions.of_kind(kind))
-        others = None if choosing is None else choosing.take(choosing.questions.of_kind(kind))
         parts: list[tuple[NDArray[np.int64], Asked]]
-        if others is not None and len(others) >= MIN_CHOOSING:
-            parts = [(np.arange(len(of_kind)), others)]
+        if choosing is not None:
+            parts = [(np.arange(len(of_kind)), choosing.take(choosing.questions.of_kind(kind)))]
         else:
-            halves = np.arange(0, len(of_kind), 2), np.arange(1, len(of_kind), 2)
-            parts = [(halves[0], of_kind.take(halves[1])), (halves[1], of_kind.take(halves[0]))]
+            even = np.arange(0, len(of_kind), 2)
+            odd = np.arange(1, len(of_kind), 2)
+            parts = [(even, of_kind.take(odd)), (odd, of_kind.take(even))]
         found[kind] = {}
         choices[kind] = []
         for positions, choosers in parts:

@@ -12,6 +12,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+BOOTSTRAP_CELLS = 20_000_000
+"""Numbers of a block of bootstrap resamples."""
+
 NONE = -1
 """Pads rows of ids: fewer products were found, or fewer are relevant."""
 
@@ -145,7 +148,12 @@ def bootstrap_interval(
     if not np.isfinite(array).all():
         raise ValueError(f"values of query {np.argwhere(~np.isfinite(array))[0][0]} are not finite")
     generator = np.random.default_rng(seed)
-    means = [array[generator.integers(0, len(array), len(array))].mean(axis=0) for _ in range(samples)]
+    count = len(array)
+    # How often each query is drawn into a resample is multinomial, and the resample's mean a weighted mean.
+    block = max(1, BOOTSTRAP_CELLS // count)
+    drawn = [min(block, samples - first) for first in range(0, samples, block)]
+    shares = np.full(count, 1 / count)
+    means = np.concatenate([generator.multinomial(count, shares, size) @ array / count for size in drawn])
     return np.quantile(means, [(1 - level) / 2, (1 + level) / 2], axis=0)
 
 

@@ -11,19 +11,20 @@ import pytest
 from retrieval import metrics, report
 from retrieval.build import Recipe, build_index
 from retrieval.catalogue import Card, PreparedCatalogue, read_qrels
+from retrieval.comparison import CUTS, measure
+from retrieval.comparison_table import below_floor, rows_of_kind, terminal_table
 from retrieval.embeddings import EmbeddingReader, EmbeddingWriter
-from retrieval.evaluate import CUTS, Options, compare, evaluate, failed_gates, measure
+from retrieval.evaluate import Options, compare, evaluate, failed_gates, open_untrained
 from retrieval.exact import exact_search
-from retrieval.hits import Hits
 from retrieval.index import ProductIndex
 from retrieval.judgements import make_questions
-from retrieval.lexical import reciprocal_rank_fusion
 from retrieval.pages import Hit, Section, data_url, facts_of, shown, write_sheet
 from retrieval.storage import ArtefactError
 from tests.catalogues import write_catalogue
 from tests.embedded import DIM, unit, write_embeddings
 
-QUICK = Options(split="test", latency_queries=20)
+QUICK = Options(split="test", latency_queries=20, untrained=False)
+UNTRAINED = Options(split="test", latency_queries=0)
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +153,7 @@ def test_products_with_the_same_vector_are_reported_and_left_out_on_request(fold
             return pa.table({"query_id": ["q0", "q0", "q1"], "product_id": ["p5", "p0", "p6"], "relevance": relevance})
 
     def run(exclude):
-        options = Options(exclude_identical=exclude, lexical=False, latency_queries=0)
+        options = Options(exclude_identical=exclude, untrained=False, latency_queries=0)
         index, reader = ProductIndex.open(tmp_path / "index"), EmbeddingReader(tmp_path / "queries")
         return evaluate(index, products, reader, catalogue=Stub(), options=options)
 
@@ -190,47 +191,109 @@ def test_judged_products_that_the_index_lacks_count_as_never_found(folders, tmp_
     assert recall[1] == pytest.approx(recall[0] / 2)
 
 
-def test_lexical_rows_stand_beside_text_and_product_queries(folders):
-    baselines = measured(folders).report["baselines"]
-    assert list(baselines) == ["bm25", "hybrid", "tfidf", "jaccard"]
-    for kinds in baselines.values():
-        assert set(kinds) == {"text", "product:text"}
-        assert kinds["text"]["hit@10"]["value"] == 1  # the query is the title of a product
-    with pytest.raises(ValueError, match=r"no field 'colour'.*title, description, price, brand"):
-        measured(folders, options=Options(lexical_fields=["colour"]))
+def test_words_stand_beside_the_model_for_every_kind_that_has_words(folders):
+    result = measured(folders, options=UNTRAINED)
+    baselines = result.report["baselines"]
+    words = {"text", "fused", "product:text", "product:attribute"}
+    assert set(baselines) == {"bm25", "tfidf", "numbers", "sum", "floor", "hybrid"}
+    assert set(baselines["bm25"]) == set(baselines["tfidf"]) == set(baselines["hybrid"]) == words
+    assert set(baselines["numbers"]) == {"fused", "product:attribute"}
+    assert baselines["bm25"]["text"]["hit@10"]["value"] == 1  # the query is the title of a product
+    for kind in words:
+        positions = result.questions.of_kind(kind)
+        own = result.questions.take(positions)
+        for name, rows in result.untrained[kind].items():
+            assert rows.shape == (len(positions), 100)
+            assert measure(rows, own.relevant, own.judged, own.grades) == baselines[name][kind]
+            asks = own.source >= 0
+            assert not (rows[asks] == own.source[asks, None]).any()
 
 
-def test_the_weight_of_words_decides_what_rank_fusion_follows(folders):
-    """So large that no rank of the index outweighs one of BM25, and so small that none of BM25's does."""
+def test_differences_to_the_best_row_without_training_are_paired(folders):
+    result = measured(folders, options=UNTRAINED)
+    assert "image" not in result.report["differences"]["image"]  # photos have no words, and no towers are given
+    for kind in ("text", "fused"):
+        own = result.questions.take(result.questions.of_kind(kind))
+        judged = own.judged, own.grades, 10
+        values = {
+            name: metrics.ndcg_at_k_per_query(rows, *judged)
+            for name, rows in result.untrained[kind].items()
+            if name != "hybrid"
+        }
+        difference = result.report["differences"][kind]
+        best = difference["best"]
+        assert values[best].mean() == max(value.mean() for value in values.values())
+        trained = metrics.ndcg_at_k_per_query(result.found["exact"][result.questions.of_kind(kind)], *judged)
+        assert difference["exact"]["ndcg@10"]["value"] == pytest.approx((trained - values[best]).mean())
+        low, high = metrics.bootstrap_interval((trained - values[best])[:, None])[:, 0]
+        width = difference["exact"]["ndcg@10"]["high"] - difference["exact"]["ndcg@10"]["low"]
+        assert width == pytest.approx(high - low, rel=0.2)
 
-    def figures(weight):
-        report = measured(folders, "flat", options=Options(lexical_weight=weight)).report
-        assert report["settings"]["lexical_weight"] == weight
-        part = [report["baselines"]["hybrid"], report["baselines"]["bm25"], report["tasks"]["ann"]]
-        return [kinds["product:text"]["ndcg@10"]["value"] for kinds in part]
 
-    follows_words, words, _ = figures(1e6)
-    follows_index, _, index = figures(1e-6)
-    assert words != index
-    assert (follows_words, follows_index) == (words, index)
-    for weight in (0, -1, float("nan")):
-        with pytest.raises(ValueError, match=r"lexical_weight=.* choose above 0"):
-            Options(lexical_weight=weight)
+def test_settings_are_chosen_on_val_and_on_halves_where_val_itself_is_measured(folders, monkeypatch):
+    monkeypatch.setattr("retrieval.comparison.MIN_CHOOSING", 5)
+    monkeypatch.setattr("retrieval.untrained.MIN_CHOOSING", 5)
+    for split, parts in (("test", 1), ("val", 2)):
+        chosen = measured(folders, options=Options(split=split, latency_queries=0)).report["chosen"]
+        assert {kind: len(choices) for kind, choices in chosen.items()} == dict.fromkeys(chosen, parts)
+    assert chosen["text"][0]["words"]["bm25"]["scoring"]["k1"] > 0
+    assert chosen["text"][0]["queries"] == chosen["text"][1]["queries"] > 0
 
 
-def test_what_words_find_is_kept_for_other_weights(folders):
-    """One evaluation tells what another weight would have given; queries of pictures alone have no words."""
-    once, again = measured(folders), measured(folders, options=Options(lexical_weight=3))
-    by_words, served, questions = once.by_words, once.found["ann"], once.questions
-    assert by_words.rows.shape == by_words.scores.shape == served.shape
-    for kind in questions.all_kinds:
-        of = questions.of_kind(kind)
-        if kind in ("text", "product:text"):
-            both = reciprocal_rank_fusion([by_words.of(of), Hits.in_order(served[of])], [3, 1])
-            judged = questions.relevant[of], questions.judged[of], questions.grades[of]
-            assert measure(both, *judged) == again.report["baselines"]["hybrid"][kind]
-        else:
-            assert (by_words.rows[of] == -1).all()
+def test_what_is_measured_has_no_part_in_the_choice(folders):
+    """Other judgements of the measured queries leave the settings as they are."""
+    catalogue = PreparedCatalogue(folders / "catalogue")
+    test = catalogue.queries().filter(pc.equal(catalogue.queries()["split"], "test"))["query_id"]
+
+    class Turned(PreparedCatalogue):
+        def qrels(self):
+            table = super().qrels()
+            asked = pc.is_in(table["query_id"], value_set=test.combine_chunks())
+            ids = table["product_id"].to_pylist()
+            turned = [
+                other if own else plain for own, other, plain in zip(asked.to_pylist(), ids[::-1], ids, strict=True)
+            ]
+            return table.set_column(table.column_names.index("product_id"), "product_id", pa.array(turned))
+
+    once = measured(folders, options=UNTRAINED)
+    again = measured(folders, options=UNTRAINED, catalogue=Turned(folders / "catalogue"))
+    assert once.report["chosen"] == again.report["chosen"]
+    assert once.report["tasks"] != again.report["tasks"]
+
+
+def test_features_of_towers_before_training_are_rows_of_their_own(folders, tmp_path):
+    """A tower that gives a product's group away finds the other offer first; its sum with words may not lose it."""
+    shards = write_embeddings(folders / "catalogue", tmp_path / "tower", noise=0.01)
+    towers = {"text": (EmbeddingReader(shards / "products"), EmbeddingReader(shards / "queries"))}
+    baselines = measured(folders, options=UNTRAINED, untrained=towers).report["baselines"]
+    assert baselines["text"]["product:text"]["hit@1"]["value"] > 0.95
+    assert (
+        baselines["floor"]["product:text"]["ndcg@10"]["value"] >= baselines["bm25"]["product:text"]["ndcg@10"]["value"]
+    )
+    assert {"text", "fused", "product:image"} <= set(baselines["text"])
+    assert open_untrained(tmp_path / "nowhere") == {}
+    with pytest.raises(FileNotFoundError, match=r"nowhere: no such folder. `index.py embed` writes"):
+        open_untrained(tmp_path / "nowhere", required=True)
+
+
+def test_a_model_below_what_needs_no_training_is_red_and_named(folders, tmp_path):
+    """Embeddings of noise: words find more."""
+    noise = write_embeddings(folders / "catalogue", tmp_path / "noise", noise=50.0)
+    build_index(EmbeddingReader(noise / "products"), tmp_path / "index", Recipe("Flat"))
+    result = measured(
+        folders,
+        options=UNTRAINED,
+        index=tmp_path / "index",
+        products=EmbeddingReader(noise / "products"),
+        queries=EmbeddingReader(noise / "queries"),
+    ).report
+    lines = below_floor(result)
+    assert any(line.startswith("text queries: the model's nDCG@10 is 0.") for line in lines)
+    assert all("which needs no training" in line for line in lines)
+    table = terminal_table(result)
+    rows = [(name, row.style) for name, row in zip(table.columns[0].cells, table.rows, strict=True)]
+    assert ("  exact task", "red") in rows and ("  BM25", "red") not in rows
+    assert not any("exact" in line for line in below_floor(result | {"differences": {}}))
 
 
 def test_the_order_of_shards_does_not_matter(folders, tmp_path):
@@ -373,12 +436,12 @@ def test_the_page_stands_alone_and_the_json_reads_back(folders, tmp_path):
     rows = {
         (kind, name): figures
         for kind in result.report["queries"]
-        for name, figures in report._rows_of_kind(result.report, kind)
+        for _, name, figures in rows_of_kind(result.report, kind)
     }
     assert rows["fused", "oracle"] == {"recall@10": {"value": 0.9}}
     assert rows["product:text", "oracle"] == {"recall@10": {"value": 0.5}}
     assert ("text", "oracle") not in rows
-    assert report.terminal_table(result.report).row_count == len(rows) + len(result.report["queries"])
+    assert terminal_table(result.report).row_count == len(rows) + len(result.report["queries"])
 
 
 def test_pages_escape_what_comes_from_catalogues(tmp_path):

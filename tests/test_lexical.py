@@ -1,64 +1,153 @@
+"""Tokens, terms, records, and the scores of BM25 and TF-IDF."""
+
+from __future__ import annotations
+
 import math
 from collections import Counter
+from dataclasses import replace
 
+import bm25s
 import numpy as np
 import pytest
 
-from retrieval.hits import Hits
-from retrieval.lexical import LEXICAL, bm25, jaccard, reciprocal_rank_fusion, tf_idf, tokenize
+from retrieval.lexical.analyzer import STOP_WORDS, Analyzer, detect_language
+from retrieval.lexical.ranking import Scoring, WordIndex
+from retrieval.lexical.records import FIELDS, Record, record_of, record_of_kind, typed_record
+from retrieval.lexical.tokenizer import tokenize
+from retrieval.lexical.tuning import WEIGHTS, WordIndexes, WordSettings, choose_settings, climb, language_of
+from towers.text import split_words
+from towers.words import ngram_hashes
 
-TEXTS = ["Red shoe", "red red hat", "blue hat", "", "女士连衣裙 red", "連衣裙 blue"]
-
-
-def test_tokens_of_english_and_chinese():
-    assert tokenize("Tom & Jerry's MUG №5, 12oz") == ["tom", "jerry", "s", "mug", "no5", "12oz"]
-    assert tokenize("连衣裙 XL") == ["连", "衣", "裙", "连衣", "衣裙", "xl"]
-    assert tokenize("a_b　Ｗｉｄｅ") == ["a", "b", "wide"]
-    assert tokenize("…") == []
-
-
-@pytest.mark.parametrize("name", LEXICAL)
-def test_products_without_a_word_of_the_query_are_not_found(name):
-    rank = LEXICAL[name](TEXTS)
-    scores, rows = rank(["hat", "連衣裙", "green", "", "RED red shoe"], 6)
-    assert sorted(rows[0][rows[0] >= 0]) == [1, 2]
-    assert rows[1][0] == 5 and 4 in rows[1]  # shared characters
-    assert (rows[2] == -1).all() and (rows[3] == -1).all()
-    assert rows[4][0] == 0
-    assert rows.shape == scores.shape == (5, 6)
-    assert np.array_equal(np.isinf(scores), rows == -1)
+PLAIN = Analyzer(None)
+EVEN = dict.fromkeys(FIELDS, 1.0)
 
 
-@pytest.mark.parametrize("name", LEXICAL)
-def test_no_words_at_all(name):
-    assert (LEXICAL[name](["", "!"])(["a"], 2).rows == -1).all()
+def titles(*texts: str) -> list[Record]:
+    return [{"title": tokenize(text)} for text in texts]
 
 
-def test_equal_scores_stand_in_the_order_of_rows_and_share_a_rank():
-    for make in LEXICAL.values():
-        found = make(["b", "a", "a", "a", "a b c", "a b"])(["a"], 5)
-        assert found.rows.tolist() == [[1, 2, 3, 5, 4]]
-        assert found.ranks().tolist() == [[2, 2, 2, 4, 5]]
-        assert (np.diff(found.scores) <= 0).all()
+# ---------------------------------------------------------------- tokens
 
 
-def by_definition(texts, queries, score):
-    tokens = [tokenize(text) for text in texts]
-    rows = []
-    for query in queries:
-        scores = [score(tokenize(query), document, tokens) for document in tokens]
-        order = sorted((i for i in range(len(texts)) if scores[i] > 1e-12), key=lambda i: (-round(scores[i], 9), i))
-        rows.append((order + [-1] * len(texts))[: len(texts)])
-    return np.array(rows)
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [
+        ("Tom & Jerry's MUG №5, 12oz", ["tom", "jerry", "mug", "no5", "12oz"]),
+        ("a_b　Ｗｉｄｅ", ["a", "b", "wide"]),
+        ("women’s T-Shirt", ["women", "t", "shirt"]),
+        ("3.5 mm, 3,5 mm and 2.4GHz", ["3.5", "mm", "3.5", "mm", "and", "2.4ghz"]),
+        ("WH-1000XM4 / i7-8700K", ["wh", "1000xm4", "wh1000xm4", "i7", "8700k", "i78700k"]),
+        ("size 10.", ["size", "10"]),
+        ("连衣裙 XL 한국 すし", ["连", "衣", "裙", "xl", "한", "국", "す", "し"]),
+        ("…", []),
+    ],
+)
+def test_tokens_keep_numbers_and_model_codes_whole(text, tokens):
+    assert tokenize(text) == tokens
 
 
-def jaccard_score(query, document, _):
-    union = set(query) | set(document)
-    return len(set(query) & set(document)) / len(union) if union else 0.0
+def test_training_and_lexical_search_share_the_tokenizer():
+    text = "WH-1000XM4 headphones, 3.5 mm, women's 连衣裙"
+    assert split_words(text) == tokenize(text)
+    assert len(ngram_hashes(text, 1, 256)) == len(set(tokenize(text)))
+    assert split_words("…") == ["…"]  # no text is without a word
 
 
-def tf_idf_score(query, document, corpus):
-    def vector(tokens):
+# ---------------------------------------------------------------- terms
+
+
+def test_stop_words_go_and_words_lose_their_endings_but_codes_stay():
+    english = Analyzer("english")
+    assert english.term("for") is None and english.term("dresses") == english.term("dress") == "dress"
+    assert english.term("i78700ks") == "i78700ks" and english.term("36s") == "36s"
+    assert Analyzer("english", stop_words=False).term("for") == "for"
+    assert Analyzer("english", stem=False).term("dresses") == "dresses"
+    assert Analyzer("german").term("für") is None and Analyzer("german").term("schuhe") == "schuh"
+    assert PLAIN.term("for") == "for" and PLAIN.term("dresses") == "dresses"
+
+
+@pytest.mark.parametrize(
+    ("language", "text"),
+    [
+        ("english", "a shirt for men with the logo of the club and it is warm"),
+        ("german", "ein Hemd für Herren mit dem Logo des Vereins, und es ist warm"),
+        ("french", "une chemise pour homme avec le logo du club et elle est chaude"),
+        ("spanish", "una camisa para hombre con el logo del club y es muy cálida"),
+        (None, "连衣裙 夏季 新款"),
+        (None, "AB-12 CD-34 XYZ"),
+        (None, ""),
+    ],
+)
+def test_the_language_is_that_whose_stop_words_cover_most(language, text):
+    assert detect_language(Counter(tokenize(text))) == language
+    assert language is None or language in STOP_WORDS
+
+
+# ---------------------------------------------------------------- records
+
+
+RECORD = record_of(
+    {"title": "Red Shoe", "description": "For running.", "care": None},
+    {"brand": "Acme Sport", "price": 59.9, "category": ["Shoes", "Running"], "size": None},
+    "title",
+)
+
+
+def test_a_record_has_words_by_field_and_whole_values():
+    assert RECORD == {
+        "title": ["red", "shoe"],
+        "texts": ["for", "running"],
+        "attributes": ["acme", "sport", "shoes", "running"],
+        "facts": ["brand=acme sport", "category=shoes", "category=running"],
+        "numbers": ["price=59.9"],
+    }
+
+
+def test_a_kind_of_query_shows_its_part_of_the_record_alone():
+    assert record_of_kind(RECORD, "fused") == RECORD
+    assert set(record_of_kind(RECORD, "product:text")) == {"title", "texts"}
+    assert set(record_of_kind(RECORD, "product:attribute")) == {"attributes", "facts", "numbers"}
+    assert record_of_kind(RECORD, "product:image") == record_of_kind(RECORD, "image") == {}
+
+
+def test_equal_numbers_match_and_near_ones_do_not():
+    products = [record_of({}, {"price": price}, "title") for price in (59.9, 59.9, 60.0)]
+    found = WordIndex(products, PLAIN).search([products[0]], 3, Scoring()).rows
+    assert found.tolist() == [[0, 1, -1]]
+
+
+# ---------------------------------------------------------------- scores
+
+
+def random_texts(count: int, length: int, seed: int, words: int = 15) -> list[str]:
+    generator = np.random.default_rng(seed)
+    vocabulary = [f"w{i}" for i in range(words)]
+    return [" ".join(generator.choice(vocabulary, generator.integers(0, length))) for _ in range(count)]
+
+
+def test_bm25_equals_the_bm25s_library():
+    texts = random_texts(200, 12, 0)
+    index = WordIndex(titles(*texts), PLAIN)
+    library = bm25s.BM25(method="lucene", k1=1.3, b=0.6)
+    library.index([tokenize(text) for text in texts], show_progress=False)
+    for query in ("w1", "w2 w7", "w3 w4 w9 w14"):
+        got = index.scores(titles(query), Scoring(k1=1.3, b=0.6))[0]
+        assert np.allclose(got, library.get_scores(tokenize(query)), atol=1e-5)
+
+
+def test_bm25f_by_hand():
+    """Two products; "red" in the title of one (length 1 of mean 1.5) and twice in the texts of the other."""
+    products = [{"title": ["red"], "texts": ["a"]}, {"title": ["b", "c"], "texts": ["red", "red", "d"]}]
+    scoring = Scoring(k1=2.0, b=0.5, weights=EVEN | {"title": 3.0, "texts": 0.5})
+    idf = math.log(1 + (2 - 2 + 0.5) / (2 + 0.5))
+    first = 3.0 * 1 / (1 - 0.5 + 0.5 * 1 / 1.5)
+    second = 0.5 * 2 / (1 - 0.5 + 0.5 * 3 / 2)
+    got = WordIndex(products, PLAIN).scores([typed_record("red")], scoring)[0]
+    assert got.tolist() == pytest.approx([idf * first / (2 + first), idf * second / (2 + second)])
+
+
+def tf_idf_score(query: list[str], document: list[str], corpus: list[list[str]]) -> float:
+    def vector(tokens: list[str]) -> dict[str, float]:
         return {
             t: (1 + math.log(n)) * (math.log((1 + len(corpus)) / (1 + sum(t in d for d in corpus))) + 1)
             for t, n in Counter(tokens).items()
@@ -70,50 +159,133 @@ def tf_idf_score(query, document, corpus):
     return sum(v * b.get(t, 0) for t, v in a.items()) / norm if norm else 0.0
 
 
-def bm25_score(query, document, corpus):
-    average = sum(map(len, corpus)) / len(corpus)
-    total = 0.0
-    for token in query:
-        n, tf = sum(token in d for d in corpus), document.count(token)
-        idf = math.log(1 + (len(corpus) - n + 0.5) / (n + 0.5))
-        total += idf * tf / (tf + 1.5 * (1 - 0.75 + 0.75 * len(document) / average))
-    return total
+def test_tf_idf_equals_its_definition():
+    texts = random_texts(40, 9, 0)
+    queries = random_texts(60, 5, 1, words=17)  # some words are unknown
+    corpus = [tokenize(text) for text in texts]
+    wanted = [[tf_idf_score(tokenize(query), document, corpus) for document in corpus] for query in queries]
+    got = WordIndex(titles(*texts), PLAIN).scores(titles(*queries), Scoring("tfidf", weights=EVEN))
+    assert np.allclose(got, wanted, atol=1e-6)
+
+
+def test_a_weight_of_half_a_count_counts_half():
+    products = titles("red shoe", "red hat")
+    even = WordIndex(products, PLAIN).scores(titles("red"), Scoring("tfidf", weights=EVEN))
+    half = WordIndex(products, PLAIN).scores(titles("red"), Scoring("tfidf", weights=EVEN | {"title": 0.5}))
+    assert np.allclose(even, half)  # a cosine: all counts of a product shrink alike
+
+
+@pytest.mark.parametrize("model", ["bm25", "tfidf"])
+def test_search_ranks_by_score_and_then_by_row(model, monkeypatch):
+    monkeypatch.setattr("retrieval.lexical.ranking.MAX_CELLS", 7)  # a query at a time
+    index = WordIndex(titles("b", "a", "a", "a", "a b c", "a b"), PLAIN)
+    queries = titles("a", "b c", "z", "")
+    found = index.search(queries, 5, Scoring(model))
+    assert found.rows[0].tolist() == [1, 2, 3, 5, 4]
+    assert found.ranks()[0].tolist() == [2, 2, 2, 4, 5]
+    assert (found.rows[2:] == -1).all() and np.isinf(found.scores[2:]).all()
+    scores = index.scores(queries, Scoring(model))
+    for query, rows in enumerate(found.rows):
+        order = sorted(np.flatnonzero(scores[query] > 0), key=lambda row: (-scores[query, row], row))
+        assert rows[rows >= 0].tolist() == order[:5]
+
+
+@pytest.mark.parametrize("model", ["bm25", "tfidf"])
+def test_no_words_at_all(model):
+    assert (WordIndex(titles("", "!"), PLAIN).search(titles("a"), 2, Scoring(model)).rows == -1).all()
+    assert WordIndex([], PLAIN).search(titles("a"), 2, Scoring(model)).rows.tolist() == [[-1, -1]]
+
+
+def test_neighbors_are_terms_on_request_and_those_of_cjk_always():
+    products = titles("red shoe blue", "shoe red", "连衣裙", "衣 连")
+    plain = WordIndex(products, PLAIN)
+    paired = WordIndex(products, PLAIN, neighbors=True)
+    even = plain.scores(titles("shoe red"), Scoring(b=0))[0]
+    assert even[0] == even[1]
+    ordered = paired.scores(titles("shoe red"), Scoring(b=0))[0]
+    assert ordered[1] > ordered[0] > 0
+    assert plain.search(titles("连衣"), 2, Scoring(b=0)).rows.tolist() == [[2, 3]]
+
+
+def test_a_field_of_weight_0_is_not_searched():
+    products = [{"title": ["red"], "texts": ["shoe"]}, {"title": ["blue"], "texts": ["red"]}]
+    scoring = Scoring(weights=EVEN | {"texts": 0.0})
+    assert WordIndex(products, PLAIN).search(titles("red"), 2, scoring).rows.tolist() == [[0, -1]]
+    # So is a record that asks; a typed query has no such fields.
+    assert WordIndex(products, PLAIN).search([typed_record("red")], 2, scoring).rows.tolist() == [[0, -1]]
+    scoring = Scoring(weights=EVEN | {"texts": 0.0})
+    asking = [{"title": [], "texts": ["red"]}]
+    assert WordIndex(products, PLAIN).search(asking, 2, scoring).rows.tolist() == [[-1, -1]]
 
 
 @pytest.mark.parametrize(
-    ("make", "score"), [(jaccard, jaccard_score), (tf_idf, tf_idf_score), (bm25, bm25_score)], ids=lambda f: f.__name__
+    ("changes", "message"),
+    [
+        ({"k1": 0}, r"k1=0, .*choose k1 above 0"),
+        ({"b": 1.5}, r"b=1.5, .*b from 0 to 1"),
+        ({"weights": {"title": -1}}, r"weights=\{'title': -1\}: .*weights of at least 0"),
+        ({"weights": {"tilte": 1}}, r"weights name the field 'tilte'; there are title, texts"),
+    ],
 )
-def test_rankings_equal_the_definitions(make, score):
-    generator = np.random.default_rng(0)
-    words = [f"w{i}" for i in range(15)]
-    texts = [" ".join(generator.choice(words, generator.integers(0, 9))) for _ in range(40)]
-    queries = [" ".join(generator.choice([*words, "unknown"], 4)) for _ in range(300)]  # more than a block
-    got, want = make(texts)(queries, len(texts)).rows, by_definition(texts, queries, score)
-    agree = (got == want).mean()
-    assert agree > 0.97  # near-ties may swap
-    assert np.array_equal(np.sort(got, axis=1), np.sort(want, axis=1))
+def test_a_scoring_that_is_none_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Scoring(**changes)
 
 
-def in_order(*rows):
-    return Hits.in_order(np.array(rows))
+# ---------------------------------------------------------------- tuning
 
 
-def test_rank_fusion_by_hand():
-    """Row 7: 1/61 + 1/62. Row 5: 1/61 + 1/63. Row 9, in one ranking alone: 1/62."""
-    one, other = in_order([5, 7, -1], [-1, -1, -1]), in_order([7, 9, 5], [2, 1, -1])
-    assert reciprocal_rank_fusion([one, other]).tolist() == [[7, 5, 9], [2, 1, -1]]
+def test_climbing_stops_at_the_first_top_and_tries_the_lowest_value():
+    figures = {0.0: 0.9, 0.25: 0.1, 0.5: 0.6, 1.0: 0.5, 2.0: 0.4, 4.0: 0.95}
+    asked: list[float] = []
+
+    def measure(settings: WordSettings) -> float:
+        asked.append(settings.scoring.k1)
+        return figures[settings.scoring.k1 - 1]
+
+    def make(value: float) -> WordSettings:
+        return WordSettings(PLAIN, scoring=Scoring(k1=value + 1))
+
+    best, figure = climb(make, WEIGHTS, 1.0, figures[1.0], measure)
+    assert best.scoring.k1 - 1 == 0.0 and figure == 0.9
+    assert [value - 1 for value in asked] == [2.0, 0.5, 0.25, 0.0]
 
 
-def test_a_ranking_of_little_weight_only_adds_what_the_other_lacks():
-    """With a tenth of the weight, rank 1 has 1/610 points, and rank 3 of the other 1/63."""
-    one, other = in_order([5, 7, 3, -1]), in_order([9, 7, 5, 1])
-    assert reciprocal_rank_fusion([one, other], [1.0, 0.1]).tolist() == [[5, 7, 3, 9]]
-    assert reciprocal_rank_fusion([one, other], [0.1, 1.0]).tolist() == [[7, 5, 9, 1]]
+def test_tuning_leaves_out_a_field_that_misleads():
+    """Titles name the color that is wanted; texts name all others."""
+    colors = ["red", "blue", "green", "black"]
+    products = [{"title": [color], "texts": [other for other in colors if other != color] * 2} for color in colors]
+    indexes = WordIndexes(products)
+
+    def hits_at_1(settings: WordSettings) -> float:
+        found = indexes.get(settings).search(titles(*colors), 1, settings.scoring)
+        return float((found.rows[:, 0] == np.arange(4)).mean())
+
+    start = WordSettings(PLAIN, scoring=Scoring(weights=EVEN))
+    assert hits_at_1(start) < 1
+    chosen, figure = choose_settings(start, hits_at_1)
+    assert figure == hits_at_1(chosen) == 1
+    assert chosen.scoring.weights["texts"] < chosen.scoring.weights["title"]
 
 
-def test_where_words_cannot_tell_products_apart_the_other_ranking_does_whatever_its_weight():
-    """Rows 4 and 6 share rank 2.5 of the words; the index puts 6 before 4, and 8, which words put last, first."""
-    words = Hits(np.array([[3.0, 1.0, 1.0, 0.5]], np.float32), np.array([[2, 4, 6, 8]]))
-    assert words.ranks().tolist() == [[1, 2.5, 2.5, 4]]
-    assert reciprocal_rank_fusion([words, in_order([8, 6, 4, 2])], [1000.0, 1.0]).tolist() == [[2, 6, 4, 8]]
-    assert reciprocal_rank_fusion([words, in_order([8, 6, 4, 2])], [0.001, 1.0]).tolist() == [[8, 6, 4, 2]]
+def test_tuning_chooses_stop_words_where_they_mislead():
+    """One product has the rare word "for", which outweighs the frequent "shirt" however it is counted."""
+    products = titles("for kids", *(f"shirt {number}" for number in range(10)))
+    indexes = WordIndexes(products)
+    start = WordSettings(Analyzer("english", stop_words=False), scoring=Scoring(weights=EVEN))
+
+    def finds_a_shirt(settings: WordSettings) -> float:
+        rows = indexes.get(settings).search(titles("shirt for"), 1, settings.scoring).rows
+        return float(rows[0, 0] > 0)
+
+    assert finds_a_shirt(start) == 0
+    chosen, figure = choose_settings(start, finds_a_shirt)
+    assert figure == 1 and chosen.analyzer.stop_words
+
+
+def test_an_index_is_made_once_for_each_analyzer():
+    indexes = WordIndexes(titles("a"))
+    settings = WordSettings(PLAIN)
+    assert indexes.get(settings) is indexes.get(replace(settings, scoring=Scoring(k1=2)))
+    assert indexes.get(settings) is not indexes.get(replace(settings, neighbors=True))
+    assert language_of([RECORD | {"texts": tokenize("the best of it is for the men")}]) == "english"

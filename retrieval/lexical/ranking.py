@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from retrieval.hits import Hits
 from retrieval.lexical.analyzer import Analyzer
-from retrieval.lexical.records import EXACT_FIELDS, FIELDS, Record
+from retrieval.lexical.records import EXACT_FIELDS, FIELDS, QUERY, Record
 from retrieval.lexical.tokenizer import is_cjk
 
 MAX_CELLS = 20_000_000
@@ -71,6 +71,7 @@ class WordIndex:
         self.neighbors = neighbors
         self.num_products = len(records)
         self._columns: dict[str, int] = {}  # term -> column
+        self._last_queries: tuple[Sequence[Record], dict[str, sp.csr_array]] | None = None
 
         # Postings: each (term, product) that occurs in any field once, with its count in every field.
         keys = [self._occurrences(records, name) for name in FIELDS]
@@ -86,7 +87,8 @@ class WordIndex:
 
         # Length of each field, relative to the mean over all products.
         lengths = np.array([[len(record.get(name, ())) for record in records] for name in FIELDS], np.float32)
-        self._relative_length = lengths / np.maximum(lengths.mean(axis=1, keepdims=True), 1e-9)  # (F, N)
+        mean = lengths.sum(axis=1, keepdims=True) / max(1, self.num_products)
+        self._relative_length = lengths / mean.clip(1e-9)  # (F, N)
 
     def search(self, queries: Sequence[Record], k: int, scoring: Scoring) -> Hits:
         """The k products with the highest scores, equal scores by row.
@@ -113,9 +115,10 @@ class WordIndex:
     def _score_blocks(self, queries: Sequence[Record], scoring: Scoring) -> Iterator[tuple[int, sp.csr_array]]:
         """The number of a block's first query, and its (B, N) scores above 0."""
         weights = self._product_weights(scoring)
+        own_weights = self._query_weights(queries, scoring)
         size = max(1, MAX_CELLS // max(1, self.num_products))
         for first in range(0, len(queries), size):
-            scores = self._query_weights(queries[first : first + size], scoring) @ weights
+            scores = own_weights[first : first + size] @ weights
             scores.eliminate_zeros()
             yield first, scores
 
@@ -142,35 +145,35 @@ class WordIndex:
 
     def _query_weights(self, queries: Sequence[Record], scoring: Scoring) -> sp.csr_array:
         """(Q, V) float32 weights of the queries' terms."""
-        idf = self._idf(scoring)
-        columns: list[int] = []
-        weights: list[NDArray[np.float32]] = [np.empty(0, np.float32)]
-        starts = [0]
-        for query in queries:
-            counts = self._query_counts(query, scoring)
-            known = list(counts)
-            count = np.array(list(counts.values()), np.float32)
-            if scoring.model == "bm25":
-                weight = count * (scoring.k1 + 1) / (scoring.k1 + count)  # 1 for a term that occurs once
-            else:
-                weight = _damped(count) * idf[known]
-                weight /= np.sqrt(weight @ weight).clip(1e-12)
-            columns += known
-            weights.append(weight)
-            starts.append(len(columns))
-        shape = (len(queries), len(self._columns))
-        return sp.csr_array((np.concatenate(weights), np.array(columns, np.int64), starts), shape=shape)
+        weights = sp.csr_array((len(queries), len(self._columns)), dtype=np.float32)
+        for name, counts in self._query_counts(queries).items():
+            weights += counts * (1.0 if name == QUERY else scoring.weights.get(name, 0.0))
+        weights.eliminate_zeros()
+        if scoring.model == "bm25":
+            weights.data *= (scoring.k1 + 1) / (scoring.k1 + weights.data)  # 1 for a term that occurs once
+            return weights
+        weights.data = _damped(weights.data) * self._idf(scoring)[weights.indices]
+        length = np.sqrt(weights.multiply(weights).sum(axis=1)).clip(1e-12)
+        weights.data /= np.repeat(length, np.diff(weights.indptr))
+        return weights
 
-    def _query_counts(self, query: Record, scoring: Scoring) -> dict[int, float]:
-        """Column -> weighted count of the query's known terms. A typed query has no fields to weight."""
-        typed = list(query) == ["title"]
-        counts: dict[int, float] = {}
-        for name, tokens in query.items():
-            weight = 1.0 if typed else scoring.weights.get(name, 0.0)
-            for term in self._terms(tokens, name) if weight else ():
-                if (column := self._columns.get(term)) is not None:
-                    counts[column] = counts.get(column, 0.0) + weight
-        return counts
+    def _query_counts(self, queries: Sequence[Record]) -> dict[str, sp.csr_array]:
+        """Field -> (Q, V) float32 counts of known terms. Those of the last queries are kept, as tuning repeats them."""
+        if self._last_queries is None or self._last_queries[0] is not queries:
+            counts = {}
+            for name in (*FIELDS, QUERY):
+                columns: list[int] = []
+                starts = [0]
+                for query in queries:
+                    terms = self._terms(query.get(name, ()), name)
+                    columns += [self._columns[term] for term in terms if term in self._columns]
+                    starts.append(len(columns))
+                if columns:
+                    parts = (np.ones(len(columns), np.float32), np.array(columns), np.array(starts))
+                    counts[name] = sp.csr_array(parts, shape=(len(queries), len(self._columns)))
+                    counts[name].sum_duplicates()
+            self._last_queries = (queries, counts)
+        return self._last_queries[1]
 
     def _idf(self, scoring: Scoring) -> NDArray[np.float32]:
         """(V,) float32 inverse document frequencies."""

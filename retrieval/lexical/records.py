@@ -11,7 +11,7 @@ Value = str | float | Sequence[str]
 FIELDS = ("title", "texts", "attributes", "facts", "numbers")
 """The fields of a record:
 
-    title        words of the first text field, or of a typed query
+    title        words of the first text field
     texts        words of all other text fields
     attributes   words of brand, category, colour and the like
     facts        whole values, "brand=acme": equal or not
@@ -20,6 +20,9 @@ FIELDS = ("title", "texts", "attributes", "facts", "numbers")
 
 Record = Mapping[str, Sequence[str]]
 """Field -> tokens. Facts and numbers are terms as they are: never split, stemmed or joined."""
+
+QUERY = "query"
+"""The one field of a typed query. Its weight is always 1."""
 
 EXACT_FIELDS = frozenset({"facts", "numbers"})
 
@@ -54,7 +57,7 @@ def record_of(text: Mapping[str, str | None], attributes: Mapping[str, Value | N
 
 def typed_record(text: str | None) -> Record:
     """The record of a typed query."""
-    return {"title": tokenize(text or "")}
+    return {QUERY: tokenize(text or "")}
 
 
 def record_of_kind(record: Record, kind: str) -> Record:
