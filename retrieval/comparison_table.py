@@ -23,6 +23,9 @@ ORACLE_KINDS = {
 }
 """Subset of modalities in an oracle's file -> the kind of query that shows just these."""
 
+TABLE_WIDTH = 100
+"""Columns of a terminal that the table needs."""
+
 ROW_NAMES = {
     "bm25": "BM25",
     "tfidf": "TF-IDF",
@@ -40,7 +43,7 @@ def row_name(baseline: str) -> str:
 
 
 def terminal_table(report: Mapping[str, Any]) -> Table:
-    """Every kind of query with its rows; fits into 100 columns. The report itself holds more figures.
+    """Every kind of query with its rows; fits into `TABLE_WIDTH` columns. The report itself holds more figures.
 
     The last column is the paired difference of nDCG@10 to the best row without training; red where it is below 0.
     """

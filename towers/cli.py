@@ -23,7 +23,7 @@ from rich.table import Table
 import configs
 from datamodules.batch import Side
 from datamodules.products import ProductDataModule
-from retrieval.comparison_table import below_floor, terminal_table
+from retrieval.comparison_table import TABLE_WIDTH, below_floor, terminal_table
 from retrieval.storage import ArtefactError, write_json
 from towers.floor import floor_report
 from towers.global_loss import GlobalInfoNCE
@@ -256,7 +256,7 @@ class TrainingCLI(LightningCLI):
         """Write floor.json and show the model beside the best search without training."""
         report = floor_report(self.model, self.datamodule, self.datamodule.val_split, untrained)
         write_json(self.run_folder / "floor.json", report)
-        Console().print(terminal_table(report))
+        Console(width=max(TABLE_WIDTH, Console().width)).print(terminal_table(report))
         for line in below_floor(report):
             logger.warning("%s", line)
 

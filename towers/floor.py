@@ -44,6 +44,8 @@ def floor_report(
 ) -> dict[str, Any]:
     """What a model and search without training find, by exact search among the held-out products of a split.
 
+    Kinds of query of which the model reads nothing are left out.
+
     Args:
         model: trained.
         data: whose held-out queries of the split are set up.
@@ -63,21 +65,24 @@ def floor_report(
 
     asked = list(_queries(QueryRows(data.products, data.queries, held_out, data.preprocess.query)))
     queries = _encode(model, "query", data.preprocess.query, [query.item for query in asked], towers["query"])
+    read = queries.embedding.any(axis=1)  # of the others the model reads nothing
+    asked = [query for query, is_read in zip(asked, read, strict=True) if is_read]
+    features = {name: values[read] for name, values in queries.features.items()}
+    embedding = queries.embedding[read]
     number = np.array([query.number for query in asked])
     own = held_out.own[number]
-    trained = exact_search(queries.embedding, products.embedding, own, k=DEPTH)
-    trained[~queries.embedding.any(axis=1)] = -1
+    trained = exact_search(embedding, products.embedding, own, k=DEPTH)
     questions = Questions(
         ids=np.array([str(query.number) for query in asked], object),
         kinds=np.array([query.kind for query in asked], object),
-        vectors=queries.embedding,
+        vectors=embedding,
         source=own,
         relevant=held_out.relevant[number],
         judged=held_out.judged[number],
         grades=np.where(held_out.judged[number] >= 0, held_out.grade[number], 0.0).astype(np.float64),
         threshold=held_out.threshold,
     )
-    shown = _shown(asked, own, inputs, queries.features)
+    shown = _shown(asked, own, inputs, features)
     found = search_untrained(inputs, Asked(questions, shown, trained), None)
     exact = {}
     for kind in questions.all_kinds:
