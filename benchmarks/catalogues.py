@@ -6,7 +6,9 @@
 The test split is read once: `benchmarks.ledger` keeps what was read, and refuses it a second time.
 
 Keys of FILE:
-    arms        "CATALOGUE/ARM/SEED" -> {"split", "command", "seconds", "kinds": {KIND: {METRIC: [value, low, high]}}}
+    arms        "CATALOGUE/ARM/SEED" -> {"split", "splits", "command", "seconds", "kinds"}
+                splits: salt of `benchmarks.splits`, null for the catalogue's own
+                kinds: {KIND: {METRIC: [value, low, high]}}
                 METRIC: hit@1, hit@10, recall@10, best_recall@10, ndcg@10 by exact search; ann_vs_exact_recall@10 and
                 ann_hit@10 of the default index
     missing     "CATALOGUE/ARM/SEED/SIDE without MODALITY" -> as in arms, for what is left of products or queries
@@ -164,9 +166,10 @@ class Results:
             "torch": torch.__version__,
         }
 
-    def done(self, part: str, key: str, split: Split) -> bool:
+    def done(self, part: str, key: str, split: Split, salt: int | None) -> bool:
         """Whether this arm was measured on this split."""
-        return self.data[part].get(key, {}).get("split") == split
+        kept = self.data[part].get(key, {})
+        return (kept.get("split"), kept.get("splits")) == (split, salt)
 
     def store(self, part: str, key: str, value: dict[str, Any], salt: int | None) -> None:
         """Keep an arm; before, that the test split was read for it."""
@@ -174,7 +177,7 @@ class Results:
         by_a_model = arm.split("/")[0] not in LEXICAL  # nothing is chosen of traditional search
         if value["split"] == "test" and by_a_model:
             self.ledger.add(catalogue, salt, arm)
-        self.data[part][key] = value
+        self.data[part][key] = {**value, "splits": salt}
         self.save()
 
     def save(self) -> None:
@@ -243,12 +246,16 @@ class Bench:
             robust = [f"{name}/{seed}" for seed in self.seeds for name in self.robust]
             hidden = [f"{arm}/{what}" for arm in robust for what in MISSING]
             asked = [*(("arms", arm) for arm in arms), *(("missing", arm) for arm in hidden)]
-            left = [a for part, a in asked if not self.results.done(part, self.key(a), "test")]
+            left = [arm for part, arm in asked if not self.done(part, arm)]
             self.results.ledger.check(self.catalogue.name, self.catalogue.salt, left)
 
     def key(self, arm: str) -> str:
         """Of the JSON file, of "ARM/SEED"."""
         return f"{self.catalogue.name}/{arm}"
+
+    def done(self, part: str, arm: str) -> bool:
+        """Whether "ARM/SEED" was measured on the split."""
+        return self.results.done(part, self.key(arm), self.split, self.catalogue.salt)
 
     def store(self, part: str, arm: str, value: dict[str, Any]) -> None:
         """Keep the figures of "ARM/SEED"."""
@@ -269,7 +276,7 @@ class Bench:
     def arm(self, name: str, seed: int, make: Any) -> Iterator[str]:
         """Make a model, embed the catalogue, measure."""
         key = self.key(f"{name}/{seed}")
-        if self.results.done("arms", key, self.split):
+        if self.done("arms", f"{name}/{seed}"):
             return
         started = time.monotonic()
         folder = self.work / "runs" / key
@@ -379,7 +386,7 @@ class Bench:
     def traditional(self, baselines: dict[str, Any]) -> None:
         """Keep what traditional search reached on the same queries; it is the same in every report."""
         for name in LEXICAL:
-            if name in baselines and not self.results.done("arms", self.key(f"{name}/0"), self.split):
+            if name in baselines and not self.done("arms", f"{name}/0"):
                 kinds = baselines[name]
                 figures = {kind: {metric: triple(of[metric]) for metric in METRICS} for kind, of in kinds.items()}
                 self.store("arms", f"{name}/0", {"kinds": figures, "command": "", "seconds": 0})
@@ -389,7 +396,7 @@ class Bench:
         model = self.work / "runs" / self.catalogue.name / name / str(seed) / "train" / "model"
         for what, (side, modality) in MISSING.items():
             arm = f"{name}/{seed}/{what}"
-            if not self.results.done("missing", self.key(arm), self.split):
+            if not self.done("missing", arm):
                 hidden = {side: Without(modality)}
                 self.store("missing", arm, self.measure(model, self.work / "runs" / "missing", **hidden))
                 yield self.key(arm)

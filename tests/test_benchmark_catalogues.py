@@ -48,8 +48,9 @@ def test_every_reading_of_the_test_split_is_kept_with_its_arms(tmp_path: Path) -
     assert (read["catalogue"], read["splits"], read["reason"]) == ("shop", 7, None)
     assert read["arms"] == ["fused/0", "fused/0/queries without text"]
     kept = catalogues.Results(tmp_path / "figures.json", Ledger(tmp_path / "reads.json"))
-    assert kept.done("arms", "shop/fused/0", "test")
-    assert not kept.done("arms", "shop/fused/0", "val")
+    assert kept.done("arms", "shop/fused/0", "test", salt=7)
+    assert not kept.done("arms", "shop/fused/0", "test", salt=8)
+    assert not kept.done("arms", "shop/fused/0", "val", salt=7)
 
 
 def test_an_arm_is_not_read_twice_without_a_reason_that_is_kept(tmp_path: Path) -> None:
