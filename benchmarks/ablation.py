@@ -1,10 +1,11 @@
-"""What each part of the training recipe is worth: one thing changed at a time, and other libraries' losses.
+"""What each part of the training recipe is worth: one thing changed at a time.
 
     python -m benchmarks.ablation --data DIR --weights DIR --json FILE [--quick true] [--split val|test] [--only NAMES]
 
 Every arm is the catalogue's configuration with the arguments that the table names, trained on the same batches with the
 same number of steps, and measured as `benchmarks.catalogues` measures. Arms are stored in FILE as they finish; a second
-run makes the rest. The keys of FILE are those of `benchmarks.catalogues`.
+run makes the rest. The keys of FILE are those of `benchmarks.catalogues`, and so is what guards the test split.
+Other libraries' losses have a command of their own, `benchmarks.peers`, which tries settings for each.
 """
 
 from __future__ import annotations
@@ -17,9 +18,22 @@ from typing import Any
 import yaml
 from jsonargparse import auto_cli
 
-from benchmarks.catalogues import ALONE, CLIP, SIGLIP, TOWERS, WHOLE, Bench, Catalogue, Results, Split, chosen, run_all
+from benchmarks.catalogues import (
+    ALONE,
+    CLIP,
+    LOSS,
+    SPLITS,
+    TOWERS,
+    WHOLE,
+    Bench,
+    Catalogue,
+    Results,
+    Split,
+    chosen,
+    run_all,
+)
+from benchmarks.ledger import Ledger
 
-LOSS = "--model.loss.init_args"
 CATALOGUE = "--data.sources=[catalogue]"
 SMALL_BATCH = ["--data.batch_size=64", "--model.lr=7.5e-4"]  # of 4e-4, 7.5e-4, 1.5e-3 the highest nDCG@10 on val
 PRODUCTS = [CATALOGUE, "--model.product.words.init_args.typed=false"]
@@ -86,16 +100,9 @@ ARMS: dict[str, dict[str, list[str]]] = {
         "families are no positives": [f"{LOSS}.positives={{product: 1, group: 1, query: 1}}"],
         "no typed queries of facets": PRODUCTS,
         "no typed queries of facets, whole items alone": [*PRODUCTS, WHOLE],
-        "open_clip's ClipLoss": [*PRODUCTS, WHOLE, CLIP],
-        "open_clip's SigLipLoss": [*PRODUCTS, WHOLE, SIGLIP],
         "one product of each family": [*PRODUCTS, "--data.one_per_mates=true"],
         "one product of each family, whole items alone": [*PRODUCTS, "--data.one_per_mates=true", WHOLE],
-        "one product of each family, open_clip's ClipLoss": [*PRODUCTS, "--data.one_per_mates=true", WHOLE, CLIP],
-        "text alone, sentence-transformers' loss": [
-            *ALONE["text"],
-            CATALOGUE,
-            "--model.loss=benchmarks.peer_losses.MultipleNegativesRanking",
-        ],
+        "one product of each family, open_clip's ClipLoss": [*PRODUCTS, "--data.one_per_mates=true", WHOLE, *CLIP],
         **{f"{tower} alone": [*ALONE[tower], CATALOGUE] for tower in TOWERS},
         **{
             f"text alone, {what}": [
@@ -137,6 +144,7 @@ def main(
     only: list[str] | None = None,
     arms: list[str] | None = None,
     work: Path = Path("benchmarks/results/catalogues"),
+    again: str | None = None,
 ) -> None:
     """Measure all arms.
 
@@ -149,14 +157,15 @@ def main(
         only: names of catalogues; null takes all.
         arms: names of arms; null takes all.
         work: folder of everything that is made.
+        again: why arms are read on the test split that were read before.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    results, benches = Results(json), []
+    results, benches = Results(json, Ledger(again=again)), []
     catalogues = chosen(only, ARMS)
     asked = chosen(arms, dict.fromkeys(arm for name in catalogues for arm in ARMS[name]))
     for name in catalogues:
         table = {arm: arguments for arm, arguments in ARMS[name].items() if arm in asked}
-        catalogue = Catalogue(name, seeds=3, trained=tuple(table))
+        catalogue = Catalogue(name, seeds=3, trained=tuple(table), splits=SPLITS.get(name))
         benches.append(Bench(catalogue, data, weights, work, split, results, quick, table, robust=("in use",)))
     run_all(benches, results, split)
 

@@ -3,19 +3,20 @@
     python -m benchmarks.catalogues --data DIR --weights DIR --json FILE [--quick true] [--split val|test]
 
 `DIR` holds the catalogues of docs/data.md. Every arm is stored in FILE as it finishes; a second run makes the rest.
+The test split is read once: `benchmarks.ledger` keeps what was read, and refuses it a second time.
 
 Keys of FILE:
-    arms        "CATALOGUE/ARM/SEED" -> {"split", "command", "seconds", "kinds": {KIND: {METRIC: [value, low, high]}}}
+    arms        "CATALOGUE/ARM/SEED" -> {"split", "splits", "command", "seconds", "kinds"}
+                splits: salt of `benchmarks.splits`, null for the catalogue's own
+                kinds: {KIND: {METRIC: [value, low, high]}}
                 METRIC: hit@1, hit@10, recall@10, best_recall@10, ndcg@10 by exact search; ann_vs_exact_recall@10 and
                 ann_hit@10 of the default index
     missing     "CATALOGUE/ARM/SEED/SIDE without MODALITY" -> as in arms, for what is left of products or queries
-    test_reads  one entry whenever an arm was measured on the test split: date, commit, arm
     machine     cores, memory, versions
 """
 
 from __future__ import annotations
 
-import datetime
 import json
 import logging
 import os
@@ -38,6 +39,8 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from torch import nn
 
+from benchmarks.ledger import Ledger
+from benchmarks.splits import NewSplits
 from datamodules.batch import Item
 from datamodules.schema import Schema
 from retrieval.build import build_index
@@ -60,14 +63,28 @@ from towers.two_tower import TwoTower
 Split = Literal["val", "test"]
 METRICS = ("hit@1", "hit@10", "recall@10", "best_recall@10", "ndcg@10")
 MODALITIES = ("text", "image", "attribute")
+PRETRAINED = ("text", "image", "sum")
 LEXICAL = ("bm25", "tfidf", "jaccard")
+MISSING = {
+    f"{sides} without {modality}": (side, modality)
+    for modality in MODALITIES
+    for sides, side in (("products", "product"), ("queries", "query"))
+}
+"""What is hidden, and of what."""
 LEXICAL_WEIGHTS = (4, 16, 64)
 """Of BM25's ranks beside the model's, tried beside 1."""
 
 
 WHOLE = "--model.compare=[{query: whole}]"
-CLIP = "--model.loss=benchmarks.peer_losses.OpenClipLoss"
-SIGLIP = "--model.loss=benchmarks.peer_losses.OpenClipSigmoid"
+LOSS = "--model.loss.init_args"
+CLIP = ["--model.loss=benchmarks.peer_losses.OpenClipLoss", f"{LOSS}.temperature=0.07"]
+SIGLIP = [
+    "--model.loss=benchmarks.peer_losses.OpenClipSigmoid",
+    f"{LOSS}.temperature=0.1",
+    f"{LOSS}.bias=-10",
+]
+"""Their own defaults; else the temperature that a configuration gives its loss would be in effect."""
+
 TOWERS = (*MODALITIES, "words")
 ALONE = {tower: [*(f"--model.product.{other}=null" for other in TOWERS if other != tower), WHOLE] for tower in TOWERS}
 TRAINED = {
@@ -78,6 +95,8 @@ TRAINED = {
     "fused gated, no modality dropout": ["--data.views.modality_dropout=0"],
 }
 ROBUSTNESS = ("fused gated", "fused gated, no modality dropout")
+BORROWED = {"as fashion is trained": "fashion", "as luma is trained": "luma"}
+"""Arms of a catalogue without a configuration of its own, such as a new user's -> configuration."""
 
 
 @dataclass(frozen=True)
@@ -89,17 +108,35 @@ class Catalogue:
         seeds: trainings per arm.
         trained: names of its trained arms.
         overrides: command-line arguments of single arms.
+        configs: configurations of the arms that have another one.
+        splits: how it is divided anew; None takes its own splits.
     """
 
     name: str
     seeds: int
     trained: tuple[str, ...] = tuple(TRAINED)
     overrides: dict[str, list[str]] = field(default_factory=dict)
+    configs: dict[str, str] = field(default_factory=dict)
+    splits: NewSplits | None = None
 
+    @property
+    def salt(self) -> int | None:
+        """Of its new splits."""
+        return None if self.splits is None else self.splits.salt
+
+    @property
+    def folder(self) -> str:
+        """Name of what is made of it."""
+        return self.name if self.splits is None else f"{self.name}-{self.splits.salt}"
+
+
+SPLITS = {"fashion": NewSplits(1), "luma": NewSplits(1, val_share=0.1, test_share=0.3)}
+"""Of the catalogues whose own test splits were read too often."""
 
 CATALOGUES = (
-    Catalogue("luma", seeds=3),
-    Catalogue("fashion", seeds=3),
+    Catalogue("luma", seeds=3, splits=SPLITS["luma"]),
+    Catalogue("fashion", seeds=3, splits=SPLITS["fashion"]),
+    Catalogue("flipkart", seeds=3, trained=tuple(BORROWED), configs=BORROWED),
     Catalogue(
         "grocery",
         seeds=1,
@@ -110,14 +147,18 @@ CATALOGUES = (
 
 
 class Results:
-    """The JSON file: read at the start, written after every arm."""
+    """The JSON file: read at the start, written after every arm.
 
-    def __init__(self, file: Path) -> None:
-        self.file = file
+    Args:
+        file: the JSON file.
+        ledger: of the readings of test splits.
+    """
+
+    def __init__(self, file: Path, ledger: Ledger) -> None:
+        self.file, self.ledger = file, ledger
         self.data: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         for part in ("arms", "missing"):
             self.data.setdefault(part, {})
-        self.data.setdefault("test_reads", [])
         self.data["machine"] = {
             "cores": os.cpu_count(),
             "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
@@ -125,17 +166,18 @@ class Results:
             "torch": torch.__version__,
         }
 
-    def done(self, part: str, key: str, split: Split) -> bool:
+    def done(self, part: str, key: str, split: Split, salt: int | None) -> bool:
         """Whether this arm was measured on this split."""
-        return self.data[part].get(key, {}).get("split") == split
+        kept = self.data[part].get(key, {})
+        return (kept.get("split"), kept.get("splits")) == (split, salt)
 
-    def store(self, part: str, key: str, value: dict[str, Any]) -> None:
-        """Keep an arm, and that the test split was read for it."""
-        self.data[part][key] = value
-        if value["split"] == "test":
-            git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-            now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-            self.data["test_reads"].append({"date": now, "commit": git.stdout.strip(), "arm": key})
+    def store(self, part: str, key: str, value: dict[str, Any], salt: int | None) -> None:
+        """Keep an arm; before, that the test split was read for it."""
+        catalogue, arm = key.split("/", 1)
+        by_a_model = arm.split("/")[0] not in LEXICAL  # nothing is chosen of traditional search
+        if value["split"] == "test" and by_a_model:
+            self.ledger.add(catalogue, salt, arm)
+        self.data[part][key] = {**value, "splits": salt}
         self.save()
 
     def save(self) -> None:
@@ -171,40 +213,75 @@ class Bench:
         arms: Mapping[str, list[str]] | None = None,
         robust: Sequence[str] = ROBUSTNESS,
     ) -> None:
-        self.all, self.arms = arms is None, TRAINED if arms is None else arms
+        self.all = arms is None
+        self.arms = TRAINED | {name: [] for name in BORROWED} if arms is None else arms
         self.catalogue, self.weights, self.work, self.split = catalogue, weights, work, split
-        self.results, self.quick, self.robust = results, quick, robust
+        self.results, self.quick = results, quick
         self.raw = data / catalogue.name
-        self.prepared = work / "catalogues" / catalogue.name
+        self.prepared = work / "catalogues" / catalogue.folder
         self.cache = work / "features"
+        self.seeds = range(1 if quick else catalogue.seeds)
+        self.robust = [name for name in robust if name in catalogue.trained and not quick]
 
     def run(self) -> Iterator[str]:
         """Measure every arm that is missing; yields its name."""
         self.prepare()
         for name, encoder in self.pretrained().items() if self.all else ():
             yield from self.arm(f"pretrained {name}", 0, lambda e=encoder: self.untrained(e))
-        for seed in range(1 if self.quick else self.catalogue.seeds):
+        for seed in self.seeds:
             for name in self.catalogue.trained:
                 yield from self.arm(name, seed, lambda n=name, s=seed: self.train(n, self.arms[n], s))
             for name in self.robust:
-                if name in self.catalogue.trained and not self.quick:
-                    yield from self.missing(name, seed)
+                yield from self.missing(name, seed)
+
+    def check(self) -> None:
+        """Before anything is read.
+
+        Raises:
+            SystemExit: the test split would be read a second time.
+        """
+        if self.split == "test":
+            arms = [f"pretrained {name}/0" for name in PRETRAINED if self.all]
+            arms += [f"{name}/{seed}" for seed in self.seeds for name in self.catalogue.trained]
+            robust = [f"{name}/{seed}" for seed in self.seeds for name in self.robust]
+            hidden = [f"{arm}/{what}" for arm in robust for what in MISSING]
+            asked = [*(("arms", arm) for arm in arms), *(("missing", arm) for arm in hidden)]
+            left = [arm for part, arm in asked if not self.done(part, arm)]
+            self.results.ledger.check(self.catalogue.name, self.catalogue.salt, left)
+
+    def key(self, arm: str) -> str:
+        """Of the JSON file, of "ARM/SEED"."""
+        return f"{self.catalogue.name}/{arm}"
+
+    def done(self, part: str, arm: str) -> bool:
+        """Whether "ARM/SEED" was measured on the split."""
+        return self.results.done(part, self.key(arm), self.split, self.catalogue.salt)
+
+    def store(self, part: str, arm: str, value: dict[str, Any]) -> None:
+        """Keep the figures of "ARM/SEED"."""
+        self.results.store(part, self.key(arm), {**value, "split": self.split}, self.catalogue.salt)
 
     def prepare(self) -> None:
         """The prepared catalogue."""
-        if not self.prepared.is_dir():
-            raw = [f"--{name}={self.raw / name}.csv" for name in ("queries", "qrels")]
-            call("-m", "datamodules.prepare", str(self.raw / "products.csv"), f"--output={self.prepared}", *raw)
+        if self.prepared.is_dir():
+            return
+        raw, arguments = self.raw, []
+        if self.catalogue.splits is not None:
+            raw = self.work / "raw" / self.catalogue.folder
+            arguments = self.catalogue.splits.write(self.raw, raw)
+        tables = [f"--queries={raw / 'queries.csv'}", f"--qrels={self.raw / 'qrels.csv'}"]
+        output = f"--output={self.prepared}"
+        call("-m", "datamodules.prepare", str(raw / "products.csv"), output, *tables, *arguments)
 
     def arm(self, name: str, seed: int, make: Any) -> Iterator[str]:
         """Make a model, embed the catalogue, measure."""
-        key = f"{self.catalogue.name}/{name}/{seed}"
-        if self.results.done("arms", key, self.split):
+        key = self.key(f"{name}/{seed}")
+        if self.done("arms", f"{name}/{seed}"):
             return
         started = time.monotonic()
         folder = self.work / "runs" / key
         model, command = make()
-        self.results.store("arms", key, {**self.measure(model, folder), "command": command, "split": self.split})
+        self.store("arms", f"{name}/{seed}", {**self.measure(model, folder), "command": command})
         self.results.data["arms"][key]["seconds"] = round(time.monotonic() - started, 1)
         self.results.save()
         yield key
@@ -214,11 +291,8 @@ class Bench:
         text = HuggingFaceText(str(self.weights / "all-minilm-l6-v2"), template="{title}", max_length=64, freeze=True)
         weights = self.weights / "tf_efficientnet_lite0.safetensors"
         image = TimmImage("tf_efficientnet_lite0", pretrained=weights, freeze=True)
-        return {
-            "text": side_by_side({"text": text}),
-            "image": side_by_side({"image": image}),
-            "sum": side_by_side({"text": text, "image": image}),
-        }
+        towers = {"text": text}, {"image": image}, {"text": text, "image": image}
+        return dict(zip(PRETRAINED, map(side_by_side, towers), strict=True))
 
     def untrained(self, encoder: Encoder) -> tuple[Path, str]:
         """A model folder of an encoder as it is."""
@@ -231,12 +305,27 @@ class Bench:
     def train(self, name: str, arguments: list[str], seed: int) -> tuple[Path, str]:
         """Train by the command line; returns the model folder and the command."""
         run = self.work / "runs" / self.catalogue.name / name / str(seed) / "train"
-        command = ["train.py", *self.fit_arguments(run, [*arguments, *self.catalogue.overrides.get(name, [])], seed)]
+        arguments = [*arguments, *self.catalogue.overrides.get(name, [])]
+        config = self.catalogue.configs.get(name, self.catalogue.name)
+        command = ["train.py", *self.fit_arguments(run, arguments, seed, config)]
         call(*command)
         return run / "model", "python " + " ".join(command)
 
-    def fit_arguments(self, run: Path, arguments: list[str], seed: int) -> list[str]:
-        """The arguments of `train.py` for the catalogue's configuration and these; what lies in `run` is removed."""
+    def fit_arguments(
+        self,
+        run: Path,
+        arguments: list[str],
+        seed: int,
+        config: str | None = None,
+    ) -> list[str]:
+        """The arguments of `train.py` for a configuration and these; what lies in `run` is removed.
+
+        Args:
+            run: folder of the run.
+            arguments: further ones.
+            seed: of weights and batches.
+            config: name under configs/; None takes the catalogue's.
+        """
         shutil.rmtree(run, ignore_errors=True)
         text = "--model.product.text.init_args.pretrained=" + str(self.weights / "all-minilm-l6-v2")
         image = "--model.product.image.init_args.pretrained=" + str(self.weights / "tf_efficientnet_lite0.safetensors")
@@ -244,7 +333,7 @@ class Bench:
         places = [a for a in (text, image) if not a.startswith(tuple(removed))] if removed else [text, image]
         return [
             "fit",
-            f"--config=configs/{self.catalogue.name}.yaml",
+            f"--config=configs/{config or self.catalogue.name}.yaml",
             f"--data.catalogue={self.prepared}",
             *places,
             *arguments,
@@ -297,23 +386,20 @@ class Bench:
     def traditional(self, baselines: dict[str, Any]) -> None:
         """Keep what traditional search reached on the same queries; it is the same in every report."""
         for name in LEXICAL:
-            key = f"{self.catalogue.name}/{name}/0"
-            if name in baselines and not self.results.done("arms", key, self.split):
+            if name in baselines and not self.done("arms", f"{name}/0"):
                 kinds = baselines[name]
                 figures = {kind: {metric: triple(of[metric]) for metric in METRICS} for kind, of in kinds.items()}
-                self.results.store("arms", key, {"kinds": figures, "command": "", "split": self.split, "seconds": 0})
+                self.store("arms", f"{name}/0", {"kinds": figures, "command": "", "seconds": 0})
 
     def missing(self, name: str, seed: int) -> Iterator[str]:
         """A trained model when a modality is missing on one side."""
         model = self.work / "runs" / self.catalogue.name / name / str(seed) / "train" / "model"
-        for modality in MODALITIES:
-            hide = Without(modality)
-            for side, views in (("products", {"product": hide}), ("queries", {"query": hide})):
-                key = f"{self.catalogue.name}/{name}/{seed}/{side} without {modality}"
-                if not self.results.done("missing", key, self.split):
-                    figures = self.measure(model, self.work / "runs" / "missing", **views)
-                    self.results.store("missing", key, {**figures, "split": self.split})
-                    yield key
+        for what, (side, modality) in MISSING.items():
+            arm = f"{name}/{seed}/{what}"
+            if not self.done("missing", arm):
+                hidden = {side: Without(modality)}
+                self.store("missing", arm, self.measure(model, self.work / "runs" / "missing", **hidden))
+                yield self.key(arm)
 
 
 @dataclass(frozen=True)
@@ -412,6 +498,7 @@ def main(
     split: Split = "val",
     only: list[str] | None = None,
     work: Path = Path("benchmarks/results/catalogues"),
+    again: str | None = None,
 ) -> None:
     """Measure all arms on the real catalogues.
 
@@ -423,9 +510,10 @@ def main(
         split: whose queries are asked; test is for the final table.
         only: names of catalogues; null takes all.
         work: folder of everything that is made.
+        again: why arms are read on the test split that were read before.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    results = Results(json)
+    results = Results(json, Ledger(again=again))
     catalogues = {catalogue.name: catalogue for catalogue in (CATALOGUES[:1] if quick else CATALOGUES)}
     names = chosen(only, catalogues)
     run_all([Bench(catalogues[name], data, weights, work, split, results, quick) for name in names], results, split)
@@ -446,7 +534,9 @@ def chosen(asked: list[str] | None, names: Iterable[str]) -> list[str]:
 
 
 def run_all(benches: Sequence[Bench], results: Results, split: Split) -> None:
-    """Measure what is missing and show everything."""
+    """Measure what is missing and show everything; a second reading of test is refused at first."""
+    for bench in benches:
+        bench.check()
     for bench in benches:
         for key in bench.run():
             print(f"{key}: {results.data['arms'].get(key, {}).get('seconds', '')} s", flush=True)

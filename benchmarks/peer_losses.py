@@ -67,3 +67,35 @@ class MultipleNegativesRanking(ContrastiveLoss):
         """See `Loss.forward`."""
         loss: Tensor = self.peer.compute_loss_from_embeddings([query.float(), product[: len(query)].float()], None)
         return loss
+
+
+class CachedMultipleNegativesRanking(ContrastiveLoss):
+    """sentence-transformers' CachedMultipleNegativesRankingLoss, for batches of thousands.
+
+    It holds the similarities of a few queries at a time.
+    Loss and gradients are those of MultipleNegativesRankingLoss.
+    Where towers are trained, `model.chunk_size` caches gradients as the library's `forward` would.
+
+    Args:
+        temperature: in cosine; 1 / 20 is its default.
+        min_temperature: without effect.
+        mini_batch_size: queries that are compared with all products at a time.
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.05,
+        min_temperature: float = 0.01,
+        mini_batch_size: int = 512,
+    ) -> None:
+        super().__init__(temperature, min_temperature)
+        losses = importlib.import_module("sentence_transformers.losses")  # of the extra "bench"
+        self.peer = losses.CachedMultipleNegativesRankingLoss(
+            nn.Sequential(nn.Identity()), scale=1 / temperature, mini_batch_size=mini_batch_size
+        )
+
+    def forward(self, query: Tensor, product: Tensor, batch: Batch) -> Tensor:
+        """See `Loss.forward`."""
+        columns = [[query.float()], [product[: len(query)].float()]]
+        loss: Tensor = self.peer.calculate_loss(columns)
+        return loss

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.catalogues import CLIP, SIGLIP, WHOLE, Bench, Catalogue, Results, Split, chosen
+from benchmarks.ledger import Ledger
 from datamodules.batch import RELATIONS, Batch, Items, NumberedItems
 from datamodules.parquet import query_item
 from datamodules.preprocess import stable_hash
@@ -57,8 +58,8 @@ SOME_NEW = ", some products new"
 
 ARMS: dict[str, list[str]] = {
     "ours": [],
-    "open_clip's ClipLoss": [CLIP],
-    "open_clip's SigLipLoss": [SIGLIP],
+    "open_clip's ClipLoss": CLIP,
+    "open_clip's SigLipLoss": SIGLIP,
     "every block tuned": ["--model.product.image.init_args.freeze_lower=0"],
     "softmax classifier": PICTURES_ALONE,
     "for new products": FOR_NEW,
@@ -191,6 +192,7 @@ def main(
     arms: list[str] | None = None,
     arguments: list[str] | None = None,
     work: Path = Path("benchmarks/results/catalogues"),
+    again: str | None = None,
 ) -> None:
     """Train and measure all arms.
 
@@ -205,14 +207,20 @@ def main(
             `for new products`, and `ours, some products new`, `for new products, some products new`; null takes all.
         arguments: further command-line arguments of train.py, for all arms.
         work: folder of everything that is made.
+        again: why arms are read on the test split that were read before.
     """
     quiet_lightning()
     given = arguments or []
-    results = Results(json)
-    for seed, arm in itertools.product(range(seeds), chosen(arms, ARMS)):
+    results = Results(json, Ledger(again=again))
+    asked = [
+        (seed, arm)
+        for seed, arm in itertools.product(range(seeds), chosen(arms, ARMS))
+        if not results.done("arms", f"grocery/{arm}/{seed}", split, salt=None)
+    ]
+    if split == "test":
+        results.ledger.check("grocery", None, [f"{arm}/{seed}" for seed, arm in asked])
+    for seed, arm in asked:
         key = f"grocery/{arm}/{seed}"
-        if results.done("arms", key, split):
-            continue
         L.seed_everything(seed, verbose=False)
         started = time.monotonic()
         bench = Bench(Catalogue("grocery", seeds=seeds), data, weights, work, split, results, quick)
@@ -233,7 +241,8 @@ def main(
                 figures["new"] = new
                 figures["hit@1 new"] = hit((of for product, of in found.items() if product in new), 1)
                 figures["hit@1 seen"] = hit((of for product, of in found.items() if product not in new), 1)
-        results.store("arms", key, {**figures, "split": split, "seconds": round(time.monotonic() - started, 1)})
+        seconds = round(time.monotonic() - started, 1)
+        results.store("arms", key, {**figures, "split": split, "seconds": seconds}, salt=None)
         print(key, {name: value for name, value in figures.items() if name not in ("command", "new")}, flush=True)
 
 
