@@ -50,6 +50,10 @@ def test_neighbours_that_were_not_found_are_none() -> None:
     assert choose([0, 2, -1], [1.0, 0.5, -np.inf]) == ([2, -1], 0)
 
 
+def test_nothing_related_is_a_negative_unless_told() -> None:
+    assert HardNegatives(1).related == ["product", "group", "family", "title", "picture"]
+
+
 def test_mined_and_random_negatives_in_their_shares(tmp_path: Path) -> None:
     np.save(tmp_path / "mined.npy", np.array([[3, 4, -1], [-1, -1, -1]], np.int32))
     others, rng = np.array([8, 9]), np.random.default_rng(0)
