@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -274,12 +275,17 @@ def _settings(index: ProductIndex, options: Options, kind: str) -> Settings:
 def _served(index: ProductIndex, questions: Questions, spare: int, options: Options) -> NDArray[np.int64]:
     """(Q, DEPTH + spare) rows: the first ones as a search for 10 finds them, then what a deeper search adds.
 
-    A deeper search ranks more candidates again, so its first 10 are better than those that users see.
+    A deeper search ranks more candidates again, so its first 10 are better than those that users see. For a product
+    that asks, `spare` more are searched for, as it is left out afterwards.
     """
     rows = np.full((len(questions.vectors), min(DEPTH + spare, len(index))), metrics.NONE)
-    for kind in questions.all_kinds:
+    asks = questions.source >= 0
+    for kind, itself in product(questions.all_kinds, (False, True)):
         of, settings = questions.of_kind(kind), _settings(index, options, kind)
-        first = index.search(questions.vectors[of], SERVED + spare, settings=settings).rows
+        of = of[asks[of] == itself]
+        if not len(of):
+            continue
+        first = index.search(questions.vectors[of], SERVED + spare * itself, settings=settings).rows
         deep = index.search(questions.vectors[of], DEPTH + spare, settings=settings).rows
         again = (deep[:, :, None] == first[:, None, :]).any(axis=2)
         both = np.concatenate([first, np.where(again, metrics.NONE, deep)], axis=1)

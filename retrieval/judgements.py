@@ -24,7 +24,8 @@ def make_questions(
 ) -> Questions:
     """Join embedded queries with judgements and products, by id.
 
-    A query never counts its own source product. Queries without relevant products are dropped and counted.
+    A query never counts its own source product, not even its grade. Queries without relevant products are dropped and
+    counted.
 
     Args:
         reader: embedded queries; without kinds they are all of kind "query".
@@ -38,6 +39,8 @@ def make_questions(
         ValueError: a query appears twice in one kind, or none is left.
     """
     ids, kinds, vectors = _read(reader)
+    if queries is not None:
+        qrels = _of_others(qrels, queries)
     facts = _facts(queries, split)
     chosen = np.array([queries is None or query_id in facts for query_id in ids], bool)
     if threshold is None:
@@ -47,11 +50,10 @@ def make_questions(
     keep, judged, grades, dropped = [], [], [], dict.fromkeys(dict.fromkeys(kinds.tolist()), 0)
     for i in np.flatnonzero(chosen):
         rows, values = answers.get(ids[i], _NO_ANSWERS)
-        other = rows != source_rows[i] if source_rows[i] >= 0 else np.ones(len(rows), bool)
-        if (values[other] >= threshold).any():
+        if (values >= threshold).any():
             keep.append(i)
-            judged.append(rows[other])
-            grades.append(values[other])
+            judged.append(rows)
+            grades.append(values)
         else:
             dropped[kinds[i]] += 1
     if not keep:
@@ -98,6 +100,13 @@ def _facts(queries: pa.Table | None, split: str | None) -> dict[str, str | None]
         queries = queries.filter(pc.equal(queries.column("split"), split))
     names = queries.column("query_id").to_pylist()
     return dict(zip(names, queries.column("source_product_id").to_pylist(), strict=True))
+
+
+def _of_others(qrels: pa.Table, queries: pa.Table) -> pa.Table:
+    """The judgements but those of a product for itself; by id, since an index need not hold the product that asks."""
+    asked = pc.index_in(qrels.column("query_id"), value_set=queries.column("query_id").combine_chunks())
+    source = queries.column("source_product_id").cast(pa.string()).take(asked)
+    return qrels.filter(pc.fill_null(pc.not_equal(source, qrels.column("product_id")), True))
 
 
 def _answers(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import sys
 from pathlib import Path
 
@@ -67,6 +68,22 @@ def tiny_catalogue(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from catalogues import write_catalogue
 
     return write_catalogue(tmp_path_factory.mktemp("catalogue") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def cut_catalogue(tiny_catalogue: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny catalogue with splits drawn at random: they cut through groups, families, facets and judgements."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder = shutil.copytree(tiny_catalogue, tmp_path_factory.mktemp("cut") / "catalogue")
+    rng = np.random.default_rng(0)
+    for file in [*sorted((folder / "products").glob("*.parquet")), *(folder / "queries").glob("*.parquet")]:
+        table = pq.read_table(file)
+        splits = pa.array(rng.choice(["train", "val", "test"], len(table)))
+        table = table.set_column(table.column_names.index("split"), "split", splits)
+        pq.write_table(table, file, row_group_size=16)
+    return folder
 
 
 @pytest.fixture(scope="session")

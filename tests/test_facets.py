@@ -51,6 +51,19 @@ def test_the_answers_are_all_products_with_all_facets(products: Table) -> None:
     assert {len(text.split()) for text in found.texts} >= {2, 3}
 
 
+def test_only_the_rows_that_are_named_ask_and_answer(products: Table) -> None:
+    """Others have the same facets: every third product has what its neighbours have."""
+    some = np.arange(0, 120, 3)
+    found = facet_queries(products, some, SCHEMA, seed=0)
+    facets = {row: words(products.row(int(row))) for row in range(120)}
+    shared = 0
+    for text, answers in zip(found.texts, found.answers, strict=True):
+        having = [row for row in range(120) if set(text.split()) <= facets[row]]
+        assert answers.tolist() == [row for row in having if row % 3 == 0]
+        shared += len(having) > len(answers)
+    assert shared > 5
+
+
 def test_broad_queries_name_more_or_are_left_out(products: Table, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_ANSWERS", 3)
     few = facet_queries(products, TRAIN, SCHEMA, seed=0)

@@ -14,7 +14,9 @@ from torch.nn import functional as F
 
 from datamodules.batch import NO_KEY, RELATIONS, Batch, Items
 from towers import loss as loss_module
+from towers.global_loss import GlobalInfoNCE
 from towers.loss import ContrastiveLoss, InfoNCE, SigmoidLoss, Targets, targets
+from towers.memory_loss import MemoryInfoNCE
 
 NOTHING = Items(None, None, None, None, torch.ones(0, 4, dtype=torch.bool))
 PRODUCT, GROUP, FAMILY = (RELATIONS.index(name) for name in ("product", "group", "family"))
@@ -138,6 +140,39 @@ def test_either_direction_alone_by_hand() -> None:
     for share, expected in ((0.0, forth), (1.0, back), (0.2, 0.8 * forth + 0.2 * back)):
         value = InfoNCE(temperature=1.0, product_share=share)(query, product, batch)
         torch.testing.assert_close(value, expected)
+
+
+DEFAULTS = [InfoNCE, SigmoidLoss, MemoryInfoNCE, GlobalInfoNCE]
+
+
+@pytest.mark.parametrize("loss", DEFAULTS)
+def test_equal_products_groups_and_queries_are_positives_unless_told(loss: type[ContrastiveLoss]) -> None:
+    made = loss()
+    assert made.positives == {"product": 1.0, "group": 1.0, "query": 1.0}
+    assert made.ignored == ["family", "title", "picture"]
+
+
+@pytest.mark.parametrize(
+    ("loss", "pull", "push"),
+    [
+        # Of seven products that count four are positives: softmax gives 1/7 to each, the target is 1/4 of a positive.
+        (InfoNCE(temperature=1.0, product_share=0.0), 1 / 7 - 1 / 4, 1 / 7),
+        # Each pair by itself: the chance that it is a positive is 1/2, and all weigh alike.
+        (SigmoidLoss(temperature=1.0, bias=0.0), -1 / 2, 1 / 2),
+    ],
+    ids=["infonce", "sigmoid"],
+)
+def test_what_default_relations_pull_leave_and_push_by_hand(loss: ContrastiveLoss, pull: float, push: float) -> None:
+    """Of a query, its answer that has no key in common, and for each relation a product that has that key alone."""
+    expected = {"answer": pull, "product": pull, "group": pull, "family": 0.0, "title": 0.0, "picture": 0.0}
+    expected |= {"model": push, "category": push, "branch": push, "query": pull}
+    assert tuple(expected)[1:] == RELATIONS
+    product_keys = torch.full((1 + len(RELATIONS), len(RELATIONS)), NO_KEY)
+    product_keys[1:].fill_diagonal_(7)
+    similarity = torch.zeros(1, len(product_keys), requires_grad=True)
+    batch = make_batch(torch.full((1, len(RELATIONS)), 7), product_keys)
+    loss(similarity, torch.eye(len(product_keys)), batch).backward()  # embeddings whose products are the matrix
+    assert dict(zip(expected, similarity.grad[0].tolist(), strict=True)) == pytest.approx(expected)
 
 
 def test_several_positives_share_the_target_by_hand() -> None:

@@ -90,6 +90,33 @@ def test_bootstrap_interval_holds_the_mean_and_narrows_with_more_queries():
         m.bootstrap_interval([0.0, math.nan])
 
 
+@pytest.mark.parametrize(("level", "deviations"), [(0.95, 1.959964), (0.8, 1.281552), (0.99, 2.575829)])
+def test_bootstrap_interval_of_many_queries_is_the_normal_one(level, deviations):
+    """The mean and as many of its standard errors to either side as a normal distribution has at this level."""
+    values = np.random.default_rng(0).beta(2, 3, 500)
+    error = values.std() / math.sqrt(500)
+    low, high = m.bootstrap_interval(values, level=level, samples=10_000)
+    assert high - low == pytest.approx(2 * deviations * error, rel=0.04)
+    assert (low + high) / 2 == pytest.approx(values.mean(), abs=0.1 * error)
+
+
+def test_bootstrap_interval_is_of_95_percent_unless_told():
+    values = np.random.default_rng(0).beta(2, 3, 500)
+    assert np.array_equal(m.bootstrap_interval(values), m.bootstrap_interval(values, level=0.95))
+    low, high = m.bootstrap_interval(values)
+    assert high - low == pytest.approx(2 * 1.96 * values.std() / math.sqrt(500), rel=0.1)
+
+
+@pytest.mark.parametrize("level", [0.95, 0.8])
+def test_bootstrap_interval_holds_the_truth_as_often_as_its_level_says(level):
+    """Of 1000 samples with the mean 1/2, as columns; each end is missed on its own side half of the rest."""
+    samples = np.random.default_rng(0).uniform(size=(100, 1000))
+    low, high = m.bootstrap_interval(samples, level=level, samples=500)
+    assert np.mean((low <= 0.5) & (0.5 <= high)) == pytest.approx(level, abs=0.04)
+    assert np.mean(low > 0.5) == pytest.approx((1 - level) / 2, abs=0.03)
+    assert np.mean(high < 0.5) == pytest.approx((1 - level) / 2, abs=0.03)
+
+
 @st.composite
 def rankings(draw):
     ids = st.integers(0, 12)

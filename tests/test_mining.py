@@ -9,7 +9,10 @@ import pytest
 from training import TEXT_ONLY, diary, entries, fit
 
 from datamodules.batch import NO_KEY
+from datamodules.examples import is_split
 from datamodules.negatives import Negatives
+from datamodules.parquet import Table
+from datamodules.preprocess import stable_hash
 from towers.mining import HardNegatives
 
 KEYS = np.array([[0, 7], [1, 7], [2, NO_KEY], [3, NO_KEY], [4, 8], [5, NO_KEY]])
@@ -47,6 +50,10 @@ def test_neighbours_that_were_not_found_are_none() -> None:
     assert choose([0, 2, -1], [1.0, 0.5, -np.inf]) == ([2, -1], 0)
 
 
+def test_nothing_related_is_a_negative_unless_told() -> None:
+    assert HardNegatives(1).related == ["product", "group", "family", "title", "picture"]
+
+
 def test_mined_and_random_negatives_in_their_shares(tmp_path: Path) -> None:
     np.save(tmp_path / "mined.npy", np.array([[3, 4, -1], [-1, -1, -1]], np.int32))
     others, rng = np.array([8, 9]), np.random.default_rng(0)
@@ -60,16 +67,21 @@ def test_mined_and_random_negatives_in_their_shares(tmp_path: Path) -> None:
     assert drawn(1, 1.0) == {8, 9}
 
 
-def test_batches_hold_what_was_mined_and_no_mates(tiny_catalogue: Path, tmp_path: Path) -> None:
+def test_batches_hold_what_was_mined_and_nothing_of_another_split(cut_catalogue: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     arguments = (*TEXT_ONLY, "--trainer.max_epochs=3", "--early_stopping.patience=3", *MINED)
-    assert fit(tiny_catalogue, run, *arguments, "--hard_negatives.per_example=2", *diary(tmp_path / "d")) == 0
+    assert fit(cut_catalogue, run, *arguments, "--hard_negatives.per_example=2", *diary(tmp_path / "d")) == 0
     steps = entries(tmp_path / "d")
     assert {(s["epoch"], len(s["products"]) / len(s["queries"])) for s in steps} == {(0, 1.0), (1, 3.0), (2, 3.0)}
     assert sorted(file.name for file in (run / "negatives").iterdir()) == ["epoch-00001.npy", "epoch-00002.npy"]
     table = np.load(run / "negatives" / "epoch-00002.npy")
     assert (table >= 0).any()
     assert (table != np.arange(len(table))[:, None]).all()
+    products = Table(cut_catalogue / "products")
+    of_train = is_split(products, "train")
+    assert of_train[np.unique(table[table >= 0])].all() and (table[~of_train] == -1).all()
+    train_keys = {stable_hash(name) for name in np.array(products.column("product_id").to_pylist())[of_train]}
+    assert all(set(step["products"]) <= train_keys for step in steps)
 
 
 def test_a_resumed_run_has_the_same_negatives(tiny_catalogue: Path, tmp_path: Path) -> None:

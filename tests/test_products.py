@@ -11,7 +11,10 @@ import pytest
 import torch
 from catalogues import SCHEMA, write_catalogue
 
-from datamodules.batch import Batch
+from datamodules.batch import NO_KEY, Batch
+from datamodules.examples import is_split
+from datamodules.negatives import Negatives
+from datamodules.parquet import Table
 from datamodules.preprocess import ItemPreprocess, Preprocess, stable_hash
 from datamodules.products import ProductDataModule
 from towers.attribute import AttributePreprocess
@@ -62,6 +65,70 @@ def test_examples_are_products_and_judgements_of_the_train_split(tiny_catalogue:
     assert len(pairs.rows) > 30
     assert len(both.rows) == len(products.rows) + len(pairs.rows)
     assert set(both.products.row(int(row))["split"] for row in both.rows.product) == {"train"}
+
+
+def note_rows(table: Table, monkeypatch: pytest.MonkeyPatch) -> set[int]:
+    """The numbers of the rows that are read from a table from now on."""
+    noted: set[int] = set()
+    read = table.row
+
+    def row(number: int) -> dict[str, Any]:
+        noted.add(number)
+        return read(number)
+
+    monkeypatch.setattr(table, "row", row)
+    return noted
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"sources": ["catalogue"], "mates": "group"},
+        {"sources": ["catalogue"], "mates": "family"},
+        {"sources": ["catalogue"], "mates": "family", "one_per_mates": True},
+        {"sources": ["pairs"]},
+        {"sources": ["pairs"], "max_pairs_per_query": 1},
+        {"sources": ["labels"]},
+        {"sources": ["facets"]},
+    ],
+    ids=lambda settings: " ".join(map(str, settings.values())),
+)
+def test_no_product_and_no_query_of_another_split_has_a_part_in_training(
+    cut_catalogue: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
+) -> None:
+    """Not as what asks or answers, as a mate, as a negative, nor among the judged answers of a batch."""
+    data = data_module(cut_catalogue, mate_share=1.0, **settings)
+    of_train = is_split(data.products, "train")
+    assert 30 < of_train.sum() < 50
+    np.save(tmp_path / "none.npy", np.full((len(of_train), 1), -1, np.int32))  # nothing was mined: all are drawn
+    data.negatives = Negatives(tmp_path / "none.npy", 2, 1.0)
+    read, asked = note_rows(data.products, monkeypatch), note_rows(data.queries, monkeypatch)
+    loader = data.train_dataloader()
+    batches = []
+    for epoch in range(3):
+        loader.sampler.set_epoch(epoch)
+        batches += list(loader)
+    assert len(read) > 10 and of_train[sorted(read)].all()
+    assert is_split(data.queries, "train")[sorted(asked)].all()
+    ids = np.array(data.products.column("product_id").to_pylist())
+    train_keys = {stable_hash(name) for name in ids[of_train]}
+    for batch in batches:
+        assert len(batch.product_keys) == 3 * len(batch.query_keys)
+        assert set(batch.product_keys[:, 0].tolist()) <= train_keys
+        if batch.judged is not None:
+            assert set(batch.judged.flatten().tolist()) - {NO_KEY} <= train_keys
+    if settings["sources"] == ["catalogue"]:
+        asks, answers = (torch.cat(keys) for keys in zip(*map(_of_examples, batches), strict=True))
+        assert (asks[:, 0] != answers[:, 0]).any(), "mates have asked"
+        assert batches[0].judged is None and not asked
+    else:
+        assert all((batch.judged != NO_KEY).any() for batch in batches)
+        assert bool(asked) == (settings["sources"] != ["facets"])
+
+
+def _of_examples(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """The keys of the queries of a batch, and of the products of the same examples."""
+    return batch.query_keys, batch.product_keys[: len(batch.query_keys)]
 
 
 def test_batches_are_the_same_every_time_and_pictures_vary_by_epoch(tiny_catalogue: Path) -> None:
