@@ -399,7 +399,8 @@ def evaluate(
 ) -> int:
     """Measure an index on judged queries: exact task, ANN task and ANN against exact, beside traditional search.
 
-    Writes report.json and report.html, and prints a table.
+    Writes report.json and report.html, and prints a table. Warns of each kind of query that loses more
+    than a point of hit@10 or recall@10 by the index.
 
     Args:
         index: index folder.
@@ -448,6 +449,8 @@ def evaluate(
     show(report.terminal_table(measured.report))
     print(report.summary(measured.report))
     print(f"report: {output / 'report.json'}, page: {output / 'report.html'}")
+    for warning in measured.report["warnings"]:
+        print(f"warning: {warning}", file=sys.stderr)
     failures = measuring.failed_gates(measured.report, gate)
     for failure in failures:
         print(f"error: gate not reached: {failure}", file=sys.stderr)

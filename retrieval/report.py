@@ -14,7 +14,7 @@ from rich.table import Table
 
 from retrieval import storage
 from retrieval.catalogue import Card, PreparedCatalogue
-from retrieval.evaluate import CUTS, DEPTH, Evaluation
+from retrieval.evaluate import CUTS, DEPTH, Evaluation, index_warnings
 from retrieval.index import ProductIndex
 from retrieval.metrics import recall_at_k_per_query
 from retrieval.pages import Hit, Section, data_url, render, sections_of
@@ -53,6 +53,7 @@ def write_report(
     report = evaluation.report
     if oracle is not None:
         report["oracle"] = dict(oracle)
+    report["warnings"] = index_warnings(report)
     storage.write_json(folder / "report.json", report)
     page = render(
         "report.html",
