@@ -35,12 +35,12 @@ def embed(
     feature_cache: Path | None = None,
     skip_untrained: bool = False,
 ) -> int:
-    """Embed a prepared catalogue: products and, where it has them, queries. Goes on where a killed run stopped.
+    """Embed a prepared catalogue: products, its queries, and queries to tune by. Goes on where a killed run stopped.
 
     Args:
         model: model folder, as training exports it.
         catalogue: prepared catalogue.
-        output: folder to make, with products/ and queries/ in it.
+        output: folder to make, with products/, queries/ and tuning/ in it.
         batch_size: items at a time.
         num_workers: processes that read and decode.
         accelerator: auto, cpu or gpu.
@@ -81,7 +81,7 @@ def build(
     train_sample: int | None = None,
     strict: bool = False,
     nprobe: int | None = None,
-    k_factor: float = 8.0,
+    k_factor: float | None = None,
     spill: bool = False,
     recall: float | None = None,
     k: int = 10,
@@ -94,8 +94,10 @@ def build(
 ) -> int:
     """Build an index from embeddings of ours or of anyone's, in bounded memory. Goes on where a killed run stopped.
 
-    With a recall, the index and how to search it are chosen: candidates are measured, and what is built is published
-    only if it reaches the recall for every kind of query.
+    By default the index is exact while that is quick; larger ones are measured, and searched so that
+    every kind of query that can be made of the catalogue reaches recall@10 .98. With a recall,
+    candidates are compared, and what is built is published only if it reaches that recall for every
+    kind of query.
 
     Args:
         embeddings: embeddings folder, folder of .parquet or .npy files, or one such file.
@@ -105,19 +107,22 @@ def build(
         embedding_column: column of vectors in Parquet; guessed when not given.
         metric: what vectors are compared by; what the embeddings say, else cosine.
         normalize: bring vectors of any length to length 1; without, they are refused.
-        factory: FAISS factory string such as IVF1024,PQ64x4fsr,Refine(SQ8) or Flat; auto chooses by the number of
+        factory: FAISS factory string such as "IVF1024,PQ64x4fsr,Refine(SQ8)" or Flat; auto chooses by the number of
             vectors and says why.
         seed: of the training sample and of k-means.
         train_sample: number of training vectors; chosen by the number of lists when not given.
         strict: refuse to build an under-trained index.
-        nprobe: lists a search visits unless told otherwise; chosen by their number when not given.
-        k_factor: candidates re-ranked per result, where the index keeps finer vectors.
+        nprobe: lists a search visits unless told otherwise; measured when not given, or with a factory chosen by their
+            number.
+        k_factor: candidates re-ranked per result, where the index keeps finer vectors; measured when not given, or with
+            a factory 8.
         spill: give every vector a second list: more recall from fewer lists, for twice the bytes of codes.
         recall: recall@k against exact search to reach, e.g. 0.95.
         k: of that recall.
         memory: what searches may touch again and again: 1GiB, 500MB. Vectors for re-ranking stay on disk.
         latency_ms: median time of one query on one thread to stay within.
-        queries: embeddings of real queries to choose by, of all kinds; products as queries are always asked too.
+        queries: embeddings of real queries to choose by, of all kinds; EMBEDDINGS/tuning when not given. Products as
+            queries are always asked too.
         attributes: what filters ask for, by product id: a prepared catalogue, or Parquet or CSV files; those of the
             catalogue that was embedded when not given.
         build_memory: what the build may take; 80 % of what is free when not given.
@@ -132,10 +137,11 @@ def build(
     target = None
     if recall is not None:
         target = Target(recall, k, None if memory is None else parse_bytes(memory), latency_ms)
-    elif memory is not None or latency_ms is not None or queries is not None:
-        raise ValueError("memory, latency_ms and queries choose how to reach a recall: give recall, e.g. 0.95")
+    elif memory is not None or latency_ms is not None:
+        raise ValueError("memory and latency_ms choose how to reach a recall: give recall, e.g. 0.95")
+    products = _side(embeddings, "products")
     reader = EmbeddingReader(
-        _side(embeddings, "products"),
+        products,
         ids=ids,
         id_column=id_column,
         embedding_column=embedding_column,
@@ -144,18 +150,17 @@ def build(
     )
     limit = None if build_memory is None else parse_bytes(build_memory)
     recipe = Recipe(factory, seed, train_sample, strict, nprobe, k_factor, spill, limit)
-    asked = (
-        None
-        if queries is None
-        else EmbeddingReader(_side(queries, "queries"), metric=reader.metric, normalize=normalize, asks=True)
-    )
+    asking = None if queries is None else _side(queries, "queries")
+    if asking is None and (target is not None or recipe.is_default):
+        asking = _tuning_beside(products)
+    asked = None if asking is None else EmbeddingReader(asking, metric=reader.metric, normalize=normalize, asks=True)
     manifest = build_index(
         reader, output, recipe, target=target, queries=asked, attributes=attributes, overwrite=overwrite
     )
     if "candidates" in manifest.meta:
         show(describe_candidates(manifest))
-    if target is not None:
-        show(describe_points(output, target.recall))
+    if manifest.meta["target"] is not None:
+        show(describe_points(output, manifest.meta["target"]["recall"]))
     show(describe_index(output, manifest))
     return 0
 
@@ -397,7 +402,8 @@ def evaluate(
 ) -> int:
     """Measure an index on judged queries: exact task, ANN task and ANN against exact, beside traditional search.
 
-    Writes report.json and report.html, and prints a table.
+    Writes report.json and report.html, and prints a table. Warns of each kind of query that loses more
+    than a point of hit@10 or recall@10 by the index.
 
     Args:
         index: index folder.
@@ -450,6 +456,8 @@ def evaluate(
     for line in below_floor(measured.report):
         print(f"warning: {line}", file=sys.stderr)
     print(f"report: {output / 'report.json'}, page: {output / 'report.html'}")
+    for warning in measured.report["warnings"]:
+        print(f"warning: {warning}", file=sys.stderr)
     failures = measuring.failed_gates(measured.report, gate)
     for failure in failures:
         print(f"error: gate not reached: {failure}", file=sys.stderr)
@@ -497,12 +505,10 @@ def _weighted(index: ProductIndex, texts: list[str], sign: int) -> list[Weighted
 
 
 def _kind(text: str, image: list[Path], attribute: list[str], more: bool) -> str | None:
-    """The kind of a query as embeddings name it."""
-    if not (text or image or attribute):
-        return "product" if more else None
-    if attribute or more or (text and image):
-        return "fused"
-    return "text" if text else "image"
+    """The kind of a query as embeddings name it; None for a mix, which is searched well enough for every kind."""
+    shown = {"text": text, "image": image, "product:attribute": attribute, "product": more}
+    kinds = [kind for kind, what in shown.items() if what]
+    return kinds[0] if len(kinds) == 1 else None
 
 
 def _picture(file: Path) -> bytes:
@@ -560,6 +566,12 @@ def _read_vector(file: Path, index: ProductIndex, normalize: bool) -> np.ndarray
     if array.ndim == 2 and len(array) != 1:
         raise ValueError(f"{file} holds {len(array)} vectors: search for many with queries and output")
     return checked_vectors(array, dim=index.dim, metric=index.metric, normalize=normalize, where=str(file))[0]
+
+
+def _tuning_beside(products: Path) -> Path | None:
+    """The queries to tune by that `embed` made beside the products, where it did."""
+    tuning = products.parent / "tuning"
+    return tuning if products.name == "products" and tuning.is_dir() else None
 
 
 def _side(embeddings: Path, side: str) -> Path:

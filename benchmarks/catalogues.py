@@ -43,7 +43,8 @@ from benchmarks.ledger import Ledger
 from benchmarks.splits import NewSplits
 from datamodules.batch import Item
 from datamodules.schema import Schema
-from retrieval.build import build_index
+from retrieval.build import Recipe, build_index
+from retrieval.building.factory import choose_lists
 from retrieval.catalogue import PreparedCatalogue
 from retrieval.embeddings import EmbeddingReader
 from retrieval.evaluate import Options, evaluate, measure
@@ -348,12 +349,13 @@ class Bench:
         ]
 
     def measure(self, model: Path, folder: Path, product: Any = None, query: Any = None) -> dict[str, Any]:
-        """Embed the catalogue, build the default index, ask the split's queries."""
+        """Embed the catalogue, build an index with lists, ask the split's queries."""
         shutil.rmtree(folder / "embeddings", ignore_errors=True)
         views = {name: view for name, view in (("product_view", product), ("query_view", query)) if view is not None}
         embed(model, self.prepared, folder / "embeddings", feature_cache=self.cache, **views)
         products = EmbeddingReader(folder / "embeddings" / "products")
-        build_index(products, folder / "index", overwrite=True)
+        lists = choose_lists(products.count, products.dim)  # the default index of so few products would be exact
+        build_index(products, folder / "index", Recipe(lists.factory), overwrite=True)
         index = ProductIndex.open(folder / "index")
         catalogue = PreparedCatalogue(self.prepared)
         evaluation = evaluate(

@@ -27,6 +27,7 @@ from retrieval.building.factory import (
     Choice,
     Mapped,
     choose_factory,
+    choose_lists,
     default_nprobe,
     parse_mapped,
     train_size,
@@ -35,7 +36,7 @@ from retrieval.building.mapped import Trained, train
 from retrieval.building.measure import measure, reached
 from retrieval.building.points import Target, Tuning
 from retrieval.building.predict import Predictor, precision_for
-from retrieval.building.probes import PER_KIND, of_products, of_queries, with_truth
+from retrieval.building.probes import PER_KIND, PER_KIND_BY_DEFAULT, of_products, of_queries, with_truth
 from retrieval.building.tune import COMPARING, choose
 from retrieval.building.workspace import BLOCK_ROWS, Workspace
 from retrieval.embeddings import EmbeddingBatch, EmbeddingReader
@@ -47,6 +48,9 @@ from retrieval.storage import ArtefactError, Manifest
 
 logger = logging.getLogger(__name__)
 
+DEFAULT_RECALL = 0.98
+"""Recall@10 against exact search that the default index is tuned to, for each kind of query."""
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -57,8 +61,10 @@ class Recipe:
         seed: of the training sample and of k-means.
         train_sample: number of training vectors; None chooses by the number of lists.
         strict: refuse an under-trained index instead of warning.
-        nprobe: lists a search visits unless told otherwise; None chooses by their number.
-        k_factor: a search re-ranks k_factor x k candidates where the index keeps finer vectors.
+        nprobe: lists a search visits unless told otherwise; None measures the default index, and chooses by the number
+            of lists for a factory that is named.
+        k_factor: a search re-ranks k_factor x k candidates where the index keeps finer vectors; None measures the
+            default index, and takes 8 for a factory that is named.
         spill: give every vector a second list: more recall from fewer lists, for twice the bytes of codes.
         memory: bytes the build may take; None for 80 % of what is free.
     """
@@ -68,9 +74,14 @@ class Recipe:
     train_sample: int | None = None
     strict: bool = False
     nprobe: int | None = None
-    k_factor: float = 8.0
+    k_factor: float | None = None
     spill: bool = False
     memory: int | None = None
+
+    @property
+    def is_default(self) -> bool:
+        """Whether neither the index nor how it is searched is named: both are chosen."""
+        return self.factory == "auto" and self.nprobe is None and self.k_factor is None
 
 
 def build_index(
@@ -93,8 +104,9 @@ def build_index(
         output: the place of the index and its versions.
         recipe: how; the default suits any size.
         target: what the index should reach: the factory (where it is "auto") and how to search are chosen for it, and
-            nothing is published that does not reach it.
-        queries: real queries to choose by, of every kind that will be asked; None: the products themselves.
+            nothing is published that does not reach it. None: the default index is exact while that is quick, and
+            otherwise searched so that each kind of query reaches `DEFAULT_RECALL`, or comes as near to it as it can.
+        queries: what to choose and measure by, of every kind that will be asked; None: the products themselves.
         attributes: what filters ask for: a prepared catalogue, or a Parquet or CSV file with a column of ids; None for
             the catalogue that was embedded, where it is there and still the same.
         overwrite: publish a new version of an index that is there; the old one is kept.
@@ -105,9 +117,7 @@ def build_index(
         ArtefactError: `output` holds an index or something else, or it could not be written completely.
     """
     recipe, output = recipe or Recipe(), Path(output)
-    choice = Choice(recipe.factory, "asked for")
-    if recipe.factory == "auto":
-        choice = choose_factory(reader.count, reader.dim)
+    choice = _choose(reader, recipe, target)
     design = parse_mapped(choice.factory)
     if design is None and (recipe.spill or (target is not None and choice.factory != "Flat")):
         raise ValueError(
@@ -115,9 +125,14 @@ def build_index(
             "factories such as IVF1024,PQ64x4fsr,Refine(SQ8) have"
         )
     if queries is not None:
-        if target is None:
-            raise ValueError("queries choose how to reach a target: name one (recall)")
+        if target is None and not recipe.is_default:
+            raise ValueError(
+                f"queries choose how to reach a target, and factory={recipe.factory!r} with nprobe={recipe.nprobe} and "
+                f"k_factor={recipe.k_factor} has none: name one (recall), or none of these three"
+            )
         _check_queries(reader, queries)
+    if target is None and recipe.is_default and choice.factory != "Flat":
+        target = Target(DEFAULT_RECALL, strict=False)
     if versions.occupied(output) and not overwrite:
         raise ArtefactError(
             f"{output} already exists and holds an index: choose another place, or publish a new version (overwrite)"
@@ -126,7 +141,7 @@ def build_index(
     meta: dict[str, Any] = {"format": FORMAT}
     with _leaving_nothing(output), versions.publish(output, kind=KIND, meta=meta, upgrade=overwrite) as folder:
         if design is None:
-            built = _whole(reader, folder, choice, recipe)
+            built = _whole(reader, folder, choice, recipe, target, queries)
         else:
             built = _mapped(reader, folder, output, choice, recipe, target, queries)
         if source is not None:
@@ -146,6 +161,14 @@ def build_index(
         )
     Workspace.remove(output)
     return storage.read_manifest(versions.current(output), KIND)
+
+
+def _choose(reader: EmbeddingReader, recipe: Recipe, target: Target | None) -> Choice:
+    """The factory that is named, else the default one; what asks for lists gets them."""
+    if recipe.factory != "auto":
+        return Choice(recipe.factory, "asked for")
+    lists_wanted = target is not None or recipe.nprobe is not None or recipe.spill
+    return (choose_lists if lists_wanted else choose_factory)(reader.count, reader.dim)
 
 
 @contextmanager
@@ -198,8 +221,8 @@ def _mapped(
     make_index(choice.factory, reader.dim)  # refuses what does not fit the dimension
     size = _sample_size(reader, default.lists, recipe)
     _check_enough(choice.factory, default, size, recipe.strict)
-    tuned = target is not None and recipe.factory == "auto"
-    _check_resources(reader, default, recipe.spill, recipe, output, samples=1 + tuned)
+    compares = _compares(recipe, target)
+    _check_resources(reader, default, recipe.spill, recipe, output, samples=1 + compares)
     settings: dict[str, Any] = {} if target is not None else _settings(recipe, default.lists)._asdict()
     request = choice.factory
     if target is not None:
@@ -213,8 +236,7 @@ def _mapped(
         # Read back: whatever is lost on the way to a disk, no index is published that does not open.
         engine = Engine.open(folder, {"count": reader.count, "dim": reader.dim, "spill": trained.spill})
         if target is not None:
-            tuning = _measure(reader, engine, target, queries, recipe.seed, size)
-            settings = {**tuning.settings_for(target.recall)._asdict(), "tuning": tuning.to_json()}
+            settings = _measured_settings(reader, engine, target, queries, recipe.seed, size)
     return Built(settings, {**about, "spill": trained.spill})
 
 
@@ -230,9 +252,9 @@ def _learn(
     """Choose the index where a target says so, and train it; with what the manifest says of both."""
     design, table = parse_mapped(choice.factory), None
     assert design is not None
-    tuned = target is not None and recipe.factory == "auto"
+    compares = _compares(recipe, target)
     rows = sample_rows(reader.count, size, recipe.seed)
-    if tuned and 2 * size <= reader.count:
+    if compares and 2 * size <= reader.count:
         both = sample_rows(reader.count, 2 * size, recipe.seed)
         first = sample_rows(2 * size, size, recipe.seed)
         rows = np.concatenate([both[first], np.delete(both, first)])
@@ -241,23 +263,24 @@ def _learn(
     own = np.random.default_rng(recipe.seed).permutation(size)[:PER_KIND]
     started = time.perf_counter()
     centroids = find_centroids(sample, design.lists, recipe.seed)
-    if not tuned:
+    asked = [] if queries is None else of_queries(queries, recipe.seed)
+    if not compares:
         if recipe.factory == "auto":
-            asked = of_products(sample[own], own, reader.metric).first(COMPARING)
-            design = replace(design, finer=precision_for(sample, asked, Target().k, reader.count))
+            asking = of_products(sample[own], own, reader.metric)
+            compared = [probe.first(COMPARING) for probe in (asking, *asked)]
+            design = replace(design, finer=precision_for(sample, compared, Target().k, reader.count))
             choice = Choice(str(design), f"{choice.reason}, {design.finer_size(reader.dim)} bytes to re-rank")
         trained = train(sample, design, recipe.seed, recipe.spill, centroids)
     else:
         assert target is not None
         asking = of_products(unseen[own], own, reader.metric)
-        probes = [asking, *([] if queries is None else of_queries(queries, recipe.seed))]
-        compared = [probe.first(COMPARING) for probe in probes]
+        compared = [probe.first(COMPARING) for probe in (asking, *asked)]
         known = {design.lists: centroids}
         chosen = choose(Predictor(sample, unseen, compared, target, reader.count, recipe.seed, known))
         choice, trained, table = Choice(chosen.winner.factory, chosen.reason), chosen.trained, chosen.to_json()
         design = chosen.winner.design
     # Codes or vectors may take more than by default.
-    _check_resources(reader, design, trained.spill, recipe, output, samples=1 + tuned)
+    _check_resources(reader, design, trained.spill, recipe, output, samples=1 + compares)
     seconds = round(time.perf_counter() - started, 1)
     logger.info("trained %s lists on %s vectors in %.1f s", f"{design.lists:,}", f"{size:,}", seconds)
     training = {
@@ -271,32 +294,56 @@ def _learn(
     return trained, about | ({} if table is None else {"candidates": table})
 
 
-def _measure(
+def _compares(recipe: Recipe, target: Target | None) -> bool:
+    """Whether the index is chosen among candidates; the default one is not: it is only searched as is needed."""
+    return recipe.factory == "auto" and target is not None and target.strict
+
+
+def _measured_settings(
     reader: EmbeddingReader, engine: Engine, target: Target, queries: EmbeddingReader | None, seed: int, size: int
-) -> Tuning:
-    """Measure the finished index with all vectors as the truth.
+) -> dict[str, Any]:
+    """How to search a finished index, with its operating points, for its settings.json.
 
     Raises:
-        ValueError: it does not reach the target.
+        ValueError: it does not reach the target, and the target is strict.
     """
-    rows = sample_rows(reader.count, size, seed)
-    rows = np.sort(np.random.default_rng(seed).permutation(rows)[:PER_KIND])
-    asking = of_products(take(reader, rows), rows, reader.metric)
-    probes = [asking, *([] if queries is None else of_queries(queries, seed))]
-    blocks = (batch.vectors for batch in _shown(reader, "exact search to measure by"))
-    tuning = measure(engine, with_truth(probes, blocks, target.k), target)
-    if problems := reached(tuning, target):
+    tuning = _measure(reader, engine, target, queries, seed, size)
+    problems = reached(tuning, target)
+    if problems and target.strict:
         raise ValueError(
             f"the index does not reach recall@{target.k} of {target.recall:g} ({'; '.join(problems)}) and is not "
             "published: ask for less, or allow more memory or latency"
         )
-    return tuning
+    for problem in problems:
+        logger.warning(
+            "the default index does not reach recall@%d of %g for queries of kind %s: they are searched with its best "
+            "settings. Build with --factory Flat for exact search, or --recall %g for finer codes",
+            target.k,
+            target.recall,
+            problem,
+            target.recall,
+        )
+    return {**tuning.nearest_settings(target.recall)._asdict(), "tuning": tuning.to_json()}
+
+
+def _measure(
+    reader: EmbeddingReader, engine: Engine, target: Target, queries: EmbeddingReader | None, seed: int, size: int
+) -> Tuning:
+    """Measure the finished index with all vectors as the truth."""
+    per_kind = PER_KIND if target.strict else PER_KIND_BY_DEFAULT
+    rows = sample_rows(reader.count, size, seed)
+    rows = np.sort(np.random.default_rng(seed).permutation(rows)[:per_kind])
+    asking = of_products(take(reader, rows), rows, reader.metric)
+    probes = [asking, *([] if queries is None else of_queries(queries, seed, per_kind))]
+    blocks = (batch.vectors for batch in _shown(reader, "exact search to measure by"))
+    return measure(engine, with_truth(probes, blocks, target.k), target)
 
 
 def _settings(recipe: Recipe, lists: int | None) -> Settings:
-    """How an index of so many lists is searched."""
+    """How an index of so many lists is searched where that is not measured."""
     nprobe = default_nprobe(lists) if lists and recipe.nprobe is None else recipe.nprobe
-    return Settings(nprobe, recipe.k_factor).checked(lists)
+    k_factor = Settings().k_factor if recipe.k_factor is None else recipe.k_factor
+    return Settings(nprobe, k_factor).checked(lists)
 
 
 def _check_resources(
@@ -310,11 +357,18 @@ def _check_resources(
     resources.check(need, output, recipe.memory)
 
 
-def _whole(reader: EmbeddingReader, folder: Path, choice: Choice, recipe: Recipe) -> Built:
+def _whole(
+    reader: EmbeddingReader,
+    folder: Path,
+    choice: Choice,
+    recipe: Recipe,
+    target: Target | None,
+    queries: EmbeddingReader | None,
+) -> Built:
     """Make an index of any other factory string, in memory."""
     index = make_index(choice.factory, reader.dim)
     lists = lists_of(index)
-    settings = _settings(recipe, lists.nlist if lists else None)
+    settings = _settings(recipe, lists.nlist if lists else None)._asdict()
     if not index.is_trained:
         size = _sample_size(reader, lists.nlist if lists else 0, recipe)
         _check_enough(choice.factory, lists, size, recipe.strict)
@@ -324,8 +378,12 @@ def _whole(reader: EmbeddingReader, folder: Path, choice: Choice, recipe: Recipe
     if index.ntotal != reader.count:
         raise ArtefactError(f"the index holds {index.ntotal} vectors, {reader.source} has {reader.count}")
     _write(index, folder / INDEX_FILE)
+    if target is not None and lists:
+        engine = Engine.open(folder, {"count": reader.count, "dim": reader.dim})
+        size = _sample_size(reader, lists.nlist, recipe)
+        settings = _measured_settings(reader, engine, target, queries, recipe.seed, size)
     about = {"factory": choice.factory, "reason": choice.reason, "spill": False, "training": training}
-    return Built(settings._asdict(), about)
+    return Built(settings, about)
 
 
 def _adding(index: Any, reader: EmbeddingReader) -> Iterator[pa.Table]:

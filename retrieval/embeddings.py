@@ -51,6 +51,7 @@ class EmbeddingWriter:
         id_column: str = "product_id",
         metric: Metric = "cosine",
     ) -> None:
+        self.path = Path(folder)
         self.dim, self.id_column, self.metric = dim, id_column, checked_metric(metric)
         identity = {"model": model, "catalogue": catalogue, "dim": dim, "metric": metric, "id_column": id_column}
         self._folder = ShardFolder(folder, kind=KIND, identity=identity)

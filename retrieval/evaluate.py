@@ -375,6 +375,29 @@ def _untrained_queries(
     return Untrained(records, features)
 
 
+COSTS = 0.01
+"""A kind of query that loses more than this of hit@10 or recall@10 by the index is worth a warning."""
+
+
+def index_warnings(report: Mapping[str, Any]) -> list[str]:
+    """What queries lose because the index is not exact, one line for each kind that loses more than a point.
+
+    Args:
+        report: with `tasks`, as `evaluate` makes it.
+    """
+    warnings = []
+    for kind, exact in report["tasks"]["exact"].items():
+        ann = report["tasks"]["ann"][kind]
+        pairs = {name: (exact[name]["value"], ann[name]["value"]) for name in ("hit@10", "recall@10")}
+        lost = [f"{name} {best:.3f} -> {got:.3f}" for name, (best, got) in pairs.items() if best - got > COSTS + 1e-9]
+        if lost:
+            warnings.append(
+                f"queries of kind {kind} lose by the index ({', '.join(lost)}, exact search -> index): build it with "
+                "--recall 0.99 --queries QUERIES, or with --factory Flat for exact search"
+            )
+    return warnings
+
+
 _GATE = re.compile(r"(exact|ann|ann_vs_exact)\.([^.\s]+)\.([^.\s]+)\s*>=\s*([0-9.]+)")
 
 

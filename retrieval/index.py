@@ -53,7 +53,7 @@ class ProductIndex:
         note: why that is not the version in use; empty where it is.
         manifest: what its manifest says.
         settings: how it is searched unless told otherwise.
-        tuning: which settings reach which recall, where the index was built for one.
+        tuning: which settings reach which recall, where that was measured.
         engine: the FAISS side.
         metric: what vectors are compared by.
         dim: D.
@@ -227,7 +227,7 @@ class ProductIndex:
         Args:
             nprobe: lists to visit; None for what the recall needs.
             k_factor: candidates to re-rank per result; None for what the recall needs.
-            recall: recall against exact search to reach; None for what the index was built for.
+            recall: recall against exact search to reach; None for what the index was built for, or comes nearest to it.
             kind: of the queries: "text", "image", ...; None: enough for every kind that was measured.
 
         Raises:
@@ -239,7 +239,7 @@ class ProductIndex:
                 raise ValueError(f"{self.path} was not built for a recall: build it with one, or name nprobe")
             settings = settings if self.tuning is None else self.tuning.settings_for(recall, kind)
         elif kind is not None and self.tuning is not None and kind in self.tuning.points:
-            settings = self.tuning.settings_for(self.manifest.meta["target"]["recall"], kind)
+            settings = self.tuning.nearest_settings(self.manifest.meta["target"]["recall"], kind)
         changes: dict[str, Any] = {}
         if nprobe is not None:
             changes["nprobe"] = nprobe

@@ -216,13 +216,16 @@ def describe_points(path: Path, recall: float) -> Table:
     names = ("kind", "for", "nprobe", "k_factor", "recall", "+-", "p50 ms", "p99 ms", "queries/s")
     for name in names:
         table.add_column(name, justify="left" if name == "kind" else "right", no_wrap=True)
-    for kind, front in {} if tuning is None else tuning.points.items():
+    if tuning is None:
+        return table
+    for kind in tuning.points:
         for wanted in sorted({recall, 0.9, 0.95, 0.99}):
-            point = next((point for point in front if point.reaches(wanted)), None)
-            if point is not None:
+            point = tuning.nearest(wanted, kind)
+            if point.reaches(wanted) or wanted == recall:
+                said = f"{wanted:g} *" if wanted == recall else f"{wanted:g}"
                 table.add_row(
                     kind,
-                    f"{wanted:g}" + (" *" if wanted == recall else ""),
+                    said if point.reaches(wanted) else f"below {said}",
                     str(point.nprobe),
                     f"{point.k_factor:g}",
                     f"{point.held_out:.4f}",
@@ -231,7 +234,7 @@ def describe_points(path: Path, recall: float) -> Table:
                     f"{point.p99_ms:.3f}",
                     f"{point.qps:,.0f}",
                 )
-    table.caption = "* what was asked for; recall of queries that had no part in the choice"
+    table.caption = "* what it is searched for by default; recall of queries that had no part in the choice"
     return table
 
 

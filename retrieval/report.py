@@ -13,7 +13,7 @@ from retrieval import storage
 from retrieval.catalogue import Card, PreparedCatalogue
 from retrieval.comparison import CUTS, DEPTH
 from retrieval.comparison_table import TASKS, gain_of, row_name, rows_of_kind
-from retrieval.evaluate import Evaluation
+from retrieval.evaluate import Evaluation, index_warnings
 from retrieval.index import ProductIndex
 from retrieval.metrics import recall_at_k_per_query
 from retrieval.pages import Hit, Section, data_url, render, sections_of
@@ -41,6 +41,7 @@ def write_report(
     report = evaluation.report
     if oracle is not None:
         report["oracle"] = dict(oracle)
+    report["warnings"] = index_warnings(report)
     storage.write_json(folder / "report.json", report)
     page = render(
         "report.html",

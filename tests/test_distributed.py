@@ -85,7 +85,7 @@ def test_two_processes_embed_as_one_does(tiny_run: Path, tiny_catalogue: Path, t
     )
     two = run_program("index.py", "embed", *options, "--accelerator=cpu", "--devices=2", "--batch-size=16")
     assert two.returncode == 0, two.stdout
-    for side in ("products", "queries"):
+    for side in ("products", "queries", "tuning"):
         alone, together = (read(tmp_path / run / side) for run in ("one", "two"))
         assert together.keys() == alone.keys()
         np.testing.assert_allclose(np.stack(list(together.values())), np.stack(list(alone.values())), atol=1e-3)

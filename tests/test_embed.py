@@ -15,10 +15,11 @@ from catalogues import SCHEMA, write_catalogue
 
 from datamodules.batch import Item
 from datamodules.parquet import Table, product_item
+from datamodules.tuning import TuningQueries
 from retrieval import storage
 from retrieval.embeddings import EmbeddingReader
 from retrieval.storage import ArtefactError
-from towers.embed import ProductTable, as_it_is, embed
+from towers.embed import ProductTable, TuningTable, as_it_is, embed
 from towers.encoder import Encoder
 from towers.model_folder import load_model, save_model
 from towers.text import BiLSTM
@@ -89,8 +90,78 @@ def test_every_kind_of_query_shows_what_it_says(embedded: Path, tiny_run: Path, 
         np.testing.assert_allclose(found[key], vector, atol=1e-3)
 
 
+def test_some_products_ask_in_every_kind_to_tune_by(embedded: Path, tiny_run: Path, tiny_catalogue: Path) -> None:
+    products = Table(tiny_catalogue / "products")
+    by_id = {i: row for row, i in enumerate(products.column("product_id").to_pylist())}
+    tuning = TuningQueries(products, Table(tiny_catalogue / "queries"))
+    found = read(embedded / "tuning")
+    assert {by_id[product_id] for product_id, _ in found} == set(tuning.rows.tolist())
+    assert {kind for _, kind in found} == {"text", "fused", "product:text", "product:image", "product:attribute"}
+    expected: dict[tuple[str, str | None], Item] = {}
+    for row in tuning.rows.tolist():
+        item, name = product_item(products.row(row)), products.row(row)["product_id"]
+        views = {
+            "fused": item,
+            "product:text": Item(text=item.text),
+            "product:image": Item(images=item.images),
+            "product:attribute": Item(attributes=item.attributes),
+            "text": tuning.typed(row, item) or Item(),
+        }
+        expected |= {(name, kind): view for kind, view in views.items() if any(map(bool, view))}
+    assert set(found) == set(expected)
+    vectors = load_model(tiny_run / "model").encode(list(expected.values()), "query")
+    for key, vector in zip(expected, vectors, strict=True):
+        np.testing.assert_allclose(found[key], vector, atol=1e-3)
+
+
+def test_no_judged_query_is_there_to_tune_by(embedded: Path, tiny_catalogue: Path) -> None:
+    queries = Table(tiny_catalogue / "queries")
+    sources = set(queries.column("source_product_id").to_pylist())
+    assert not {product_id for product_id, _ in read(embedded / "tuning")} & sources
+    judged = {" ".join(text.lower().split()) for text in queries.column("text").to_pylist() if text}
+    products = Table(tiny_catalogue / "products")
+    tuning = TuningQueries(products, queries)
+    typed = [tuning.typed(row, product_item(products.row(row))) for row in range(len(products))]
+    assert judged and not judged & {item.text["query"] for item in typed if item is not None}
+
+
+def test_queries_to_tune_by_are_resumed_as_all_others(
+    embedded: Path, tiny_run: Path, tiny_catalogue: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(embedded, tmp_path / "E")
+    tuning = tmp_path / "E" / "tuning"
+    (tuning / "manifest.json").unlink()
+    (tuning / "shard-00001.parquet").unlink()
+    kept = (tuning / "shard-00000.parquet").stat().st_mtime_ns
+    rows: list[int] = []
+    original = TuningTable.__getitem__
+    monkeypatch.setattr(TuningTable, "__getitem__", lambda self, some: rows.extend(some) or original(self, some))
+    embed(tiny_run / "model", tiny_catalogue, tmp_path / "E", batch_size=7, accelerator="cpu")
+    assert rows and min(rows) >= 60  # of the second shard
+    assert (tuning / "shard-00000.parquet").stat().st_mtime_ns == kept
+    whole, resumed = read(embedded / "tuning"), read(tuning)
+    assert whole.keys() == resumed.keys()
+    for key in whole:
+        np.testing.assert_allclose(resumed[key], whole[key], atol=1e-3)
+
+
+def test_features_of_what_is_typed_to_tune_by_are_cached(tiny_catalogue: Path, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    text = BiLSTM(num_buckets=64, word_dim=4, hidden_dim=4)
+    text.freeze()
+    model = TwoTower(Encoder(32, text=text))
+    model.set_schema(SCHEMA)
+    save_model(model, tmp_path / "model")
+    embed(tmp_path / "model", tiny_catalogue, tmp_path / "plain", accelerator="cpu")
+    embed(tmp_path / "model", tiny_catalogue, tmp_path / "cached", accelerator="cpu", feature_cache=tmp_path / "F")
+    plain, cached = (read(tmp_path / name / "tuning") for name in ("plain", "cached"))
+    assert {kind for _, kind in plain} == {"text", "fused", "product:text"}
+    assert plain.keys() == cached.keys()
+    np.testing.assert_allclose(np.stack(list(plain.values())), np.stack(list(cached.values())), atol=1e-3)
+
+
 def test_the_folders_know_their_model_and_catalogue(embedded: Path, tiny_run: Path, tiny_catalogue: Path) -> None:
-    for side in ("products", "queries"):
+    for side in ("products", "queries", "tuning"):
         meta = storage.verify(embedded / side, kind="embeddings").meta
         assert meta["model"] == storage.fingerprint(tiny_run / "model")
         assert meta["catalogue"] == storage.fingerprint(tiny_catalogue)
@@ -148,7 +219,7 @@ def test_the_size_of_batches_does_not_matter(tiny_catalogue: Path, tmp_path: Pat
     model = text_model(tmp_path / "model")
     for batch_size in (1, 256):
         embed(model, tiny_catalogue, tmp_path / f"E{batch_size}", batch_size=batch_size, accelerator="cpu")
-    for side in ("products", "queries"):
+    for side in ("products", "queries", "tuning"):
         one, many = (read(tmp_path / f"E{size}" / side) for size in (1, 256))
         assert one.keys() == many.keys()
         np.testing.assert_allclose(np.stack(list(one.values())), np.stack(list(many.values())), atol=1e-3)
@@ -205,6 +276,7 @@ def test_shards_without_rows_are_skipped(tmp_path: Path) -> None:
     embed(text_model(tmp_path / "model"), catalogue, tmp_path / "E", accelerator="cpu")
     assert len(read(tmp_path / "E" / "products")) == 20
     assert not (tmp_path / "E" / "queries").exists()
+    assert {kind for _, kind in read(tmp_path / "E" / "tuning")} == {"text", "fused", "product:text"}
 
 
 def test_a_folder_that_is_no_catalogue_is_refused(tiny_run: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from retrieval.catalogue import Card, PreparedCatalogue, read_qrels
 from retrieval.comparison import CUTS, measure
 from retrieval.comparison_table import below_floor, rows_of_kind, terminal_table
 from retrieval.embeddings import EmbeddingReader, EmbeddingWriter
-from retrieval.evaluate import Options, compare, evaluate, failed_gates, open_untrained
+from retrieval.evaluate import Options, compare, evaluate, failed_gates, index_warnings, open_untrained
 from retrieval.exact import exact_search
 from retrieval.index import ProductIndex
 from retrieval.judgements import make_questions
@@ -111,6 +111,39 @@ def test_an_approximate_index_is_compared_with_exact_search(folders):
         assert few <= all_lists
     assert "latency" not in more
     assert more["settings"]["nprobe"] == 8
+
+
+def test_a_bad_index_is_warned_of_and_an_exact_one_is_not(folders, tmp_path):
+    bad = measured(folders, options=Options(nprobe=1, latency_queries=0))
+    report.write_report(tmp_path / "bad", bad, [])
+    written = json.loads((tmp_path / "bad" / "report.json").read_text())
+    lossy = []
+    for kind, exact in written["tasks"]["exact"].items():
+        ann = written["tasks"]["ann"][kind]
+        if any(exact[m]["value"] - ann[m]["value"] > 0.01 for m in ("hit@10", "recall@10")):
+            lossy.append(kind)
+    assert len(lossy) > 2
+    assert [warning.split()[3] for warning in written["warnings"]] == lossy
+    figures = tuple(written["tasks"][task]["text"]["recall@10"]["value"] for task in ("exact", "ann"))
+    said = next(warning for warning in written["warnings"] if " text " in warning)
+    assert "recall@10 {:.3f} -> {:.3f}".format(*figures) in said
+    assert "--recall 0.99 --queries" in said and "--factory Flat" in said
+    good = measured(folders, "flat", options=Options(latency_queries=0))
+    report.write_report(tmp_path / "good", good, [])
+    assert json.loads((tmp_path / "good" / "report.json").read_text())["warnings"] == []
+
+
+def test_a_loss_of_a_point_is_not_warned_of_and_more_is():
+    def tasks(hit, recall):
+        kinds = {"text": {"hit@10": {"value": hit}, "recall@10": {"value": recall}}}
+        perfect = {"text": {"hit@10": {"value": 0.9}, "recall@10": {"value": 0.8}}}
+        return {"tasks": {"exact": perfect, "ann": kinds}}
+
+    assert index_warnings(tasks(0.89, 0.79)) == index_warnings(tasks(0.95, 0.85)) == []
+    (hit,) = index_warnings(tasks(0.76, 0.8))
+    assert "kind text" in hit and "hit@10 0.900 -> 0.760" in hit and "recall@10" not in hit
+    (recall,) = index_warnings(tasks(0.9, 0.78))
+    assert "recall@10 0.800 -> 0.780" in recall and "hit@10" not in recall
 
 
 def test_compare_takes_the_first_k_of_exact_search_as_relevant():

@@ -8,8 +8,10 @@ from hypothesis import strategies as st
 
 from retrieval.build import make_index
 from retrieval.building.factory import (
+    EXACT_NUMBERS,
     Mapped,
     choose_factory,
+    choose_lists,
     default_nprobe,
     num_lists,
     num_pieces,
@@ -20,8 +22,24 @@ from retrieval.engine import lists_of
 
 
 @given(st.integers(1, 10**9), st.integers(1, 2048))
-def test_the_default_factory_is_always_legal(count, dim):
+def test_the_default_is_exact_up_to_a_number_of_numbers(count, dim):
     choice = choose_factory(count, dim)
+    if count * dim <= EXACT_NUMBERS:
+        assert choice.factory == "Flat"
+        assert f"{count:,} vectors of {dim} dimensions are few enough" in choice.reason
+    else:
+        assert choice == choose_lists(count, dim)
+
+
+def test_thirty_thousand_products_of_256_dimensions_are_the_most_that_are_searched_exactly():
+    assert choose_factory(30_000, 256).factory == choose_factory(10_000, 768).factory == "Flat"
+    assert choose_factory(30_001, 256).factory == "IVF512,PQ64x4fsr,Refine(SQ8)"
+    assert choose_factory(10_001, 768).factory == "IVF128,PQ192x4fsr,Refine(SQ8)"
+
+
+@given(st.integers(1, 10**9), st.integers(1, 2048))
+def test_the_factory_with_lists_is_always_legal(count, dim):
+    choice = choose_lists(count, dim)
     if count < 624:
         assert choice.factory == "Flat" and "fewer than the 624" in choice.reason
         return
@@ -43,7 +61,7 @@ def test_the_default_factory_is_always_legal(count, dim):
 )
 def test_default_lists_by_size(count, lists):
     """The power of two nearest to the lesser of 8 sqrt(N) and N / 61: of 10,000 that is 164, of 10 million 25,298."""
-    assert choose_factory(count, 256).factory == f"IVF{lists},PQ64x4fsr,Refine(SQ8)"
+    assert choose_lists(count, 256).factory == f"IVF{lists},PQ64x4fsr,Refine(SQ8)"
     assert num_lists(count) == lists
     aim = min(8 * math.sqrt(count), count / 61)
     assert all(abs(math.log2(lists / aim)) <= abs(math.log2(other / aim)) for other in (lists // 2, lists * 2))
@@ -62,7 +80,7 @@ def test_pieces_are_of_four_dimensions_or_what_comes_near(dim, pieces):
 
 
 def test_dimensions_that_cannot_be_cut_get_8_bits_each():
-    choice = choose_factory(10**4, 127)
+    choice = choose_lists(10**4, 127)
     assert choice.factory == "IVF128,SQ8" and "127 dimensions cannot be cut into short pieces" in choice.reason
 
 

@@ -104,7 +104,7 @@ sys.exit("torch" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "003-" in done.stdout and "fewer than the 624" in done.stdout
+    assert "003-" in done.stdout and "120 vectors of 16 dimensions are few enough" in done.stdout
 
 
 def test_an_installed_program_and_the_script_are_the_same(folders):
@@ -396,6 +396,18 @@ def test_evaluate_writes_a_report_and_a_gate_decides_the_exit_code(run, folders)
         assert word in out
     code, _, err = run(*arguments, "--gate", "ann.fused.hit@10>=1.1", "--split", "val", "--latency-queries", "0")
     assert code == 1 and "error: gate not reached: ann.fused.hit@10 is" in err
+
+
+def test_evaluate_warns_of_an_index_that_loses_answers(run, folders, tmp_path):
+    shared = ["--embeddings", "embeddings", "--split", "all", "--latency-queries", "0", "--examples", "0"]
+    code, _, err = run("evaluate", "--index", "index", *shared, "--output", tmp_path / "exact")
+    assert code == 0 and "warning" not in err
+    factory = "IVF8,PQ8x4fsr,Refine(SQ8)"
+    assert run("build", "--embeddings", "embeddings", "--output", tmp_path / "i", "--factory", factory)[0] == 0
+    code, _, err = run("evaluate", "--index", tmp_path / "i", *shared, "--nprobe", "1", "--output", tmp_path / "lossy")
+    warnings = [line for line in err.splitlines() if line.startswith("warning: queries of kind ")]
+    stored = json.loads((tmp_path / "lossy" / "report.json").read_text())["warnings"]
+    assert code == 0 and warnings == [f"warning: {line}" for line in stored] and warnings
 
 
 def test_embed_hands_everything_to_the_model(run, monkeypatch):

@@ -123,4 +123,4 @@ def test_where_near_duplicates_abound_16_bits_are_stored(apart, precision):
     generator = np.random.default_rng(0)
     kinds = generator.standard_normal((200, 128))
     rows = unit(kinds[generator.integers(0, 200, 4000)] + apart * generator.standard_normal((4000, 128)))
-    assert precision_for(rows, of_products(rows[:300], np.arange(300), "cosine"), 10, 4000) == precision
+    assert precision_for(rows, [of_products(rows[:300], np.arange(300), "cosine")], 10, 4000) == precision

@@ -94,7 +94,7 @@ def test_points_are_a_front_that_was_checked_on_other_queries(tuned):
 
 
 def test_a_recall_needs_an_index_that_was_built_for_one(tmp_path, products):
-    build_index(products, tmp_path / "i")
+    build_index(products, tmp_path / "i", Recipe(nprobe=4))
     with pytest.raises(ValueError, match="was not built for a recall"):
         ProductIndex.open(tmp_path / "i").search(stored(products)[:1], recall=0.9)
 
@@ -134,8 +134,9 @@ def test_queries_of_another_model_or_without_a_target_are_refused(tmp_path, prod
     other = embed(tmp_path / "q", clustered(10), ["text"] * 10, model="model-b")
     with pytest.raises(ValueError, match=r"has model model-b, the products model-a"):
         build_index(products, tmp_path / "i", target=Target(0.9), queries=other)
-    with pytest.raises(ValueError, match=r"name one \(recall\)"):
-        build_index(products, tmp_path / "i", queries=queries)
+    for recipe in (Recipe("IVF64,PQ16x4fsr,Refine(SQ8)"), Recipe(nprobe=4), Recipe(k_factor=4)):
+        with pytest.raises(ValueError, match=r"factory='\S+' with nprobe=.* has none: name one \(recall\)"):
+            build_index(products, tmp_path / "i", recipe, queries=queries)
 
 
 @pytest.mark.parametrize("options", [{"recall": 0.0}, {"recall": 1.2}, {"memory": 0}, {"latency_ms": -1.0}])

@@ -1,4 +1,4 @@
-"""Embed a prepared catalogue with a model folder: products and queries, resumable per shard."""
+"""Embed a prepared catalogue with a model folder: products, queries and queries to tune by; resumable per shard."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from datamodules.batch import Item, NumberedItems, Side
 from datamodules.examples import index_in
 from datamodules.parquet import Table, product_digests, product_item, query_item
 from datamodules.preprocess import ItemPreprocess
+from datamodules.tuning import TuningQueries
 from retrieval import storage
 from retrieval.embeddings import EmbeddingWriter
 from towers.cache import cached
@@ -69,9 +70,10 @@ def embed(
     product_view: ItemView = as_it_is,
     query_view: ItemView = as_it_is,
 ) -> None:
-    """Write `output/products` and, where the catalogue has queries, `output/queries`.
+    """Write `output/products`, `output/queries` where the catalogue has queries, and `output/tuning`.
 
-    Where it has queries, features of the model's pretrained towers before training are written, too, as
+    The last holds queries to tune an index by, made of some products (`datamodules.tuning`). Where the catalogue has
+    queries, features of the model's pretrained towers before training are written, too, as
     `output/untrained/TOWER/products` and `.../queries`: an evaluation shows what they find by themselves.
 
     Shards that are finished are skipped; folders that were begun with another model or catalogue are refused.
@@ -79,7 +81,7 @@ def embed(
     Args:
         model: model folder.
         catalogue: prepared catalogue.
-        output: folder of the two embeddings folders.
+        output: folder of the embeddings folders.
         batch_size: items at a time.
         num_workers: loader processes.
         accelerator: as Lightning's: `auto`, `cpu`, `gpu`.
@@ -94,36 +96,45 @@ def embed(
     two_tower = load_model(model)
     storage.read_manifest(catalogue, kind="catalogue")
     tables = {side: Table(catalogue / side) for side in ("products", "queries") if (catalogue / side).is_dir()}
-    towers = load_untrained(model, two_tower) if untrained and "queries" in tables else {"product": {}, "query": {}}
+    products, queries = tables["products"], tables.get("queries")
+    tuning = TuningQueries(products, queries)
+    towers = load_untrained(model, two_tower) if untrained and queries is not None else {"product": {}, "query": {}}
     preprocess = two_tower.preprocess
     if feature_cache is not None:
-        items = partial(all_items, tables)
+        items = partial(all_items, tables, tuning)
         encoders, device = (two_tower.product, two_tower.query), two_tower.device
         preprocess = cached(preprocess, *encoders, items, feature_cache, every_view=False, device=device)
-    for side, table in tables.items():
-        folder = output / side
+
+    def write(name: str, data: Dataset[NumberedItems], table: Table, rows: np.ndarray) -> None:
+        folder = output / name
         if (folder / storage.MANIFEST).is_file():
             storage.verify(folder, kind="embeddings")
-        about: dict[str, Any] = {
-            "model": storage.fingerprint(model),
-            "catalogue": storage.fingerprint(catalogue),
-            "id_column": "product_id" if side == "products" else "query_id",
-        }
-        writer = EmbeddingWriter(folder, dim=two_tower.embed_dim, metric=two_tower.metric, **about)
-        own_towers = towers["product" if side == "products" else "query"]
+        id_column = "product_id" if name == "products" else "query_id"
+        about = {"model": storage.fingerprint(model), "catalogue": storage.fingerprint(catalogue)}
+        writer = EmbeddingWriter(folder, dim=two_tower.embed_dim, metric=two_tower.metric, id_column=id_column, **about)
+        own_towers = {} if name == "tuning" else towers["product" if name == "products" else "query"]
         untrained_writers = {
-            name: EmbeddingWriter(output / "untrained" / name / side, dim=tower.out_dim, **about)
-            for name, tower in own_towers.items()
+            tower_name: EmbeddingWriter(
+                output / "untrained" / tower_name / name, dim=tower.out_dim, id_column=id_column, **about
+            )
+            for tower_name, tower in own_towers.items()
         }
-        data: Dataset[NumberedItems]
-        if side == "products":
-            data = ProductTable(table, preprocess.product, product_view)
-        else:
-            data = QueryTable(table, tables["products"], preprocess.query, query_view)
-        rows = {shard: np.arange(*table.shard_starts[shard : shard + 2]) for shard in range(len(table.shards))}
-        rows = {shard: some for shard, some in rows.items() if len(some)}
         hints = {"model": str(model.resolve()), "catalogue": str(catalogue.resolve())}
-        embed_rows(data, two_tower, table, rows, writer, hints, options, Untrained(own_towers, untrained_writers))
+        before = Untrained(own_towers, untrained_writers)
+        embed_rows(data, two_tower, table, rows_by_shard(table, rows), writer, hints, options, before)
+
+    write("products", ProductTable(products, preprocess.product, product_view), products, np.arange(len(products)))
+    if queries is not None:
+        asked = QueryTable(queries, products, preprocess.query, query_view)
+        write("queries", asked, queries, np.arange(len(queries)))
+    if len(tuning.rows):
+        write("tuning", TuningTable(tuning, products, preprocess.query, query_view), products, tuning.rows)
+
+
+def rows_by_shard(table: Table, rows: np.ndarray) -> dict[int, np.ndarray]:
+    """Shard -> those of ascending rows that lie in it, without shards that have none."""
+    parts = np.split(rows, np.searchsorted(rows, table.shard_starts[1:-1]))
+    return {shard: part for shard, part in enumerate(parts) if len(part)}
 
 
 @dataclass(frozen=True)
@@ -166,8 +177,8 @@ def embed_rows(
     writers = [writer, *untrained.writers.values()]
     names = {shard: table.shards[shard].stem for shard in rows}
     missing = {shard: some for shard, some in rows.items() if not all(w.done(names[shard]) for w in writers)}
-    side = "products" if writer.id_column == "product_id" else "queries"
-    logger.info("%s: %d of %d shards to embed", side, len(missing), len(rows))
+    side: Side = "product" if writer.id_column == "product_id" else "query"
+    logger.info("%s: %d of %d shards to embed", writer.path.name, len(missing), len(rows))
     trainer = L.Trainer(
         accelerator=options.accelerator,
         devices=options.devices,
@@ -181,7 +192,7 @@ def embed_rows(
     )
     if missing:
         loaders = ShardLoaders(data, missing, options.batch_size, options.num_workers)
-        encode = _Encode(model, "product" if side == "products" else "query", untrained.towers)
+        encode = _Encode(model, side, untrained.towers)
         trainer.predict(encode, datamodule=loaders, return_predictions=False)
     trainer.strategy.barrier("embedded")  # every process has written its shards
     if trainer.is_global_zero:
@@ -189,11 +200,23 @@ def embed_rows(
             own.finish(list(names.values()), dict(hints))
 
 
-def all_items(tables: dict[str, Table]) -> Iterator[Item]:
-    """Every product and every query of a catalogue."""
+def all_items(tables: dict[str, Table], tuning: TuningQueries) -> Iterator[Item]:
+    """Every product and every query of a catalogue, and what is typed to tune by."""
     for side, read in (("products", product_item), ("queries", query_item)):
         if (table := tables.get(side)) is not None:
             yield from (read(table.row(row)) for row in range(len(table)))
+    for row in tuning.rows.tolist():
+        typed = tuning.typed(row, product_item(tables["products"].row(row)))
+        if typed is not None:
+            yield typed
+
+
+def asked_as(item: Item) -> Iterator[tuple[str, Item]]:
+    """The kinds of query that a product can be asked as, and what each shows of it."""
+    yield "fused", item
+    yield "product:text", Item(text=item.text)
+    yield "product:image", Item(images=item.images)
+    yield "product:attribute", Item(attributes=item.attributes)
 
 
 class ProductTable(Dataset[NumberedItems]):
@@ -215,11 +238,7 @@ class QueryTable(Dataset[NumberedItems]):
         self.source = index_in(queries.column("source_product_id"), products.column("product_id"))
 
     def __getitem__(self, rows: np.ndarray) -> NumberedItems:
-        asked = [
-            (int(row) * len(KINDS) + KINDS.index(kind), item) for row in rows for kind, item in self.kinds(int(row))
-        ]
-        tensors = self.preprocess([self.view(item) for _, item in asked])
-        return NumberedItems(tensors, torch.tensor([number for number, _ in asked], dtype=torch.int64))
+        return numbered_by_kind(rows, self.kinds, self.preprocess, self.view)
 
     def kinds(self, row: int) -> Iterator[tuple[str, Item]]:
         """The kinds that a query can be asked as, and what each shows."""
@@ -227,11 +246,34 @@ class QueryTable(Dataset[NumberedItems]):
             item = query_item(self.queries.row(row))
             yield ("fused" if item.text and item.images else "image" if item.images else "text"), item
             return
-        item = product_item(self.products.row(int(self.source[row])))
-        yield "fused", item
-        yield "product:text", Item(text=item.text)
-        yield "product:image", Item(images=item.images)
-        yield "product:attribute", Item(attributes=item.attributes)
+        yield from asked_as(product_item(self.products.row(int(self.source[row]))))
+
+
+class TuningTable(Dataset[NumberedItems]):
+    """Products by row number as queries to tune by; numbered as those of `QueryTable`."""
+
+    def __init__(self, tuning: TuningQueries, products: Table, preprocess: ItemPreprocess, view: ItemView) -> None:
+        self.tuning, self.products, self.preprocess, self.view = tuning, products, preprocess, view
+
+    def __getitem__(self, rows: np.ndarray) -> NumberedItems:
+        return numbered_by_kind(rows, self.kinds, self.preprocess, self.view)
+
+    def kinds(self, row: int) -> Iterator[tuple[str, Item]]:
+        """The kinds that a product asks as, and what each shows."""
+        item = product_item(self.products.row(row))
+        yield from asked_as(item)
+        typed = self.tuning.typed(row, item)
+        if typed is not None:
+            yield "text", typed
+
+
+def numbered_by_kind(
+    rows: np.ndarray, kinds: Callable[[int], Iterable[tuple[str, Item]]], preprocess: ItemPreprocess, view: ItemView
+) -> NumberedItems:
+    """Rows once for each kind that they are asked as, numbered row * kinds + kind."""
+    asked = [(int(row) * len(KINDS) + KINDS.index(kind), item) for row in rows for kind, item in kinds(int(row))]
+    tensors = preprocess([view(item) for _, item in asked])
+    return NumberedItems(tensors, torch.tensor([number for number, _ in asked], dtype=torch.int64))
 
 
 class ShardBatches(Sampler[np.ndarray]):
@@ -342,7 +384,8 @@ class ShardWriter(L.Callback):
         wanted = len(self.rows[shard])
         if len(seen := np.unique(row // (len(KINDS) if is_query else 1))) != wanted:
             raise RuntimeError(f"{len(seen)} of {wanted} rows of shard {shard} were encoded: nothing is written.")
-        ids = self.table.column(self.writer.id_column)[start:stop].to_pylist()
+        id_column = "product_id" if "product_id" in self.table.names else "query_id"  # products that ask keep their ids
+        ids = self.table.column(id_column)[start:stop].to_pylist()
         name = self.table.shards[shard].stem
         numbers = row // (len(KINDS) if is_query else 1) - start
         own_ids = np.array([ids[number] for number in numbers], object)

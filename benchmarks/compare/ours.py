@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -40,7 +40,7 @@ from benchmarks.compare.peers import (
 from retrieval.build import Recipe, build_index
 from retrieval.building import resources
 from retrieval.building.encoded import GROUPING_BYTES
-from retrieval.building.factory import parse_mapped
+from retrieval.building.factory import choose_factory, default_nprobe, num_lists, parse_mapped
 from retrieval.building.points import Target
 from retrieval.building.workspace import BLOCK_ROWS, Workspace
 from retrieval.embeddings import EmbeddingReader
@@ -74,9 +74,14 @@ class Ours(Arm):
         faiss.omp_set_num_threads(task.threads)
         reader = EmbeddingReader(task.data / "embeddings")
         queries = None if self._target is None else EmbeddingReader(task.data / "tuning")
+        recipe = self._recipe
+        if self._target is None and choose_factory(reader.count, reader.dim).factory == "Flat":
+            recipe = replace(
+                recipe, nprobe=default_nprobe(num_lists(reader.count))
+            )  # exact search is an arm of its own
         started = time.perf_counter()
         with stages_of_build() as stages:
-            manifest = build_index(reader, folder / "index", self._recipe, target=self._target, queries=queries)
+            manifest = build_index(reader, folder / "index", recipe, target=self._target, queries=queries)
         stages["publish"] = time.perf_counter() - started - sum(stages.values())  # files, digests, reading back
         design = parse_mapped(manifest.meta["factory"])
         told: dict[str, Any] = {}
@@ -104,7 +109,7 @@ class Ours(Arm):
 
     def _tuned(self) -> list[Point]:
         """The points that the build measured, for the kind of query that it was asked to suit."""
-        if self.index.tuning is None:
+        if self.index.tuning is None or self._target is None:
             return []
         points = self.index.tuning.points
         front = points.get("query") or next(iter(points.values()))
@@ -134,7 +139,7 @@ class Ours(Arm):
         return self.index.search(queries, k, nprobe=point.get("nprobe"), k_factor=point.get("k_factor")).rows
 
     def extra(self) -> dict[str, Any]:
-        """What the tuning promises for 0.95, and how many queries it rests on."""
+        """What the index is searched with by default, and how many queries that rests on."""
         if self.index.tuning is None:
             return {}
         return {"tuned_for": self.index.settings._asdict(), "tuned_by": dict(self.index.tuning.queries)}

@@ -1,8 +1,9 @@
 """Which index for how many vectors: the FAISS factory string, chosen from count and dimension, with the reason.
 
-The default is `IVF{lists},PQ{dim/4}x4fsr,Refine(SQ8)`: many small lists found by k-means in two levels, 4-bit codes of
-four dimensions each that are scanned from registers, and 8-bit vectors to rank the best candidates again. No learned
-rotation (OPQ): its training costs most of a build on a CPU, and re-ranking makes its gain vanish.
+Few vectors are compared one by one (`Flat`). The default for more is `IVF{lists},PQ{dim/4}x4fsr,Refine(SQ8)`: many
+small lists found by k-means in two levels, 4-bit codes of four dimensions each that are scanned from registers, and
+8-bit vectors to rank the best candidates again. No learned rotation (OPQ): its training costs most of a build on a CPU,
+and re-ranking makes its gain vanish.
 """
 
 from __future__ import annotations
@@ -19,6 +20,13 @@ POINTS_PER_LIST = 61
 
 CODEBOOK = 16
 """Centroids of a 4-bit code."""
+
+EXACT_NUMBERS = 30_000 * 256
+"""Up to so many numbers, products times dimensions, the default index compares a query with every product.
+
+An exact search reads all of them once, so what it costs follows from their number: about 1 ms on one quiet core, where
+an index with lists would save less than that and lose products. `python -m benchmarks.exact` measures it.
+"""
 
 
 @dataclass(frozen=True)
@@ -69,7 +77,20 @@ def parse_mapped(factory: str) -> Mapped | None:
 
 
 def choose_factory(count: int, dim: int) -> Choice:
-    """The default index of a catalogue.
+    """The default index of a catalogue: exact search while that is quick, else lists.
+
+    Args:
+        count: number of vectors, at least 1.
+        dim: D.
+    """
+    if count * dim > EXACT_NUMBERS:
+        return choose_lists(count, dim)
+    why = f"{count:,} vectors of {dim} dimensions are few enough to compare a query with each of them: nothing is lost"
+    return Choice("Flat", f"{why} (up to {EXACT_NUMBERS // dim:,})")
+
+
+def choose_lists(count: int, dim: int) -> Choice:
+    """The index with lists for a catalogue of any size, and exact search for one that is too small to train codes.
 
     Args:
         count: number of vectors, at least 1.

@@ -21,12 +21,15 @@ class Target:
         k: results of a search.
         memory: bytes that searches may touch again and again (codes, rows, centres); None for any.
         latency_ms: median of one query on one thread; None for any.
+        strict: choose among candidates, and publish nothing that does not reach it; False: measure the default index,
+            and take the best settings there are for a kind that does not reach it.
     """
 
     recall: float = 0.95
     k: int = 10
     memory: int | None = None
     latency_ms: float | None = None
+    strict: bool = True
 
     def __post_init__(self) -> None:
         """Refuse what no index can be.
@@ -106,20 +109,31 @@ class Tuning:
         """
         if not 0 < recall <= 1:
             raise ValueError(f"recall={recall}; expected a number above 0, at most 1")
-        kinds = [kind] if kind in self.points else list(self.points)
-        chosen = [self._cheapest(recall, name) for name in kinds]
+        for name in self._kinds(kind):
+            best = self.nearest(recall, name)
+            if not best.reaches(recall):
+                raise ValueError(
+                    f"recall@{self.k} of {recall:g} is not reached for queries of kind {name!r}: the best measured "
+                    f"point has {best.proven:.4f} (nprobe {best.nprobe}, k_factor {best.k_factor:g}): name nprobe and "
+                    "k_factor yourself, or build with a higher recall"
+                )
+        return self.nearest_settings(recall, kind)
+
+    def nearest_settings(self, recall: float, kind: str | None = None) -> Settings:
+        """As `settings_for`; where no point of a kind reaches the recall, those of its best point."""
+        chosen = [self.nearest(recall, name) for name in self._kinds(kind)]
         return Settings(max(p.nprobe for p in chosen), max(p.k_factor for p in chosen))
 
-    def _cheapest(self, recall: float, kind: str) -> Point:
+    def nearest(self, recall: float, kind: str) -> Point:
+        """The cheapest point of a kind that reaches a recall, else the one with most."""
         for point in self.points[kind]:
             if point.reaches(recall):
                 return point
-        best = max(self.points[kind], key=lambda point: point.proven)
-        raise ValueError(
-            f"recall@{self.k} of {recall:g} is not reached for queries of kind {kind!r}: the best measured point has "
-            f"{best.proven:.4f} (nprobe {best.nprobe}, k_factor {best.k_factor:g}): name nprobe and k_factor yourself, "
-            "or build with a higher recall"
-        )
+        return max(self.points[kind], key=lambda point: point.proven)
+
+    def _kinds(self, kind: str | None) -> list[str]:
+        """The kind, where it was measured, else all that were."""
+        return [kind] if kind in self.points else list(self.points)
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON."""

@@ -182,16 +182,16 @@ def crowds(queries: Vectors, near: Sequence[Vectors], held: int) -> Rows:
     return np.stack([(scores > scores[:, place, None]).sum(axis=1) for place in range(held)], axis=1)
 
 
-def precision_for(sample: Vectors, asked: Probe, k: int, count: int) -> str:
+def precision_for(sample: Vectors, asked: Sequence[Probe], k: int, count: int) -> str:
     """How vectors for re-ranking are stored where no recall is asked for: "SQ8", or "SQfp16" where 8 bits lose results.
 
     Args:
         sample: (S, D) float32, drawn uniformly.
-        asked: Q products of the sample as queries.
+        asked: queries; those that are products have their row in `sample` as `own`.
         k: results of a search.
         count: number of all vectors.
     """
-    near = nearest_in(sample, [asked], k, count)
+    near = nearest_in(sample, asked, k, count)
     held = max(1, round(k * len(sample) / count))
     return "SQ8" if min(ceiling_of_8_bits(sample, near, held)) >= CEILING else "SQfp16"
 

@@ -16,6 +16,9 @@ from retrieval.vectors import Metric, as_queries
 PER_KIND = 2000
 """Queries of a kind that are asked: half choose, half check; more would not change the choice."""
 
+PER_KIND_BY_DEFAULT = 1000
+"""The same of a build that is asked for no recall: exact search for them is most of what measuring costs."""
+
 PRODUCTS = "product"
 """The kind of queries that are products themselves, which do not count as their own neighbours."""
 
