@@ -83,6 +83,8 @@ ARMS: dict[str, dict[str, list[str]]] = {
     },
     "fashion": {
         "in use": [],
+        "fused by the mean": ["--model.product.fusion=mean"],
+        "fused by a transformer": ["--model.product.fusion=transformer"],
         "whole items alone": [WHOLE],
         "parts weigh .25": [parts_weigh(0.25)],
         "modality dropout .15 in place of parts": [WHOLE, "--data.views.modality_dropout=0.15"],

@@ -31,51 +31,45 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 from jsonargparse import auto_cli
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table as RichTable
-from torch import nn
 
-from benchmarks.ledger import Ledger
+from benchmarks.ledger import Ledger, commit
 from benchmarks.splits import NewSplits
 from datamodules.batch import Item
 from datamodules.schema import Schema
 from retrieval.build import Recipe, build_index
 from retrieval.building.factory import choose_lists
 from retrieval.catalogue import PreparedCatalogue
+from retrieval.comparison import COMPARED, HYBRID, measure, per_query
 from retrieval.embeddings import EmbeddingReader
-from retrieval.evaluate import Options, evaluate, measure
-from retrieval.hits import Hits
+from retrieval.evaluate import Evaluation, Options, evaluate, open_untrained
 from retrieval.index import ProductIndex
-from retrieval.judgements import Questions
-from retrieval.lexical import reciprocal_rank_fusion
+from retrieval.metrics import bootstrap_interval
+from retrieval.questions import Questions
 from retrieval.storage import write_json
 from towers.embed import embed
 from towers.encoder import Encoder
 from towers.hugging_face import HuggingFaceText
 from towers.image import TimmImage
 from towers.model_folder import save_model
-from towers.tower import Tower
 from towers.two_tower import TwoTower
 
 Split = Literal["val", "test"]
 METRICS = ("hit@1", "hit@10", "recall@10", "best_recall@10", "ndcg@10")
 MODALITIES = ("text", "image", "attribute")
-PRETRAINED = ("text", "image", "sum")
-LEXICAL = ("bm25", "tfidf", "jaccard")
+UNTRAINED = ("bm25", "tfidf", "text", "image", "numbers", "sum", "floor")
+"""Rows of search without training; nothing but the last one's weights and the words' settings is chosen, on val."""
+
 MISSING = {
     f"{sides} without {modality}": (side, modality)
     for modality in MODALITIES
     for sides, side in (("products", "product"), ("queries", "query"))
 }
 """What is hidden, and of what."""
-LEXICAL_WEIGHTS = (4, 16, 64)
-"""Of BM25's ranks beside the model's, tried beside 1."""
-
-
 WHOLE = "--model.compare=[{query: whole}]"
 LOSS = "--model.loss.init_args"
 CLIP = ["--model.loss=benchmarks.peer_losses.OpenClipLoss", f"{LOSS}.temperature=0.07"]
@@ -88,16 +82,15 @@ SIGLIP = [
 
 TOWERS = (*MODALITIES, "words")
 ALONE = {tower: [*(f"--model.product.{other}=null" for other in TOWERS if other != tower), WHOLE] for tower in TOWERS}
-TRAINED = {
-    **{tower: ALONE[tower] for tower in MODALITIES},
-    "fused gated": [],
-    "fused mean": ["--model.product.fusion=mean"],
-    "fused transformer": ["--model.product.fusion=transformer"],
-    "fused gated, no modality dropout": ["--data.views.modality_dropout=0"],
-}
-ROBUSTNESS = ("fused gated", "fused gated, no modality dropout")
+TRAINED: dict[str, list[str]] = {"trained": []}
+"""The configuration in use; what its parts are worth is the matter of `benchmarks.ablation`."""
+
 BORROWED = {"as fashion is trained": "fashion", "as luma is trained": "luma"}
 """Arms of a catalogue without a configuration of its own, such as a new user's -> configuration."""
+
+
+HYBRIDS = (*TRAINED, *BORROWED)
+"""Arms that are fused with words, too."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +101,6 @@ class Catalogue:
         name: folder under --data, and configuration under configs/.
         seeds: trainings per arm.
         trained: names of its trained arms.
-        overrides: command-line arguments of single arms.
         configs: configurations of the arms that have another one.
         splits: how it is divided anew; None takes its own splits.
     """
@@ -116,7 +108,6 @@ class Catalogue:
     name: str
     seeds: int
     trained: tuple[str, ...] = tuple(TRAINED)
-    overrides: dict[str, list[str]] = field(default_factory=dict)
     configs: dict[str, str] = field(default_factory=dict)
     splits: NewSplits | None = None
 
@@ -141,8 +132,6 @@ CATALOGUES = (
     Catalogue(
         "grocery",
         seeds=1,
-        trained=("text", "image", "fused gated"),  # no query shows attributes
-        overrides={"text": ["--data.sources=[catalogue]"]},  # no query of the train split is a text
     ),
 )
 
@@ -175,8 +164,7 @@ class Results:
     def store(self, part: str, key: str, value: dict[str, Any], salt: int | None) -> None:
         """Keep an arm; before, that the test split was read for it."""
         catalogue, arm = key.split("/", 1)
-        by_a_model = arm.split("/")[0] not in LEXICAL  # nothing is chosen of traditional search
-        if value["split"] == "test" and by_a_model:
+        if value["split"] == "test":
             self.ledger.add(catalogue, salt, arm)
         self.data[part][key] = {**value, "splits": salt}
         self.save()
@@ -197,9 +185,10 @@ class Bench:
         split: whose queries are asked.
         results: where figures go.
         quick: few epochs.
-        arms: name -> command-line arguments of what is trained; with other ones than these, nothing untrained is
-            measured.
+        arms: name -> command-line arguments of what is trained; with other ones than these, search without training is
+            not measured.
         robust: trained arms that are measured with a modality missing, too.
+        hybrid: trained arms that are fused with words, too.
     """
 
     def __init__(
@@ -212,9 +201,11 @@ class Bench:
         results: Results,
         quick: bool,
         arms: Mapping[str, list[str]] | None = None,
-        robust: Sequence[str] = ROBUSTNESS,
+        robust: Sequence[str] = (),
+        hybrid: Sequence[str] = (),
     ) -> None:
         self.all = arms is None
+        self.hybrid = hybrid
         self.arms = TRAINED | {name: [] for name in BORROWED} if arms is None else arms
         self.catalogue, self.weights, self.work, self.split = catalogue, weights, work, split
         self.results, self.quick = results, quick
@@ -227,8 +218,8 @@ class Bench:
     def run(self) -> Iterator[str]:
         """Measure every arm that is missing; yields its name."""
         self.prepare()
-        for name, encoder in self.pretrained().items() if self.all else ():
-            yield from self.arm(f"pretrained {name}", 0, lambda e=encoder: self.untrained(e))
+        if self.all and not all(self.done("arms", f"{name}/0") for name in UNTRAINED):
+            yield from self.without_training()
         for seed in self.seeds:
             for name in self.catalogue.trained:
                 yield from self.arm(name, seed, lambda n=name, s=seed: self.train(n, self.arms[n], s))
@@ -242,7 +233,7 @@ class Bench:
             SystemExit: the test split would be read a second time.
         """
         if self.split == "test":
-            arms = [f"pretrained {name}/0" for name in PRETRAINED if self.all]
+            arms = [f"{name}/0" for name in UNTRAINED if self.all]
             arms += [f"{name}/{seed}" for seed in self.seeds for name in self.catalogue.trained]
             robust = [f"{name}/{seed}" for seed in self.seeds for name in self.robust]
             hidden = [f"{arm}/{what}" for arm in robust for what in MISSING]
@@ -280,37 +271,50 @@ class Bench:
         if self.done("arms", f"{name}/{seed}"):
             return
         started = time.monotonic()
-        folder = self.work / "runs" / key
+        folder = self.work / "runs" / self.catalogue.folder / name / str(seed)
         model, command = make()
-        self.store("arms", f"{name}/{seed}", {**self.measure(model, folder), "command": command})
+        figures = self.measure(model, folder, untrained=name in self.hybrid)
+        made = folder / "train" / "made.json"
+        trained_at = json.loads(made.read_text(encoding="utf-8"))["commit"] if made.is_file() else None
+        self.store("arms", f"{name}/{seed}", {**figures, "command": command, "trained_at": trained_at})
         self.results.data["arms"][key]["seconds"] = round(time.monotonic() - started, 1)
         self.results.save()
         yield key
 
-    def pretrained(self) -> dict[str, Encoder]:
-        """Encoders as they come, without training: cosine of their features, and the sum of both cosines."""
+    def without_training(self) -> Iterator[str]:
+        """Words, pretrained towers, and their sums: all that a model of them is measured against."""
         text = HuggingFaceText(str(self.weights / "all-minilm-l6-v2"), template="{title}", max_length=64, freeze=True)
         weights = self.weights / "tf_efficientnet_lite0.safetensors"
         image = TimmImage("tf_efficientnet_lite0", pretrained=weights, freeze=True)
-        towers = {"text": text}, {"image": image}, {"text": text, "image": image}
-        return dict(zip(PRETRAINED, map(side_by_side, towers), strict=True))
-
-    def untrained(self, encoder: Encoder) -> tuple[Path, str]:
-        """A model folder of an encoder as it is."""
-        model = TwoTower(encoder)
+        model = TwoTower(Encoder(64, text, image))
         model.set_schema(Schema.load(self.prepared / "schema.json"))
-        folder = self.work / "untrained"
-        save_model(model, folder, overwrite=True)
-        return folder, ""
+        folder = self.work / "runs" / self.key("without training")
+        save_model(model, folder / "model", overwrite=True)
+        started = time.monotonic()
+        evaluation = self.evaluate(folder / "model", folder, untrained=True)
+        questions = evaluation.questions
+        for name in UNTRAINED:
+            kinds = {kind: found[name] for kind, found in evaluation.untrained.items() if name in found}
+            if kinds and not self.done("arms", f"{name}/0"):
+                figures, values = figures_of(questions, kinds)
+                about = {"command": "", "seconds": round(time.monotonic() - started, 1)}
+                chosen = evaluation.report["chosen"] if name == "floor" else {}
+                self.store("arms", f"{name}/0", {"kinds": figures, "values": values, "chosen": chosen, **about})
+                yield self.key(f"{name}/0")
 
     def train(self, name: str, arguments: list[str], seed: int) -> tuple[Path, str]:
         """Train by the command line; returns the model folder and the command."""
-        run = self.work / "runs" / self.catalogue.name / name / str(seed) / "train"
-        arguments = [*arguments, *self.catalogue.overrides.get(name, [])]
+        run = self.work / "runs" / self.catalogue.folder / name / str(seed) / "train"
         config = self.catalogue.configs.get(name, self.catalogue.name)
         command = ["train.py", *self.fit_arguments(run, arguments, seed, config)]
-        call(*command)
-        return run / "model", "python " + " ".join(command)
+        made = "python " + " ".join(command)
+        marker = run / "made.json"  # a model of the same command is not trained again
+        if not marker.is_file() or json.loads(marker.read_text(encoding="utf-8"))["command"] != made:
+            shutil.rmtree(run, ignore_errors=True)
+            call(*command)
+            run.mkdir(parents=True, exist_ok=True)
+            write_json(marker, {"command": made, "commit": commit()})
+        return run / "model", made
 
     def fit_arguments(
         self,
@@ -319,7 +323,7 @@ class Bench:
         seed: int,
         config: str | None = None,
     ) -> list[str]:
-        """The arguments of `train.py` for a configuration and these; what lies in `run` is removed.
+        """The arguments of `train.py` for a configuration and these.
 
         Args:
             run: folder of the run.
@@ -327,7 +331,6 @@ class Bench:
             seed: of weights and batches.
             config: name under configs/; None takes the catalogue's.
         """
-        shutil.rmtree(run, ignore_errors=True)
         text = "--model.product.text.init_args.pretrained=" + str(self.weights / "all-minilm-l6-v2")
         image = "--model.product.image.init_args.pretrained=" + str(self.weights / "tf_efficientnet_lite0.safetensors")
         removed = [a.removesuffix("=null") for a in arguments if a.endswith("=null")]
@@ -344,58 +347,48 @@ class Bench:
             f"--model.seed={seed}",
             f"--data.seed={seed}",
             f"--run={run}",
+            "--floor=false",  # measured here
             "--trainer.enable_progress_bar=false",
             "--trainer.enable_model_summary=false",
         ]
 
-    def measure(self, model: Path, folder: Path, product: Any = None, query: Any = None) -> dict[str, Any]:
+    def measure(
+        self, model: Path, folder: Path, product: Any = None, query: Any = None, untrained: bool = False
+    ) -> dict[str, Any]:
+        """The figures of a model, and of it and words fused where search without training is measured."""
+        evaluation = self.evaluate(model, folder, product, query, untrained)
+        report, questions, found = evaluation.report, evaluation.questions, evaluation.found
+        rows = {kind: found["exact"][questions.of_kind(kind)] for kind in questions.all_kinds}
+        rows |= {f"{kind}, hybrid": of[HYBRID] for kind, of in evaluation.untrained.items() if HYBRID in of}
+        figures, values = figures_of(questions, rows)
+        for kind in questions.all_kinds:
+            figures[kind]["ann_hit@10"] = triple(report["tasks"]["ann"][kind]["hit@10"])
+            figures[kind]["ann_vs_exact_recall@10"] = triple(report["tasks"]["ann_vs_exact"][kind]["recall@10"])
+            figures[kind]["queries"] = report["queries"][kind]["count"]
+        return {"kinds": figures, "values": values, "index": report["index"]["factory"]}
+
+    def evaluate(
+        self, model: Path, folder: Path, product: Any = None, query: Any = None, untrained: bool = False
+    ) -> Evaluation:
         """Embed the catalogue, build an index with lists, ask the split's queries."""
         shutil.rmtree(folder / "embeddings", ignore_errors=True)
         views = {name: view for name, view in (("product_view", product), ("query_view", query)) if view is not None}
-        embed(model, self.prepared, folder / "embeddings", feature_cache=self.cache, **views)
+        embed(model, self.prepared, folder / "embeddings", feature_cache=self.cache, untrained=untrained, **views)
         products = EmbeddingReader(folder / "embeddings" / "products")
         lists = choose_lists(products.count, products.dim)  # the default index of so few products would be exact
         build_index(products, folder / "index", Recipe(lists.factory), overwrite=True)
-        index = ProductIndex.open(folder / "index")
-        catalogue = PreparedCatalogue(self.prepared)
-        evaluation = evaluate(
-            index,
+        return evaluate(
+            ProductIndex.open(folder / "index"),
             products,
             EmbeddingReader(folder / "embeddings" / "queries"),
-            catalogue=catalogue,
-            options=Options(split=self.split, latency_queries=0),
+            catalogue=PreparedCatalogue(self.prepared),
+            untrained=open_untrained(folder / "embeddings" / "untrained"),
+            options=Options(split=self.split, latency_queries=0, untrained=untrained),
         )
-        report, questions, found = evaluation.report, evaluation.questions, evaluation.found
-        self.traditional(report["baselines"])
-        kinds = {}
-        for kind, exact in report["tasks"]["exact"].items():
-            ann, against = report["tasks"]["ann"][kind], report["tasks"]["ann_vs_exact"][kind]
-            kinds[kind] = {metric: triple(exact[metric]) for metric in METRICS}
-            kinds[kind]["ann_hit@10"] = triple(ann["hit@10"])
-            kinds[kind]["ann_vs_exact_recall@10"] = triple(against["recall@10"])
-            kinds[kind]["queries"] = report["queries"][kind]["count"]
-        for kind, fused in report["baselines"].get("hybrid", {}).items():
-            kinds[f"{kind}, fused with BM25"] = {metric: triple(fused[metric]) for metric in METRICS}
-            of = questions.of_kind(kind)
-            rankings = evaluation.by_words.of(of), Hits.in_order(found["ann"][of])
-            for weight in LEXICAL_WEIGHTS:
-                both = reciprocal_rank_fusion(rankings, [weight, 1])
-                kinds[f"{kind}, fused with BM25 of weight {weight}"] = figures_of(questions, of, both)
-        if len(of := naming_a_colour(questions, catalogue)):
-            kinds["text that names a colour"] = figures_of(questions, of, found["exact"][of])
-        return {"kinds": kinds, "index": report["index"]["factory"]}
-
-    def traditional(self, baselines: dict[str, Any]) -> None:
-        """Keep what traditional search reached on the same queries; it is the same in every report."""
-        for name in LEXICAL:
-            if name in baselines and not self.done("arms", f"{name}/0"):
-                kinds = baselines[name]
-                figures = {kind: {metric: triple(of[metric]) for metric in METRICS} for kind, of in kinds.items()}
-                self.store("arms", f"{name}/0", {"kinds": figures, "command": "", "seconds": 0})
 
     def missing(self, name: str, seed: int) -> Iterator[str]:
         """A trained model when a modality is missing on one side."""
-        model = self.work / "runs" / self.catalogue.name / name / str(seed) / "train" / "model"
+        model = self.work / "runs" / self.catalogue.folder / name / str(seed) / "train" / "model"
         for what, (side, modality) in MISSING.items():
             arm = f"{name}/{seed}/{what}"
             if not self.done("missing", arm):
@@ -417,38 +410,25 @@ class Without:
         )
 
 
-def figures_of(questions: Questions, of: NDArray[np.int64], rows: NDArray[np.int64]) -> dict[str, list[float]]:
-    """What (Q', DEPTH) rows are worth as answers to the questions at these positions."""
-    measured = measure(rows, questions.relevant[of], questions.judged[of], questions.grades[of])
-    return {metric: triple(measured[metric]) for metric in METRICS}
+def figures_of(questions: Questions, found: Mapping[str, NDArray[np.int64]]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What rankings are worth.
 
+    Args:
+        questions: what was asked.
+        found: kind, or "KIND, hybrid" -> (Q', DEPTH) rows.
 
-def naming_a_colour(questions: Questions, catalogue: PreparedCatalogue) -> NDArray[np.int64]:
-    """Positions of the typed queries in which a value of the catalogue's colour attribute stands."""
-    of = questions.of_kind("text")
-    if not len(of):
-        return of
-    attributes = pq.read_table(catalogue.path / "products", columns=["attributes"]).column("attributes")
-    attributes = attributes.combine_chunks()
-    named = [field.name for field in attributes.type if field.name in ("color", "colour")]
-    colours = {value.lower() for name in named for value in attributes.field(name).unique().to_pylist() if value}
-    queries = catalogue.queries().to_pydict()
-    texts = dict(zip(queries["query_id"], queries["text"], strict=True))
-    padded = [f" {texts[questions.ids[position]].lower()} " for position in of]
-    return of[[any(f" {colour} " in text for colour in colours) for text in padded]]
-
-
-def side_by_side(towers: dict[str, Tower]) -> Encoder:
-    """Untrained: each tower's unit features in places of their own, so that the cosine is the mean of their cosines."""
-    encoder = Encoder(sum(tower.out_dim for tower in towers.values()), **towers, fusion="mean")
-    start = 0
-    for name, tower in towers.items():
-        weight = torch.zeros(encoder.embed_dim, tower.out_dim)
-        weight[start : start + tower.out_dim] = torch.eye(tower.out_dim)
-        encoder.projections[name].weight = nn.Parameter(weight)
-        start += tower.out_dim
-    nn.init.zeros_(encoder.absent)
-    return encoder
+    Returns:
+        Kind -> metric -> value with its interval; kind -> metric -> value of each query, for paired comparisons.
+    """
+    figures: dict[str, Any] = {}
+    values: dict[str, Any] = {}
+    for kind, rows in found.items():
+        own = questions.take(questions.of_kind(kind.removesuffix(", hybrid")))
+        measured = measure(rows, own.relevant, own.judged, own.grades)
+        figures[kind] = {metric: triple(measured[metric]) for metric in METRICS}
+        each = per_query(rows, own.relevant, own.judged, own.grades)
+        values[kind] = {metric: each[metric].round(4).tolist() for metric in COMPARED}
+    return figures, values
 
 
 def triple(figure: dict[str, float]) -> list[float]:
@@ -464,32 +444,56 @@ def call(*arguments: str) -> None:
 
 
 def show(results: Results, split: Split) -> None:
-    """One table per catalogue and kind of query: mean over seeds, lowest and highest."""
-    rows: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = {}
-    for part in ("arms", "missing"):
-        for key, arm in results.data[part].items():
-            catalogue, name, _, *rest = key.split("/")
-            if arm["split"] == split:
-                for kind, figures in arm["kinds"].items():
-                    label = ", ".join([name, *rest])
-                    rows.setdefault((catalogue, kind), {}).setdefault(label, []).append(figures)
+    """One table per catalogue and kind of query; figures of several seeds are their mean."""
     console = Console(width=150)
-    for (catalogue, kind), arms in sorted(rows.items()):
+    for (catalogue, kind), arms in sorted(arms_by_kind(results, split).items()):
         table = RichTable(title=f"{catalogue}, {kind} queries of the {split} split", title_justify="left")
-        columns = ("hit@1", "hit@10", "recall@10", "best_recall@10", "ndcg@10", "ann_vs_exact_recall@10")
-        for column in ("arm", "seeds", *columns):
+        for column in ("arm", "seeds", *COMPARED, "nDCG@10 above the best without training"):
             table.add_column(column, justify="left" if column == "arm" else "right")
-        for name, seeds in arms.items():
-            table.add_row(name, str(len(seeds)), *(spread([s[c][0] for s in seeds if c in s]) for c in columns))
+        for row in table_rows(arms):
+            table.add_row(*row)
         console.print(table)
 
 
-def spread(values: list[float]) -> str:
-    """Mean, and the range where there are several."""
-    if not values:
-        return ""
-    mean = sum(values) / len(values)
-    return f"{mean:.3f}" if len(values) == 1 else f"{mean:.3f} ({min(values):.3f}-{max(values):.3f})"
+Arms = dict[str, list[dict[str, list[float]]]]
+"""Arm -> for each seed, metric -> values of the queries."""
+
+
+def arms_by_kind(results: Results, split: Split) -> dict[tuple[str, str], Arms]:
+    """(Catalogue, kind) -> arms; those of a kind and of its hybrid share a table."""
+    found: dict[tuple[str, str], Arms] = {}
+    for part in ("arms", "missing"):
+        for key, arm in results.data[part].items():
+            catalogue, name, _, *rest = key.split("/")
+            for kind, values in arm["values"].items() if arm["split"] == split else ():
+                plain = kind.removesuffix(", hybrid")
+                label = ", ".join([name, *rest, *(["hybrid"] if plain != kind else [])])
+                found.setdefault((catalogue, plain), {}).setdefault(label, []).append(values)
+    return found
+
+
+def table_rows(arms: Arms) -> Iterator[list[str]]:
+    """Cells of each arm: name, seeds, metrics with intervals, paired gain over the best row without training."""
+    means = {
+        name: {metric: np.mean([seed[metric] for seed in seeds], axis=0) for metric in COMPARED}
+        for name, seeds in arms.items()
+    }
+    untrained = [name for name in UNTRAINED if name in means]
+    best = max(untrained, key=lambda name: means[name]["ndcg@10"].mean(), default=None)
+    order = [*untrained, *(name for name in means if name not in untrained)]
+    for name in order:
+        cells = [with_interval(means[name][metric]) for metric in COMPARED]
+        own = means[name]["ndcg@10"]
+        gain = ""
+        if best is not None and name not in untrained and len(own) == len(means[best]["ndcg@10"]):
+            gain = with_interval(own - means[best]["ndcg@10"], sign="+")
+        yield [f"{name} *" if name == best else name, str(len(arms[name])), *cells, gain]
+
+
+def with_interval(values: NDArray[np.float64], sign: str = "") -> str:
+    """A mean over queries with the ends of its bootstrap interval."""
+    low, high = bootstrap_interval(values)
+    return f"{values.mean():{sign}.3f} ({low:{sign}.3f} to {high:{sign}.3f})"
 
 
 def main(
@@ -518,7 +522,11 @@ def main(
     results = Results(json, Ledger(again=again))
     catalogues = {catalogue.name: catalogue for catalogue in (CATALOGUES[:1] if quick else CATALOGUES)}
     names = chosen(only, catalogues)
-    run_all([Bench(catalogues[name], data, weights, work, split, results, quick) for name in names], results, split)
+    run_all(
+        [Bench(catalogues[name], data, weights, work, split, results, quick, hybrid=HYBRIDS) for name in names],
+        results,
+        split,
+    )
 
 
 def chosen(asked: list[str] | None, names: Iterable[str]) -> list[str]:

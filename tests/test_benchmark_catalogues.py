@@ -90,11 +90,11 @@ def test_an_interrupted_reading_goes_on_with_the_arms_that_it_lacks(tmp_path: Pa
     ]
 
 
-def test_new_splits_val_and_traditional_search_are_no_second_reading(tmp_path: Path) -> None:
+def test_new_splits_and_val_are_no_second_reading(tmp_path: Path) -> None:
     first = bench(tmp_path, "figures.json", splits=NewSplits(1))
-    first.store("arms", "bm25/0", {"kinds": {}})
     first.store("arms", "fused/0", {"kinds": {}})
-    assert [read["arms"] for read in reads(tmp_path)] == [["fused/0"]]
+    first.store("arms", "floor/0", {"kinds": {}})  # its weights are chosen, on val
+    assert [read["arms"] for read in reads(tmp_path)] == [["fused/0", "floor/0"]]
     bench(tmp_path, "other.json", splits=NewSplits(2)).check()
     of_val = bench(tmp_path, "other.json", splits=NewSplits(1))
     of_val.split = "val"
