@@ -188,9 +188,10 @@ def test_an_index_leaves_out_products_and_their_groups(index):
     rows = np.array([index.row_of("p1"), index.row_of("p2")])
     hits = index.search(QUERIES, 10, without=rows, without_groups=True, one_per="group")
     groups = [[GROUPS[int(id[1:])] for id in ids] for ids in index.ids(hits.rows)]
+    assert {len(found) for found in groups} == {10}
     for found in groups:
         known = [group for group in found if group >= 0]
-        assert len(known) == len(set(known))
+        assert 0 < len(known) == len(set(known))
         assert not {GROUPS[1], GROUPS[2]} & set(known)
 
 

@@ -111,6 +111,7 @@ def test_a_loaded_model_needs_no_weights_and_no_network(tmp_path: Path, name: st
     model.set_schema(SCHEMA)
     column = MODALITIES.index(kind)
     items = [item for item in ITEMS if model.preprocess.product([item]).present[0, column]]
+    assert items
     expected = {side: model.encode(items, side) for side in ("query", "product")}
     save_model(model, tmp_path / "model")
     weights.rename(tmp_path / "gone")
@@ -175,7 +176,9 @@ def test_the_folder_holds_no_code_and_no_pickle(tiny_run: Path, tmp_path: Path) 
     model.set_schema(SCHEMA)
     save_model(model, tmp_path / "model")
     for folder in (tiny_run / "model", tmp_path / "model"):
-        for path in filter(Path.is_file, folder.rglob("*")):
+        paths = [path for path in folder.rglob("*") if path.is_file()]
+        assert {"model.safetensors", "config.json"} <= {path.name for path in paths}
+        for path in paths:
             assert path.suffix in (".json", ".safetensors", ".txt"), path
             assert not path.read_bytes().startswith((b"\x80", b"PK")), path
 

@@ -547,7 +547,7 @@ def test_columns_are_written_edited_and_used(tmp_path: Path) -> None:
     assert read(tmp_path / "c")[0]["attributes"]["brand"] == ["B0"]
 
 
-def test_prepare_imports_no_torch_and_starts_fast() -> None:
+def test_prepare_starts_without_torch_pandas_and_lightning() -> None:
     code = "import sys, datamodules.prepare; assert not {'torch', 'pandas', 'lightning'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 

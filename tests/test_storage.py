@@ -322,11 +322,15 @@ def test_folders_are_made_with_those_above_unless_a_file_is_in_the_way(tmp_path)
 
 @pytest.fixture
 def large(tmp_path, monkeypatch):
-    """A folder with a file that counts as large: 200,000 bytes, of which 16 blocks of 1,024 are its sample."""
+    """Two files, one of which counts as large: 200,000 bytes, of which 16 blocks of 1,024 are its sample."""
     monkeypatch.setattr(storage, "LARGE_BYTES", 100_000)
     monkeypatch.setattr(storage, "SAMPLE_BLOCKS", 16)
     monkeypatch.setattr(storage, "SAMPLE_BLOCK_BYTES", 1024)
-    return make(tmp_path / "a", np.random.default_rng(0).bytes(200_000))
+    with storage.new_folder(tmp_path / "a", kind="thing") as folder:
+        for name, size in (("数据.bin", 200_000), ("small", 100_000)):
+            with storage.create(folder / name) as file:
+                file.write(np.random.default_rng(0).bytes(size))
+    return tmp_path / "a"
 
 
 def flip(file, offset):
@@ -338,9 +342,9 @@ def flip(file, offset):
 
 
 def test_a_fast_verify_reads_blocks_of_large_files_and_all_of_others(large):
-    file = large / "sub" / "数据.bin"
+    file = large / "数据.bin"
     manifest = storage.verify(large, fast=True)
-    assert manifest.files["sub/数据.bin"].sample and not manifest.files["sub/deep/empty"].sample
+    assert manifest.files["数据.bin"].sample and not manifest.files["small"].sample
     assert json.loads((large / storage.MANIFEST).read_text())["version"] == 2
     for offset in (0, 1023, 199_999, 200_000 - 1024, (200_000 - 1024) // 15):
         flip(file, offset)
@@ -349,6 +353,10 @@ def test_a_fast_verify_reads_blocks_of_large_files_and_all_of_others(large):
         ):
             storage.verify(large, fast=True)
         flip(file, offset)
+    flip(large / "small", 50_000)
+    with pytest.raises(ArtefactError, match=r"small is damaged: expected sha256 \w{64}, found \w{64}"):
+        storage.verify(large, fast=True)
+    flip(large / "small", 50_000)
     flip(file, 2000)  # between blocks
     storage.verify(large, fast=True)
     with pytest.raises(ArtefactError, match=r"数据\.bin is damaged: expected sha256 \w{64}, found"):
@@ -359,7 +367,7 @@ def test_a_fast_verify_reads_blocks_of_large_files_and_all_of_others(large):
 
 
 def test_a_large_file_of_which_a_part_was_lost_is_noticed_by_a_fast_verify(large):
-    file = large / "sub" / "数据.bin"
+    file = large / "数据.bin"
     data = file.read_bytes()
     longest = (200_000 - 1024) // 15 + 1024  # a gap of this length or longer touches a block
     for start in range(0, 200_000 - longest, 9973):

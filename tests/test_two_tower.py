@@ -137,15 +137,17 @@ def test_matrices_decay_and_norms_biases_and_the_temperature_do_not() -> None:
     shapes = {name: parameter.ndim for name, parameter in model.named_parameters()}
     assert all(name.endswith("bias") or shapes[name] <= 1 for name in free)
     assert decayed["product.projections.text.weight"] == decayed["product.towers.text.words.weight"] == 0.1
-    for module_name, module in model.named_modules():
-        if isinstance(module, nn.LayerNorm):
-            assert {f"{module_name}.weight", f"{module_name}.bias"} <= free
+    norms = [module_name for module_name, module in model.named_modules() if isinstance(module, nn.LayerNorm)]
+    assert norms
+    for module_name in norms:
+        assert {f"{module_name}.weight", f"{module_name}.bias"} <= free
 
 
 def test_pretrained_towers_have_their_own_learning_rate(tmp_path: Path) -> None:
     text = HuggingFaceText(str(write_bert(tmp_path / "bert")))
     model = make_model(make_encoder(text=text), lr=1e-2, pretrained_lr=1e-5)
     rates = {id(p): group["lr"] for group in model.parameter_groups() for p in group["params"]}
+    assert set(rates.values()) == {1e-5, 1e-2}
     for name, parameter in model.named_parameters():
         assert rates[id(parameter)] == (1e-5 if ".towers.text." in name else 1e-2), name
 

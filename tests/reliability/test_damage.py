@@ -190,13 +190,18 @@ def test_verify_says_what_is_damaged_and_its_exit_code_too(pairs, copy, name):
 
 
 def test_an_index_that_is_good_is_never_refused(pairs, indexes, copy, figures):
+    roots = [*indexes.values(), *(root for root, _ in pairs.values())]
+    alarms = []
     for number in range(1_000 if FULL else 50):
-        root = [*indexes.values(), *(root for root, _ in pairs.values())][number % 4]
-        index = ProductIndex.open(root)
-        assert index.note == ""
-        storage.verify(index.version)
+        try:
+            index = ProductIndex.open(roots[number % len(roots)])
+            storage.verify(index.version)
+            alarms += [index.note] if index.note else []
+        except ArtefactError as error:
+            alarms.append(str(error))
         figures["T4 good indexes opened"] += 1
-    figures["T4 false alarms"] += 0
+    figures["T4 false alarms"] += len(alarms)
+    assert alarms == []
 
 
 def test_a_service_starts_on_the_version_before_every_time(pairs, copy, tmp_path, figures):
