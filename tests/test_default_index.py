@@ -103,7 +103,7 @@ def test_two_thousand_products_are_searched_exactly_by_every_kind_of_query(tmp_p
 
 def test_beyond_the_limit_each_kind_reaches_the_recall_on_queries_that_did_not_tune(tuned, stored):
     assert tuned.manifest.meta["factory"].startswith("IVF128,PQ8x4fsr,Refine(")
-    assert tuned.tuning.queries == {"product": 1000, **dict.fromkeys(KINDS, 300)}
+    assert tuned.tuning.queries == {"product": 500, **dict.fromkeys(KINDS, 300)}
     for kind in KINDS:
         vectors = asked(kind, 400, seed=3)
         assert recall_of(tuned, stored, vectors, kind=kind) >= DEFAULT_RECALL - 0.01, kind
@@ -137,7 +137,7 @@ def test_the_command_tunes_by_the_folder_beside_the_products_and_never_by_judged
 def test_queries_that_are_named_tune_instead(tmp_path, embeddings, low_limit):
     assert build(embeddings, tmp_path / "i", "--queries", embeddings) == 0
     measured = ProductIndex.open(tmp_path / "i").tuning.queries
-    assert measured == {"product": 1000, "image": 50}
+    assert measured == {"product": 500, "image": 50}
 
 
 def test_a_recall_is_checked_for_the_kinds_beside_the_products_too(tmp_path, embeddings):
@@ -170,7 +170,7 @@ def test_anyones_vectors_are_tuned_by_the_products_alone(tmp_path, low_limit):
     (tmp_path / "ids.txt").write_text("".join(f"{i}\n" for i in range(3000)))
     assert build(tmp_path / "v.npy", tmp_path / "i", "--ids", tmp_path / "ids.txt") == 0
     index = ProductIndex.open(tmp_path / "i")
-    assert index.tuning.queries == {"product": 1000}
+    assert index.tuning.queries == {"product": 500}
     assert recall_of(index, vectors, clustered(300, seed=4)) >= DEFAULT_RECALL - 0.01
 
 
