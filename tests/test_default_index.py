@@ -9,6 +9,7 @@ import index as commands
 from retrieval import metrics
 from retrieval.build import DEFAULT_RECALL, build_index
 from retrieval.building import factory
+from retrieval.building.probes import without_own
 from retrieval.embeddings import EmbeddingReader, EmbeddingWriter
 from retrieval.index import ProductIndex
 from retrieval.storage import ArtefactError
@@ -171,7 +172,10 @@ def test_anyones_vectors_are_tuned_by_the_products_alone(tmp_path, low_limit):
     assert build(tmp_path / "v.npy", tmp_path / "i", "--ids", tmp_path / "ids.txt") == 0
     index = ProductIndex.open(tmp_path / "i")
     assert index.tuning.queries == {"product": 500}
-    assert recall_of(index, vectors, clustered(300, seed=4)) >= DEFAULT_RECALL - 0.01
+    own = np.arange(0, 3000, 3)  # most of these have not tuned it
+    truth = without_own(np.argsort(-(vectors[own] @ vectors.T), axis=1)[:, :11], own)
+    found = without_own(index.search(vectors[own], 11).rows, own)
+    assert metrics.recall_at_k(found, truth, 10) >= DEFAULT_RECALL - 0.01
 
 
 def test_dimensions_that_cannot_be_cut_are_measured_too(tmp_path, low_limit):
@@ -180,7 +184,7 @@ def test_dimensions_that_cannot_be_cut_are_measured_too(tmp_path, low_limit):
     index = ProductIndex.open(tmp_path / "i")
     assert index.manifest.meta["factory"] == "IVF64,SQ8" and index.tuning is not None
     (batch,) = reader.batches()
-    assert recall_of(index, batch.vectors, clustered(300, seed=4, dim=31)) >= DEFAULT_RECALL - 0.02
+    assert recall_of(index, batch.vectors, clustered(300, seed=4, dim=31)) >= DEFAULT_RECALL - 0.03
 
 
 def test_a_kind_that_cannot_reach_the_recall_is_published_and_named(tmp_path, low_limit, caplog, capsys):
