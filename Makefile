@@ -42,7 +42,8 @@ demo: $(INSTALLED)  ## From a made-up catalogue to recall figures and a page wit
 	python train.py fit --config configs/demo_single.yaml --run demo/attribute --then_test true \
 		--model.product.text null --model.product.image null
 	python index.py embed --model demo/fused/model --catalogue demo/catalogue --output demo/embeddings
-	python index.py build --embeddings demo/embeddings/products --output demo/index
+	python index.py build --embeddings demo/embeddings/products --output demo/index \
+		--factory "IVF64,PQ32x4fsr,Refine(SQ8)"
 	python index.py evaluate --index demo/index --embeddings demo/embeddings --oracle demo/raw/oracle.json \
 		--output demo/report
 	python index.py search --index demo/index --text "brown striped mug" --html demo/search.html

@@ -9,6 +9,7 @@ import index as commands
 from retrieval import metrics
 from retrieval.build import DEFAULT_RECALL, build_index
 from retrieval.building import factory
+from retrieval.building.probes import without_own
 from retrieval.embeddings import EmbeddingReader, EmbeddingWriter
 from retrieval.index import ProductIndex
 from retrieval.storage import ArtefactError
@@ -103,7 +104,7 @@ def test_two_thousand_products_are_searched_exactly_by_every_kind_of_query(tmp_p
 
 def test_beyond_the_limit_each_kind_reaches_the_recall_on_queries_that_did_not_tune(tuned, stored):
     assert tuned.manifest.meta["factory"].startswith("IVF128,PQ8x4fsr,Refine(")
-    assert tuned.tuning.queries == {"product": 1000, **dict.fromkeys(KINDS, 300)}
+    assert tuned.tuning.queries == {"product": 500, **dict.fromkeys(KINDS, 300)}
     for kind in KINDS:
         vectors = asked(kind, 400, seed=3)
         assert recall_of(tuned, stored, vectors, kind=kind) >= DEFAULT_RECALL - 0.01, kind
@@ -137,7 +138,7 @@ def test_the_command_tunes_by_the_folder_beside_the_products_and_never_by_judged
 def test_queries_that_are_named_tune_instead(tmp_path, embeddings, low_limit):
     assert build(embeddings, tmp_path / "i", "--queries", embeddings) == 0
     measured = ProductIndex.open(tmp_path / "i").tuning.queries
-    assert measured == {"product": 1000, "image": 50}
+    assert measured == {"product": 500, "image": 50}
 
 
 def test_a_recall_is_checked_for_the_kinds_beside_the_products_too(tmp_path, embeddings):
@@ -170,8 +171,11 @@ def test_anyones_vectors_are_tuned_by_the_products_alone(tmp_path, low_limit):
     (tmp_path / "ids.txt").write_text("".join(f"{i}\n" for i in range(3000)))
     assert build(tmp_path / "v.npy", tmp_path / "i", "--ids", tmp_path / "ids.txt") == 0
     index = ProductIndex.open(tmp_path / "i")
-    assert index.tuning.queries == {"product": 1000}
-    assert recall_of(index, vectors, clustered(300, seed=4)) >= DEFAULT_RECALL - 0.01
+    assert index.tuning.queries == {"product": 500}
+    own = np.arange(0, 3000, 3)  # most of these have not tuned it
+    truth = without_own(np.argsort(-(vectors[own] @ vectors.T), axis=1)[:, :11], own)
+    found = without_own(index.search(vectors[own], 11).rows, own)
+    assert metrics.recall_at_k(found, truth, 10) >= DEFAULT_RECALL - 0.01
 
 
 def test_dimensions_that_cannot_be_cut_are_measured_too(tmp_path, low_limit):
@@ -180,7 +184,7 @@ def test_dimensions_that_cannot_be_cut_are_measured_too(tmp_path, low_limit):
     index = ProductIndex.open(tmp_path / "i")
     assert index.manifest.meta["factory"] == "IVF64,SQ8" and index.tuning is not None
     (batch,) = reader.batches()
-    assert recall_of(index, batch.vectors, clustered(300, seed=4, dim=31)) >= DEFAULT_RECALL - 0.02
+    assert recall_of(index, batch.vectors, clustered(300, seed=4, dim=31)) >= DEFAULT_RECALL - 0.03
 
 
 def test_a_kind_that_cannot_reach_the_recall_is_published_and_named(tmp_path, low_limit, caplog, capsys):

@@ -16,7 +16,7 @@ from retrieval.vectors import Metric, as_queries
 PER_KIND = 2000
 """Queries of a kind that are asked: half choose, half check; more would not change the choice."""
 
-PER_KIND_BY_DEFAULT = 1000
+PER_KIND_BY_DEFAULT = 500
 """The same of a build that is asked for no recall: exact search for them is most of what measuring costs."""
 
 PRODUCTS = "product"
