@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from retrieval.hits import Hits
 from retrieval.lexical.analyzer import Analyzer
-from retrieval.lexical.ranking import Scoring
+from retrieval.lexical.ranking import Scoring, highest
 from retrieval.lexical.records import Record
 from retrieval.lexical.tuning import WordIndexes, WordSettings, choose_settings
 from retrieval.metrics import ndcg_at_k
@@ -239,10 +239,8 @@ def best_of(scores: NDArray[np.float32], source: NDArray[np.int64], k: int) -> H
     asks = np.flatnonzero(source >= 0)
     scores[asks, source[asks]] = 0
     for query, row in enumerate(scores):
-        candidates = np.argpartition(-row, k)[: k + 1] if len(row) > k + 1 else np.arange(len(row))
-        lowest = row[candidates].min(initial=np.inf)
-        candidates = np.flatnonzero((row >= max(lowest, 0)) & (row > 0))  # all that tie with the last one
-        order = candidates[np.lexsort((candidates, -row[candidates]))][:k]
+        found = np.flatnonzero(row > 0)
+        order = found[highest(row[found], found, k)]
         hits.scores[query, : len(order)] = row[order]
         hits.rows[query, : len(order)] = order
     return hits

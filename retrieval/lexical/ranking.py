@@ -71,11 +71,14 @@ class WordIndex:
         self.neighbors = neighbors
         self.num_products = len(records)
         self._columns: dict[str, int] = {}  # term -> column
+        self._term_of: dict[str, str | None] = {}  # token -> term, None for a stop word
+        self._cjk: set[str] = set()  # terms that are a character
         self._last_queries: tuple[Sequence[Record], dict[str, sp.csr_array]] | None = None
 
         # Postings: each (term, product) that occurs in any field once, with its count in every field.
         keys = [self._occurrences(records, name) for name in FIELDS]
-        postings = np.unique(np.concatenate(keys))  # (P,) ascending, so grouped by term
+        postings = np.sort(np.concatenate(keys))
+        postings = postings[np.diff(postings, prepend=-1) > 0]  # (P,) ascending, so grouped by term
         self._counts = np.zeros((len(FIELDS), len(postings)), np.float32)
         for row, occurrences in enumerate(keys):
             found, counts = np.unique(occurrences, return_counts=True)
@@ -102,7 +105,7 @@ class WordIndex:
         for first, scores in self._score_blocks(queries, scoring):
             for number, (start, stop) in enumerate(pairwise(scores.indptr)):
                 values, rows = scores.data[start:stop], scores.indices[start:stop]
-                best = np.lexsort((rows, -values))[:k]
+                best = highest(values, rows, k)
                 hits.scores[first + number, : len(best)] = values[best]
                 hits.rows[first + number, : len(best)] = rows[best]
         return hits
@@ -186,11 +189,15 @@ class WordIndex:
 
     def _occurrences(self, records: Sequence[Record], name: str) -> NDArray[np.int64]:
         """(O,) one number for each occurrence of a term in a field: column x N + product. Enters new terms."""
-        keys = array("q")
-        for product, record in enumerate(records):
-            for term in self._terms(record.get(name, ()), name):
-                keys.append(self._columns.setdefault(term, len(self._columns)) * self.num_products + product)
-        return np.array(keys, np.int64)
+        columns = array("q")
+        lengths = array("q")
+        known = self._columns
+        for record in records:
+            terms = self._terms(record.get(name, ()), name)
+            columns.extend([known.setdefault(term, len(known)) for term in terms])
+            lengths.append(len(terms))
+        products = np.repeat(np.arange(len(records)), np.array(lengths, np.int64))
+        return np.array(columns, np.int64) * self.num_products + products
 
     def _terms(self, tokens: Sequence[str], name: str) -> list[str]:
         """The terms of a field, and pairs of neighbors.
@@ -199,9 +206,33 @@ class WordIndex:
         """
         if name in EXACT_FIELDS:
             return list(tokens)
-        terms = [term for token in tokens if (term := self.analyzer.term(token)) is not None]
-        pairs = [f"{a} {b}" for a, b in pairwise(terms) if self.neighbors or (is_cjk(a) and is_cjk(b))]
+        term_of = self._term_of
+        for token in tokens:
+            if token not in term_of:
+                term_of[token] = self.analyzer.term(token)
+                if is_cjk(token):
+                    self._cjk.add(token)
+        terms = [term for token in tokens if (term := term_of[token]) is not None]
+        if not self.neighbors and self._cjk.isdisjoint(terms):
+            return terms
+        pairs = [f"{a} {b}" for a, b in pairwise(terms) if self.neighbors or {a, b} <= self._cjk]
         return terms + pairs
+
+
+def highest(values: NDArray[np.float32], rows: NDArray[np.integer], k: int) -> NDArray[np.int64]:
+    """Positions of the k highest values, equal ones by row.
+
+    Args:
+        values: (P,).
+        rows: (P,) distinct.
+        k: may be more than there are.
+    """
+    candidates = np.arange(len(values))
+    if len(values) > k:
+        lowest = np.partition(values, len(values) - k)[len(values) - k]
+        candidates = np.flatnonzero(values >= lowest)  # all that tie with the last one
+    order = np.lexsort((rows[candidates], -values[candidates]))[:k]
+    return candidates[order]
 
 
 def _damped(counts: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 from retrieval.lexical.tokenizer import tokenize
 
@@ -43,8 +44,9 @@ def record_of(text: Mapping[str, str | None], attributes: Mapping[str, Value | N
             numbers.append(f"{name}={value:g}")
             continue
         for one in [value] if isinstance(value, str) else value or ():
-            words += tokenize(one)
-            facts.append(f"{name}={' '.join(one.lower().split())}")
+            own_words, plain = _of_value(one)
+            words += own_words
+            facts.append(f"{name}={plain}")
     others = [value for name, value in text.items() if name != title and value]
     return {
         "title": tokenize(text.get(title) or ""),
@@ -53,6 +55,12 @@ def record_of(text: Mapping[str, str | None], attributes: Mapping[str, Value | N
         "facts": facts,
         "numbers": numbers,
     }
+
+
+@lru_cache(maxsize=1 << 16)
+def _of_value(value: str) -> tuple[list[str], str]:
+    """The words of an attribute's value, and the whole of it in lower case. Kept, because products share values."""
+    return tokenize(value), " ".join(value.lower().split())
 
 
 def typed_record(text: str | None) -> Record:

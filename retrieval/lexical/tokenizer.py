@@ -24,8 +24,9 @@ def tokenize(text: str) -> list[str]:
     * Model codes stay whole beside their parts: "WH-1000XM4" gives "wh", "1000xm4", "wh1000xm4".
     * The possessive is dropped: "women's" gives "women".
     """
+    found = _TOKEN.findall((text if text.isascii() else unicodedata.normalize("NFKC", text)).lower())
     tokens: list[str] = []
-    for token in _TOKEN.findall(unicodedata.normalize("NFKC", text).lower()):
+    for token in found:
         if token.isalnum():
             tokens.append(token)
         elif _DECIMAL_NUMBER.fullmatch(token):
@@ -37,7 +38,7 @@ def tokenize(text: str) -> list[str]:
 
 def is_cjk(token: str) -> bool:
     """Whether a token is a Chinese, Japanese or Korean character."""
-    return _CJK_CHARACTER.match(token) is not None
+    return not token.isascii() and _CJK_CHARACTER.match(token) is not None
 
 
 def _split_compound(token: str) -> list[str]:
