@@ -46,11 +46,12 @@ from retrieval.building.factory import choose_lists
 from retrieval.catalogue import PreparedCatalogue
 from retrieval.comparison import COMPARED, HYBRID, measure, per_query
 from retrieval.embeddings import EmbeddingReader
-from retrieval.evaluate import Evaluation, Options, evaluate, open_untrained
+from retrieval.evaluate import Evaluation, Options, TowerReaders, evaluate, open_untrained
 from retrieval.index import ProductIndex
 from retrieval.metrics import bootstrap_interval
 from retrieval.questions import Questions
 from retrieval.storage import write_json
+from towers.attribute import AttributeTower
 from towers.embed import embed
 from towers.encoder import Encoder
 from towers.hugging_face import HuggingFaceText
@@ -61,7 +62,7 @@ from towers.two_tower import TwoTower
 Split = Literal["val", "test"]
 METRICS = ("hit@1", "hit@10", "recall@10", "best_recall@10", "ndcg@10")
 MODALITIES = ("text", "image", "attribute")
-UNTRAINED = ("bm25", "tfidf", "text", "image", "numbers", "sum", "floor")
+UNTRAINED = ("bm25", "tfidf", "text", "image", "numbers", "words + image", "sum", "floor")
 """Rows of search without training; nothing but the last one's weights and the words' settings is chosen, on val."""
 
 MISSING = {
@@ -286,17 +287,20 @@ class Bench:
         text = HuggingFaceText(str(self.weights / "all-minilm-l6-v2"), template="{title}", max_length=64, freeze=True)
         weights = self.weights / "tf_efficientnet_lite0.safetensors"
         image = TimmImage("tf_efficientnet_lite0", pretrained=weights, freeze=True)
-        model = TwoTower(Encoder(64, text, image))
+        model = TwoTower(Encoder(64, text, image, AttributeTower()))  # so that each kind of query is asked
         model.set_schema(Schema.load(self.prepared / "schema.json"))
-        folder = self.work / "runs" / self.key("without training")
+        folder = self.work / "runs" / self.catalogue.folder / "without training"
         save_model(model, folder / "model", overwrite=True)
         started = time.monotonic()
         evaluation = self.evaluate(folder / "model", folder, untrained=True)
-        questions = evaluation.questions
+        with_image = self.ask(folder, {"image": open_untrained(folder / "embeddings" / "untrained")["image"]})
+        found = {kind: dict(rows) for kind, rows in evaluation.untrained.items()}
+        if "fused" in found:
+            found["fused"]["words + image"] = with_image.untrained["fused"]["sum"]
         for name in UNTRAINED:
-            kinds = {kind: found[name] for kind, found in evaluation.untrained.items() if name in found}
+            kinds = {kind: rows[name] for kind, rows in found.items() if name in rows}
             if kinds and not self.done("arms", f"{name}/0"):
-                figures, values = figures_of(questions, kinds)
+                figures, values = figures_of(evaluation.questions, kinds)
                 about = {"command": "", "seconds": round(time.monotonic() - started, 1)}
                 chosen = evaluation.report["chosen"] if name == "floor" else {}
                 self.store("arms", f"{name}/0", {"kinds": figures, "values": values, "chosen": chosen, **about})
@@ -377,13 +381,17 @@ class Bench:
         products = EmbeddingReader(folder / "embeddings" / "products")
         lists = choose_lists(products.count, products.dim)  # the default index of so few products would be exact
         build_index(products, folder / "index", Recipe(lists.factory), overwrite=True)
+        return self.ask(folder, open_untrained(folder / "embeddings" / "untrained") if untrained else None)
+
+    def ask(self, folder: Path, towers: Mapping[str, TowerReaders] | None) -> Evaluation:
+        """Ask the split's queries of the index in a folder; beside search without training where there are towers."""
         return evaluate(
             ProductIndex.open(folder / "index"),
-            products,
+            EmbeddingReader(folder / "embeddings" / "products"),
             EmbeddingReader(folder / "embeddings" / "queries"),
             catalogue=PreparedCatalogue(self.prepared),
-            untrained=open_untrained(folder / "embeddings" / "untrained"),
-            options=Options(split=self.split, latency_queries=0, untrained=untrained),
+            untrained=towers,
+            options=Options(split=self.split, latency_queries=0, untrained=towers is not None),
         )
 
     def missing(self, name: str, seed: int) -> Iterator[str]:
