@@ -7,8 +7,8 @@ Every arm has `TRIALS` trials of its own, of learning rates and temperatures.
 The defaults of its library are among them.
 A trial says its temperature itself, so that the configuration's is never in effect.
 The trial of the highest nDCG@10 of product queries on the val split is chosen.
-Its settings are trained for as many epochs as the trials, since a learning rate suits the length of its
-schedule, with every seed, and measured as `benchmarks.catalogues` measures.
+Its settings are trained with every seed, and measured as `benchmarks.catalogues` measures.
+They are trained for as many epochs as the trials: a learning rate suits the length of its schedule.
 
 `benchmarks/peer_trials.json` keeps the trials; those that it lacks are made first, on val alone.
 Its keys: "ARM/NUMBER" -> {"splits", "arguments", "epochs", "val": {METRIC: value}, "seconds"}.
@@ -155,7 +155,6 @@ def main(
     data: Path,
     weights: Path,
     json: Path,
-    quick: bool = False,
     split: Split = "val",
     seeds: int = 1,
     arms: list[str] | None = None,
@@ -169,7 +168,6 @@ def main(
         data: folder of the raw catalogues of docs/data.md.
         weights: folder of all-minilm-l6-v2/ and tf_efficientnet_lite0.safetensors.
         json: where figures are stored, and resumed from.
-        quick: one seed, two epochs: does everything run? Trials are as long as ever.
         split: whose queries are asked; test is for the final table. Trials ask those of val.
         seeds: trainings per arm.
         arms: names of arms; null takes all.
@@ -182,7 +180,7 @@ def main(
     results = Results(json, Ledger(again=again))
     catalogue = Catalogue("fashion", seeds=seeds, trained=tuple(asked), splits=SPLITS["fashion"])
     table: dict[str, list[str]] = {}
-    bench = Bench(catalogue, data, weights, work, split, results, quick, table, robust=())
+    bench = Bench(catalogue, data, weights, work, split, results, quick=False, arms=table)
     bench.check()
     bench.prepare()
     for name in asked:

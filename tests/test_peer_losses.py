@@ -14,10 +14,10 @@ from torch import Tensor
 from training import ROOT
 
 from benchmarks.ablation import ARMS as ABLATION
-from benchmarks.catalogues import CLIP, SIGLIP, Bench, Catalogue, Results
+from benchmarks.catalogues import CLIP, SIGLIP, SPLITS, Bench, Catalogue, Results
 from benchmarks.ledger import Ledger
 from benchmarks.peer_losses import OpenClipLoss, OpenClipSigmoid
-from benchmarks.peers import ARMS, CHOSEN_BY, TRIALS, Trials
+from benchmarks.peers import ARMS, CHOSEN_BY, TRIAL_EPOCHS, TRIALS, Trials
 from benchmarks.photos import ARMS as PHOTOS
 from towers.cli import TrainingCLI
 
@@ -136,10 +136,11 @@ def test_other_tables_give_open_clip_its_own_defaults_too(tmp_path: Path, catalo
 
 def test_the_kept_trials_are_those_of_the_arms() -> None:
     kept = Trials(ROOT / "benchmarks" / "peer_trials.json").data
-    assert list(kept) == [f"{name}/{number}" for name in ARMS for number in range(TRIALS)]
+    assert kept.keys() == {f"{name}/{number}" for name in ARMS for number in range(TRIALS)}
     for name, arm in ARMS.items():
         assert [kept[f"{name}/{number}"]["arguments"] for number in range(TRIALS)] == arm.trials()
-    assert len({trial["epochs"] for trial in kept.values()}) == 1
+    assert {trial["epochs"] for trial in kept.values()} == {TRIAL_EPOCHS}
+    assert {trial["splits"] for trial in kept.values()} == {SPLITS["fashion"].salt}
 
 
 def test_the_trial_of_the_highest_ndcg_of_product_queries_is_chosen(tmp_path: Path) -> None:
