@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import unicodedata
 
 CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0002fa1f"
@@ -33,7 +34,7 @@ def tokenize(text: str) -> list[str]:
             tokens.append(token.replace(",", "."))
         else:
             tokens += _split_compound(token)
-    return tokens
+    return list(map(sys.intern, tokens))  # a catalogue repeats its words: one copy of each is kept
 
 
 def is_cjk(token: str) -> bool:
