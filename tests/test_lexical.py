@@ -191,6 +191,16 @@ def test_search_ranks_by_score_and_then_by_row(model, monkeypatch):
 
 
 @pytest.mark.parametrize("model", ["bm25", "tfidf"])
+def test_rows_without_a_product_change_no_score(model):
+    """Deleted products leave empty rows in an index."""
+    products = titles("red shoe", "red", "")
+    holes = [products[0], {}, products[1], products[2], {}]
+    plain = WordIndex(products, PLAIN).scores(titles("red shoe"), Scoring(model))[0]
+    with_holes = WordIndex(holes, PLAIN).scores(titles("red shoe"), Scoring(model))[0]
+    assert with_holes.tolist() == [plain[0], 0, plain[1], plain[2], 0]
+
+
+@pytest.mark.parametrize("model", ["bm25", "tfidf"])
 def test_no_words_at_all(model):
     assert (WordIndex(titles("", "!"), PLAIN).search(titles("a"), 2, Scoring(model)).rows == -1).all()
     assert WordIndex([], PLAIN).search(titles("a"), 2, Scoring(model)).rows.tolist() == [[-1, -1]]

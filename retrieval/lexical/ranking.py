@@ -61,7 +61,7 @@ class WordIndex:
     """An inverted index of product records.
 
     Args:
-        records: of N products.
+        records: of N products; an empty one stands for a row without a product and counts nowhere.
         analyzer: maps tokens to terms, of products and of queries.
         neighbors: pairs of neighboring words are terms, too.
     """
@@ -70,6 +70,7 @@ class WordIndex:
         self.analyzer = analyzer
         self.neighbors = neighbors
         self.num_products = len(records)
+        self._count = sum(map(bool, records))
         self._columns: dict[str, int] = {}  # term -> column
         self._term_of: dict[str, str | None] = {}  # token -> term, None for a stop word
         self._cjk: set[str] = set()  # terms that are a character
@@ -90,7 +91,7 @@ class WordIndex:
 
         # Length of each field, relative to the mean over all products.
         lengths = np.array([[len(record.get(name, ())) for record in records] for name in FIELDS], np.float32)
-        mean = lengths.sum(axis=1, keepdims=True) / max(1, self.num_products)
+        mean = lengths.sum(axis=1, keepdims=True) / max(1, self._count)
         self._relative_length = lengths / mean.clip(1e-9)  # (F, N)
 
     def search(self, queries: Sequence[Record], k: int, scoring: Scoring) -> Hits:
@@ -180,7 +181,7 @@ class WordIndex:
 
     def _idf(self, scoring: Scoring) -> NDArray[np.float32]:
         """(V,) float32 inverse document frequencies."""
-        count, frequency = self.num_products, self._document_frequency
+        count, frequency = self._count, self._document_frequency
         if scoring.model == "bm25":
             return np.log1p((count - frequency + 0.5) / (frequency + 0.5)).astype(np.float32)
         return (np.log((1 + count) / (1 + frequency)) + 1).astype(np.float32)
