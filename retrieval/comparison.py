@@ -36,7 +36,6 @@ MAX_CHOOSING_PRODUCTS = 5_000
 COMPARED = ("hit@1", "hit@10", "ndcg@10")
 """Metrics whose differences are shown."""
 
-FLOOR = "floor"
 HYBRID = "hybrid"
 
 
@@ -114,7 +113,7 @@ def search_untrained(products: Untrained, asked: Asked, choosing: Asked | None, 
                 every[positions] = part
             choices[kind].append({**choice.to_json(), "hybrid_weight": hybrid_weight})
         logger.info(
-            "%s queries: settings without training chosen on %s",
+            "%s queries: search without training tuned on %s other queries",
             kind,
             " and ".join(str(c["queries"]) for c in choices[kind]),
         )
