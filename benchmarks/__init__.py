@@ -1,1 +1,4 @@
-"""Side-by-side measurements; each prints one table. Run from a checkout: `python -m benchmarks.NAME`."""
+"""Side-by-side measurements; each prints one table.
+
+Run from a checkout: `python -m benchmarks.NAME`.
+"""

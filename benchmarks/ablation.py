@@ -1,11 +1,13 @@
 """What each part of the training recipe is worth: one thing changed at a time.
 
-    python -m benchmarks.ablation --data DIR --weights DIR --json FILE [--quick true] [--split val|test] [--only NAMES]
+    python -m benchmarks.ablation --data DIR --weights DIR --json FILE [--quick true] [--split
+    val|test] [--only NAMES]
 
-Every arm is the catalogue's configuration with the arguments that the table names, trained on the same batches with the
-same number of steps, and measured as `benchmarks.catalogues` measures. Arms are stored in FILE as they finish; a second
-run makes the rest. The keys of FILE are those of `benchmarks.catalogues`, and so is what guards the test split.
-Other libraries' losses have a command of their own, `benchmarks.peers`, which tries settings for each.
+Every arm is the catalogue's configuration with the arguments that the table names, trained on the
+same batches with the same number of steps, and measured as `benchmarks.catalogues` measures. Arms
+are stored in FILE as they finish; a second run makes the rest. The keys of FILE are those of
+`benchmarks.catalogues`, and so is what guards the test split. Other libraries' losses have a
+command of their own, `benchmarks.peers`, which tries settings for each.
 """
 
 from __future__ import annotations
@@ -35,9 +37,15 @@ from benchmarks.catalogues import (
 from benchmarks.ledger import Ledger
 
 CATALOGUE = "--data.sources=[catalogue]"
-SMALL_BATCH = ["--data.batch_size=64", "--model.lr=7.5e-4"]  # of 4e-4, 7.5e-4, 1.5e-3 the highest nDCG@10 on val
+SMALL_BATCH = [
+    "--data.batch_size=64",
+    "--model.lr=7.5e-4",
+]  # of 4e-4, 7.5e-4, 1.5e-3 the highest nDCG@10 on val
 PRODUCTS = [CATALOGUE, "--model.product.words.init_args.typed=false"]
-"""Products alone, for losses that know no weights: typed queries of facets would weigh as much as products."""
+"""Products alone, for losses that know no weights:
+
+typed queries of facets would weigh as much as products.
+"""
 
 
 def compared(catalogue: str) -> list[dict[str, Any]]:
@@ -53,12 +61,19 @@ def compare(pairs: list[dict[str, Any]]) -> str:
 
 def parts_weigh(weight: float) -> str:
     """The configuration of fashion with another weight of parts."""
-    return compare([pair | {"weight": weight} if "part" in pair.values() else pair for pair in compared("fashion")])
+    return compare(
+        [
+            pair | {"weight": weight} if "part" in pair.values() else pair
+            for pair in compared("fashion")
+        ]
+    )
 
 
 def without(catalogue: str, *towers: str) -> list[str]:
     """The configuration in use for items that never have what these towers read."""
-    left = [pair for pair in compared(catalogue) if not {pair["query"], pair["product"]} & set(towers)]
+    left = [
+        pair for pair in compared(catalogue) if not {pair["query"], pair["product"]} & set(towers)
+    ]
     return [*(f"--model.product.{tower}=null" for tower in towers), compare(left)]
 
 
@@ -103,8 +118,17 @@ ARMS: dict[str, dict[str, list[str]]] = {
         "no typed queries of facets": PRODUCTS,
         "no typed queries of facets, whole items alone": [*PRODUCTS, WHOLE],
         "one product of each family": [*PRODUCTS, "--data.one_per_mates=true"],
-        "one product of each family, whole items alone": [*PRODUCTS, "--data.one_per_mates=true", WHOLE],
-        "one product of each family, open_clip's ClipLoss": [*PRODUCTS, "--data.one_per_mates=true", WHOLE, *CLIP],
+        "one product of each family, whole items alone": [
+            *PRODUCTS,
+            "--data.one_per_mates=true",
+            WHOLE,
+        ],
+        "one product of each family, open_clip's ClipLoss": [
+            *PRODUCTS,
+            "--data.one_per_mates=true",
+            WHOLE,
+            *CLIP,
+        ],
         **{f"{tower} alone": [*ALONE[tower], CATALOGUE] for tower in TOWERS},
         **{
             f"text alone, {what}": [
@@ -118,7 +142,10 @@ ARMS: dict[str, dict[str, list[str]]] = {
             for what, share in (("tuned", 0), ("upper half tuned", 0.5))
         },
         "typed queries are not read word by word": ["--model.product.words.init_args.typed=false"],
-        **{f"typed queries of facets weigh {w}": [f"--data.facet_weight={w}"] for w in (0.005, 0.02, 0.1, 1)},
+        **{
+            f"typed queries of facets weigh {w}": [f"--data.facet_weight={w}"]
+            for w in (0.005, 0.02, 0.1, 1)
+        },
         "averaged weights": [
             "--trainer.callbacks+=EMAWeightAveraging",
             "--trainer.callbacks.decay=0.98",
@@ -132,7 +159,9 @@ ARMS: dict[str, dict[str, list[str]]] = {
         "specialist without image": without("fashion", "image"),
         "specialist without attribute": without("fashion", "attribute"),
         "no words": without("fashion", "words"),
-        "prices are close or not, never the same": ["--model.product.attribute.init_args.exact_numbers=false"],
+        "prices are close or not, never the same": [
+            "--model.product.attribute.init_args.exact_numbers=false"
+        ],
     },
 }
 
@@ -168,7 +197,9 @@ def main(
     for name in catalogues:
         table = {arm: arguments for arm, arguments in ARMS[name].items() if arm in asked}
         catalogue = Catalogue(name, seeds=3, trained=tuple(table), splits=SPLITS.get(name))
-        benches.append(Bench(catalogue, data, weights, work, split, results, quick, table, robust=("in use",)))
+        benches.append(
+            Bench(catalogue, data, weights, work, split, results, quick, table, robust=("in use",))
+        )
     run_all(benches, results, split)
 
 

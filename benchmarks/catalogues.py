@@ -1,18 +1,23 @@
-"""How good are embeddings of real catalogues: traditional search, pretrained towers, trained towers, fused models.
+"""How good are embeddings of real catalogues.
 
-    python -m benchmarks.catalogues --data DIR --weights DIR --json FILE [--quick true] [--split val|test]
+Traditional search, pretrained towers, trained towers, fused models.
 
-`DIR` holds the catalogues of docs/data.md. Every arm is stored in FILE as it finishes; a second run makes the rest.
-The test split is read once: `benchmarks.ledger` keeps what was read, and refuses it a second time.
+    python -m benchmarks.catalogues --data DIR --weights DIR --json FILE [--quick true] [--split
+    val|test]
+
+`DIR` holds the catalogues of docs/data.md. Every arm is stored in FILE as it finishes; a second run
+makes the rest. The test split is read once: `benchmarks.ledger` keeps what was read, and refuses it
+a second time.
 
 Keys of FILE:
     arms        "CATALOGUE/ARM/SEED" -> {"split", "splits", "command", "seconds", "kinds"}
                 splits: salt of `benchmarks.splits`, null for the catalogue's own
                 kinds: {KIND: {METRIC: [value, low, high]}}
-                METRIC: hit@1, hit@10, recall@10, best_recall@10, ndcg@10 by exact search; ann_vs_exact_recall@10 and
+                METRIC: hit@1, hit@10, recall@10, best_recall@10, ndcg@10 by exact search;
+                    ann_vs_exact_recall@10 and
                 ann_hit@10 of the default index
-    missing     "CATALOGUE/ARM/SEED/SIDE without MODALITY" -> as in arms, for what is left of products or queries
-    machine     cores, memory, versions
+    missing     "CATALOGUE/ARM/SEED/SIDE without MODALITY" -> as in arms, for what is left of
+    products or queries machine     cores, memory, versions
 """
 
 from __future__ import annotations
@@ -39,25 +44,31 @@ from rich.table import Table as RichTable
 
 from benchmarks.ledger import Ledger, commit
 from benchmarks.splits import NewSplits
-from datamodules.batch import Item
-from datamodules.schema import Schema
-from retrieval.build import Recipe, build_index
-from retrieval.building.factory import choose_lists
-from retrieval.catalogue import PreparedCatalogue
-from retrieval.comparison import COMPARED, HYBRID, measure, per_query
-from retrieval.embeddings import EmbeddingReader
-from retrieval.evaluate import Evaluation, Options, TowerReaders, evaluate, open_untrained
-from retrieval.index import ProductIndex
-from retrieval.metrics import bootstrap_interval
-from retrieval.questions import Questions
-from retrieval.storage import write_json
-from towers.attribute import AttributeTower
-from towers.embed import embed
-from towers.encoder import Encoder
-from towers.hugging_face import HuggingFaceText
-from towers.image import TimmImage
-from towers.model_folder import save_model
-from towers.two_tower import TwoTower
+from tritower.artefacts.storage import write_json
+from tritower.datamodules.batch import Item
+from tritower.datamodules.schema import Schema
+from tritower.retrieval.building.build import Recipe, build_index
+from tritower.retrieval.evaluating.comparison import COMPARED, HYBRID, measure, per_query
+from tritower.retrieval.evaluating.evaluate import (
+    Evaluation,
+    Options,
+    TowerReaders,
+    evaluate,
+    open_untrained,
+)
+from tritower.retrieval.evaluating.evaluation_queries import Questions
+from tritower.retrieval.index import ProductIndex
+from tritower.retrieval.ivf.spec import choose_lists
+from tritower.retrieval.products.catalogue import PreparedCatalogue
+from tritower.retrieval.ranking.metrics import bootstrap_interval
+from tritower.retrieval.vectors.embeddings import EmbeddingReader
+from tritower.towers.attribute import AttributeTower
+from tritower.towers.embed import embed
+from tritower.towers.encoder import Encoder
+from tritower.towers.hugging_face import HuggingFaceText
+from tritower.towers.image import TimmImage
+from tritower.towers.model_folder import save_model
+from tritower.towers.two_tower import TwoTower
 
 Split = Literal["val", "test"]
 METRICS = ("hit@1", "hit@10", "recall@10", "best_recall@10", "ndcg@10")
@@ -82,7 +93,10 @@ SIGLIP = [
 """Their own defaults; else the temperature that a configuration gives its loss would be in effect."""
 
 TOWERS = (*MODALITIES, "words")
-ALONE = {tower: [*(f"--model.product.{other}=null" for other in TOWERS if other != tower), WHOLE] for tower in TOWERS}
+ALONE = {
+    tower: [*(f"--model.product.{other}=null" for other in TOWERS if other != tower), WHOLE]
+    for tower in TOWERS
+}
 TRAINED: dict[str, list[str]] = {"trained": []}
 """The configuration in use; what its parts are worth is the matter of `benchmarks.ablation`."""
 
@@ -147,7 +161,9 @@ class Results:
 
     def __init__(self, file: Path, ledger: Ledger) -> None:
         self.file, self.ledger = file, ledger
-        self.data: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        self.data: dict[str, Any] = (
+            json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        )
         for part in ("arms", "missing"):
             self.data.setdefault(part, {})
         self.data["machine"] = {
@@ -186,8 +202,8 @@ class Bench:
         split: whose queries are asked.
         results: where figures go.
         quick: few epochs.
-        arms: name -> command-line arguments of what is trained; with other ones than these, search without training is
-            not measured.
+        arms: name -> command-line arguments of what is trained; with other ones than these, search
+            without training is not measured.
         robust: trained arms that are measured with a modality missing, too.
         hybrid: trained arms that are fused with words, too.
     """
@@ -223,7 +239,9 @@ class Bench:
             yield from self.without_training()
         for seed in self.seeds:
             for name in self.catalogue.trained:
-                yield from self.arm(name, seed, lambda n=name, s=seed: self.train(n, self.arms[n], s))
+                yield from self.arm(
+                    name, seed, lambda n=name, s=seed: self.train(n, self.arms[n], s)
+                )
             for name in self.robust:
                 yield from self.missing(name, seed)
 
@@ -276,24 +294,37 @@ class Bench:
         model, command = make()
         figures = self.measure(model, folder, untrained=name in self.hybrid)
         made = folder / "train" / "made.json"
-        trained_at = json.loads(made.read_text(encoding="utf-8"))["commit"] if made.is_file() else None
-        self.store("arms", f"{name}/{seed}", {**figures, "command": command, "trained_at": trained_at})
+        trained_at = (
+            json.loads(made.read_text(encoding="utf-8"))["commit"] if made.is_file() else None
+        )
+        self.store(
+            "arms", f"{name}/{seed}", {**figures, "command": command, "trained_at": trained_at}
+        )
         self.results.data["arms"][key]["seconds"] = round(time.monotonic() - started, 1)
         self.results.save()
         yield key
 
     def without_training(self) -> Iterator[str]:
-        """Words, pretrained towers, and their sums: all that a model of them is measured against."""
-        text = HuggingFaceText(str(self.weights / "all-minilm-l6-v2"), template="{title}", max_length=64, freeze=True)
+        """Words, pretrained towers, and their sums.
+
+        All that a model of them is measured against.
+        """
+        text = HuggingFaceText(
+            str(self.weights / "all-minilm-l6-v2"), template="{title}", max_length=64, freeze=True
+        )
         weights = self.weights / "tf_efficientnet_lite0.safetensors"
         image = TimmImage("tf_efficientnet_lite0", pretrained=weights, freeze=True)
-        model = TwoTower(Encoder(64, text, image, AttributeTower()))  # so that each kind of query is asked
+        model = TwoTower(
+            Encoder(64, text, image, AttributeTower())
+        )  # so that each kind of query is asked
         model.set_schema(Schema.load(self.prepared / "schema.json"))
         folder = self.work / "runs" / self.catalogue.folder / "without training"
         save_model(model, folder / "model", overwrite=True)
         started = time.monotonic()
         evaluation = self.evaluate(folder / "model", folder, untrained=True)
-        with_image = self.ask(folder, {"image": open_untrained(folder / "embeddings" / "untrained")["image"]})
+        with_image = self.ask(
+            folder, {"image": open_untrained(folder / "embeddings" / "untrained")["image"]}
+        )
         found = {kind: dict(rows) for kind, rows in evaluation.untrained.items()}
         if "fused" in found:
             found["fused"]["words + image"] = with_image.untrained["fused"]["sum"]
@@ -303,7 +334,11 @@ class Bench:
                 figures, values = figures_of(evaluation.questions, kinds)
                 about = {"command": "", "seconds": round(time.monotonic() - started, 1)}
                 chosen = evaluation.report["chosen"] if name == "floor" else {}
-                self.store("arms", f"{name}/0", {"kinds": figures, "values": values, "chosen": chosen, **about})
+                self.store(
+                    "arms",
+                    f"{name}/0",
+                    {"kinds": figures, "values": values, "chosen": chosen, **about},
+                )
                 yield self.key(f"{name}/0")
 
     def train(self, name: str, arguments: list[str], seed: int) -> tuple[Path, str]:
@@ -313,7 +348,10 @@ class Bench:
         command = ["train.py", *self.fit_arguments(run, arguments, seed, config)]
         made = "python " + " ".join(command)
         marker = run / "made.json"  # a model of the same command is not trained again
-        if not marker.is_file() or json.loads(marker.read_text(encoding="utf-8"))["command"] != made:
+        if (
+            not marker.is_file()
+            or json.loads(marker.read_text(encoding="utf-8"))["command"] != made
+        ):
             shutil.rmtree(run, ignore_errors=True)
             call(*command)
             run.mkdir(parents=True, exist_ok=True)
@@ -336,9 +374,15 @@ class Bench:
             config: name under configs/; None takes the catalogue's.
         """
         text = "--model.product.text.init_args.pretrained=" + str(self.weights / "all-minilm-l6-v2")
-        image = "--model.product.image.init_args.pretrained=" + str(self.weights / "tf_efficientnet_lite0.safetensors")
+        image = "--model.product.image.init_args.pretrained=" + str(
+            self.weights / "tf_efficientnet_lite0.safetensors"
+        )
         removed = [a.removesuffix("=null") for a in arguments if a.endswith("=null")]
-        places = [a for a in (text, image) if not a.startswith(tuple(removed))] if removed else [text, image]
+        places = (
+            [a for a in (text, image) if not a.startswith(tuple(removed))]
+            if removed
+            else [text, image]
+        )
         return [
             "fit",
             f"--config=configs/{config or self.catalogue.name}.yaml",
@@ -357,31 +401,62 @@ class Bench:
         ]
 
     def measure(
-        self, model: Path, folder: Path, product: Any = None, query: Any = None, untrained: bool = False
+        self,
+        model: Path,
+        folder: Path,
+        product: Any = None,
+        query: Any = None,
+        untrained: bool = False,
     ) -> dict[str, Any]:
         """The figures of a model, and of it and words fused where search without training is measured."""
         evaluation = self.evaluate(model, folder, product, query, untrained)
         report, questions, found = evaluation.report, evaluation.questions, evaluation.found
         rows = {kind: found["exact"][questions.of_kind(kind)] for kind in questions.all_kinds}
-        rows |= {f"{kind}, hybrid": of[HYBRID] for kind, of in evaluation.untrained.items() if HYBRID in of}
+        rows |= {
+            f"{kind}, hybrid": of[HYBRID]
+            for kind, of in evaluation.untrained.items()
+            if HYBRID in of
+        }
         figures, values = figures_of(questions, rows)
         for kind in questions.all_kinds:
             figures[kind]["ann_hit@10"] = triple(report["tasks"]["ann"][kind]["hit@10"])
-            figures[kind]["ann_vs_exact_recall@10"] = triple(report["tasks"]["ann_vs_exact"][kind]["recall@10"])
+            figures[kind]["ann_vs_exact_recall@10"] = triple(
+                report["tasks"]["ann_vs_exact"][kind]["recall@10"]
+            )
             figures[kind]["queries"] = report["queries"][kind]["count"]
         return {"kinds": figures, "values": values, "index": report["index"]["factory"]}
 
     def evaluate(
-        self, model: Path, folder: Path, product: Any = None, query: Any = None, untrained: bool = False
+        self,
+        model: Path,
+        folder: Path,
+        product: Any = None,
+        query: Any = None,
+        untrained: bool = False,
     ) -> Evaluation:
         """Embed the catalogue, build an index with lists, ask the split's queries."""
         shutil.rmtree(folder / "embeddings", ignore_errors=True)
-        views = {name: view for name, view in (("product_view", product), ("query_view", query)) if view is not None}
-        embed(model, self.prepared, folder / "embeddings", feature_cache=self.cache, untrained=untrained, **views)
+        views = {
+            name: view
+            for name, view in (("product_view", product), ("query_view", query))
+            if view is not None
+        }
+        embed(
+            model,
+            self.prepared,
+            folder / "embeddings",
+            feature_cache=self.cache,
+            untrained=untrained,
+            **views,
+        )
         products = EmbeddingReader(folder / "embeddings" / "products")
-        lists = choose_lists(products.count, products.dim)  # the default index of so few products would be exact
+        lists = choose_lists(
+            products.count, products.dim
+        )  # the default index of so few products would be exact
         build_index(products, folder / "index", Recipe(lists.factory), overwrite=True)
-        return self.ask(folder, open_untrained(folder / "embeddings" / "untrained") if untrained else None)
+        return self.ask(
+            folder, open_untrained(folder / "embeddings" / "untrained") if untrained else None
+        )
 
     def ask(self, folder: Path, towers: Mapping[str, TowerReaders] | None) -> Evaluation:
         """Ask the split's queries of the index in a folder; beside search without training where there are towers."""
@@ -401,7 +476,9 @@ class Bench:
             arm = f"{name}/{seed}/{what}"
             if not self.done("missing", arm):
                 hidden = {side: Without(modality)}
-                self.store("missing", arm, self.measure(model, self.work / "runs" / "missing", **hidden))
+                self.store(
+                    "missing", arm, self.measure(model, self.work / "runs" / "missing", **hidden)
+                )
                 yield self.key(arm)
 
 
@@ -414,11 +491,15 @@ class Without:
     def __call__(self, item: Item) -> Item:
         """The rest of the item."""
         return item._replace(
-            **{"text": {"text": {}}, "image": {"images": ()}, "attribute": {"attributes": {}}}[self.modality]
+            **{"text": {"text": {}}, "image": {"images": ()}, "attribute": {"attributes": {}}}[
+                self.modality
+            ]
         )
 
 
-def figures_of(questions: Questions, found: Mapping[str, NDArray[np.int64]]) -> tuple[dict[str, Any], dict[str, Any]]:
+def figures_of(
+    questions: Questions, found: Mapping[str, NDArray[np.int64]]
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """What rankings are worth.
 
     Args:
@@ -426,7 +507,8 @@ def figures_of(questions: Questions, found: Mapping[str, NDArray[np.int64]]) -> 
         found: kind, or "KIND, hybrid" -> (Q', DEPTH) rows.
 
     Returns:
-        Kind -> metric -> value with its interval; kind -> metric -> value of each query, for paired comparisons.
+        Kind -> metric -> value with its interval; kind -> metric -> value of each query, for paired
+        comparisons.
     """
     figures: dict[str, Any] = {}
     values: dict[str, Any] = {}
@@ -455,7 +537,9 @@ def show(results: Results, split: Split) -> None:
     """One table per catalogue and kind of query; figures of several seeds are their mean."""
     console = Console(width=150)
     for (catalogue, kind), arms in sorted(arms_by_kind(results, split).items()):
-        table = RichTable(title=f"{catalogue}, {kind} queries of the {split} split", title_justify="left")
+        table = RichTable(
+            title=f"{catalogue}, {kind} queries of the {split} split", title_justify="left"
+        )
         for column in ("arm", "seeds", *COMPARED, "nDCG@10 above the best without training"):
             table.add_column(column, justify="left" if column == "arm" else "right")
         for row in table_rows(arms):
@@ -528,10 +612,15 @@ def main(
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     results = Results(json, Ledger(again=again))
-    catalogues = {catalogue.name: catalogue for catalogue in (CATALOGUES[:1] if quick else CATALOGUES)}
+    catalogues = {
+        catalogue.name: catalogue for catalogue in (CATALOGUES[:1] if quick else CATALOGUES)
+    }
     names = chosen(only, catalogues)
     run_all(
-        [Bench(catalogues[name], data, weights, work, split, results, quick, hybrid=HYBRIDS) for name in names],
+        [
+            Bench(catalogues[name], data, weights, work, split, results, quick, hybrid=HYBRIDS)
+            for name in names
+        ],
         results,
         split,
     )
@@ -547,7 +636,9 @@ def chosen(asked: list[str] | None, names: Iterable[str]) -> list[str]:
     for name in asked or ():
         if name not in known:
             quoted = ", ".join(f'"{one}"' for one in known)
-            raise SystemExit(f'there is no "{name}"; choose of {quoted} (a name with a comma needs its quotes).')
+            raise SystemExit(
+                f'there is no "{name}"; choose of {quoted} (a name with a comma needs its quotes).'
+            )
     return known if asked is None else asked
 
 

@@ -2,8 +2,9 @@
 
     python -m benchmarks.demo demo
 
-reads demo/raw/oracle.json, demo/report/report.json and the single towers' demo/NAME/test.json. Figures are recall@10
-of the same product queries of the test split, by exact search over the whole catalogue.
+reads demo/raw/oracle.json, demo/report/report.json and the single towers' demo/NAME/test.json.
+Figures are recall@10 of the same product queries of the test split, by exact search over the whole
+catalogue.
 """
 
 from __future__ import annotations
@@ -51,7 +52,9 @@ def main(folder: Path) -> int:
     }
     for claim, holds in checks.items():
         print(f"{'yes' if holds else 'NO ':3}  {claim}")
-    print(f"queries with their hits as pictures: {folder / 'report' / 'report.html'}, {folder / 'search.html'}")
+    print(
+        f"queries with their hits as pictures: {folder / 'report' / 'report.html'}, {folder / 'search.html'}"
+    )
     return 0 if all(checks.values()) else 1
 
 

@@ -1,4 +1,6 @@
-"""What an exact search of one query costs on one core, by the number of products: how many the default index compares.
+"""What an exact search of one query costs on one core, by the number of products.
+
+How many the default index compares.
 
     python -m benchmarks.exact [--dim 256] [--counts '[10000, 20000, 30000, 50000]']
 
@@ -15,7 +17,7 @@ import faiss
 import numpy as np
 from jsonargparse import auto_cli
 
-from retrieval.building.factory import EXACT_NUMBERS
+from tritower.retrieval.ivf.spec import EXACT_NUMBERS
 
 SEARCHES = 500
 

@@ -2,14 +2,16 @@
 
     python -m benchmarks.gpu --json FILE [--n 1000000] [--work DIR]
 
-Both arms run in processes of their own on the same vectors (FAISS's synthetic ones, 256 dimensions, unit length); the
-arm without a GPU hides it (CUDA_VISIBLE_DEVICES). The stored index is one for the CPU in both, and is searched on it.
-On a machine without a GPU the command says so and ends with exit code 1.
+Both arms run in processes of their own on the same vectors (FAISS's synthetic ones, 256 dimensions,
+unit length); the arm without a GPU hides it (CUDA_VISIBLE_DEVICES). The stored index is one for the
+CPU in both, and is searched on it. On a machine without a GPU the command says so and ends with
+exit code 1.
 
 Keys of FILE:
     data            as of benchmarks.index
     machine         cores, version of FAISS, name of the GPU
-    arms            "gpu" and "cpu", each: train_s, build_s, peak_rss_mb, gpu_mb (memory of the GPU in use right after
+    arms            "gpu" and "cpu", each: train_s, build_s, peak_rss_mb, gpu_mb (memory of the GPU
+    in use right after
                     the build, None without one), points: nprobe, recall@10, qps
     ratios          build_s and train_s of cpu over gpu
 """
@@ -37,22 +39,27 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.compare.vectors import Source, prepare
-from retrieval import metrics, storage
-from retrieval.build import build_index
-from retrieval.embeddings import EmbeddingReader
-from retrieval.index import ProductIndex
-from retrieval.latency import measure_latency
+from tritower.artefacts import storage
+from tritower.retrieval.building.build import build_index
+from tritower.retrieval.evaluating.latency import measure_latency
+from tritower.retrieval.index import ProductIndex
+from tritower.retrieval.ranking import metrics
+from tritower.retrieval.vectors.embeddings import EmbeddingReader
 
 PROBED = (32, 64, 128, 256)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit code."""
-    parser = ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__, allow_abbrev=False)
+    parser = ArgumentParser(
+        prog="python -m benchmarks.gpu", description=__doc__, allow_abbrev=False
+    )
     parser.add_argument("--json", type=Path, required=True, help="file of the figures")
     parser.add_argument("--n", type=int, default=1_000_000, help="number of vectors")
     parser.add_argument("--queries", type=int, default=2000, help="number of queries")
-    parser.add_argument("--work", type=Path, default=None, help="folder for vectors and indexes (2 GB per million)")
+    parser.add_argument(
+        "--work", type=Path, default=None, help="folder for vectors and indexes (2 GB per million)"
+    )
     options = parser.parse_args(arguments)
     if faiss.get_num_gpus() == 0:
         print("error: faiss sees no GPU here; nothing was measured", file=sys.stderr)
@@ -76,7 +83,10 @@ def measure(n: int, num_queries: int, work: Path) -> dict[str, Any]:
         "data": data,
         "machine": {"cores": os.cpu_count(), "faiss": faiss.__version__, "gpu": gpu_says("name")},
         "arms": arms,
-        "ratios": {name: round(arms["cpu"][name] / max(arms["gpu"][name], 1e-9), 2) for name in ("build_s", "train_s")},
+        "ratios": {
+            name: round(arms["cpu"][name] / max(arms["gpu"][name], 1e-9), 2)
+            for name in ("build_s", "train_s")
+        },
     }
 
 
@@ -94,14 +104,18 @@ def build_and_search(work: Path, gpu: bool) -> dict[str, Any]:
     training = build_index(EmbeddingReader(work / "embeddings"), work / "index").meta["training"]
     seconds = time.perf_counter() - started
     if (training["device"] == "gpu") != gpu:
-        raise RuntimeError(f"expected training on the {'GPU' if gpu else 'CPU'}, was {training['device']}")
+        raise RuntimeError(
+            f"expected training on the {'GPU' if gpu else 'CPU'}, was {training['device']}"
+        )
     memory = gpu_says("memory.used") if gpu else None
     queries, exact = np.load(work / "queries.npy"), np.load(work / "exact.npy")
     index = ProductIndex.open(work / "index")
     points = []
     for nprobe in (p for p in PROBED if p <= (index.num_lists or 0)):
         rows = index.search(queries, 10, nprobe=nprobe).rows
-        qps = measure_latency(index, queries, repeats=len(queries), settings=index.resolve(nprobe))["qps"]
+        qps = measure_latency(index, queries, repeats=len(queries), settings=index.resolve(nprobe))[
+            "qps"
+        ]
         recall = round(metrics.recall_at_k(rows, exact[:, :10], 10), 4)
         points.append({"nprobe": nprobe, "recall@10": recall, "qps": qps})
     shutil.rmtree(work / "index")
@@ -117,17 +131,27 @@ def build_and_search(work: Path, gpu: bool) -> dict[str, Any]:
 def gpu_says(field: str) -> str:
     """What nvidia-smi knows of the first GPU."""
     command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0].strip()
+    return (
+        subprocess.run(command, capture_output=True, text=True, check=True)
+        .stdout.splitlines()[0]
+        .strip()
+    )
 
 
 def show(report: dict[str, Any]) -> None:
     """Print the figures as one table."""
-    table = Table(title=f"{report['data']['n']:,} vectors, {report['machine']['gpu']}", box=box.SIMPLE_HEAD)
+    table = Table(
+        title=f"{report['data']['n']:,} vectors, {report['machine']['gpu']}", box=box.SIMPLE_HEAD
+    )
     for name in ("", "train s", "build s", "recall@10 at nprobe", "GPU memory"):
         table.add_column(name, justify="left" if not name else "right", no_wrap=True)
     for name, arm in report["arms"].items():
-        recalls = ", ".join(f"{point['nprobe']}: {point['recall@10']:.3f}" for point in arm["points"])
-        table.add_row(name, f"{arm['train_s']:.1f}", f"{arm['build_s']:.1f}", recalls, arm["gpu_mb"] or "")
+        recalls = ", ".join(
+            f"{point['nprobe']}: {point['recall@10']:.3f}" for point in arm["points"]
+        )
+        table.add_row(
+            name, f"{arm['train_s']:.1f}", f"{arm['build_s']:.1f}", recalls, arm["gpu_mb"] or ""
+        )
     Console(width=None if sys.stdout.isatty() else 100).print(table)
 
 

@@ -1,37 +1,43 @@
 """Our index beside exact search and its peers, on the same vectors, with the same threads, at equal recall.
 
-    python -m benchmarks.index --json FILE [--quick] [--n 1000000] [--arms ours,hnsw,...] [--work DIR]
-    python -m benchmarks.index --growth FILE FILE ...
+    python -m benchmarks.index --json FILE [--quick] [--n 1000000] [--arms ours,hnsw,...] [--work
+    DIR] python -m benchmarks.index --growth FILE FILE ...
 
-Each arm builds in a process of its own and is searched in another one, one after the other. `make bench-setup` installs
-the peers. The arms:
+Each arm builds in a process of its own and is searched in another one, one after the other. `make
+bench-setup` installs the peers. The arms:
 
     exact        faiss IndexFlatIP
-    ours         the default recipe; ours-spill: with a second list per vector; ours-target: built for recall 0.95
-    ivfpq        faiss IVF{4 sqrt N},PQ{D/8}, no re-ranking; floor: faiss IVF{4 sqrt N},PQ{D/2}x4fsr,Refine(SQ8)
-    hnsw         faiss HNSW32
-    hnswlib, usearch, scann, autofaiss     with their defaults, or what they choose or advise
+    ours         the default recipe; ours-spill: with a second list per vector; ours-target: built
+    for recall 0.95 ivfpq        faiss IVF{4 sqrt N},PQ{D/8}, no re-ranking; floor: faiss IVF{4 sqrt
+    N},PQ{D/2}x4fsr,Refine(SQ8) hnsw         faiss HNSW32 hnswlib, usearch, scann, autofaiss
+    with their defaults, or what they choose or advise
 
-Vectors are `faiss.contrib`'s SyntheticDataset (256 dimensions, inner product, unit length), or those of an embeddings
-folder with noisy copies up to N (--real). Results of arms that are done are kept in DIR and used again while data,
-settings, versions, and for our arms the source, are the same. DIR needs about 4 KB a vector while HNSW is measured, and
-2.5 KB without it; a run within 24 GiB of memory at 10 million vectors has the arms ours, ours-target, floor and exact.
+Vectors are `faiss.contrib`'s SyntheticDataset (256 dimensions, inner product, unit length), or
+those of an embeddings folder with noisy copies up to N (--real). Results of arms that are done are
+kept in DIR and used again while data, settings, versions, and for our arms the source, are the
+same. DIR needs about 4 KB a vector while HNSW is measured, and 2.5 KB without it; a run within 24
+GiB of memory at 10 million vectors has the arms ours, ours-target, floor and exact.
 
 Keys of FILE, and a plot of recall and queries a second beside it:
     data       n, dim, measured (queries), tuned_by (other queries), seed, real, noise, digest
     machine    cpu, cores, threads, memory_bytes, python, faiss
     arms       name -> status ("ok", "not installed", "failed"), error, and where it is ok:
-        build    settings, seconds (by stage), total_s, train_add_s, peak_rss_bytes (mapped pages of files included),
-                 peak_anon_bytes (without them), disk_bytes, load before it; of ours also reason, predicted, candidates
-        search   open_s, hot_bytes (growth of RssAnon from before opening to after 2,000 searches), file_bytes (growth
+        build    settings, seconds (by stage), total_s, train_add_s, peak_rss_bytes (mapped pages of
+        files included),
+                 peak_anon_bytes (without them), disk_bytes, load before it; of ours also reason,
+                 predicted, candidates
+        search   open_s, hot_bytes (growth of RssAnon from before opening to after 2,000 searches),
+        file_bytes (growth
                  of RssFile over the same), hot_at (their settings), lists, points, load before it
-        points   recall (recall@10 against exact search), qps (a batch on all threads), p50_ms and p99_ms (one query at
+        points   recall (recall@10 against exact search), qps (a batch on all threads), p50_ms and
+        p99_ms (one query at
                  a time on one thread), lists_share, settings; only those that no other one beats
-        hot_per_vector, touched_per_vector (codes, rows and centres that searches touch, mapped or not), disk_per_vector
-        at       recall level -> qps, p50_ms, lists_share between the points around it; bound: even the cheapest
+        hot_per_vector, touched_per_vector (codes, rows and centres that searches touch, mapped or
+        not), disk_per_vector at       recall level -> qps, p50_ms, lists_share between the points
+        around it; bound: even the cheapest
                  setting finds more, so qps is less than could be; point: the cheapest measured
-                 one that reaches it; of ours cold_p50_ms, cold_p99_ms, cold_first_ms, cold_faults of that point after
-                 the index's files were dropped from the page cache
+                 one that reaches it; of ours cold_p50_ms, cold_p99_ms, cold_first_ms, cold_faults
+                 of that point after the index's files were dropped from the page cache
     ratios     recall level -> our arm -> other arm -> qps of ours over theirs
     build_ratios   our arm -> other arm -> seconds of theirs (train and add) over ours
     filters, updates   of our default index, where they are measured
@@ -61,7 +67,7 @@ from benchmarks.compare import ours, peers, tables
 from benchmarks.compare.figures import at_recall, cheapest, ratio, train_add
 from benchmarks.compare.peers import Task
 from benchmarks.compare.vectors import Source, prepare
-from retrieval import storage
+from tritower.artefacts import storage
 
 ROOT = Path(__file__).parent.parent
 LEVELS = (0.95, 0.99)
@@ -90,7 +96,8 @@ class Run:
         threads: of builds and batches.
         limit_s: seconds that one build or one measurement may take.
         singles: timed queries of batch 1.
-        budget_s: seconds that the timing of one point may take for batches, and again for single queries.
+        budget_s: seconds that the timing of one point may take for batches, and again for single
+            queries.
         keep: leave the peers' indexes on the disk too.
     """
 
@@ -104,7 +111,11 @@ class Run:
 
     def interpreter(self, arm: str) -> Path:
         """The Python that has the packages of an arm; it may be missing."""
-        return ROOT / ENVIRONMENTS[arm] / "bin" / "python" if arm in ENVIRONMENTS else Path(sys.executable)
+        return (
+            ROOT / ENVIRONMENTS[arm] / "bin" / "python"
+            if arm in ENVIRONMENTS
+            else Path(sys.executable)
+        )
 
     def index(self, arm: str) -> Path:
         """The folder of an arm's index."""
@@ -118,28 +129,51 @@ class StageFailed(Exception):
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit code."""
     parser = ArgumentParser(
-        prog="python -m benchmarks.index", description=(__doc__ or "").splitlines()[0], allow_abbrev=False
+        prog="python -m benchmarks.index",
+        description=(__doc__ or "").splitlines()[0],
+        allow_abbrev=False,
     )
     parser.add_argument("--json", type=Path, default=None, help="file of the figures")
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK:,} vectors: a look, not a result")
+    parser.add_argument(
+        "--quick", action="store_true", help=f"{QUICK:,} vectors: a look, not a result"
+    )
     parser.add_argument("--n", type=int, default=None, help=f"number of vectors ({FULL:,})")
     parser.add_argument("--arms", default=",".join(ARMS), help="arms to run, comma-separated")
     parser.add_argument(
-        "--work", type=Path, default=Path(".cache/bench"), help="folder of vectors, indexes and results"
+        "--work",
+        type=Path,
+        default=Path(".cache/bench"),
+        help="folder of vectors, indexes and results",
     )
-    parser.add_argument("--real", type=Path, default=None, help="embeddings folder to copy vectors from, with noise")
-    parser.add_argument("--noise", type=float, default=0.3, help="length of the noise of copies, relative to a vector")
-    parser.add_argument("--threads", type=int, default=None, help="threads of builds and batches (all cores)")
-    parser.add_argument("--limit", type=float, default=14_400, help="seconds that one build or measurement may take")
+    parser.add_argument(
+        "--real", type=Path, default=None, help="embeddings folder to copy vectors from, with noise"
+    )
+    parser.add_argument(
+        "--noise",
+        type=float,
+        default=0.3,
+        help="length of the noise of copies, relative to a vector",
+    )
+    parser.add_argument(
+        "--threads", type=int, default=None, help="threads of builds and batches (all cores)"
+    )
+    parser.add_argument(
+        "--limit", type=float, default=14_400, help="seconds that one build or measurement may take"
+    )
     parser.add_argument("--fresh", action="store_true", help="measure again what is kept")
     parser.add_argument("--keep", action="store_true", help="leave the peers' indexes on the disk")
     parser.add_argument(
-        "--growth", nargs="+", type=Path, default=None, help="files of several N: show how figures grow"
+        "--growth",
+        nargs="+",
+        type=Path,
+        default=None,
+        help="files of several N: show how figures grow",
     )
     options = parser.parse_args(arguments)
     if options.growth is not None:
         return tables.show_growth(
-            [json.loads(file.read_text(encoding="utf-8")) for file in options.growth], options.growth
+            [json.loads(file.read_text(encoding="utf-8")) for file in options.growth],
+            options.growth,
         )
     if options.json is None:
         parser.error("--json FILE is required")
@@ -152,7 +186,14 @@ def main(arguments: list[str] | None = None) -> int:
     threads = options.threads or len(os.sched_getaffinity(0))
     folder = source.folder(options.work)
     about = prepare(source, folder)
-    run = Run(folder, about, threads, options.limit, *((500, 2.0) if options.quick else (1000, 10.0)), options.keep)
+    run = Run(
+        folder,
+        about,
+        threads,
+        options.limit,
+        *((500, 2.0) if options.quick else (1000, 10.0)),
+        options.keep,
+    )
     report = measure(run, arms, fresh=options.fresh)
     storage.write_json(options.json, report)
     tables.show(report)
@@ -221,7 +262,9 @@ def _versions(python: Path, packages: list[str]) -> dict[str, str]:
         "there = {d.metadata['Name'].lower(): d.version for d in m.distributions() if d.metadata['Name']}\n"
         "print(json.dumps({n: there[n] for n in sys.argv[1:] if n in there}))"
     )
-    answer = subprocess.run([python, "-I", "-c", code, *packages], capture_output=True, text=True, timeout=120)
+    answer = subprocess.run(
+        [python, "-I", "-c", code, *packages], capture_output=True, text=True, timeout=120
+    )
     found: dict[str, str] = json.loads(answer.stdout) if answer.returncode == 0 else {}
     return found
 
@@ -246,7 +289,9 @@ def _measured(run: Run, arm: str) -> dict[str, Any]:
         result["cold"] = {}
         for level in LEVELS:
             if point := cheapest(search["points"], level):
-                result["cold"][str(level)] = stage(run, arm, "cold", {"settings": point["settings"]})
+                result["cold"][str(level)] = stage(
+                    run, arm, "cold", {"settings": point["settings"]}
+                )
     if arm == "ours":
         try:
             result["extras"] = stage(run, arm, "extras")
@@ -261,7 +306,8 @@ def stage(run: Run, arm: str, name: str, options: dict[str, Any] | None = None) 
     """Run one process of an arm and read its answer.
 
     Raises:
-        StageFailed: it ended with an error, or ran past the limit; the message is the last line of its log.
+        StageFailed: it ended with an error, or ran past the limit; the message is the last line of
+            its log.
     """
     logs = run.data / "logs"
     logs.mkdir(exist_ok=True)
@@ -282,21 +328,38 @@ def stage(run: Run, arm: str, name: str, options: dict[str, Any] | None = None) 
     own = arm in ours.ARMS
     command = [
         str(run.interpreter(arm)),
-        *(["-m", "benchmarks.compare.ours"] if own else ["-I", str(Path(peers.__file__).resolve())]),
+        *(
+            ["-m", "benchmarks.compare.ours"]
+            if own
+            else ["-I", str(Path(peers.__file__).resolve())]
+        ),
         str(asked.resolve()),
     ]
     names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
     # No arm uses a GPU here: benchmarks.gpu compares building with and without one.
-    environment = {**os.environ, **dict.fromkeys(names, str(run.threads)), "CUDA_VISIBLE_DEVICES": ""}
+    environment = {
+        **os.environ,
+        **dict.fromkeys(names, str(run.threads)),
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     with log.open("wb") as stream:
         try:
             done = subprocess.run(
-                command, cwd=ROOT, env=environment, stdout=stream, stderr=subprocess.STDOUT, timeout=run.limit_s
+                command,
+                cwd=ROOT,
+                env=environment,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                timeout=run.limit_s,
             )
         except subprocess.TimeoutExpired:
             raise StageFailed(f"{name} took more than {run.limit_s:,.0f} s and was ended") from None
     if done.returncode or not answer.exists():
-        lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+        lines = [
+            line
+            for line in log.read_text(encoding="utf-8", errors="replace").splitlines()
+            if line.strip()
+        ]
         last = lines[-1] if lines else "no message"
         if done.returncode < 0:
             last = f"ended by signal {-done.returncode}, as when memory runs out; {last}"
@@ -318,10 +381,16 @@ def assemble(run: Run, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
         "machine": machine(run.threads),
         "arms": arms,
         "ratios": {
-            str(level): {m: {o: qps_ratio(good[m], good[o], level) for o in others} for m in mine} for level in LEVELS
+            str(level): {m: {o: qps_ratio(good[m], good[o], level) for o in others} for m in mine}
+            for level in LEVELS
         },
         "build_ratios": {
-            m: {o: ratio(train_add(good[o]), train_add(good[m])) for o in others if train_add(good[o])} for m in mine
+            m: {
+                o: ratio(train_add(good[o]), train_add(good[m]))
+                for o in others
+                if train_add(good[o])
+            }
+            for m in mine
         },
         **{name: found for name, found in extras.items() if found is not None},
     }
@@ -335,7 +404,9 @@ def figures_of(result: dict[str, Any], n: int) -> dict[str, Any]:
     touched = build.get("predicted", {}).get("hot")
     at: dict[str, Any] = {}
     for level in LEVELS:
-        figures = {name: at_recall(points, level, name) for name in ("qps", "p50_ms", "lists_share")}
+        figures = {
+            name: at_recall(points, level, name) for name in ("qps", "p50_ms", "lists_share")
+        }
         if figures["qps"] is not None:
             cold = result.get("cold", {}).get(str(level), {})
             bound = min(point["recall"] for point in points) > level
@@ -345,7 +416,9 @@ def figures_of(result: dict[str, Any], n: int) -> dict[str, Any]:
         "build": build,
         "search": search,
         "hot_per_vector": round(search["hot_bytes"] / n, 1),
-        "touched_per_vector": round((touched if touched is not None else search["hot_bytes"]) / n, 1),
+        "touched_per_vector": round(
+            (touched if touched is not None else search["hot_bytes"]) / n, 1
+        ),
         "disk_per_vector": round(build["disk_bytes"] / n, 1),
         "at": at,
     }

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from retrieval.storage import write_json
+from tritower.artefacts.storage import write_json
 
 LEDGER = Path(__file__).with_name("test_reads.json")
 

@@ -2,10 +2,11 @@
 
     python -m benchmarks.loader --json FILE [--pictures 5000] [--side 1000] [--work DIR]
 
-Pictures are drawn by `datamodules.samples` and prepared by `datamodules.prepare`. Each arm is one worker process of a
-DataLoader on one thread, so that its rate is that of a core: files as they are ("originals"), and what a training reads
-("prepared": our shards, and for the peer the same JPEGs as files). The peer resizes to 224, crops the middle, and makes
-normalised float32; ours gives uint8, which is normalised where the model is.
+Pictures are drawn by `tritower.datamodules.samples` and prepared by `datamodules.prepare`. Each arm
+is one worker process of a DataLoader on one thread, so that its rate is that of a core: files as
+they are ("originals"), and what a training reads ("prepared": our shards, and for the peer the same
+JPEGs as files). The peer resizes to 224, crops the middle, and makes normalised float32; ours gives
+uint8, which is normalised where the model is.
 
 Keys of FILE:
     machine   cores, torch, torchvision, Pillow
@@ -36,9 +37,9 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, SequentialSampler
 from torchvision import transforms
 
-from datamodules.parquet import Table, product_item
-from retrieval import storage
-from towers.image import PicturePreprocess
+from tritower.artefacts import storage
+from tritower.datamodules.catalogue import Table, product_item
+from tritower.towers.image import PicturePreprocess
 
 SIZE, BATCH = 224, 64
 
@@ -95,17 +96,31 @@ class Shards:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit code."""
-    parser = ArgumentParser(prog="python -m benchmarks.loader", description=__doc__, allow_abbrev=False)
+    parser = ArgumentParser(
+        prog="python -m benchmarks.loader", description=__doc__, allow_abbrev=False
+    )
     parser.add_argument("--json", type=Path, required=True, help="file of the figures")
     parser.add_argument("--pictures", type=int, default=5000, help="at least so many are drawn")
     parser.add_argument("--side", type=int, default=1000, help="pixels of a side")
     parser.add_argument("--rounds", type=int, default=3, help="of which the best counts")
-    parser.add_argument("--work", type=Path, default=Path("benchmarks/results/loader"), help="folder of the pictures")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=Path("benchmarks/results/loader"),
+        help="folder of the pictures",
+    )
     options = parser.parse_args(arguments)
     raw, prepared = options.work / "raw", options.work / "catalogue"
-    if not raw.is_dir():  # a catalogue has pictures of its queries, and second views of some products
+    if (
+        not raw.is_dir()
+    ):  # a catalogue has pictures of its queries, and second views of some products
         products = max(100, round(options.pictures / 1.2))
-        run("datamodules.samples", f"--output={raw}", f"--products={products}", f"--image-size={options.side}")
+        run(
+            "datamodules.samples",
+            f"--output={raw}",
+            f"--products={products}",
+            f"--image-size={options.side}",
+        )
     files = sorted((raw / "images").glob("*.jpg"))
     started = time.perf_counter()
     if not prepared.is_dir():
@@ -138,7 +153,10 @@ def main(arguments: list[str] | None = None) -> int:
             "prepare_pictures_per_s": round(len(shards) / seconds, 1),
         },
         "arms": {name: round(value, 1) for name, value in rates.items()},
-        "ratios": {kind: round(rates[f"ours {kind}"] / rates[f"peer {kind}"], 2) for kind in ("originals", "prepared")},
+        "ratios": {
+            kind: round(rates[f"ours {kind}"] / rates[f"peer {kind}"], 2)
+            for kind in ("originals", "prepared")
+        },
     }
     storage.write_json(options.json, report)
     title = f"pictures per second and core, {len(files):,} pictures of {options.side} pixels"
@@ -146,7 +164,9 @@ def main(arguments: list[str] | None = None) -> int:
     for column in ("", "peer", "ours", "ratio"):
         table.add_column(column, justify="right" if column else "left")
     for kind, ratio in report["ratios"].items():
-        table.add_row(kind, *(f"{rates[f'{side} {kind}']:,.0f}" for side in ("peer", "ours")), f"{ratio:.2f}")
+        table.add_row(
+            kind, *(f"{rates[f'{side} {kind}']:,.0f}" for side in ("peer", "ours")), f"{ratio:.2f}"
+        )
     Console().print(table)
     return 0
 
@@ -168,7 +188,9 @@ def rate(make: Callable[[], DataLoader[Tensor]]) -> float:
 
 def run(module: str, *arguments: str) -> None:
     """One of the project's own commands."""
-    subprocess.run([sys.executable, "-m", module, *arguments], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [sys.executable, "-m", module, *arguments], check=True, stdout=subprocess.DEVNULL
+    )
 
 
 if __name__ == "__main__":

@@ -1,13 +1,17 @@
-"""What a large batch costs in the loss alone: memory beside its embeddings, and seconds, beside open_clip's loss.
+"""What a large batch costs in the loss alone.
+
+Memory beside its embeddings, and seconds, beside open_clip's loss.
 
     python -m benchmarks.loss --json FILE [--sizes 1024,4096,16384,65536] [--dim 256]
 
-Each size and arm runs in a process of its own: random unit vectors, loss and gradients once. open_clip's ClipLoss holds
+Each size and arm runs in a process of its own: random unit vectors, loss and gradients once.
+  open_clip's ClipLoss holds
 all similarities; it is left out where they would need more than half of the free memory.
 
 Keys of FILE:
     machine   cores, threads, torch
-    rows      batch, arm ("tritower", "open_clip"), seconds, loss_bytes (growth of the process's peak memory over that
+    rows      batch, arm ("tritower", "open_clip"), seconds, loss_bytes (growth of the process's
+    peak memory over that
               with embeddings and their gradients), us_per_pair
 """
 
@@ -31,28 +35,41 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
-from datamodules.batch import MODALITIES, NO_KEY, RELATIONS, Batch, Items
-from retrieval import storage
-from towers.loss import InfoNCE
+from tritower.artefacts import storage
+from tritower.datamodules.batch import MODALITIES, NO_KEY, RELATIONS, Batch, Items
+from tritower.towers.losses.loss import InfoNCE
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit code."""
-    parser = ArgumentParser(prog="python -m benchmarks.loss", description=__doc__, allow_abbrev=False)
+    parser = ArgumentParser(
+        prog="python -m benchmarks.loss", description=__doc__, allow_abbrev=False
+    )
     parser.add_argument("--json", type=Path, required=True, help="file of the figures")
-    parser.add_argument("--sizes", default="1024,4096,16384,65536", help="batch sizes, comma-separated")
+    parser.add_argument(
+        "--sizes", default="1024,4096,16384,65536", help="batch sizes, comma-separated"
+    )
     parser.add_argument("--dim", type=int, default=256, help="size of an embedding")
     options = parser.parse_args(arguments)
     rows = []
     for size in map(int, options.sizes.split(",")):
         for arm in ARMS:
             held = 4 * 8 * size**2  # two directions, their softmax and the gradients of both
-            if arm == "open_clip" and held > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") / 2:
-                print(f"{arm} at {size:,}: left out, its similarities would need {held / 2**30:.0f} GiB")
+            if (
+                arm == "open_clip"
+                and held > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") / 2
+            ):
+                print(
+                    f"{arm} at {size:,}: left out, its similarities would need {held / 2**30:.0f} GiB"
+                )
                 continue
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
                 rows.append(pool.submit(measure, arm, size, options.dim).result())
-    machine = {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    machine = {
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
     storage.write_json(options.json, {"machine": machine, "rows": rows})
     show(rows)
     return 0
@@ -85,7 +102,10 @@ def peak() -> int:
 
 def tritower() -> Callable[[Tensor, Tensor], Tensor]:
     """InfoNCE with its defaults on products that are all different."""
-    loss, nothing = InfoNCE(), Items(None, None, None, None, torch.ones(0, len(MODALITIES), dtype=torch.bool))
+    loss, nothing = (
+        InfoNCE(),
+        Items(None, None, None, None, torch.ones(0, len(MODALITIES), dtype=torch.bool)),
+    )
 
     def of(query: Tensor, product: Tensor) -> Tensor:
         keys = torch.full((len(query), len(RELATIONS)), NO_KEY)
@@ -112,7 +132,11 @@ def show(rows: list[dict[str, Any]]) -> None:
     for name in ("batch", "arm", "seconds", "MB of the loss", "us a pair"):
         table.add_column(name, justify="left" if name == "arm" else "right", no_wrap=True)
     for row in rows:
-        figures = (f"{row['seconds']:,.2f}", f"{row['loss_bytes'] / 1e6:,.0f}", f"{row['us_per_pair']:,.1f}")
+        figures = (
+            f"{row['seconds']:,.2f}",
+            f"{row['loss_bytes'] / 1e6:,.0f}",
+            f"{row['us_per_pair']:,.1f}",
+        )
         table.add_row(f"{row['batch']:,}", row["arm"], *figures)
     Console(width=None if sys.stdout.isatty() else 100).print(table)
 

@@ -1,4 +1,7 @@
-"""Losses of open_clip and sentence-transformers in place of ours: identical towers, batches and steps."""
+"""Losses of open_clip and sentence-transformers in place of ours.
+
+Identical towers, batches and steps.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,8 @@ import torch
 from open_clip.loss import ClipLoss, SigLipLoss
 from torch import Tensor, nn
 
-from datamodules.batch import Batch
-from towers.loss import ContrastiveLoss
+from tritower.datamodules.batch import Batch
+from tritower.towers.losses.loss import ContrastiveLoss
 
 
 class OpenClipLoss(ContrastiveLoss):
@@ -39,19 +42,25 @@ class OpenClipSigmoid(ContrastiveLoss):
         bias: added to all logits at the start; it is learned.
     """
 
-    def __init__(self, temperature: float = 0.1, min_temperature: float = 0.01, bias: float = -10.0) -> None:
+    def __init__(
+        self, temperature: float = 0.1, min_temperature: float = 0.01, bias: float = -10.0
+    ) -> None:
         super().__init__(temperature, min_temperature)
         self.peer = SigLipLoss()
         self.bias = nn.Parameter(torch.tensor(bias))
 
     def forward(self, query: Tensor, product: Tensor, batch: Batch) -> Tensor:
         """See `Loss.forward`."""
-        loss: Tensor = self.peer(query.float(), product[: len(query)].float(), self.scale, self.bias)
+        loss: Tensor = self.peer(
+            query.float(), product[: len(query)].float(), self.scale, self.bias
+        )
         return loss
 
 
 class MultipleNegativesRanking(ContrastiveLoss):
-    """sentence-transformers' MultipleNegativesRankingLoss: queries against products, at a temperature that stays.
+    """sentence-transformers' MultipleNegativesRankingLoss.
+
+    Queries against products, at a temperature that stays.
 
     Args:
         temperature: in cosine; 1 / 20 is its default.
@@ -65,7 +74,9 @@ class MultipleNegativesRanking(ContrastiveLoss):
 
     def forward(self, query: Tensor, product: Tensor, batch: Batch) -> Tensor:
         """See `Loss.forward`."""
-        loss: Tensor = self.peer.compute_loss_from_embeddings([query.float(), product[: len(query)].float()], None)
+        loss: Tensor = self.peer.compute_loss_from_embeddings(
+            [query.float(), product[: len(query)].float()], None
+        )
         return loss
 
 

@@ -45,7 +45,7 @@ from benchmarks.catalogues import (
     run_all,
 )
 from benchmarks.ledger import Ledger
-from retrieval.storage import write_json
+from tritower.artefacts.storage import write_json
 
 PEERS = "benchmarks.peer_losses"
 FUSED = [*PRODUCTS, WHOLE]

@@ -1,13 +1,17 @@
-"""Shop photos that ask for shelf products: ours, its variants, a softmax classifier, and products that are new.
+"""Shop photos that ask for shelf products.
 
-    python -m benchmarks.photos --data DIR --weights DIR --json FILE [--quick true] [--split val|test] [--arms '[ours]']
+Ours, its variants, a softmax classifier, and products that are new.
+
+    python -m benchmarks.photos --data DIR --weights DIR --json FILE [--quick true] [--split
+    val|test] [--arms '[ours]']
 
 All arms are configs/grocery.yaml: the same backbone, photos, batches, steps and learning rates.
 
 Keys of FILE, beside those of `benchmarks.catalogues`:
-    arms  "grocery/ARM/SEED" -> {"split", "seconds", "photos", "hit@1", "hit@5", "hit@10"}, the classifier's without
-          photos and hit@5; of the arms with new products also "hit@1 seen", "hit@1 new" and "new", the ids of the
-          products that it was never trained on
+    arms  "grocery/ARM/SEED" -> {"split", "seconds", "photos", "hit@1", "hit@5", "hit@10"}, the
+    classifier's without
+          photos and hit@5; of the arms with new products also "hit@1 seen", "hit@1 new" and "new",
+          the ids of the products that it was never trained on
 """
 
 from __future__ import annotations
@@ -32,15 +36,15 @@ from torch.nn import functional as F
 
 from benchmarks.catalogues import CLIP, SIGLIP, WHOLE, Bench, Catalogue, Results, Split, chosen
 from benchmarks.ledger import Ledger
-from datamodules.batch import RELATIONS, Batch, Items, NumberedItems
-from datamodules.parquet import query_item
-from datamodules.preprocess import stable_hash
-from retrieval.embeddings import EmbeddingReader
-from towers.cli import TrainingCLI
-from towers.embed import embed
-from towers.encoder import features_of, mean_by_row
-from towers.quiet import quiet_lightning
-from towers.two_tower import TwoTower
+from tritower.datamodules.batch import RELATIONS, Batch, Items, NumberedItems
+from tritower.datamodules.catalogue import query_item
+from tritower.datamodules.preprocess import stable_hash
+from tritower.retrieval.vectors.embeddings import EmbeddingReader
+from tritower.towers.cli import TrainingCLI
+from tritower.towers.embed import embed
+from tritower.towers.encoder import features_of, mean_by_row
+from tritower.towers.quiet import quiet_lightning
+from tritower.towers.two_tower import TwoTower
 
 PICTURES_ALONE = ["--model.product.text=null", "--model.product.attribute=null", WHOLE]
 """Products without their texts and attributes, by which a model would soon know a few products by heart."""
@@ -75,8 +79,8 @@ NEW = 16
 class Classifier(TwoTower):
     """One class for each product on top of the query encoder's image tower, trained with cross-entropy.
 
-    Optimiser, schedule, batches and figures are those of `TwoTower`: a query's "embedding" are its logits, a product's
-    is its class, so that their product is the logit of the class.
+    Optimiser, schedule, batches and figures are those of `TwoTower`: a query's "embedding" are its
+    logits, a product's is its class, so that their product is the logit of the class.
     """
 
     def setup(self, stage: str) -> None:
@@ -84,8 +88,13 @@ class Classifier(TwoTower):
         super().setup(stage)
         data = self.trainer.datamodule
         for split, asked in data.held_out.items():
-            photo = [bool(query_item(data.queries.row(int(number))).images) for number in asked.query]
-            per_query = {name: getattr(asked, name)[photo] for name in ("query", "source", "judged", "grade", "own")}
+            photo = [
+                bool(query_item(data.queries.row(int(number))).images) for number in asked.query
+            ]
+            per_query = {
+                name: getattr(asked, name)[photo]
+                for name in ("query", "source", "judged", "grade", "own")
+            }
             data.held_out[split] = replace(asked, **per_query)
         ids = data.products.column("product_id").to_pylist()
         self.class_of = {stable_hash(product_id): row for row, product_id in enumerate(ids)}
@@ -105,16 +114,22 @@ class Classifier(TwoTower):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Cross-entropy of the photos."""
         keys = batch.product_keys[: len(batch.weight), RELATIONS.index("product")]
-        loss = F.cross_entropy(self.logits(batch.query), torch.tensor([self.class_of[key] for key in keys.tolist()]))
+        loss = F.cross_entropy(
+            self.logits(batch.query), torch.tensor([self.class_of[key] for key in keys.tolist()])
+        )
         self.log("train/loss", loss, batch_size=len(keys))
         return loss
 
-    def validation_step(self, batch: NumberedItems, batch_idx: int, dataloader_idx: int = 0) -> None:
+    def validation_step(
+        self, batch: NumberedItems, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
         """Logits of the held-out photos, classes of the products."""
         if dataloader_idx == 0:
             found = self.logits(batch.items)
         else:
-            found = F.one_hot(batch.row, self.embed_dim)  # the gallery is the whole catalogue, in order
+            found = F.one_hot(
+                batch.row, self.embed_dim
+            )  # the gallery is the whole catalogue, in order
         self.held_out[dataloader_idx].append((batch.row.numpy(), found.float().numpy()))
 
 
@@ -141,7 +156,9 @@ def ranks(model: Path, bench: Bench, folder: Path) -> dict[str, list[int]]:
         )
     (query_ids, queries), (product_ids, products) = sides
     similarity = queries @ products.T
-    query_row, column = ({name: row for row, name in enumerate(ids)} for ids in (query_ids, product_ids))
+    query_row, column = (
+        {name: row for row, name in enumerate(ids)} for ids in (query_ids, product_ids)
+    )
     result: dict[str, list[int]] = {}
     for photo in rows(bench.raw / "photos.csv"):
         if photo["split"] == bench.split:
@@ -167,7 +184,9 @@ def without_new(raw: Path, folder: Path) -> list[str]:
             writer.writerows(changed)
     for name in ("qrels.csv", "photos.csv"):
         shutil.copyfile(raw / name, folder / name)
-    shutil.copytree(raw / "images", folder / "images", dirs_exist_ok=True)  # links out of the folder would be refused
+    shutil.copytree(
+        raw / "images", folder / "images", dirs_exist_ok=True
+    )  # links out of the folder would be refused
     return new
 
 
@@ -203,8 +222,9 @@ def main(
         quick: two epochs: does everything run?
         split: whose photos ask; test is for the final table.
         seeds: trainings per arm.
-        arms: `ours`, `open_clip's ClipLoss`, `open_clip's SigLipLoss`, `every block tuned`, `softmax classifier`,
-            `for new products`, and `ours, some products new`, `for new products, some products new`; null takes all.
+        arms: `ours`, `open_clip's ClipLoss`, `open_clip's SigLipLoss`, `every block tuned`,
+            `softmax classifier`, `for new products`, and `ours, some products new`, `for new
+            products, some products new`; null takes all.
         arguments: further command-line arguments of train.py, for all arms.
         work: folder of everything that is made.
         again: why arms are read on the test split that were read before.
@@ -226,7 +246,10 @@ def main(
         bench = Bench(Catalogue("grocery", seeds=seeds), data, weights, work, split, results, quick)
         new: list[str] = []
         if arm.endswith(SOME_NEW):
-            bench.raw, bench.prepared = work / "raw" / "grocery_new", work / "catalogues" / "grocery_new"
+            bench.raw, bench.prepared = (
+                work / "raw" / "grocery_new",
+                work / "catalogues" / "grocery_new",
+            )
             new = without_new(data / "grocery", bench.raw)
         bench.prepare()
         arguments_of = [*ARMS[arm], *given]
@@ -239,11 +262,19 @@ def main(
             figures |= {"photos": sum(map(len, found.values())), "command": command}
             if new:
                 figures["new"] = new
-                figures["hit@1 new"] = hit((of for product, of in found.items() if product in new), 1)
-                figures["hit@1 seen"] = hit((of for product, of in found.items() if product not in new), 1)
+                figures["hit@1 new"] = hit(
+                    (of for product, of in found.items() if product in new), 1
+                )
+                figures["hit@1 seen"] = hit(
+                    (of for product, of in found.items() if product not in new), 1
+                )
         seconds = round(time.monotonic() - started, 1)
         results.store("arms", key, {**figures, "split": split, "seconds": seconds}, salt=None)
-        print(key, {name: value for name, value in figures.items() if name not in ("command", "new")}, flush=True)
+        print(
+            key,
+            {name: value for name, value in figures.items() if name not in ("command", "new")},
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""How far counting goes where products name what goes with them: no model, no features, no training.
+"""How far counting goes where products name what goes with them.
+
+No model, no features, no training.
 
     python -m benchmarks.popular --data DIR [--only luma] [--split val|test]
 
-After the mates of its family, a product's answers are those that the most products of its category name. Counted over
-the judgements that training may use, and, as a bound of what categories tell, over all judgements but those of the
-asked product's own family.
+After the mates of its family, a product's answers are those that the most products of its category
+name. Counted over the judgements that training may use, and, as a bound of what categories tell,
+over all judgements but those of the asked product's own family.
 """
 
 from __future__ import annotations
@@ -17,10 +19,12 @@ from numpy.typing import NDArray
 from pyarrow import csv
 
 from benchmarks.catalogues import Split
-from retrieval.metrics import ndcg_at_k
+from tritower.retrieval.ranking.metrics import ndcg_at_k
 
 
-def shares(linked: NDArray[np.bool_], category: NDArray[np.int64], family: NDArray[np.int64]) -> NDArray[np.float64]:
+def shares(
+    linked: NDArray[np.bool_], category: NDArray[np.int64], family: NDArray[np.int64]
+) -> NDArray[np.float64]:
     """(N, N): of the products that are of the row's category and not of its family, how many name the column.
 
     Equals are settled by how many products of other families name it, of any category.
@@ -38,7 +42,9 @@ def shares(linked: NDArray[np.bool_], category: NDArray[np.int64], family: NDArr
     return of_category + of_any / 1000
 
 
-def ndcg(score: NDArray[np.float64], grades: NDArray[np.float64], asked: NDArray[np.int64]) -> float:
+def ndcg(
+    score: NDArray[np.float64], grades: NDArray[np.float64], asked: NDArray[np.int64]
+) -> float:
     """nDCG@10 of the products `asked`, which never find themselves; (N, N) scores and grades."""
     score = score.copy()
     np.fill_diagonal(score, -np.inf)
@@ -56,24 +62,39 @@ def main(data: Path, only: str = "luma", split: Split = "val") -> None:
         split: whose products ask.
     """
     products, queries, qrels = (
-        csv.read_csv(data / only / f"{name}.csv", parse_options=csv.ParseOptions(newlines_in_values=True)).to_pydict()
+        csv.read_csv(
+            data / only / f"{name}.csv", parse_options=csv.ParseOptions(newlines_in_values=True)
+        ).to_pydict()
         for name in ("products", "queries", "qrels")
     )
     row = {product_id: number for number, product_id in enumerate(products["id"])}
-    asks = {q: row[s] for q, s in zip(queries["query_id"], queries["source_product_id"], strict=True) if s}
+    asks = {
+        q: row[s]
+        for q, s in zip(queries["query_id"], queries["source_product_id"], strict=True)
+        if s
+    }
     grades = np.zeros((len(row), len(row)))
-    for query_id, product_id, grade in zip(*(qrels[c] for c in ("query_id", "product_id", "relevance")), strict=True):
+    for query_id, product_id, grade in zip(
+        *(qrels[c] for c in ("query_id", "product_id", "relevance")), strict=True
+    ):
         if query_id in asks:
             grades[asks[query_id], row[product_id]] = grade
     families = [f or i for f, i in zip(products["family_id"], products["id"], strict=True)]
-    family, category = (np.unique(values, return_inverse=True)[1] for values in (families, products["category"]))
+    family, category = (
+        np.unique(values, return_inverse=True)[1] for values in (families, products["category"])
+    )
     of_split = {name: np.array(products["split"]) == name for name in ("train", split)}
     asked = np.flatnonzero(of_split[split] & (grades == grades.max()).any(1))
     mates = family[:, None] == family
     links, known = (grades > 0) & ~mates, np.outer(of_split["train"], of_split["train"])
     print(f"{only}, {len(asked)} products of {split} ask, nDCG@10")
-    for name, counted in (("judgements of train", links & known), ("all judgements but the family's own", links)):
-        print(f"{name:36} {ndcg(10 * mates + shares(counted, category, family), grades, asked):.3f}")
+    for name, counted in (
+        ("judgements of train", links & known),
+        ("all judgements but the family's own", links),
+    ):
+        print(
+            f"{name:36} {ndcg(10 * mates + shares(counted, category, family), grades, asked):.3f}"
+        )
 
 
 if __name__ == "__main__":

@@ -34,8 +34,8 @@ class NewSplits:
             folder: to be made.
 
         Returns:
-            Arguments of `datamodules.prepare`, which draws the splits of products. Queries that are products follow
-            theirs.
+            Arguments of `datamodules.prepare`, which draws the splits of products. Queries that are
+            products follow theirs.
         """
         folder.mkdir(parents=True, exist_ok=True)
         _rewrite(raw / "products.csv", folder / "products.csv", lambda row: "")
@@ -53,7 +53,10 @@ class NewSplits:
 
 def _rewrite(source: Path, target: Path, split_of: Callable[[dict[str, str]], str]) -> None:
     csv.field_size_limit(sys.maxsize)
-    with source.open(encoding="utf-8", newline="") as read, target.open("w", encoding="utf-8", newline="") as write:
+    with (
+        source.open(encoding="utf-8", newline="") as read,
+        target.open("w", encoding="utf-8", newline="") as write,
+    ):
         rows = csv.DictReader(read)
         writer = csv.DictWriter(write, rows.fieldnames or ())
         writer.writeheader()

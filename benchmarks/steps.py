@@ -1,15 +1,20 @@
 """How long a training step takes: open_clip's own, ours, and ours with less to do.
 
-    python -m benchmarks.steps --json FILE [--model ViT-B-32] [--batch 1024] [--chunk N] [--steps 10] [--arms ...]
+    python -m benchmarks.steps --json FILE [--model ViT-B-32] [--batch 1024] [--chunk N] [--steps
+    10] [--arms ...]
 
-A text tower asks for the pictures of the other side, on random tokens and pixels that are on the device already: no
-loading of data, all else (preprocessing on the device, forward, loss, backward, AdamW). On a GPU in bfloat16, on a CPU
-in float32. Untrained weights: time does not depend on them. Arms run one after another in this process.
+A text tower asks for the pictures of the other side, on random tokens and pixels that are on the
+  device already: no
+loading of data, all else (preprocessing on the device, forward, loss, backward, AdamW). On a GPU in
+bfloat16, on a CPU in float32. Untrained weights: time does not depend on them. Arms run one after
+another in this process.
 
 Keys of FILE:
     machine   device, threads, versions
-    rows      arm, model, batch, chunk, seconds (median of the steps), pairs_per_s, peak_bytes (of the GPU; 0 on a CPU),
-              of_tuned (seconds over those of "tuned"), over_open_clip (pairs per second over open_clip's)
+    rows      arm, model, batch, chunk, seconds (median of the steps), pairs_per_s, peak_bytes (of
+    the GPU; 0 on a CPU),
+              of_tuned (seconds over those of "tuned"), over_open_clip (pairs per second over
+              open_clip's)
 """
 
 from __future__ import annotations
@@ -32,11 +37,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from datamodules.batch import MODALITIES, NO_KEY, RELATIONS, Batch, Items
-from retrieval import storage
-from towers.encoder import Encoder
-from towers.open_clip_models import OpenClipImage, OpenClipText
-from towers.two_tower import TwoTower
+from tritower.artefacts import storage
+from tritower.datamodules.batch import MODALITIES, NO_KEY, RELATIONS, Batch, Items
+from tritower.towers.encoder import Encoder
+from tritower.towers.open_clip_models import OpenClipImage, OpenClipText
+from tritower.towers.two_tower import TwoTower
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ARMS = ("open_clip", "tuned", "frozen lower half", "patch dropout .5", "both", "compiled")
@@ -49,13 +54,23 @@ LESS = {
 
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit code."""
-    parser = ArgumentParser(prog="python -m benchmarks.steps", description=__doc__, allow_abbrev=False)
+    parser = ArgumentParser(
+        prog="python -m benchmarks.steps", description=__doc__, allow_abbrev=False
+    )
     parser.add_argument("--json", type=Path, required=True, help="file of the figures")
-    parser.add_argument("--model", default="ViT-B-32", help="name of a model of open_clip with a picture of patches")
+    parser.add_argument(
+        "--model", default="ViT-B-32", help="name of a model of open_clip with a picture of patches"
+    )
     parser.add_argument("--batch", type=int, default=1024, help="pairs of a step")
-    parser.add_argument("--chunk", type=int, default=None, help="items encoded at once (ours); all where left out")
-    parser.add_argument("--steps", type=int, default=10, help="that are timed, after two that are not")
-    parser.add_argument("--arms", type=list[str], default=list(ARMS[:-1]), help=f"some of {', '.join(ARMS)}")
+    parser.add_argument(
+        "--chunk", type=int, default=None, help="items encoded at once (ours); all where left out"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=10, help="that are timed, after two that are not"
+    )
+    parser.add_argument(
+        "--arms", type=list[str], default=list(ARMS[:-1]), help=f"some of {', '.join(ARMS)}"
+    )
     options = parser.parse_args(arguments)
     logging.disable(logging.WARNING)  # that the weights are random is meant
     rows = []
@@ -64,11 +79,23 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{arm}: {rows[-1]['seconds']:.3f} s a step", flush=True)
     seconds = {row["arm"]: row["seconds"] for row in rows}
     for row in rows:
-        for name, base, other in (("of_tuned", row["arm"], "tuned"), ("over_open_clip", "open_clip", row["arm"])):
-            row[name] = round(seconds[base] / seconds[other], 3) if {base, other} <= seconds.keys() else None
+        for name, base, other in (
+            ("of_tuned", row["arm"], "tuned"),
+            ("over_open_clip", "open_clip", row["arm"]),
+        ):
+            row[name] = (
+                round(seconds[base] / seconds[other], 3)
+                if {base, other} <= seconds.keys()
+                else None
+            )
     gpu = torch.cuda.get_device_name() if DEVICE == "cuda" else None
     versions = {"torch": torch.__version__, "open_clip": open_clip.__version__}
-    machine = {"device": gpu or "cpu", "cores": os.cpu_count(), "threads": torch.get_num_threads(), **versions}
+    machine = {
+        "device": gpu or "cpu",
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        **versions,
+    }
     storage.write_json(options.json, {"machine": machine, "rows": rows})
     show(rows)
     return 0
@@ -92,7 +119,12 @@ def measure(arm: str, model: str, batch: int, chunk: int | None, steps: int) -> 
     gc.collect()
     median = statistics.median(seconds)
     about = {"arm": arm, "model": model, "batch": batch, "chunk": chunk}
-    return {**about, "seconds": round(median, 4), "pairs_per_s": round(batch / median, 1), "peak_bytes": peak}
+    return {
+        **about,
+        "seconds": round(median, 4),
+        "pairs_per_s": round(batch / median, 1),
+        "peak_bytes": peak,
+    }
 
 
 def inputs(model: str, batch: int) -> tuple[Tensor, Tensor]:
@@ -101,7 +133,9 @@ def inputs(model: str, batch: int) -> tuple[Tensor, Tensor]:
     size, length = config["vision_cfg"]["image_size"], config["text_cfg"].get("context_length", 77)
     tokens = torch.randint(1, 1000, (batch, length))
     tokens[:, -1] = config["text_cfg"].get("vocab_size", 49408) - 1  # the end of a text
-    return tokens.to(DEVICE), torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device=DEVICE)
+    return tokens.to(DEVICE), torch.randint(
+        0, 256, (batch, 3, size, size), dtype=torch.uint8, device=DEVICE
+    )
 
 
 def of_open_clip(model: str, batch: int) -> Callable[[], Tensor]:
@@ -110,7 +144,8 @@ def of_open_clip(model: str, batch: int) -> Callable[[], Tensor]:
     loss, optimizer = open_clip.ClipLoss(), torch.optim.AdamW(clip.parameters(), lr=1e-6)
     tokens, pixels = inputs(model, batch)
     mean, std = (
-        torch.tensor(v, device=DEVICE).view(1, 3, 1, 1) for v in (clip.visual.image_mean, clip.visual.image_std)
+        torch.tensor(v, device=DEVICE).view(1, 3, 1, 1)
+        for v in (clip.visual.image_mean, clip.visual.image_std)
     )
 
     def step() -> Tensor:
@@ -130,16 +165,22 @@ def of_ours(arm: str, model: str, batch: int, chunk: int | None) -> Callable[[],
     less: dict[str, Any] = dict(LESS.get(arm, {}))
     image = OpenClipImage(model, load_weights=False, **less)
     text = OpenClipText(model, load_weights=False, freeze_lower=less.get("freeze_lower", 0.0))
-    two = TwoTower(Encoder(image.out_dim, image=image), Encoder(text.out_dim, text=text), chunk_size=chunk)
+    two = TwoTower(
+        Encoder(image.out_dim, image=image), Encoder(text.out_dim, text=text), chunk_size=chunk
+    )
     two = two.to(DEVICE).train()
     if arm == "compiled":
         for tower in (image, text):
             tower.compile()
     optimizer = torch.optim.AdamW(two.parameter_groups())
     tokens, pixels = inputs(model, batch)
-    present = torch.tensor([[name == side for name in MODALITIES] for side in ("text", "image")], device=DEVICE)
+    present = torch.tensor(
+        [[name == side for name in MODALITIES] for side in ("text", "image")], device=DEVICE
+    )
     query = Items(tokens, None, None, None, present[:1].expand(batch, -1))
-    product = Items(None, pixels, torch.arange(batch, device=DEVICE), None, present[1:].expand(batch, -1))
+    product = Items(
+        None, pixels, torch.arange(batch, device=DEVICE), None, present[1:].expand(batch, -1)
+    )
     keys = torch.full((batch, len(RELATIONS)), NO_KEY, device=DEVICE)
     keys[:, 0] = torch.arange(batch, device=DEVICE)
     whole = Batch(query, product, keys, keys, torch.ones(batch, device=DEVICE))
@@ -164,9 +205,14 @@ def show(rows: list[dict[str, Any]]) -> None:
     for name in ("arm", "s a step", "pairs/s", "of tuned", "x open_clip", "peak GB"):
         table.add_column(name, justify="left" if name == "arm" else "right", no_wrap=True)
     for row in rows:
-        ratios = ("" if row[name] is None else f"{row[name]:.2f}" for name in ("of_tuned", "over_open_clip"))
+        ratios = (
+            "" if row[name] is None else f"{row[name]:.2f}"
+            for name in ("of_tuned", "over_open_clip")
+        )
         peak = f"{row['peak_bytes'] / 1e9:.1f}" if row["peak_bytes"] else ""
-        table.add_row(row["arm"], f"{row['seconds']:.3f}", f"{row['pairs_per_s']:,.0f}", *ratios, peak)
+        table.add_row(
+            row["arm"], f"{row['seconds']:.3f}", f"{row['pairs_per_s']:,.0f}", *ratios, peak
+        )
     Console(width=None if sys.stdout.isatty() else 100).print(table)
 
 

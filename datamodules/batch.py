@@ -1,9 +1,11 @@
 """The contract of the project: what one product is, and what a batch of them is as tensors.
 
-Raw rows are `Item` and `Example`; tensors are `Items` and `Batch`. A query is an `Item` that has only some modalities:
-a typed text, a photo, a brand and a price, or all of them take one path through data, model and index.
+Raw rows are `Item` and `Example`; tensors are `Items` and `Batch`. A query is an `Item` that has
+only some modalities: a typed text, a photo, a brand and a price, or all of them take one path
+through data, model and index.
 
-NamedTuples, because Lightning moves them to the device (`None` fields included) and torch pins them.
+NamedTuples, because Lightning moves them to the device (`None` fields included) and torch pins
+them.
 """
 
 from __future__ import annotations
@@ -15,30 +17,51 @@ if TYPE_CHECKING:  # preparing a catalogue reads items too, and must start witho
     from torch import Tensor
 
 Side = Literal["query", "product"]
-Relation = Literal["product", "group", "family", "title", "picture", "model", "category", "branch", "query"]
+Relation = Literal[
+    "product", "group", "family", "title", "picture", "model", "category", "branch", "query"
+]
 
 MODALITIES = ("text", "image", "attribute", "words")
-"""The order of the modality axis M everywhere: features, `present`, gate shares. `words` are texts by their wording."""
+"""The order of the modality axis M everywhere:
 
-RELATIONS = ("product", "group", "family", "title", "picture", "model", "category", "branch", "query")
+features, `present`, gate shares. `words` are texts by their wording.
+"""
+
+RELATIONS = (
+    "product",
+    "group",
+    "family",
+    "title",
+    "picture",
+    "model",
+    "category",
+    "branch",
+    "query",
+)
 """The order of the relation axis R of `Batch.query_keys` and `Batch.product_keys`.
 
-Equal keys mean: the same product, the same thing (another seller's), variants of one style, the same normalised title,
-the same picture bytes, the same brand and model number, the same category, the category above it in the tree, an answer
-to the same query.
+Equal keys mean: the same product, the same thing (another seller's), variants of one style, the
+  same normalised title,
+the same picture bytes, the same brand and model number, the same category, the category above it in
+the tree, an answer to the same query.
 """
 
 NO_KEY = -1
-"""In `Batch.query_keys` and `Batch.product_keys`: this row has no such key, and equals no other row."""
+"""In `Batch.query_keys` and `Batch.product_keys`:
+
+this row has no such key, and equals no other row.
+"""
 
 
 class Item(NamedTuple):
     """One product or one query, raw. Absent facts are left out: no None, no empty strings.
 
     Attributes:
-        text: field -> text: `{"title": ..., "description": ...}`; a typed query is `{"query": ...}`.
+        text: field -> text: `{"title": ..., "description": ...}`; a typed query is `{"query":
+            ...}`.
         images: encoded pictures (JPEG, PNG, ...); those of one product are pooled.
-        attributes: name -> number (float), category (str), category path or multi-valued set (sequence of str).
+        attributes: name -> number (float), category (str), category path or multi-valued set
+            (sequence of str).
     """
 
     text: Mapping[str, str] = {}
@@ -52,12 +75,14 @@ class Example(NamedTuple):
     Attributes:
         query: what is asked; often a view of a product, with some of its facts left out.
         product: what answers.
-        query_keys: R keys, one for each of `RELATIONS`; those of the whole product, whatever its view leaves out.
+        query_keys: R keys, one for each of `RELATIONS`; those of the whole product, whatever its
+            view leaves out.
         product_keys: R keys.
         weight: graded relevance, 0 to 1 (click < cart < buy); 1 by default.
         label: for labelled pairs, how similar they are, 0 to 1; None elsewhere.
         frequency: how often this product is trained on, 1 = as often as the average.
-        judged: J `product` keys of all products that are judged to answer this query, padded with `NO_KEY`.
+        judged: J `product` keys of all products that are judged to answer this query, padded with
+            `NO_KEY`.
         grades: J weights of these judgements, 0 where padded.
     """
 
@@ -77,8 +102,8 @@ class AttributeTensors(NamedTuple):
 
     Attributes:
         number: (B, A_number) float32 raw values, NaN where missing.
-        category: (B, A_category, V) int64 hashes of values (of every level for a path), 0 where padded; a row of zeros
-            is a missing attribute.
+        category: (B, A_category, V) int64 hashes of values (of every level for a path), 0 where
+            padded; a row of zeros is a missing attribute.
     """
 
     number: Tensor
@@ -88,17 +113,18 @@ class AttributeTensors(NamedTuple):
 class Items(NamedTuple):
     """B items as tensors. A modality that no item has is None, and its tower does not run.
 
-    `text` and `image` may hold features in place of tokens and pixels: a float matrix is features already (see
-    `towers.cache`).
+    `text` and `image` may hold features in place of tokens and pixels: a float matrix is features
+    already (see `tritower.towers.feature_cache`).
 
     Attributes:
         text: (B, L) int64 token ids, or (B, F) float32 features.
         image: (N, 3, H, W) uint8 pixels, or (N, F) float32 features; all pictures of the batch.
         image_row: (N,) int64, ascending: the item a picture belongs to.
         attribute: see `AttributeTensors`.
-        present: (B, M) bool, True = there. A row without a True is an item of which this model knows no modality.
-        part: (B, M) bool, some of those that are there, for a second embedding of each item in training; None
-            elsewhere.
+        present: (B, M) bool, True = there. A row without a True is an item of which this model
+            knows no modality.
+        part: (B, M) bool, some of those that are there, for a second embedding of each item in
+            training; None elsewhere.
         words: (B, G) int64 hashes of different n-grams, 0 = padding.
     """
 
@@ -122,7 +148,9 @@ class Items(NamedTuple):
             text=None if self.text is None else self.text[start:stop],
             image=image,
             image_row=image_row,
-            attribute=None if self.attribute is None else AttributeTensors(*(t[start:stop] for t in self.attribute)),
+            attribute=None
+            if self.attribute is None
+            else AttributeTensors(*(t[start:stop] for t in self.attribute)),
             present=self.present[start:stop],
             part=None if self.part is None else self.part[start:stop],
             words=None if self.words is None else self.words[start:stop],
@@ -130,22 +158,27 @@ class Items(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """B queries and P >= B products: product row i < B answers query i, the rest are extra negatives.
+    """B queries and P >= B products.
+
+    Product row i < B answers query i, the rest are extra negatives.
 
     Attributes:
         query: B items.
         product: P items.
         query_keys: (B, R) int64, one column per relation of `RELATIONS`; -1 = none.
-        product_keys: (P, R) int64; the loss turns equal keys into positive, ignored or negative by its configuration.
+        product_keys: (P, R) int64; the loss turns equal keys into positive, ignored or negative by
+            its configuration.
         weight: (B,) float32 graded relevance.
-        label: (B,) float32 how similar the two of a labelled pair are, 0 to 1; NaN where they have no label; None where
-            no pair of the batch has one.
-        frequency: (P,) float32 how often each product is trained on, 1 = as often as the average, 0 = never as an
-            answer; None = all alike.
-        judged: (B, J) int64 `product` keys of what is judged to answer each query, padded with -1: so a product that
-            answers several queries is pushed away by none of them. None = no judgements.
+        label: (B,) float32 how similar the two of a labelled pair are, 0 to 1; NaN where they have
+            no label; None where no pair of the batch has one.
+        frequency: (P,) float32 how often each product is trained on, 1 = as often as the average, 0
+            = never as an answer; None = all alike.
+        judged: (B, J) int64 `product` keys of what is judged to answer each query, padded with -1:
+            so a product that answers several queries is pushed away by none of them. None = no
+            judgements.
         grades: (B, J) float32 weights of these judgements, 0 where padded; None = no judgements.
-        query_present: (B,) bool, the queries that have what is compared; None = all. Others are compared with nothing.
+        query_present: (B,) bool, the queries that have what is compared; None = all. Others are
+            compared with nothing.
         product_present: (P,) bool, likewise.
     """
 

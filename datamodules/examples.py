@@ -13,16 +13,19 @@ import pyarrow.compute as pc
 import torch
 from torch.utils.data import Dataset
 
-from datamodules.batch import NO_KEY, Batch, Example, Item
-from datamodules.parquet import Table, product_item, product_keys, query_item
-from datamodules.preprocess import Preprocess, stable_hash
-from datamodules.stream import Draw
-from datamodules.views import Views
+from tritower.datamodules.batch import NO_KEY, Batch, Example, Item
+from tritower.datamodules.catalogue import Table, product_item, product_keys, query_item
+from tritower.datamodules.preprocess import Preprocess, stable_hash
+from tritower.datamodules.stream import Draw
+from tritower.datamodules.views import Views
 
 MateRelation = Literal["none", "group", "family"]
 
 ITSELF = -1
-"""In `ExampleRows.query` and `.source`: the query is a view of the product itself, or of one of its mates."""
+"""In `ExampleRows.query` and `.source`:
+
+the query is a view of the product itself, or of one of its mates.
+"""
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,9 @@ class ExampleRows:
     @classmethod
     def join(cls, parts: Sequence[ExampleRows]) -> ExampleRows:
         """All examples of all parts, ordered by product."""
-        columns = [np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(cls)]
+        columns = [
+            np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(cls)
+        ]
         order = np.argsort(columns[0], kind="stable")
         return cls(*(column[order] for column in columns))
 
@@ -80,11 +85,14 @@ def pair_examples(
         products: the catalogue.
         queries: its queries.
         split: of both ends.
-        max_per_query: only the most relevant products of a query, equals drawn at random; None takes all.
+        max_per_query: only the most relevant products of a query, equals drawn at random; None
+            takes all.
         seed: of the draw.
         power: 1 weighs by relevance, 0 takes all judgements alike, 2 sets the best ones apart.
-        labelled: the examples have labels, which are their weights, and those of relevance 0 are among them.
-        equals: keep all products that are as relevant as the last one of `max_per_query`: they answer no less.
+        labelled: the examples have labels, which are their weights, and those of relevance 0 are
+            among them.
+        equals: keep all products that are as relevant as the last one of `max_per_query`: they
+            answer no less.
     """
     product_ids, query_ids = products.column("product_id"), queries.column("query_id")
     product = index_in(qrels["product_id"], product_ids)
@@ -104,7 +112,9 @@ def pair_examples(
             np.minimum.at(best, alike[keep], rank[keep])
             rank = best[alike]
         keep &= rank < max_per_query
-    weight = np.where(relevance > 0, (relevance / max(float(relevance.max(initial=0.0)), 1e-9)) ** power, 0.0)
+    weight = np.where(
+        relevance > 0, (relevance / max(float(relevance.max(initial=0.0)), 1e-9)) ** power, 0.0
+    )
     weight = weight.astype(np.float32)
     return ExampleRows(
         product[keep],
@@ -140,7 +150,8 @@ class Mates:
 
     Args:
         products: the catalogue.
-        relation: `group` (the same thing), `family` (variants of one style, or the same thing), or `none`.
+        relation: `group` (the same thing), `family` (variants of one style, or the same thing), or
+            `none`.
         rows: int64 rows that may be mates, e.g. those of the train split.
     """
 
@@ -152,7 +163,13 @@ class Mates:
             if relation == "family":  # a family may have the name of another product's group
                 groups = pc.binary_join_element_wise(keys, "group", "\0")
                 keys = pc.coalesce(products.column("family").combine_chunks(), groups)
-        codes = keys.take(pa.array(rows)).dictionary_encode().indices.fill_null(-1).to_numpy().astype(np.int64)
+        codes = (
+            keys.take(pa.array(rows))
+            .dictionary_encode()
+            .indices.fill_null(-1)
+            .to_numpy()
+            .astype(np.int64)
+        )
         order = np.argsort(codes, kind="stable")
         self.members = rows[order]
         self.first = np.full(len(products), 0, np.int64)
@@ -174,33 +191,49 @@ class Mates:
 
 
 class JudgedAnswers:
-    """What is known to answer each query, and each product that asks: the judgements among the examples.
+    """What is known to answer each query, and each product that asks.
+
+    The judgements among the examples.
 
     Args:
         products: the catalogue.
         rows: examples; those of weight 0 are no answers.
         others: what is no example and answers all the same.
-        max_per_query: so many with the largest weights are kept, of equals those of `rows`: a batch stays small.
+        max_per_query: so many with the largest weights are kept, of equals those of `rows`: a batch
+            stays small.
     """
 
     def __init__(
-        self, products: Table, rows: ExampleRows, others: Sequence[ExampleRows] = (), max_per_query: int = 64
+        self,
+        products: Table,
+        rows: ExampleRows,
+        others: Sequence[ExampleRows] = (),
+        max_per_query: int = 64,
     ) -> None:
         self.num_products = len(products)
         parts = (rows, *others)
         product, query, source, weight = (
-            np.concatenate([getattr(part, name) for part in parts]) for name in ("product", "query", "source", "weight")
+            np.concatenate([getattr(part, name) for part in parts])
+            for name in ("product", "query", "source", "weight")
         )
         is_other = np.repeat([False, *[True] * len(others)], [len(part) for part in parts])
         judged = (weight > 0) & ((query != ITSELF) | (source != ITSELF))
         asker = np.where(query != ITSELF, self.num_products + query, source)
-        asker, product, weight, is_other = (values[judged] for values in (asker, product, weight, is_other))
-        order = np.lexsort((is_other, -weight, product, asker))  # one judgement may be shown several times
+        asker, product, weight, is_other = (
+            values[judged] for values in (asker, product, weight, is_other)
+        )
+        order = np.lexsort(
+            (is_other, -weight, product, asker)
+        )  # one judgement may be shown several times
         first = np.ones(len(order), bool)
         first[1:] = (np.diff(asker[order]) != 0) | (np.diff(product[order]) != 0)
-        asker, product, weight, is_other = (values[order][first] for values in (asker, product, weight, is_other))
+        asker, product, weight, is_other = (
+            values[order][first] for values in (asker, product, weight, is_other)
+        )
         order = np.lexsort((is_other, -weight, asker))
-        order = order[np.arange(len(order)) - np.searchsorted(asker[order], asker[order]) < max_per_query]
+        order = order[
+            np.arange(len(order)) - np.searchsorted(asker[order], asker[order]) < max_per_query
+        ]
         self.asker, product, self.weight = asker[order], product[order], weight[order]
         rows_, number = np.unique(product, return_inverse=True)
         ids = products.column("product_id").take(pa.array(rows_)).to_pylist()
@@ -215,7 +248,10 @@ class JudgedAnswers:
         asker = source if query == ITSELF else self.num_products + query
         own = slice(*np.searchsorted(self.asker, (asker, asker + 1)))
         missing = self.width - (own.stop - own.start)
-        return [*self.key[own].tolist(), *[NO_KEY] * missing], [*self.weight[own].tolist(), *[0.0] * missing]
+        return [*self.key[own].tolist(), *[NO_KEY] * missing], [
+            *self.weight[own].tolist(),
+            *[0.0] * missing,
+        ]
 
 
 class Numbered(Protocol):
@@ -238,7 +274,8 @@ class TrainingBatches(Dataset[Batch]):
         preprocess: of the model.
         seed: of all views.
         others: what answers queries beside the examples.
-        first_facets: queries from this number on name facets: they ask for what is judged, and not for its family.
+        first_facets: queries from this number on name facets: they ask for what is judged, and not
+            for its family.
     """
 
     def __init__(
@@ -256,19 +293,29 @@ class TrainingBatches(Dataset[Batch]):
     ) -> None:
         self.products, self.queries, self.rows, self.mates = products, queries, rows, mates
         self.first_facets = first_facets
-        self.mate_share, self.views, self.preprocess, self.seed = mate_share, views, preprocess, seed
+        self.mate_share, self.views, self.preprocess, self.seed = (
+            mate_share,
+            views,
+            preprocess,
+            seed,
+        )
         self.answers = JudgedAnswers(products, rows, others)
         times = np.bincount(rows.product, minlength=len(products))
-        self.frequency = (times / max(times.sum() / max(np.count_nonzero(times), 1), 1)).astype(np.float32)
+        self.frequency = (times / max(times.sum() / max(np.count_nonzero(times), 1), 1)).astype(
+            np.float32
+        )
 
     def __getitem__(self, draw: Draw) -> Batch:
         if not isinstance(draw, Draw):
             raise TypeError(
-                f"Batches are drawn by datamodules.stream.BatchStream, not by {draw!r}: "
+                f"Batches are drawn by tritower.datamodules.stream.BatchStream, not by {draw!r}: "
                 "run with trainer.use_distributed_sampler=false."
             )
         examples = [self.example(draw.epoch, int(number)) for number in draw.examples]
-        rngs = [np.random.default_rng((self.seed, draw.epoch, int(number), 1)) for number in draw.examples]
+        rngs = [
+            np.random.default_rng((self.seed, draw.epoch, int(number), 1))
+            for number in draw.examples
+        ]
         return collate(examples, self.preprocess, rngs, self.negatives(draw))
 
     def negatives(self, draw: Draw) -> list[Answer]:
@@ -283,7 +330,10 @@ class TrainingBatches(Dataset[Batch]):
         return found
 
     def answer(self, row: int, rng: np.random.Generator) -> Answer:
-        """A product as it stands among the answers of a batch: a view, or one could tell by its completeness."""
+        """A product as it stands among the answers of a batch.
+
+        A view, or one could tell by its completeness.
+        """
         product = self.products.row(row)
         item = self.preprocess.product.readable(product_item(product))
         return Answer(self.views(item, rng), product_keys(product), float(self.frequency[row]))
@@ -302,14 +352,18 @@ class TrainingBatches(Dataset[Batch]):
             answered = self.rows.weight[number] > 0
             shared = answered and query_number < self.first_facets
             query_keys = [*(keys[:-1] if shared else [NO_KEY] * len(keys[:-1])), ask]
-            if answered:  # else the product is no answer to the query elsewhere in the batch, either
+            if (
+                answered
+            ):  # else the product is no answer to the query elsewhere in the batch, either
                 keys = [*keys[:-1], ask]
         else:
             judged = source != ITSELF
             source = source if judged else self.pick(product_row, rng)
             asked = self.products.row(source)
             query, query_keys = product_item(asked), product_keys(asked)
-            if judged and self.rows.weight[number] > 0:  # so all answers to one product are answers, as those to a text
+            if (
+                judged and self.rows.weight[number] > 0
+            ):  # so all answers to one product are answers, as those to a text
                 ask = stable_hash(f"like\0{asked['product_id']}")
                 query_keys, keys = [*query_keys[:-1], ask], [*keys[:-1], ask]
         answers, grades = self.answers.of(query_number, source)
@@ -335,7 +389,10 @@ class TrainingBatches(Dataset[Batch]):
 
 
 class Answer(NamedTuple):
-    """A product among those that a batch's queries are compared with: its view, R keys, and its frequency."""
+    """A product among those that a batch's queries are compared with.
+
+    Its view, R keys, and its frequency.
+    """
 
     item: Item
     keys: Sequence[int]
@@ -348,16 +405,23 @@ def collate(
     rngs: Sequence[np.random.Generator] | None = None,
     negatives: Sequence[Answer] = (),
 ) -> Batch:
-    """B examples as tensors; with B `rngs` their pictures are varied. `negatives` are further products.
+    """B examples as tensors; with B `rngs` their pictures are varied.
+
+    `negatives` are further products.
 
     Labels that are missing are NaN; without any, the batch has none.
     """
     labels = [torch.nan if example.label is None else example.label for example in examples]
     query = preprocess.query([example.query for example in examples], rngs)
-    answers = [Answer(example.product, example.product_keys, example.frequency) for example in examples]
+    answers = [
+        Answer(example.product, example.product_keys, example.frequency) for example in examples
+    ]
     answers += negatives
     if rngs is not None:  # a negative is varied with the example that it stands for
-        rngs = [*rngs, *(rngs[number * len(examples) // len(negatives)] for number in range(len(negatives)))]
+        rngs = [
+            *rngs,
+            *(rngs[number * len(examples) // len(negatives)] for number in range(len(negatives))),
+        ]
     product = preprocess.product([answer.item for answer in answers], rngs)
     asks, found = query.present.any(1), product.present.any(1)
     known = asks & found[: len(examples)]  # a pair of nothing teaches nothing
@@ -367,10 +431,16 @@ def collate(
         query_keys=torch.tensor([example.query_keys for example in examples]),
         product_keys=torch.tensor([answer.keys for answer in answers]),
         weight=torch.tensor([example.weight for example in examples]) * known,
-        label=None if all(map(math.isnan, labels)) else torch.tensor(labels).masked_fill(~known, torch.nan),
+        label=None
+        if all(map(math.isnan, labels))
+        else torch.tensor(labels).masked_fill(~known, torch.nan),
         frequency=torch.tensor([answer.frequency for answer in answers]),
-        judged=torch.tensor([example.judged for example in examples]) if examples[0].judged else None,
-        grades=torch.tensor([example.grades for example in examples]) if examples[0].judged else None,
+        judged=torch.tensor([example.judged for example in examples])
+        if examples[0].judged
+        else None,
+        grades=torch.tensor([example.grades for example in examples])
+        if examples[0].judged
+        else None,
         query_present=asks,
         product_present=found,
     )

@@ -1,7 +1,8 @@
 """Encoded pictures to pixels: one decoder for preparing, training, embedding and search.
 
-What it gives is always upright (EXIF), RGB, with transparency on a background, 16 bit scaled, and the first frame of an
-animation. What it refuses has a stable code. Limits are checked on the header, before anything is decoded.
+What it gives is always upright (EXIF), RGB, with transparency on a background, 16 bit scaled, and
+the first frame of an animation. What it refuses has a stable code. Limits are checked on the
+header, before anything is decoded.
 """
 
 from __future__ import annotations
@@ -14,14 +15,15 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageFile, ImageOps
 
-from datamodules.preparing.values import BadValue, excerpt
+from tritower.datamodules.bad_value import BadValue, excerpt
 
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF")
 """Pillow's names of what is opened (an MPO is a JPEG); other readers are not worth the risk on strangers' bytes."""
 
 WHITE = (255, 255, 255)
 
-# Our limits are stricter, raise instead of warn, and name the picture; damaged EXIF says nothing about pixels.
+# Our limits are stricter, raise instead of warn, and name the picture; damaged EXIF says nothing
+# about pixels.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImagePlugin")
 
@@ -33,7 +35,8 @@ class Limits(NamedTuple):
         max_bytes: of the encoded picture.
         max_pixels: width x height, from the header.
         min_side: in pixels; smaller ones are tracking pixels.
-        max_aspect: longer / shorter side; resizing a thin strip to a square input would need enormous memory.
+        max_aspect: longer / shorter side; resizing a thin strip to a square input would need
+            enormous memory.
     """
 
     max_bytes: int = 20 * 2**20
@@ -62,13 +65,14 @@ def decode(
     Args:
         data: JPEG, PNG, GIF, WebP, BMP, TIFF or AVIF.
         max_side: shrink so that the longer side is at most this; never enlarges.
-        draft: sides of so many pixels are enough: a larger JPEG is decoded at a half, a quarter or an eighth.
+        draft: sides of so many pixels are enough: a larger JPEG is decoded at a half, a quarter or
+            an eighth.
         background: RGB that stands behind transparent pixels.
         limits: what is refused before decoding.
 
     Raises:
-        ImageError: EMPTY_FILE, FILE_TOO_LARGE, NOT_AN_IMAGE, IMAGE_TOO_LARGE, IMAGE_TOO_SMALL, IMAGE_SHAPE,
-            TRUNCATED_IMAGE, DAMAGED_IMAGE or UNSUPPORTED_MODE.
+        ImageError: EMPTY_FILE, FILE_TOO_LARGE, NOT_AN_IMAGE, IMAGE_TOO_LARGE, IMAGE_TOO_SMALL,
+            IMAGE_SHAPE, TRUNCATED_IMAGE, DAMAGED_IMAGE or UNSUPPORTED_MODE.
     """
     return _render(_open(data, limits), max_side, background, draft)
 
@@ -83,8 +87,8 @@ def downsize(
 ) -> bytes:
     """A picture as `prepare` stores it: a JPEG whose longer side is at most `max_side`.
 
-    An upright RGB or grey JPEG that fits already is returned as it is. Search does the same to a user's photo, so that
-    queries and products are seen through the same glass.
+    An upright RGB or grey JPEG that fits already is returned as it is. Search does the same to a
+    user's photo, so that queries and products are seen through the same glass.
 
     Raises:
         ImageError: see `decode`.
@@ -94,13 +98,15 @@ def downsize(
         image.format == "JPEG"
         and image.mode in ("RGB", "L")
         and max(image.size) <= max_side
-        and len(data) <= 4 * image.width * image.height + 8192  # more than pixels need: a heap of metadata
+        and len(data)
+        <= 4 * image.width * image.height + 8192  # more than pixels need: a heap of metadata
     )
     pixels = _render(image, max_side, background)
     if fits and _orientation(image) == 1:
         return data
     buffer = io.BytesIO()
-    # 4:4:4: small coloured details survive. Pillow would copy the comment, which may be longer than the picture.
+    # 4:4:4: small coloured details survive. Pillow would copy the comment, which may be longer than
+    # the picture.
     pixels.save(buffer, "JPEG", quality=quality, subsampling=0, comment=b"")
     return buffer.getvalue()
 
@@ -110,7 +116,9 @@ def _open(data: bytes, limits: Limits) -> ImageFile.ImageFile:
     if not data:
         raise ImageError("EMPTY_FILE", "the picture has 0 bytes")
     if len(data) > limits.max_bytes:
-        raise ImageError("FILE_TOO_LARGE", f"{len(data):,} bytes; at most {limits.max_bytes:,} are read")
+        raise ImageError(
+            "FILE_TOO_LARGE", f"{len(data):,} bytes; at most {limits.max_bytes:,} are read"
+        )
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError:
@@ -129,15 +137,24 @@ def _open(data: bytes, limits: Limits) -> ImageFile.ImageFile:
 def _check_size(width: int, height: int, limits: Limits) -> None:
     size = f"{width:,} x {height:,} pixels"
     if width * height > limits.max_pixels:
-        raise ImageError("IMAGE_TOO_LARGE", f"{size}; at most {limits.max_pixels:,} in all are decoded")
+        raise ImageError(
+            "IMAGE_TOO_LARGE", f"{size}; at most {limits.max_pixels:,} in all are decoded"
+        )
     if min(width, height) < limits.min_side:
-        raise ImageError("IMAGE_TOO_SMALL", f"{size}; both sides must be at least {limits.min_side}")
+        raise ImageError(
+            "IMAGE_TOO_SMALL", f"{size}; both sides must be at least {limits.min_side}"
+        )
     if max(width, height) > limits.max_aspect * min(width, height):
-        raise ImageError("IMAGE_SHAPE", f"{size}; one side may be at most {limits.max_aspect:g} times the other")
+        raise ImageError(
+            "IMAGE_SHAPE", f"{size}; one side may be at most {limits.max_aspect:g} times the other"
+        )
 
 
 def _render(
-    image: ImageFile.ImageFile, max_side: int | None, background: tuple[int, int, int], draft: int | None = None
+    image: ImageFile.ImageFile,
+    max_side: int | None,
+    background: tuple[int, int, int],
+    draft: int | None = None,
 ) -> Image.Image:
     """Decode, turn upright, flatten, shrink."""
     enough = draft if max_side is None else 2 * max_side
@@ -148,7 +165,9 @@ def _render(
     pixels = _to_rgb(upright, background)
     if max_side is None or max(pixels.size) <= max_side:
         return pixels
-    scale = max_side / max(pixels.size)  # rounded up: what is stored must pass the limits on shape again
+    scale = max_side / max(
+        pixels.size
+    )  # rounded up: what is stored must pass the limits on shape again
     width, height = (max(LIMITS.min_side, math.ceil(side * scale - 1e-9)) for side in pixels.size)
     return pixels.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=3.0)
 
@@ -162,7 +181,9 @@ def _load(image: ImageFile.ImageFile) -> None:
             stream, io.BytesIO
         ):  # checks every chunk; loading stops at the last row
             Image.open(io.BytesIO(stream.getbuffer()), formats=("PNG",)).verify()
-    except Exception as error:  # Pillow's decoders raise many kinds of exceptions on damaged pictures
+    except (
+        Exception
+    ) as error:  # Pillow's decoders raise many kinds of exceptions on damaged pictures
         raise _damaged(error) from None
 
 
@@ -186,8 +207,20 @@ def _is_cut(data: bytes) -> bool:
 
 
 def _known_start(data: bytes) -> bool:
-    starts = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"BM", b"II*\0", b"MM\0*")
-    return data.startswith(starts) or (data[:4] == b"RIFF" and data[8:12] == b"WEBP") or data[4:12] == b"ftypavif"
+    starts = (
+        b"\xff\xd8\xff",
+        b"\x89PNG\r\n\x1a\n",
+        b"GIF87a",
+        b"GIF89a",
+        b"BM",
+        b"II*\0",
+        b"MM\0*",
+    )
+    return (
+        data.startswith(starts)
+        or (data[:4] == b"RIFF" and data[8:12] == b"WEBP")
+        or data[4:12] == b"ftypavif"
+    )
 
 
 def _orientation(image: Image.Image) -> int:
@@ -209,12 +242,16 @@ def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image
     if image.mode == "RGB":
         return image
     if image.mode not in ("1", "L", "P", "CMYK", "YCbCr", "HSV"):
-        raise ImageError("UNSUPPORTED_MODE", f"pixels of kind {image.mode!r} have no defined colours")
+        raise ImageError(
+            "UNSUPPORTED_MODE", f"pixels of kind {image.mode!r} have no defined colours"
+        )
     return image.convert("RGB")
 
 
 def _from_16_bit(image: Image.Image) -> Image.Image:
     values = np.asarray(image).astype(np.int64)  # (H, W)
     if values.min() < 0 or values.max() > 65535:
-        raise ImageError("UNSUPPORTED_MODE", f"values {values.min()} to {values.max()} do not fit 16 bit")
+        raise ImageError(
+            "UNSUPPORTED_MODE", f"values {values.min()} to {values.max()} do not fit 16 bit"
+        )
     return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")

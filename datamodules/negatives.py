@@ -1,4 +1,7 @@
-"""Extra products of a batch that answer none of its queries: mined ones, and others drawn at random."""
+"""Extra products of a batch that answer none of its queries.
+
+Mined ones, and others drawn at random.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,8 @@ class Negatives(NamedTuple):
     """Where mined negatives are, and how many of them a batch takes.
 
     Attributes:
-        file: (N, K) int32 rows of products that are hard negatives of each of N products, hardest first; -1 = none.
+        file: (N, K) int32 rows of products that are hard negatives of each of N products, hardest
+            first; -1 = none.
         per_example: extra products per example.
         share: of those that are mined, 0 to 1; the rest is drawn at random.
     """

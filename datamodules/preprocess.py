@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datamodules.batch import MODALITIES, AttributeTensors, Item, Items, Side
+from tritower.datamodules.batch import MODALITIES, AttributeTensors, Item, Items, Side
 
 
 def stable_hash(text: str | bytes) -> int:
@@ -34,14 +34,18 @@ class TextPreprocess(Protocol):
 class ImagePreprocess(Protocol):
     """What an image tower asks of its input."""
 
-    def __call__(self, images: Sequence[bytes], rngs: Sequence[np.random.Generator] | None = None) -> Tensor:
+    def __call__(
+        self, images: Sequence[bytes], rngs: Sequence[np.random.Generator] | None = None
+    ) -> Tensor:
         """(N, 3, H, W) uint8 pixels, or (N, F) float32 features; N `rngs` given = training, pictures may be varied."""
 
 
 class AttributePreprocess(Protocol):
     """What an attribute tower asks of its input."""
 
-    def __call__(self, attributes: Sequence[Mapping[str, str | float | Sequence[str]]]) -> AttributeTensors:
+    def __call__(
+        self, attributes: Sequence[Mapping[str, str | float | Sequence[str]]]
+    ) -> AttributeTensors:
         """The attributes of B items."""
 
 
@@ -63,12 +67,16 @@ class ItemPreprocess:
             attributes=item.attributes if self.attribute is not None else {},
         )
 
-    def __call__(self, items: Sequence[Item], rngs: Sequence[np.random.Generator] | None = None) -> Items:
+    def __call__(
+        self, items: Sequence[Item], rngs: Sequence[np.random.Generator] | None = None
+    ) -> Items:
         """B items as tensors.
 
         Args:
-            items: B items. One of which this encoder knows no modality gets a row of `present` without a True.
-            rngs: B of them in training: pictures may be varied with them, and a part of each item is drawn.
+            items: B items. One of which this encoder knows no modality gets a row of `present`
+                without a True.
+            rngs: B of them in training: pictures may be varied with them, and a part of each item
+                is drawn.
         """
         present = np.zeros((len(items), len(MODALITIES)), bool)
         image = image_row = attribute = None
@@ -80,15 +88,25 @@ class ItemPreprocess:
             if present[:, 1].any():
                 image_row = torch.from_numpy(np.repeat(np.arange(len(items)), counts))
                 picture_rngs = None if rngs is None else [rngs[row] for row in image_row.tolist()]
-                image = self.image([picture for item in items for picture in item.images], picture_rngs)
+                image = self.image(
+                    [picture for item in items for picture in item.images], picture_rngs
+                )
         if self.attribute is not None:
             attribute = self.attribute([item.attributes for item in items])
             number, category = attribute
-            known = ~number.isnan().all(1) if number.shape[1] else torch.zeros(len(items), dtype=torch.bool)
+            known = (
+                ~number.isnan().all(1)
+                if number.shape[1]
+                else torch.zeros(len(items), dtype=torch.bool)
+            )
             present[:, 2] = (known | (category != 0).flatten(1).any(1)).numpy()
             if not present[:, 2].any():
                 attribute = None
-        part = None if rngs is None else np.stack([part_of(row, rng) for row, rng in zip(present, rngs, strict=True)])
+        part = (
+            None
+            if rngs is None
+            else np.stack([part_of(row, rng) for row, rng in zip(present, rngs, strict=True)])
+        )
         return Items(
             text,
             image,
@@ -99,7 +117,9 @@ class ItemPreprocess:
             words,
         )
 
-    def _written(self, tower: TextPreprocess | None, items: Sequence[Item]) -> tuple[Tensor | None, np.ndarray]:
+    def _written(
+        self, tower: TextPreprocess | None, items: Sequence[Item]
+    ) -> tuple[Tensor | None, np.ndarray]:
         """The input of a tower that reads texts, None where no item has one; (B,) bool, which have."""
         texts = [] if tower is None else [tower.render(item, self.side) for item in items]
         there = np.array([text != "" for text in texts]) if texts else np.zeros(len(items), bool)
@@ -107,7 +127,10 @@ class ItemPreprocess:
 
 
 def part_of(present: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """(M,) bool -> (M,) bool: some of the modalities that are there, not all; all sizes have the same chance."""
+    """(M,) bool -> (M,) bool.
+
+    Some of the modalities that are there, not all; all sizes have the same chance.
+    """
     there = np.flatnonzero(present)
     if len(there) < 2:
         return present

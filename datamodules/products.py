@@ -1,4 +1,7 @@
-"""The data of a training run: batches of a prepared catalogue, and held-out queries to choose the best model by."""
+"""The data of a training run.
+
+Batches of a prepared catalogue, and held-out queries to choose the best model by.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,9 @@ import numpy as np
 import pyarrow.parquet as pq
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from datamodules.batch import RELATIONS, Batch, Item, NumberedItems
-from datamodules.examples import (
+from tritower.datamodules.batch import RELATIONS, Batch, Item, NumberedItems
+from tritower.datamodules.catalogue import Table, product_item, query_item
+from tritower.datamodules.examples import (
     ExampleRows,
     MateRelation,
     Mates,
@@ -23,14 +27,13 @@ from datamodules.examples import (
     is_split,
     pair_examples,
 )
-from datamodules.facets import FacetQueries, Queries, facet_queries
-from datamodules.heldout import HeldOut, ProductRows, QueryRows, RowBatches, held_out
-from datamodules.negatives import Negatives
-from datamodules.parquet import Table, product_item, query_item
-from datamodules.preprocess import Preprocess, stable_hash
-from datamodules.schema import Schema
-from datamodules.stream import BatchStream
-from datamodules.views import Views
+from tritower.datamodules.generated_queries import FacetQueries, Queries, facet_queries
+from tritower.datamodules.held_out import HeldOut, ProductRows, QueryRows, RowBatches, held_out
+from tritower.datamodules.negatives import Negatives
+from tritower.datamodules.preprocess import Preprocess, stable_hash
+from tritower.datamodules.schema import Schema
+from tritower.datamodules.stream import BatchStream
+from tritower.datamodules.views import Views
 
 logger = logging.getLogger(__name__)
 
@@ -44,28 +47,34 @@ class ProductDataModule(L.LightningDataModule):
     Args:
         catalogue: folder made by `python -m datamodules.prepare`.
         batch_size: examples per step over all processes.
-        sources: what training examples are made of: `catalogue` (two views of a product, or of it and a mate), `pairs`
-            (the judgements of the train split), `labels` (the same with their labels, and those of relevance 0, for
-            losses such as CoSENT), `facets` (typed queries that name attributes of products, which answer them). A
-            mapping says how often the examples of each are shown in an epoch.
-        facet_weight: of a typed query that names facets, 0 to 1, beside 1 of a product's view. Such queries draw
-            together what is alike by its attributes: the more they weigh, the less sets one product apart.
-        relevance_power: weight of a judgement: (relevance / highest relevance) to this power; 0 weighs all alike.
-        max_pairs_per_query: judged products of a query that are trained on, the most relevant first; null takes all.
-            Others that are no less relevant are answers all the same, and less relevant ones are not.
-        mates: whose views may ask for a product: `group` (the same thing), `family` (variants too), or `none`.
+        sources: what training examples are made of: `catalogue` (two views of a product, or of it
+            and a mate), `pairs` (the judgements of the train split), `labels` (the same with their
+            labels, and those of relevance 0, for losses such as CoSENT), `facets` (typed queries
+            that name attributes of products, which answer them). A mapping says how often the
+            examples of each are shown in an epoch.
+        facet_weight: of a typed query that names facets, 0 to 1, beside 1 of a product's view. Such
+            queries draw together what is alike by its attributes: the more they weigh, the less
+            sets one product apart.
+        relevance_power: weight of a judgement: (relevance / highest relevance) to this power; 0
+            weighs all alike.
+        max_pairs_per_query: judged products of a query that are trained on, the most relevant
+            first; null takes all. Others that are no less relevant are answers all the same, and
+            less relevant ones are not.
+        mates: whose views may ask for a product: `group` (the same thing), `family` (variants too),
+            or `none`.
         mate_share: chance, 0 to 1, that a product is asked for by a mate's view and not its own.
-        one_per_mates: examples of `catalogue` ask for one product of each group or family alone, the first one; so no
-            batch holds two that belong together.
+        one_per_mates: examples of `catalogue` ask for one product of each group or family alone,
+            the first one; so no batch holds two that belong together.
         views: what is left out of queries and products in training.
         num_workers: loader processes; 0 loads in the training process.
-        window_groups: row groups that are shuffled together, and that a loader process keeps in memory.
+        window_groups: row groups that are shuffled together, and that a loader process keeps in
+            memory.
         max_val_queries: held-out queries that are asked at each validation.
         max_val_products: products they are searched among.
         val_split: split that the best model is chosen by.
         test_split: split of `train.py test`.
-        threshold: relevance from which products of held-out queries are relevant; null takes the highest of all
-            judgements. Queries without such a product are not asked.
+        threshold: relevance from which products of held-out queries are relevant; null takes the
+            highest of all judgements. Queries without such a product are not asked.
         seed: of the order and of everything random about the examples.
     """
 
@@ -91,12 +100,16 @@ class ProductDataModule(L.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.allow_zero_length_dataloader_with_multiple_devices = True  # fewer held-out queries than processes
+        self.allow_zero_length_dataloader_with_multiple_devices = (
+            True  # fewer held-out queries than processes
+        )
         self.catalogue, self.batch_size = Path(catalogue), batch_size
         given = sources if sources is not None else ["catalogue", "pairs"]
         self.sources = dict(given) if isinstance(given, dict) else dict.fromkeys(given, 1)
         if any(times < 1 for times in self.sources.values()):
-            raise ValueError(f"sources={self.sources}: each is shown at least once an epoch; leave out what is not.")
+            raise ValueError(
+                f"sources={self.sources}: each is shown at least once an epoch; leave out what is not."
+            )
         if not 0 < facet_weight <= 1:
             raise ValueError(f"facet_weight={facet_weight}: choose above 0, up to 1.")
         self.facet_weight, self.relevance_power = facet_weight, relevance_power
@@ -106,7 +119,9 @@ class ProductDataModule(L.LightningDataModule):
         self.num_workers, self.window_groups, self.seed = num_workers, window_groups, seed
         self.max_val_queries, self.max_val_products = max_val_queries, max_val_products
         if threshold is not None and not threshold > 0:
-            raise ValueError(f"threshold={threshold}: products of relevance 0 are no answers; choose above 0.")
+            raise ValueError(
+                f"threshold={threshold}: products of relevance 0 are no answers; choose above 0."
+            )
         self.val_split, self.test_split, self.threshold = val_split, test_split, threshold
         self.preprocess: Preprocess | None = None  # the model hands it over when a run is set up
         self.held_out: dict[str, HeldOut] = {}
@@ -127,14 +142,18 @@ class ProductDataModule(L.LightningDataModule):
         self.schema = Schema.load(self.catalogue / "schema.json")
         self.products = Table(self.catalogue / "products", self.window_groups)
         has_queries = (self.catalogue / "queries").is_dir()
-        self.queries = Table(self.catalogue / "queries", self.window_groups) if has_queries else None
+        self.queries = (
+            Table(self.catalogue / "queries", self.window_groups) if has_queries else None
+        )
         qrels = self.catalogue / "qrels.parquet"
         self.qrels = pq.read_table(qrels) if qrels.is_file() else None
         self.facets = FacetQueries([], [])
         if stage == "fit":
             self.rows = self._examples()
             logger.info("%d training examples from %d products", len(self.rows), len(self.products))
-            if not {"pairs", "labels"} & self.sources.keys() and (left := len(self._pairs(labelled=True))):
+            if not {"pairs", "labels"} & self.sources.keys() and (
+                left := len(self._pairs(labelled=True))
+            ):
                 logger.warning(
                     "%s holds %d judgements of the train split, and none is trained on: data.sources=%s names neither "
                     "pairs nor labels.",
@@ -142,7 +161,11 @@ class ProductDataModule(L.LightningDataModule):
                     left,
                     ", ".join(self.sources),
                 )
-        for split in {"fit": [self.val_split], "validate": [self.val_split], "test": [self.test_split]}[stage]:
+        for split in {
+            "fit": [self.val_split],
+            "validate": [self.val_split],
+            "test": [self.test_split],
+        }[stage]:
             self.held_out[split] = held_out(
                 self.products,
                 self.queries,
@@ -155,7 +178,9 @@ class ProductDataModule(L.LightningDataModule):
                 threshold=self.threshold,
             )
             asked = self.held_out[split]
-            logger.info("%s: %d %s, among %d products", split, len(asked), asked.asked, len(asked.gallery))
+            logger.info(
+                "%s: %d %s, among %d products", split, len(asked), asked.asked, len(asked.gallery)
+            )
 
     def _examples(self) -> ExampleRows:
         self.train_rows = np.flatnonzero(is_split(self.products, "train"))
@@ -167,7 +192,9 @@ class ProductDataModule(L.LightningDataModule):
                     rows = Mates(self.products, self.mates, rows).first_of_each(rows)
                 parts += [catalogue_examples(rows)] * times
             elif source == "facets":
-                self.facets = facet_queries(self.products, self.train_rows, self.schema, self.seed, self.facet_weight)
+                self.facets = facet_queries(
+                    self.products, self.train_rows, self.schema, self.seed, self.facet_weight
+                )
                 logger.info("%d typed queries of facets", len(self.facets))
                 parts += [self.facets.examples(self._asked.first_facets, times, self.seed)]
             else:
@@ -196,7 +223,10 @@ class ProductDataModule(L.LightningDataModule):
         )
 
     def _other_answers(self) -> list[ExampleRows]:
-        """What answers queries beside the examples: what a cut of theirs left out, and all that have typed facets."""
+        """What answers queries beside the examples.
+
+        What a cut of theirs left out, and all that have typed facets.
+        """
         parts = []
         if self.max_pairs_per_query is not None and {"pairs", "labels"} & self.sources.keys():
             parts.append(self._pairs(labelled=False, equals=True))
@@ -245,11 +275,18 @@ class ProductDataModule(L.LightningDataModule):
         return self.loader(batches, self._stream)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where training stands, for its checkpoints: epoch, its steps that are done, all batches, mined negatives."""
+        """Where training stands, for its checkpoints.
+
+        Epoch, its steps that are done, all batches, mined negatives.
+        """
         per_epoch = self.trainer.num_training_batches
         batches = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
-        since = batches - self.progress["batches"]  # epochs before the last start may have been of another length,
-        started = min(self.progress["step"], per_epoch)  # and of the one it was in nothing may be left
+        since = (
+            batches - self.progress["batches"]
+        )  # epochs before the last start may have been of another length,
+        started = min(
+            self.progress["step"], per_epoch
+        )  # and of the one it was in nothing may be left
         epoch, step = divmod(self.progress["epoch"] * per_epoch + started + since, per_epoch)
         mined = None if self._negatives is None else self._negatives._asdict()
         return {
@@ -265,9 +302,13 @@ class ProductDataModule(L.LightningDataModule):
         if (mined := state_dict.get("negatives")) is not None:
             file = Path(self.trainer.default_root_dir) / "negatives" / mined["file"]
             if not file.is_file():
-                raise FileNotFoundError(f"{file}: the negatives that this run had mined are gone; start it afresh.")
+                raise FileNotFoundError(
+                    f"{file}: the negatives that this run had mined are gone; start it afresh."
+                )
             self._negatives = Negatives(**{**mined, "file": file})
-        warnings.filterwarnings("ignore", message=".*your dataloader is not resumable")  # it is: by its stream
+        warnings.filterwarnings(
+            "ignore", message=".*your dataloader is not resumable"
+        )  # it is: by its stream
 
     def val_dataloader(self) -> list[DataLoader[NumberedItems]]:
         """Held-out queries of the validation split, and the products they are searched among."""
@@ -278,7 +319,10 @@ class ProductDataModule(L.LightningDataModule):
         return self._held_out_loaders(self.test_split)
 
     def all_items(self) -> Iterator[Item]:
-        """Every product and every query of the catalogue, in order: what frozen towers encode once."""
+        """Every product and every query of the catalogue, in order.
+
+        What frozen towers encode once.
+        """
         for row in range(len(self.products)):
             yield product_item(self.products.row(row))
         asked = self._asked
@@ -323,7 +367,9 @@ class ProductDataModule(L.LightningDataModule):
             collate_fn=_as_is,
             pin_memory=self.trainer.accelerator.__class__.__name__ == "CUDAAccelerator",
             persistent_workers=self.num_workers > 0,
-            multiprocessing_context="spawn" if self.num_workers else None,  # forked children of threads may hang
+            multiprocessing_context="spawn"
+            if self.num_workers
+            else None,  # forked children of threads may hang
         )
 
 

@@ -1,6 +1,9 @@
-"""What a prepared catalogue holds: its text fields, its attributes and the statistics of their numbers.
+"""What a prepared catalogue holds.
 
-`prepare` writes it as `schema.json`; the model takes it at the start of training and carries it from then on.
+Its text fields, its attributes and the statistics of their numbers.
+
+`prepare` writes it as `schema.json`; the model takes it at the start of training and carries it
+from then on.
 """
 
 from __future__ import annotations
@@ -19,7 +22,8 @@ class Attribute:
 
     Attributes:
         name: as in `Item.attributes`.
-        kind: `number` (float), `category` (str), `path` (category levels, root first) or `set` (several values).
+        kind: `number` (float), `category` (str), `path` (category levels, root first) or `set`
+            (several values).
         log: the number is skewed: its statistics are those of log1p(value).
         mean: of the train split, after the log.
         std: of the train split, after the log; 1 where the values do not vary.
@@ -69,7 +73,9 @@ class Schema:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Schema:
         """The inverse of `to_dict`."""
-        return cls(tuple(data["text"]), data["images"], tuple(Attribute(**a) for a in data["attributes"]))
+        return cls(
+            tuple(data["text"]), data["images"], tuple(Attribute(**a) for a in data["attributes"])
+        )
 
     def save(self, path: Path) -> None:
         """Write `schema.json`."""

@@ -1,6 +1,7 @@
 """Which examples are in which batch: a pure function of (seed, epoch, step).
 
-The number of loader workers and of ranks never changes the global batch, and a resumed run goes on at its step.
+The number of loader workers and of ranks never changes the global batch, and a resumed run goes on
+at its step.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from torch.utils.data import Sampler
 
-from datamodules.negatives import Negatives
+from tritower.datamodules.negatives import Negatives
 
 
 class Draw(NamedTuple):
@@ -29,10 +30,13 @@ class Draw(NamedTuple):
 
 
 class BatchStream(Sampler[Draw]):
-    """Shuffled batches in bounded memory: blocks of neighbouring examples are permuted, windows of blocks are shuffled.
+    """Shuffled batches in bounded memory.
 
-    A reader that caches one window of rows reads every row once per epoch. The short last batch is filled from the
-    start of the next epoch's order, so that all batches of all ranks have the same size.
+    Blocks of neighbouring examples are permuted, windows of blocks are shuffled.
+
+    A reader that caches one window of rows reads every row once per epoch. The short last batch is
+    filled from the start of the next epoch's order, so that all batches of all ranks have the same
+    size.
 
     Args:
         num_examples: E > 0.
@@ -64,7 +68,9 @@ class BatchStream(Sampler[Draw]):
         if num_examples < 1:
             raise ValueError("num_examples=0: there is nothing to train on.")
         if batch_size % num_ranks:
-            raise ValueError(f"batch_size={batch_size} is not divisible by the {num_ranks} processes of this run.")
+            raise ValueError(
+                f"batch_size={batch_size} is not divisible by the {num_ranks} processes of this run."
+            )
         self.num_examples, self.batch_size, self.seed = num_examples, batch_size, seed
         self.block_size, self.window_blocks = block_size, window_blocks
         self.rank, self.num_ranks, self.epoch, self.start = rank, num_ranks, epoch, start
@@ -83,7 +89,9 @@ class BatchStream(Sampler[Draw]):
         blocks = np.random.default_rng((self.seed, epoch)).permutation(num_blocks)
         for first in range(0, num_blocks, self.window_blocks):
             window = [self._block(block) for block in blocks[first : first + self.window_blocks]]
-            yield np.random.default_rng((self.seed, epoch, first + 1)).permutation(np.concatenate(window))
+            yield np.random.default_rng((self.seed, epoch, first + 1)).permutation(
+                np.concatenate(window)
+            )
 
     def _block(self, number: int) -> np.ndarray:
         start = int(number) * self.block_size
@@ -103,4 +111,6 @@ class BatchStream(Sampler[Draw]):
                 pending = np.concatenate([pending, next(windows)])
             batch, pending = pending[: self.batch_size], pending[self.batch_size :]
             if step >= start:
-                yield Draw(self.epoch, batch[self.rank * share : (self.rank + 1) * share], self.negatives)
+                yield Draw(
+                    self.epoch, batch[self.rank * share : (self.rank + 1) * share], self.negatives
+                )

@@ -1,7 +1,9 @@
-"""Two people never describe a product the same way: a view is an item with some of its facts left out.
+"""Two people never describe a product the same way.
 
-Views are what makes any subset of modalities work as a query or a product, and what a catalogue without any queries is
-trained on: two views of one product belong together.
+A view is an item with some of its facts left out.
+
+Views are what makes any subset of modalities work as a query or a product, and what a catalogue
+without any queries is trained on: two views of one product belong together.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from datamodules.batch import Item
+from tritower.datamodules.batch import Item
 
 T = TypeVar("T")
 
@@ -21,8 +23,10 @@ class Views:
     """How much is left out of an item in training. Something always stays.
 
     Attributes:
-        modality_dropout: chance, 0 to 1, that a modality (text, pictures, attributes) is left out of an item.
-        field_dropout: chance, 0 to 1, that one text field or one attribute is left out; a modality keeps at least one.
+        modality_dropout: chance, 0 to 1, that a modality (text, pictures, attributes) is left out
+            of an item.
+        field_dropout: chance, 0 to 1, that one text field or one attribute is left out; a modality
+            keeps at least one.
         picture_dropout: chance, 0 to 1, that one of several pictures is left out.
     """
 
@@ -49,7 +53,10 @@ class Views:
 
 def keep_some(there: list[bool], dropout: float, rng: np.random.Generator) -> list[bool]:
     """Drop each that is there with chance `dropout`, but never all of them."""
-    kept = [is_there and chance >= dropout for is_there, chance in zip(there, rng.random(len(there)), strict=True)]
+    kept = [
+        is_there and chance >= dropout
+        for is_there, chance in zip(there, rng.random(len(there)), strict=True)
+    ]
     if any(there) and not any(kept):
         candidates = np.flatnonzero(there)
         kept[int(candidates[rng.integers(len(candidates))])] = True
@@ -62,7 +69,9 @@ def keep_fields(fields: dict[str, T], dropout: float, rng: np.random.Generator) 
     return {name: value for (name, value), keep in zip(fields.items(), kept, strict=True) if keep}
 
 
-def keep_pictures(images: tuple[bytes, ...], dropout: float, rng: np.random.Generator) -> tuple[bytes, ...]:
+def keep_pictures(
+    images: tuple[bytes, ...], dropout: float, rng: np.random.Generator
+) -> tuple[bytes, ...]:
     """Some of the pictures, at least one where there are any."""
     kept = keep_some([True] * len(images), dropout, rng)
     return tuple(picture for picture, keep in zip(images, kept, strict=True) if keep)

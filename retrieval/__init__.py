@@ -1,1 +1,4 @@
-"""From embeddings to hits: artefact folders, the index, metrics and reports. Needs no torch."""
+"""From vectors to hits.
+
+Open an index, search it, and what builds, updates, evaluates and shows it. Needs no torch.
+"""

@@ -1,4 +1,7 @@
-"""Search for many queries at once, such as every product of a catalogue: streamed, and resumed where it stopped."""
+"""Search for many queries at once, such as every product of a catalogue.
+
+Streamed, and resumed where it stopped.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +14,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from retrieval import files, storage
-from retrieval.embeddings import EmbeddingBatch, EmbeddingReader
-from retrieval.engine import Settings
-from retrieval.filtering.filters import Filter, parse
-from retrieval.filtering.finding import Grouping
-from retrieval.index import ProductIndex, checked_k
-from retrieval.progress import counted
-from retrieval.shards import ShardFolder
-from retrieval.storage import ArtefactError
+from tritower.artefacts import files, storage
+from tritower.artefacts.shards import ShardFolder
+from tritower.artefacts.storage import ArtefactError
+from tritower.retrieval.filtering.filtered_search import Grouping
+from tritower.retrieval.filtering.filters import Filter, parse
+from tritower.retrieval.index import ProductIndex, checked_k
+from tritower.retrieval.ivf.engine import Settings
+from tritower.retrieval.vectors.embeddings import EmbeddingBatch, EmbeddingReader
+from tritower.terminal.progress import counted
 
 KIND = "hits"
 BLOCK = 16_384
@@ -50,7 +53,9 @@ def bulk_search(
     filter: Filter | str | None = None,
     one_per: Grouping | None = None,
 ) -> BulkResult:
-    """Write the nearest products of every query: query_id, product_id, rank (from 1), score, and kind if queries have.
+    """Write the nearest products of every query.
+
+    Query_id, product_id, rank (from 1), score, and kind if queries have.
 
     Each block of queries is written as a shard of its own; the same call goes on after a kill.
 
@@ -88,9 +93,13 @@ def bulk_search(
         "filter": None if chosen is None else str(chosen),
         "one_per": one_per,
     }
-    folder = ShardFolder(output.with_name(f"{output.name}.parts") if single else output, kind=KIND, identity=identity)
+    folder = ShardFolder(
+        output.with_name(f"{output.name}.parts") if single else output, kind=KIND, identity=identity
+    )
     names, searched = [], 0
-    blocks = counted(_blocks(queries), queries.count, lambda block: len(block[1].ids), "search", "queries")
+    blocks = counted(
+        _blocks(queries), queries.count, lambda block: len(block[1].ids), "search", "queries"
+    )
     for name, batch in blocks:
         names.append(name)
         if not folder.done(name):
@@ -121,7 +130,9 @@ def _search(
     filter: Filter | None,
     one_per: Grouping | None,
 ) -> pa.Table:
-    hits = index.search(batch.vectors, k + exclude_self, settings=settings, filter=filter, one_per=one_per)
+    hits = index.search(
+        batch.vectors, k + exclude_self, settings=settings, filter=filter, one_per=one_per
+    )
     query, place = np.nonzero(hits.rows >= 0)  # -1 never reaches the table of ids
     product_ids = index.all_ids().take(pa.array(hits.rows[query, place]))
     query_ids = batch.ids.take(pa.array(query)).cast(pa.string())

@@ -4,11 +4,11 @@ index/
 CURRENT         which version is in use
 versions/000001/
 index.faiss     FAISS index; the id of a vector in it is its row number
-lists.bin, lists.npy, vectors.faiss   its lists and finer vectors, mapped (retrieval/building/mapped.py)
+lists.bin, lists.npy, vectors.faiss   its lists and finer vectors, mapped (retrieval/ivf/ivf_pq.py)
 ids.arrow       row number -> product id, memory-mapped
-attributes.arrow   row number -> what filters ask for, memory-mapped; where the index was built with attributes
-settings.json   how to search unless told otherwise
-manifest.json   model, metric, dimension, count, factory string and reason, digests
+attributes.arrow   row number -> what filters ask for, memory-mapped; where the index was built with
+attributes settings.json   how to search unless told otherwise manifest.json   model, metric,
+dimension, count, factory string and reason, digests
 """
 
 from __future__ import annotations
@@ -23,16 +23,21 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import ArrayLike, NDArray
 
-from retrieval import storage, versions
-from retrieval.building.assemble import IDS_FILE
-from retrieval.building.points import Tuning
-from retrieval.engine import Engine, Settings, is_whole
-from retrieval.filtering.attributes import ATTRIBUTES_FILE, AttributeTable
-from retrieval.filtering.filters import Filter, parse
-from retrieval.filtering.finding import NO_ROWS, Finder, Grouping
-from retrieval.hits import Hits
-from retrieval.storage import ArtefactError, Manifest
-from retrieval.vectors import Metric, checked_metric, checked_queries, checked_vectors
+from tritower.artefacts import storage, versions
+from tritower.artefacts.storage import ArtefactError, Manifest
+from tritower.retrieval.filtering.filtered_search import NO_ROWS, Finder, Grouping
+from tritower.retrieval.filtering.filters import Filter, parse
+from tritower.retrieval.ivf.engine import Engine, Settings, is_whole
+from tritower.retrieval.ivf.layout import IDS_FILE
+from tritower.retrieval.ivf.operating_points import Tuning
+from tritower.retrieval.products.attribute_table import ATTRIBUTES_FILE, AttributeTable
+from tritower.retrieval.ranking.hits import Hits
+from tritower.retrieval.vectors.checks import (
+    Metric,
+    checked_metric,
+    checked_queries,
+    checked_vectors,
+)
 
 KIND = "index"
 FORMAT = 2
@@ -45,7 +50,8 @@ SETTINGS_FILE = "settings.json"
 class ProductIndex:
     """An opened index. Several threads may search it at once.
 
-    Open it with `ProductIndex.open`; build one with `retrieval.build.build_index`.
+    Open it with `ProductIndex.open`; build one with
+    `tritower.retrieval.building.build.build_index`.
 
     Attributes:
         path: where it was opened.
@@ -83,15 +89,22 @@ class ProductIndex:
         """Verify the digests of an index and open it: lists and finer vectors are mapped.
 
         Args:
-            path: the place of an index and its versions, one version, or an index of the first release.
-            fall_back: open the newest older version where the one in use is damaged; `note` and a warning say so.
+            path: the place of an index and its versions, one version, or an index of the first
+                release.
+            fall_back: open the newest older version where the one in use is damaged; `note` and a
+                warning say so.
 
         Raises:
             ArtefactError: no index, damaged, or files that do not belong together.
         """
         opened = versions.open_version(path, cls._open, fall_back)
         index = opened.result
-        index.path, index.version, index.note, index._hold = Path(path), opened.path, opened.note, opened.hold
+        index.path, index.version, index.note, index._hold = (
+            Path(path),
+            opened.path,
+            opened.note,
+            opened.hold,
+        )
         return index
 
     @classmethod
@@ -105,14 +118,20 @@ class ProductIndex:
         engine = Engine.open(path, manifest.meta)
         try:
             ids = IdTable(path / IDS_FILE)
-            attributes = AttributeTable(path / ATTRIBUTES_FILE) if ATTRIBUTES_FILE in manifest.files else None
+            attributes = (
+                AttributeTable(path / ATTRIBUTES_FILE)
+                if ATTRIBUTES_FILE in manifest.files
+                else None
+            )
             stored = json.loads((path / SETTINGS_FILE).read_text(encoding="utf-8"))
             tuning = Tuning.from_json(stored.pop("tuning")) if "tuning" in stored else None
             settings = Settings(**stored).checked(engine.lists)
         except (pa.ArrowInvalid, OSError, ValueError, TypeError, KeyError) as error:
             raise ArtefactError(f"{path} cannot be opened as an index: {error}") from None
         if len(ids) != engine.count:
-            raise ArtefactError(f"{path}: files do not belong together: {engine.count} vectors, {len(ids)} ids")
+            raise ArtefactError(
+                f"{path}: files do not belong together: {engine.count} vectors, {len(ids)} ids"
+            )
         if attributes is not None and len(attributes) != len(ids):
             raise ArtefactError(
                 f"{path}: files do not belong together: {len(ids)} ids, attributes of {len(attributes)}"
@@ -169,7 +188,8 @@ class ProductIndex:
     ) -> Hits:
         """The nearest products of each query; with the last four arguments, of those that may be found.
 
-        A search that may not find everything finds K products unless there are fewer: it goes as far as it takes.
+        A search that may not find everything finds K products unless there are fewer: it goes as
+          far as it takes.
 
         Args:
             vectors: (Q, D) query vectors, of unit length under cosine, probabilities under kl.
@@ -179,14 +199,16 @@ class ProductIndex:
             nprobe: lists to visit.
             k_factor: candidates to re-rank per result.
             settings: what `resolve` returned, in place of all these.
-            filter: what may be found, as `retrieval.filtering.filters` writes it; None for all.
+            filter: what may be found, as `tritower.retrieval.filtering.filters` writes it; None for
+                all.
             without: rows that may not be found.
             without_groups: nor may other products of their groups.
             one_per: find at most one product of each "group" or "family".
 
         Raises:
-            ValueError: what `checked_vectors` refuses, k < 1, settings that do not suit this index, a filter that is
-                none or does not suit its attributes, or groups or families that the index does not know.
+            ValueError: what `checked_vectors` refuses, k < 1, settings that do not suit this index,
+                a filter that is none or does not suit its attributes, or groups or families that
+                the index does not know.
         """
         k = min(checked_k(k), len(self))
         queries = checked_queries(
@@ -199,7 +221,13 @@ class ProductIndex:
             return self.engine.search(queries, k, settings)
         chosen = parse(filter) if isinstance(filter, str) else filter
         return self._finder.search(
-            queries, k, settings, filter=chosen, without=without, without_groups=without_groups, one_per=one_per
+            queries,
+            k,
+            settings,
+            filter=chosen,
+            without=without,
+            without_groups=without_groups,
+            one_per=one_per,
         )
 
     def count(self, filter: Filter | str) -> int:
@@ -212,7 +240,9 @@ class ProductIndex:
 
     @cached_property
     def _finder(self) -> Finder:
-        return Finder(self.engine, self.attributes, None if len(self) == len(self._ids) else self.alive())
+        return Finder(
+            self.engine, self.attributes, None if len(self) == len(self._ids) else self.alive()
+        )
 
     def resolve(
         self,
@@ -227,16 +257,21 @@ class ProductIndex:
         Args:
             nprobe: lists to visit; None for what the recall needs.
             k_factor: candidates to re-rank per result; None for what the recall needs.
-            recall: recall against exact search to reach; None for what the index was built for, or comes nearest to it.
-            kind: of the queries: "text", "image", ...; None: enough for every kind that was measured.
+            recall: recall against exact search to reach; None for what the index was built for, or
+                comes nearest to it.
+            kind: of the queries: "text", "image", ...; None: enough for every kind that was
+                measured.
 
         Raises:
-            ValueError: a recall that was not measured or not reached, or settings that do not suit this index.
+            ValueError: a recall that was not measured or not reached, or settings that do not suit
+                this index.
         """
         settings = self.settings
         if recall is not None:
             if self.tuning is None and self.engine.lists is not None:
-                raise ValueError(f"{self.path} was not built for a recall: build it with one, or name nprobe")
+                raise ValueError(
+                    f"{self.path} was not built for a recall: build it with one, or name nprobe"
+                )
             settings = settings if self.tuning is None else self.tuning.settings_for(recall, kind)
         elif kind is not None and self.tuning is not None and kind in self.tuning.points:
             settings = self.tuning.nearest_settings(self.manifest.meta["target"]["recall"], kind)
@@ -276,7 +311,10 @@ class ProductIndex:
         return row
 
     def rows_of(self, product_ids: pa.Array | pa.ChunkedArray) -> NDArray[np.int64]:
-        """(B,) row numbers of products, -1 where there is no such one. Reads all ids: ask for many at once."""
+        """(B,) row numbers of products, -1 where there is no such one.
+
+        Reads all ids: ask for many at once.
+        """
         known = self.all_ids().cast(pa.large_string()).combine_chunks()
         found = pc.index_in(product_ids.cast(pa.large_string()), value_set=known, skip_nulls=True)
         return np.asarray(pc.fill_null(found, -1).to_numpy(), np.int64)
@@ -284,7 +322,7 @@ class ProductIndex:
     def vector_of(self, product_id: str) -> NDArray[np.float32]:
         """The vector of a product as the index keeps it, (D,) float32, of unit length under cosine.
 
-        It asks as `retrieval.vectors.as_queries` makes it.
+        It asks as `tritower.retrieval.vectors.checks.as_queries` makes it.
 
         Raises:
             ValueError: no such product, or the index keeps nothing to make a vector from.
@@ -303,7 +341,9 @@ class IdTable:
         table = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
         self.column: pa.ChunkedArray = table.column("product_id")
         unknown = pa.chunked_array([pa.nulls(len(table), pa.int64())])
-        self.contents: pa.ChunkedArray = table.column("content") if "content" in table.column_names else unknown
+        self.contents: pa.ChunkedArray = (
+            table.column("content") if "content" in table.column_names else unknown
+        )
         lengths = [len(chunk) for chunk in self.column.chunks]
         self._starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
 
@@ -314,7 +354,9 @@ class IdTable:
         """Ids of rows, None for -1: in Python, -1 would be the last product."""
         flat = np.asarray(rows).ravel()
         if flat.size and (flat.max() >= len(self) or flat.min() < -1):
-            raise ValueError(f"rows from {flat.min()} to {flat.max()}; expected -1 to {len(self) - 1}")
+            raise ValueError(
+                f"rows from {flat.min()} to {flat.max()}; expected -1 to {len(self) - 1}"
+            )
         ids = np.full(flat.shape, None, dtype=object)
         chunk_of = np.where(flat < 0, -1, np.searchsorted(self._starts, flat, side="right") - 1)
         for number in np.unique(chunk_of[chunk_of >= 0]):

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from retrieval import storage
-from retrieval.filtering.attribute_cells import TEXT, cells
-from retrieval.filtering.attribute_writer import write_attributes
-from retrieval.filtering.attributes import AttributeTable
+from tritower.artefacts import storage
+from tritower.retrieval.products.attribute_cells import TEXT, cells
+from tritower.retrieval.products.attribute_table import AttributeTable
+from tritower.retrieval.products.attribute_writer import write_attributes
 
 TYPES = {
     "number": pa.float64(),
@@ -35,7 +35,10 @@ class RowSource:
             yield cells(pa.array([row.get(attribute) for row in part], TYPES[kind]), kind)
 
     def _parts(self):
-        return [self.rows[start : start + self._batch] for start in range(0, len(self.rows), self._batch)]
+        return [
+            self.rows[start : start + self._batch]
+            for start in range(0, len(self.rows), self._batch)
+        ]
 
 
 def write_table(file: Path, ids, *sources) -> tuple[AttributeTable, dict]:

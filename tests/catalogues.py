@@ -10,10 +10,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from datamodules.schema import Attribute, Schema
-from retrieval.storage import new_folder
+from tritower.artefacts.storage import new_folder
+from tritower.datamodules.schema import Attribute, Schema
 
-COLOURS = {"red": (200, 30, 30), "green": (30, 160, 40), "blue": (30, 40, 200), "yellow": (230, 210, 40)}
+COLOURS = {
+    "red": (200, 30, 30),
+    "green": (30, 160, 40),
+    "blue": (30, 40, 200),
+    "yellow": (230, 210, 40),
+}
 KINDS = ("mug", "lamp", "chair", "bag", "shirt")
 BRANDS = ("Acme", "Zed", "Nord", "Lumen", "Kito", "Orla")
 
@@ -21,7 +26,9 @@ SCHEMA = Schema(
     text=("title", "description"),
     images=True,
     attributes=(
-        Attribute("price", "number", log=True, mean=3.0, std=0.7, minimum=5.0, maximum=99.0, present=0.9),
+        Attribute(
+            "price", "number", log=True, mean=3.0, std=0.7, minimum=5.0, maximum=99.0, present=0.9
+        ),
         Attribute("brand", "category", present=0.9),
         Attribute("category", "path", present=1.0),
         Attribute("tags", "set", present=0.5),
@@ -39,14 +46,18 @@ def picture(colour: tuple[int, int, int], rng: np.random.Generator, size: int = 
     return buffer.getvalue()
 
 
-def write_catalogue(folder: Path, num_groups: int = 60, seed: int = 0, shards: int = 2, queries: bool = True) -> Path:
+def write_catalogue(
+    folder: Path, num_groups: int = 60, seed: int = 0, shards: int = 2, queries: bool = True
+) -> Path:
     """Two offers of each thing; text, picture and attributes each tell something of it."""
     rng = np.random.default_rng(seed)
     rows = []
     for group in range(num_groups):
         colour, kind = list(COLOURS)[rng.integers(4)], KINDS[rng.integers(5)]
         brand, price = BRANDS[rng.integers(6)], float(rng.uniform(5, 99))
-        split = "train" if group < num_groups * 0.6 else "val" if group < num_groups * 0.8 else "test"
+        split = (
+            "train" if group < num_groups * 0.6 else "val" if group < num_groups * 0.8 else "test"
+        )
         for offer in range(2):
             rows.append(
                 {
@@ -58,7 +69,9 @@ def write_catalogue(folder: Path, num_groups: int = 60, seed: int = 0, shards: i
                         "title": f"{kind} {'by' if offer else 'from'} {brand} no {group}",
                         "description": f"A fine {kind}." if offer else None,
                     },
-                    "images": [picture(COLOURS[colour], rng) for _ in range(1 + offer)] if group % 7 else [],
+                    "images": [picture(COLOURS[colour], rng) for _ in range(1 + offer)]
+                    if group % 7
+                    else [],
                     "attributes": {
                         "price": price + offer if group % 5 else None,
                         "brand": brand if offer or group % 3 else None,
@@ -93,7 +106,9 @@ def write_catalogue(folder: Path, num_groups: int = 60, seed: int = 0, shards: i
         bounds = np.linspace(0, len(rows), shards + 1).astype(int)
         for shard in range(shards):
             table = pa.Table.from_pylist(rows[bounds[shard] : bounds[shard + 1]], schema)
-            pq.write_table(table, new / "products" / f"shard-{shard:05d}.parquet", row_group_size=16)
+            pq.write_table(
+                table, new / "products" / f"shard-{shard:05d}.parquet", row_group_size=16
+            )
         SCHEMA.save(new / "schema.json")
         if queries:
             write_queries(new, rows, rng)
@@ -107,7 +122,13 @@ def write_queries(folder: Path, rows: list[dict], rng: np.random.Generator) -> N
         group, offer = int(row["group"][1:]), int(row["product_id"][-1])
         if offer:
             continue
-        kind = "product" if group % 3 == 0 else "text" if group % 3 == 1 or not row["images"] else "image"
+        kind = (
+            "product"
+            if group % 3 == 0
+            else "text"
+            if group % 3 == 1 or not row["images"]
+            else "image"
+        )
         query_id = f"{kind}-{group}"
         queries.append(
             {
@@ -134,6 +155,10 @@ def write_queries(folder: Path, rows: list[dict], rng: np.random.Generator) -> N
             ("source_product_id", pa.string()),
         ]
     )
-    pq.write_table(pa.Table.from_pylist(queries, schema), folder / "queries" / "shard-00000.parquet")
-    judged = pa.schema([("query_id", pa.string()), ("product_id", pa.string()), ("relevance", pa.float32())])
+    pq.write_table(
+        pa.Table.from_pylist(queries, schema), folder / "queries" / "shard-00000.parquet"
+    )
+    judged = pa.schema(
+        [("query_id", pa.string()), ("product_id", pa.string()), ("relevance", pa.float32())]
+    )
     pq.write_table(pa.Table.from_pylist(qrels, judged), folder / "qrels.parquet")

@@ -11,11 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-# Before any library reads them: a test that would download fails at once instead of waiting for a network.
+# Before any library reads them: a test that would download fails at once instead of waiting for a
+# network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"  # of calls inside Lightning
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # models here are tiny: threads only wait for each other
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # models here are tiny: threads only wait for each other
 
 
 @pytest.fixture(autouse=True)
@@ -72,13 +75,19 @@ def tiny_catalogue(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def cut_catalogue(tiny_catalogue: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny catalogue with splits drawn at random: they cut through groups, families, facets and judgements."""
+    """The tiny catalogue with splits drawn at random:
+
+    they cut through groups, families, facets and judgements.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     folder = shutil.copytree(tiny_catalogue, tmp_path_factory.mktemp("cut") / "catalogue")
     rng = np.random.default_rng(0)
-    for file in [*sorted((folder / "products").glob("*.parquet")), *(folder / "queries").glob("*.parquet")]:
+    for file in [
+        *sorted((folder / "products").glob("*.parquet")),
+        *(folder / "queries").glob("*.parquet"),
+    ]:
         table = pq.read_table(file)
         splits = pa.array(rng.choice(["train", "val", "test"], len(table)))
         table = table.set_column(table.column_names.index("split"), "split", splits)

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
-from retrieval import storage
-from retrieval.catalogue import PreparedCatalogue
-from retrieval.embeddings import EmbeddingWriter
+from tritower.artefacts import storage
+from tritower.retrieval.products.catalogue import PreparedCatalogue
+from tritower.retrieval.vectors.embeddings import EmbeddingWriter
 
 DIM = 16
 PRODUCT_KINDS = ("fused", "product:text", "product:image", "product:attribute")
@@ -25,7 +25,9 @@ def vector_of(group: int, name: str, noise: float) -> np.ndarray:
     return unit(center + noise * wobble)
 
 
-def write_embeddings(catalogue: Path, folder: Path, noise: float = 0.5, model: str = "model-a") -> Path:
+def write_embeddings(
+    catalogue: Path, folder: Path, noise: float = 0.5, model: str = "model-a"
+) -> Path:
     """Write folder/products and folder/queries as `embed` does, one shard per shard of the catalogue."""
     fingerprint = storage.fingerprint(catalogue)
     hints = {"model": "nowhere", "catalogue": str(catalogue)}
@@ -35,7 +37,9 @@ def write_embeddings(catalogue: Path, folder: Path, noise: float = 0.5, model: s
         ids = pq.read_table(shard, columns=["product_id"]).column(0).to_pylist()
         products.write(shard.stem, ids, np.stack([vector_of(int(i[:3]), i, noise) for i in ids]))
     products.finish([shard.stem for shard in shards], hints)
-    queries = EmbeddingWriter(folder / "queries", dim=DIM, model=model, catalogue=fingerprint, id_column="query_id")
+    queries = EmbeddingWriter(
+        folder / "queries", dim=DIM, model=model, catalogue=fingerprint, id_column="query_id"
+    )
     asked = [
         (query_id, kind)
         for query_id in PreparedCatalogue(catalogue).queries().column("query_id").to_pylist()

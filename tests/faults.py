@@ -1,4 +1,7 @@
-"""Systems to put in place of `retrieval.files.system`: one whose k-th operation fails, one that loses power."""
+"""Systems to put in place of `tritower.artefacts.files.system`:
+
+one whose k-th operation fails, one that loses power.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from retrieval import files
+from tritower.artefacts import files
 
-OPERATIONS = ("open", "write", "fsync", "close", "rename", "replace", "exchange", "link", "mkdir", "unlink", "rmtree")
+OPERATIONS = (
+    "open",
+    "write",
+    "fsync",
+    "close",
+    "rename",
+    "replace",
+    "exchange",
+    "link",
+    "mkdir",
+    "unlink",
+    "rmtree",
+)
 
 
 @contextmanager
@@ -25,7 +40,9 @@ def using(system: files.System) -> Iterator[None]:
 
 
 class Watched(files.System):
-    """Calls `before(operation, path)` ahead of each operation; counts them in `calls`. Flushes nothing: it takes long.
+    """Calls `before(operation, path)` ahead of each operation; counts them in `calls`.
+
+    Flushes nothing: it takes long.
 
     Attributes:
         calls: (operation, path) of all so far.
@@ -107,7 +124,9 @@ class Failing(Watched):
         super().before(operation, path)
         needs_space = operation in ("write", "mkdir", "link", "rename", "replace", "exchange")
         if len(self.calls) == self.fail_at or (self.lasting and self.failed and needs_space):
-            named = () if operation in ("write", "fsync", "close") else (str(path),)  # as the system does
+            named = (
+                () if operation in ("write", "fsync", "close") else (str(path),)
+            )  # as the system does
             raise OSError(self.error, os.strerror(self.error), *named)
 
     def write(self, descriptor, data):
@@ -140,7 +159,10 @@ class PowerCut(BaseException):
 
 
 class _File:
-    """A file, under whatever names: what of it is on disk for certain, and what a running system reads."""
+    """A file, under whatever names:
+
+    what of it is on disk for certain, and what a running system reads.
+    """
 
     def __init__(self, content: bytes) -> None:
         self.durable = self.volatile = content
@@ -163,8 +185,8 @@ class _Change:
 class Disk(Watched):
     """A folder on a disk that loses power before the operation number `cut_at`: `PowerCut`.
 
-    `crash` then leaves there what POSIX allows. Of content that was not flushed: all, none, a part or garbage. Of names
-    that were changed in folders not flushed since: any of the changes.
+    `crash` then leaves there what POSIX allows. Of content that was not flushed: all, none, a part
+    or garbage. Of names that were changed in folders not flushed since: any of the changes.
 
     Args:
         root: the folder; all that is in it now is on disk.
@@ -308,7 +330,9 @@ class Disk(Watched):
         self._forget(path)
 
         def remove() -> None:
-            if folder.names.get(path.name) is node and not (isinstance(node, _Folder) and node.names):
+            if folder.names.get(path.name) is node and not (
+                isinstance(node, _Folder) and node.names
+            ):
                 del folder.names[path.name]
 
         self.changes.append(_Change(remove, folder))
@@ -336,5 +360,12 @@ def _after_crash(file: _File, chance: random.Random) -> bytes:
     start = chance.randrange(size) if size else 0
     garbage[start : start + 512] = chance.randbytes(len(garbage[start : start + 512]))
     return chance.choice(
-        [file.durable, file.volatile, file.volatile[:start], bytes(garbage), bytes(size), file.durable + bytes(size)]
+        [
+            file.durable,
+            file.volatile,
+            file.volatile[:start],
+            bytes(garbage),
+            bytes(size),
+            file.durable + bytes(size),
+        ]
     )

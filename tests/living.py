@@ -1,4 +1,7 @@
-"""An index that lives, against a dict: whatever is done to it, it finds what the dict holds, and nothing else."""
+"""An index that lives, against a dict:
+
+whatever is done to it, it finds what the dict holds, and nothing else.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +20,11 @@ from faults import Watched, using
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from retrieval import files
-from retrieval.build import Recipe, build_index
-from retrieval.embeddings import EmbeddingReader, EmbeddingWriter
-from retrieval.index import ProductIndex
-from retrieval.update import UpdateReport, update_index
+from tritower.artefacts import files
+from tritower.retrieval.building.build import Recipe, build_index
+from tritower.retrieval.index import ProductIndex
+from tritower.retrieval.updating.update import UpdateReport, update_index
+from tritower.retrieval.vectors.embeddings import EmbeddingReader, EmbeddingWriter
 
 DIM = 16
 SEEDS = st.integers(0, 10**6)
@@ -37,7 +40,9 @@ def vectors(count, seed=0):
     """Unit vectors around twenty centres."""
     generator = np.random.default_rng(seed)
     centres = np.random.default_rng(99).standard_normal((20, DIM))
-    return unit(centres[generator.integers(0, 20, count)] + 0.5 * generator.standard_normal((count, DIM)))
+    return unit(
+        centres[generator.integers(0, 20, count)] + 0.5 * generator.standard_normal((count, DIM))
+    )
 
 
 def embed(folder, rows, ids, contents=None, model="model-a"):
@@ -53,7 +58,10 @@ class Killed(BaseException):
 
 
 class Killing(Watched):
-    """A system on which the process dies before operation `kill_at`, counted from 1: nothing is done any more."""
+    """A system on which the process dies before operation `kill_at`, counted from 1:
+
+    nothing is done any more.
+    """
 
     def __init__(self, kill_at):
         super().__init__()
@@ -104,7 +112,9 @@ class LivingIndex(RuleBasedStateMachine):
         self.root, self.turn = self.folder / "i", 0
         origin = start_of(self.recipe, self.start)
         shutil.copytree(origin / "i", self.root)
-        self.given = dict(zip((f"p{i}" for i in range(self.start)), vectors(self.start, seed=1), strict=True))
+        self.given = dict(
+            zip((f"p{i}" for i in range(self.start)), vectors(self.start, seed=1), strict=True)
+        )
         self.truth = self.read(EmbeddingReader(origin / "e"))
         self.rows = {product: row for row, product in enumerate(self.truth)}
 
@@ -119,21 +129,29 @@ class LivingIndex(RuleBasedStateMachine):
         self.turn += 1
         reader = None
         if upsert:
-            reader = embed(self.folder / f"u{self.turn}", np.stack(list(upsert.values())), list(upsert))
+            reader = embed(
+                self.folder / f"u{self.turn}", np.stack(list(upsert.values())), list(upsert)
+            )
         old = dict(self.truth)
         self.done["changes"] += 1
         if kill_at is not None:
             with suppress(Killed), using(killing := Killing(kill_at)):
-                update_index(self.root, upsert=reader, delete=delete, compact=compact, measure=False)
+                update_index(
+                    self.root, upsert=reader, delete=delete, compact=compact, measure=False
+                )
             gc.collect()  # its locks go with it
             self.done["kills"] += killing.dead
             self.served(old, self.after(reader, delete))
-        report = update_index(self.root, upsert=reader, delete=delete, compact=compact, measure=False)
+        report = update_index(
+            self.root, upsert=reader, delete=delete, compact=compact, measure=False
+        )
         self.check_report(report, reader, delete, old, killed=kill_at is not None)
         self.truth = self.after(reader, delete)
         self.given |= upsert
         self.follow_rows(old)
-        others = [path.name for path in self.folder.iterdir() if path.name not in ("i", *self.uploads())]
+        others = [
+            path.name for path in self.folder.iterdir() if path.name not in ("i", *self.uploads())
+        ]
         assert others == [], "nothing is left beside the index"
         assert all(path.name.isdigit() for path in (self.root / "versions").iterdir())
 
@@ -161,15 +179,26 @@ class LivingIndex(RuleBasedStateMachine):
         new = {} if reader is None else self.read(reader)
         assert report.added == len(new.keys() - old.keys())
         assert report.unchanged == sum(
-            product in old and np.array_equal(old[product], vector) for product, vector in new.items()
+            product in old and np.array_equal(old[product], vector)
+            for product, vector in new.items()
         )
 
     def follow_rows(self, old):
         """What has not changed keeps its row, unless rows were closed up; then all keep their order."""
         index = ProductIndex.open(self.root)
-        compacted = index.manifest.meta.get("update", {}).get("compacted", False)  # maybe by the run that was killed
-        now = {product: row for row, product in enumerate(index.all_ids().to_pylist()) if product is not None}
-        same = [product for product in self.truth if product in old and self.truth[product] is old[product]]
+        compacted = index.manifest.meta.get("update", {}).get(
+            "compacted", False
+        )  # maybe by the run that was killed
+        now = {
+            product: row
+            for row, product in enumerate(index.all_ids().to_pylist())
+            if product is not None
+        }
+        same = [
+            product
+            for product in self.truth
+            if product in old and self.truth[product] is old[product]
+        ]
         if not compacted:
             assert all(now[product] == self.rows[product] for product in same)
         by_row = sorted(same, key=self.rows.__getitem__)
@@ -178,7 +207,9 @@ class LivingIndex(RuleBasedStateMachine):
 
     @rule(count=st.integers(1, 20), seed=SEEDS, kill_at=KILLS)
     def add(self, count, seed, kill_at):
-        self.change({f"n{seed}-{i}": row for i, row in enumerate(vectors(count, seed))}, [], kill_at)
+        self.change(
+            {f"n{seed}-{i}": row for i, row in enumerate(vectors(count, seed))}, [], kill_at
+        )
 
     @rule(seed=SEEDS, count=st.integers(1, 20), delete=st.integers(0, 20), kill_at=KILLS)
     def change_and_delete(self, seed, count, delete, kill_at):
@@ -230,13 +261,22 @@ class LivingIndex(RuleBasedStateMachine):
             assert (np.diff(scores) <= 0).all()
 
     def stored(self, index):
-        """Id -> vector as the index keeps it: what is left of the one that was embedded, bit for bit."""
+        """Id -> vector as the index keeps it:
+
+        what is left of the one that was embedded, bit for bit.
+        """
         fine = index.engine.fine
         ids = index.all_ids().to_pylist()
         kept = fine.reconstruct_n(0, fine.ntotal)
-        stored = {product: vector for product, vector in zip(ids, kept, strict=True) if product is not None}
+        stored = {
+            product: vector
+            for product, vector in zip(ids, kept, strict=True)
+            if product is not None
+        }
         expected = fine.sa_decode(fine.sa_encode(np.stack(list(self.truth.values()))))
-        np.testing.assert_array_equal(np.stack([stored[product] for product in self.truth]), expected)
+        np.testing.assert_array_equal(
+            np.stack([stored[product] for product in self.truth]), expected
+        )
         return stored
 
     def teardown(self):

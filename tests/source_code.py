@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("configs", "datamodules", "retrieval", "towers")
-COMMANDS = ("train", "index")
+FOLDERS = ("artefacts", "configs", "datamodules", "retrieval", "terminal", "towers", "tritower")
+"""Of the checkout: all but `tritower` itself become packages inside of `tritower`."""
 
 
 class Import(NamedTuple):
     """One imported module.
 
     Attributes:
-        module: its full dotted name; for `from a import b` that is `a.b` where this is a module of ours, else `a`.
+        module: its full dotted name; for `from a import b` that is `a.b` where this is a module of
+            ours, else `a`.
         line: 1-based.
         lazy: stands inside a function, so importing the file does not run it.
     """
@@ -29,13 +30,14 @@ class Import(NamedTuple):
 
 def shipped_files() -> list[Path]:
     """Every Python file that the distribution holds."""
-    commands = [ROOT / f"{name}.py" for name in COMMANDS]
-    return sorted([*(p for name in PACKAGES for p in (ROOT / name).rglob("*.py")), *commands])
+    return sorted(path for name in FOLDERS for path in (ROOT / name).rglob("*.py"))
 
 
 def module_name(path: Path) -> str:
-    """`towers/text.py` -> `towers.text`."""
-    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    """`towers/text.py` -> `tritower.towers.text`."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    name = ".".join(parts).removesuffix(".__init__")
+    return name if parts[0] == "tritower" else f"tritower.{name}"
 
 
 @cache
@@ -55,7 +57,9 @@ def _imports(node: ast.AST, *, lazy: bool) -> Iterator[Import]:
             case ast.Import(names=names):
                 yield from (Import(alias.name, child.lineno, lazy) for alias in names)
             case ast.ImportFrom(module=str(module), names=names, level=0):
-                yield from (Import(_imported(module, alias.name), child.lineno, lazy) for alias in names)
+                yield from (
+                    Import(_imported(module, alias.name), child.lineno, lazy) for alias in names
+                )
             case ast.ImportFrom():
                 raise ValueError(f"line {child.lineno}: relative import; write the full name")
             case ast.If(test=ast.Name("TYPE_CHECKING")):
@@ -68,7 +72,11 @@ def _imports(node: ast.AST, *, lazy: bool) -> Iterator[Import]:
 
 
 def _imported(module: str, name: str) -> str:
-    """`from towers import text` names the module `towers.text`; `from towers.text import pool` names `towers.text`."""
-    folder = ROOT.joinpath(*module.split("."))
-    is_module = (folder / f"{name}.py").exists() or (folder / name / "__init__.py").exists()
-    return f"{module}.{name}" if is_module else module
+    """`from tritower.towers import text` is a module; `from tritower.towers.text import pool` is `towers.text`."""
+    return f"{module}.{name}" if f"{module}.{name}" in module_names() else module
+
+
+@cache
+def module_names() -> frozenset[str]:
+    """The dotted names of all modules and packages that are shipped."""
+    return frozenset(map(module_name, shipped_files()))

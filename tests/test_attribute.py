@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from datamodules.schema import Attribute, Schema
-from towers import attribute as attribute_module
-from towers.attribute import AttributePreprocess, AttributeTower, bucket, value_hash
+from tritower.datamodules.schema import Attribute, Schema
+from tritower.towers import attribute as attribute_module
+from tritower.towers.attribute import AttributePreprocess, AttributeTower, bucket, value_hash
 
 SCHEMA = Schema(
     text=("title",),
@@ -44,7 +44,9 @@ def test_nothing_that_an_average_over_steps_would_change_is_a_buffer(tower: Attr
 
 
 def test_unseen_values_null_and_empty_are_finite(tower: AttributeTower) -> None:
-    rows = features(tower, {"brand": "Acme"}, {"brand": "never seen"}, {}, {"brand": ""}, {"brand": "  "})
+    rows = features(
+        tower, {"brand": "Acme"}, {"brand": "never seen"}, {}, {"brand": ""}, {"brand": "  "}
+    )
     assert rows.shape == (5, 24)
     assert rows.isfinite().all()
     assert not torch.allclose(rows[0], rows[1])
@@ -52,8 +54,12 @@ def test_unseen_values_null_and_empty_are_finite(tower: AttributeTower) -> None:
     torch.testing.assert_close(rows[3:], rows[2].expand(2, -1))
 
 
-@pytest.mark.parametrize(("name", "empty"), [("category", []), ("category", [""]), ("tags", []), ("tags", ["", " "])])
-def test_an_empty_path_or_set_is_missing(tower: AttributeTower, name: str, empty: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("name", "empty"), [("category", []), ("category", [""]), ("tags", []), ("tags", ["", " "])]
+)
+def test_an_empty_path_or_set_is_missing(
+    tower: AttributeTower, name: str, empty: list[str]
+) -> None:
     rows = features(tower, {name: empty, "brand": "Acme"}, {"brand": "Acme"})
     torch.testing.assert_close(rows[0], rows[1])
 
@@ -75,7 +81,7 @@ def test_text_where_numbers_were_learned_is_missing_and_warned_of_once(
     tower: AttributeTower, caplog: pytest.LogCaptureFixture
 ) -> None:
     attribute_module.warn_of_text.cache_clear()
-    with caplog.at_level(logging.WARNING, logger="towers.attribute"):
+    with caplog.at_level(logging.WARNING, logger="tritower.towers.attribute"):
         rows = features(tower, {"size": "M"}, {"size": "L"}, {"size": math.nan}, {})
     assert [record.getMessage() for record in caplog.records] == [
         "The attribute 'size' is a number for this model: what is given as text counts as missing"
@@ -108,10 +114,14 @@ def test_exact_numbers_tell_equal_from_close() -> None:
     tower = AttributeTower(out_dim=64, exact_numbers=True)
     tower.set_schema(SCHEMA)
     tower.eval()
-    close = tower.number_vectors(tower.preprocess([{"price": p} for p in (9.99, 10.0)]).number)[:, 0].detach()
+    close = tower.number_vectors(tower.preprocess([{"price": p} for p in (9.99, 10.0)]).number)[
+        :, 0
+    ].detach()
     assert float(F.cosine_similarity(close[0], close[1], dim=0)) > 0.99
     prices = [round(0.5 + 0.01 * i, 2) for i in range(2000)]
-    exact = tower.exact_vectors(tower.preprocess([{"price": p} for p in prices]).number)[:, 0].detach()
+    exact = tower.exact_vectors(tower.preprocess([{"price": p} for p in prices]).number)[
+        :, 0
+    ].detach()
     assert len(exact.unique(dim=0)) == 2000
     unit = F.normalize(exact, dim=-1)
     cosines = unit @ unit.T - torch.eye(2000)
@@ -135,16 +145,22 @@ def test_relatives_of_a_category_tree_are_nearer_than_strangers() -> None:
         torch.manual_seed(seed)
         tower = AttributeTower(value_dim=64, num_buckets=1 << 14)
         tower.set_schema(schema)
-        paths = [["home", "kitchen", "mugs"], ["home", "kitchen", "cups"], ["garden", "tools", "mugs"]]
-        mug, cup, tool = tower.eval().category_vectors(tower.preprocess([{"category": p} for p in paths]).category)[
-            :, 0
+        paths = [
+            ["home", "kitchen", "mugs"],
+            ["home", "kitchen", "cups"],
+            ["garden", "tools", "mugs"],
         ]
+        mug, cup, tool = tower.eval().category_vectors(
+            tower.preprocess([{"category": p} for p in paths]).category
+        )[:, 0]
         near.append((F.cosine_similarity(mug, cup, 0) - F.cosine_similarity(mug, tool, 0)).item())
     assert min(near) > 0.3  # two of three levels are shared
 
 
 def test_the_same_word_on_different_levels_is_not_the_same_value() -> None:
-    tensors = AttributePreprocess(SCHEMA)([{"category": ["shoes", "men"]}, {"category": ["men", "shoes"]}])
+    tensors = AttributePreprocess(SCHEMA)(
+        [{"category": ["shoes", "men"]}, {"category": ["men", "shoes"]}]
+    )
     assert not set(tensors.category[0, 1].tolist()) & set(tensors.category[1, 1].tolist())
 
 
@@ -154,13 +170,19 @@ def test_the_order_of_a_set_does_not_matter(tower: AttributeTower) -> None:
 
 
 def test_case_width_and_space_do_not_matter_but_the_attribute_does() -> None:
-    assert value_hash("brand", " ACME ") == value_hash("brand", "acme") == value_hash("brand", "ＡＣＭＥ")
+    assert (
+        value_hash("brand", " ACME ")
+        == value_hash("brand", "acme")
+        == value_hash("brand", "ＡＣＭＥ")
+    )
     assert value_hash("brand", "red") != value_hash("colour", "red")
 
 
 def test_a_category_given_as_a_number_is_the_text_of_it() -> None:
     preprocess = AttributePreprocess(SCHEMA)
-    hashes = preprocess([{"brand": "38"}, {"brand": 38}, {"brand": 38.0}, {"brand": math.nan}]).category[:, 0, 0]
+    hashes = preprocess(
+        [{"brand": "38"}, {"brand": 38}, {"brand": 38.0}, {"brand": math.nan}]
+    ).category[:, 0, 0]
     assert hashes[0] == hashes[1] == hashes[2] != 0
     assert hashes[3] == 0
 

@@ -9,17 +9,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retrieval import storage
-from retrieval.filtering.attribute_cells import TEXT, cells, path_text
-from retrieval.filtering.attribute_sources import CatalogueSource, FileSource
-from retrieval.filtering.attribute_writer import write_attributes
-from retrieval.filtering.attributes import AttributeTable, TableSource
-from retrieval.filtering.filters import parse
-from retrieval.storage import ArtefactError
 from tests.attribute_rows import RowSource, table_of, write_table
 from tests.catalogues import write_catalogue
+from tritower.artefacts import storage
+from tritower.artefacts.storage import ArtefactError
+from tritower.retrieval.filtering.filters import parse
+from tritower.retrieval.products.attribute_cells import TEXT, cells, path_text
+from tritower.retrieval.products.attribute_providers import CatalogueSource, FileSource
+from tritower.retrieval.products.attribute_table import AttributeTable, TableSource
+from tritower.retrieval.products.attribute_writer import write_attributes
 
-KINDS = {"price": "number", "brand": "category", "category": "path", "tags": "set", "group": "category"}
+KINDS = {
+    "price": "number",
+    "brand": "category",
+    "category": "path",
+    "tags": "set",
+    "group": "category",
+}
 
 
 def rows_of(table):
@@ -28,7 +34,10 @@ def rows_of(table):
 
 
 def test_attributes_are_joined_by_id_and_never_by_order(tmp_path):
-    rows = [{"id": f"p{n}", "price": float(n), "brand": f"b{n % 3}", "tags": [f"t{n}"]} for n in range(10)]
+    rows = [
+        {"id": f"p{n}", "price": float(n), "brand": f"b{n % 3}", "tags": [f"t{n}"]}
+        for n in range(10)
+    ]
     order = ["p7", "p0", None, "stranger", "p3", "p9"]
     table, report = write_table(tmp_path / "a.arrow", order, RowSource(rows, KINDS))
     assert [row["price"] for row in rows_of(table)] == [7, 0, None, None, 3, 9]
@@ -57,7 +66,9 @@ def test_every_value_stands_in_the_row_of_its_id(tmp_path_factory, products, ran
     ids = [*products, *(f"stranger {n}" for n in range(3) if f"stranger {n}" not in products), None]
     random.shuffle(ids)
     rows = [{"id": id} | values for id, values in products.items()]
-    table, report = write_table(tmp_path_factory.mktemp("t") / "a.arrow", ids, RowSource(rows, kinds, batch=4))
+    table, report = write_table(
+        tmp_path_factory.mktemp("t") / "a.arrow", ids, RowSource(rows, kinds, batch=4)
+    )
     nothing = dict.fromkeys(kinds)
     for id, shown in zip(ids, rows_of(table), strict=True):
         wanted = products.get(id, nothing)
@@ -65,7 +76,9 @@ def test_every_value_stands_in_the_row_of_its_id(tmp_path_factory, products, ran
         assert shown["brand"] == (wanted["brand"] if (wanted["brand"] or "").strip() else None)
         tags = [tag.replace("\x1f", " ") for tag in wanted["tags"] or [] if tag]
         assert (shown["tags"] or "") == ("\x1f".join(tags) if "".join(tags).strip() else "")
-        path = path_text(" > ".join(part.replace("\x1f", " ") for part in wanted["category"] or [] if part))
+        path = path_text(
+            " > ".join(part.replace("\x1f", " ") for part in wanted["category"] or [] if part)
+        )
         assert (shown["category"] or "") == (path if path.strip() else "")
     assert report["rows_without"] == sum(id is not None and id not in products for id in ids)
     assert report["unused"] == 0
@@ -116,7 +129,11 @@ def test_a_table_without_groups_has_no_rows_of_any(tmp_path):
 
 
 def test_a_later_source_describes_a_product_as_a_whole(tmp_path):
-    old = RowSource([{"id": "a", "price": 1.0, "brand": "x"}, {"id": "b", "price": 2.0, "brand": "y"}], KINDS, "old")
+    old = RowSource(
+        [{"id": "a", "price": 1.0, "brand": "x"}, {"id": "b", "price": 2.0, "brand": "y"}],
+        KINDS,
+        "old",
+    )
     new = RowSource(
         [{"id": "b", "price": 3.0}, {"id": "c", "price": 4.0, "stock": 5.0}],
         {"price": "number", "stock": "number"},
@@ -132,21 +149,33 @@ def test_a_later_source_describes_a_product_as_a_whole(tmp_path):
 
 
 def test_sources_that_disagree_on_a_kind_are_refused(tmp_path):
-    one, other = RowSource([], {"size": "number"}, "one.csv"), RowSource([], {"size": "category"}, "other.csv")
-    with pytest.raises(ValueError, match=r"'size' is a number in one.csv and a category in other.csv"):
+    one, other = (
+        RowSource([], {"size": "number"}, "one.csv"),
+        RowSource([], {"size": "category"}, "other.csv"),
+    )
+    with pytest.raises(
+        ValueError, match=r"'size' is a number in one.csv and a category in other.csv"
+    ):
         write_table(tmp_path / "a.arrow", ["a"], one, other)
 
 
 def test_an_id_twice_is_refused(tmp_path):
     rows = [{"id": id} for id in ["a", "b", "c", "b", "a"]]
-    with pytest.raises(ValueError, match=r"rows: the id 'b' is there more than once, again in row 3"):
+    with pytest.raises(
+        ValueError, match=r"rows: the id 'b' is there more than once, again in row 3"
+    ):
         write_table(tmp_path / "a.arrow", ["a"], RowSource(rows, {}))
 
 
 def test_the_next_version_keeps_the_attributes_of_what_it_keeps(tmp_path):
-    rows = [{"id": f"p{n}", "price": float(n), "brand": f"b{n % 3}", "tags": [f"t{n}"] * (n % 2)} for n in range(9)]
+    rows = [
+        {"id": f"p{n}", "price": float(n), "brand": f"b{n % 3}", "tags": [f"t{n}"] * (n % 2)}
+        for n in range(9)
+    ]
     table = table_of(tmp_path / "old.arrow", rows, KINDS)
-    ids = pa.chunked_array([["p0", None, "p2"], ["p3", "p4", "p5", "p6", "p7", "p8"]], TEXT)  # p1 was deleted
+    ids = pa.chunked_array(
+        [["p0", None, "p2"], ["p3", "p4", "p5", "p6", "p7", "p8"]], TEXT
+    )  # p1 was deleted
     kept = TableSource(table, ids, "old")
     kept.block = 4
     changed = RowSource([{"id": "p3", "price": 33.0}, {"id": "p1", "price": 11.0}], KINDS)
@@ -199,7 +228,15 @@ def test_csv_columns_are_read_for_what_they_hold(tmp_path):
     assert source.ignored == {"empty": "it is empty"}
     table, _ = write_table(tmp_path / "a.arrow", ["7", "007", "1E5"], source)
     assert rows_of(table) == [
-        {"price": None, "sku": "17", "brand": "None", "category": "Shoes", "tags": None, "group": "g1", "note": None},
+        {
+            "price": None,
+            "sku": "17",
+            "brand": "None",
+            "category": "Shoes",
+            "tags": None,
+            "group": "g1",
+            "note": None,
+        },
         {
             "price": 1.5,
             "sku": "0042",
@@ -283,10 +320,14 @@ def test_parquet_types_tell_the_kind(tmp_path):
 
 def test_a_folder_of_parquet_files_is_one_source(tmp_path):
     for number in (10, 2):
-        pq.write_table(pa.table({"id": [f"p{number}"], "price": [number]}), tmp_path / f"part-{number}.parquet")
+        pq.write_table(
+            pa.table({"id": [f"p{number}"], "price": [number]}), tmp_path / f"part-{number}.parquet"
+        )
     assert pa.concat_arrays(FileSource(tmp_path).ids()).to_pylist() == ["p2", "p10"]
     pq.write_table(pa.table({"id": ["x"], "cost": [1]}), tmp_path / "part-11.parquet")
-    with pytest.raises(ValueError, match=r"part-11.parquet has other columns than .*part-2.parquet"):
+    with pytest.raises(
+        ValueError, match=r"part-11.parquet has other columns than .*part-2.parquet"
+    ):
         FileSource(tmp_path)
 
 
@@ -322,7 +363,11 @@ def test_files_that_cannot_be_used_say_why(tmp_path, text, options, message):
     ("text", "options", "message"),
     [
         ("id,a\nx,2\n,3\n", {}, r"p.csv: row 1 has no id \(id\)"),
-        ("id,a\nx,2\ny,many\n", {"kinds": {"a": "number"}}, r"column 'a' cannot be read as number: .*'many'"),
+        (
+            "id,a\nx,2\ny,many\n",
+            {"kinds": {"a": "number"}},
+            r"column 'a' cannot be read as number: .*'many'",
+        ),
         ("id,a\nx,2\nx,3\n", {}, r"the id 'x' is there more than once, again in row 1"),
     ],
 )
@@ -340,9 +385,13 @@ def test_bytes_that_are_no_text_are_refused(tmp_path):
 
 def test_integers_that_would_be_rounded_are_refused(tmp_path):
     pq.write_table(pa.table({"id": ["x"], "code": [2**53 + 1]}), tmp_path / "p.parquet")
-    with pytest.raises(ValueError, match=r"column 'code' cannot be read as number: .*9007199254740993"):
+    with pytest.raises(
+        ValueError, match=r"column 'code' cannot be read as number: .*9007199254740993"
+    ):
         write_table(tmp_path / "a.arrow", ["x"], FileSource(tmp_path / "p.parquet"))
-    table, _ = write_table(tmp_path / "b.arrow", ["x"], FileSource(tmp_path / "p.parquet", kinds={"code": "category"}))
+    table, _ = write_table(
+        tmp_path / "b.arrow", ["x"], FileSource(tmp_path / "p.parquet", kinds={"code": "category"})
+    )
     assert rows_of(table) == [{"code": "9007199254740993"}]
 
 
@@ -375,7 +424,11 @@ def test_values_as_they_are_stored(kind, values, stored):
 
 
 def test_a_table_takes_its_columns_from_the_file_without_a_copy(tmp_path):
-    table = table_of(tmp_path / "a.arrow", [{"id": str(n), "price": n / 2, "brand": "x"} for n in range(100)], KINDS)
+    table = table_of(
+        tmp_path / "a.arrow",
+        [{"id": str(n), "price": n / 2, "brand": "x"} for n in range(100)],
+        KINDS,
+    )
     before = pa.total_allocated_bytes()
     price, brand = table.column("price"), table.column("brand")
     assert pa.total_allocated_bytes() == before
@@ -401,7 +454,11 @@ def test_what_is_no_table_is_refused(tmp_path, damage):
         file.unlink()
     elif damage in ("foreign", "batches"):
         schema = pa.schema([pa.field("x", pa.float64(), metadata={"kind": "number"})])
-        schema = schema.with_metadata({"rows": "2"}) if damage == "batches" else pa.schema([("x", pa.float64())])
+        schema = (
+            schema.with_metadata({"rows": "2"})
+            if damage == "batches"
+            else pa.schema([("x", pa.float64())])
+        )
         with pa.ipc.new_file(file, schema) as writer:
             for value in (1.0, 2.0):
                 writer.write_batch(pa.record_batch([pa.array([value])], schema=schema))
@@ -412,9 +469,13 @@ def test_what_is_no_table_is_refused(tmp_path, damage):
 
 
 def test_threads_open_columns_together(tmp_path):
-    table = table_of(tmp_path / "a.arrow", [{"id": str(n), "price": float(n)} for n in range(50)], KINDS)
+    table = table_of(
+        tmp_path / "a.arrow", [{"id": str(n), "price": float(n)} for n in range(50)], KINDS
+    )
     seen = []
-    threads = [threading.Thread(target=lambda: seen.append(table.column("price"))) for _ in range(8)]
+    threads = [
+        threading.Thread(target=lambda: seen.append(table.column("price"))) for _ in range(8)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -428,12 +489,16 @@ def test_a_full_disk_is_named(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(storage.files, "system", Full())
-    with pytest.raises(ArtefactError, match=r"a.arrow could not be written: No space left on device"):
+    with pytest.raises(
+        ArtefactError, match=r"a.arrow could not be written: No space left on device"
+    ):
         table_of(tmp_path / "a.arrow", [{"id": "0", "price": 1.0}], KINDS)
 
 
 def test_nothing_is_left_in_the_folder_for_temporary_files(tmp_path):
     (tmp_path / "work").mkdir()
     with storage.create(tmp_path / "a.arrow") as file:
-        write_attributes(file, [pa.array(["a"])], [RowSource([{"id": "a"}], KINDS)], tmp_path / "work")
+        write_attributes(
+            file, [pa.array(["a"])], [RowSource([{"id": "a"}], KINDS)], tmp_path / "work"
+        )
     assert list((tmp_path / "work").iterdir()) == []

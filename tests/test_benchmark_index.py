@@ -17,9 +17,13 @@ from benchmarks.compare.figures import at_recall, cheapest, exponent, ratio
 from benchmarks.compare.peers import Arm, VectorFile, pareto, recall_of
 from benchmarks.compare.vectors import Source, prepare
 from benchmarks.index import Run
-from retrieval.embeddings import EmbeddingWriter
+from tritower.retrieval.vectors.embeddings import EmbeddingWriter
 
-POINTS = [{"recall": 0.9, "qps": 1000.0}, {"recall": 0.96, "qps": 100.0}, {"recall": 0.98, "qps": 10.0}]
+POINTS = [
+    {"recall": 0.9, "qps": 1000.0},
+    {"recall": 0.96, "qps": 100.0},
+    {"recall": 0.98, "qps": 10.0},
+]
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +81,9 @@ def test_vectors_are_those_of_the_dataset_whatever_the_blocks(monkeypatch: pytes
     blocks, queries, tuning = vectors.synthetic(Source(2000, queries=100, dim=32))
     found = np.concatenate(list(blocks))
     np.testing.assert_allclose(found, vectors.unit(dataset.get_database().copy()), atol=1e-6)
-    np.testing.assert_allclose(np.concatenate([queries, tuning]), vectors.unit(dataset.get_queries().copy()), atol=1e-6)
+    np.testing.assert_allclose(
+        np.concatenate([queries, tuning]), vectors.unit(dataset.get_queries().copy()), atol=1e-6
+    )
 
 
 def test_neighbours_and_files_are_of_the_same_vectors(tiny: Run):
@@ -97,7 +103,9 @@ def test_copies_of_real_vectors_are_as_far_as_the_noise_says(tmp_path: Path):
     writer = EmbeddingWriter(tmp_path / "real", dim=64)
     writer.write("shard-00000", [str(row) for row in range(100)], base)
     writer.finish(["shard-00000"])
-    blocks, queries, tuning = vectors.jittered(Source(1000, tmp_path / "real", noise=0.3, queries=20))
+    blocks, queries, tuning = vectors.jittered(
+        Source(1000, tmp_path / "real", noise=0.3, queries=20)
+    )
     found = np.concatenate(list(blocks))
     assert (found.shape, queries.shape, tuning.shape) == ((1000, 64), (10, 64), (10, 64))
     stored = base.astype(np.float16).astype(np.float32)
@@ -125,13 +133,17 @@ def test_a_sweep_ends_where_more_gains_nothing(tiny: Run):
             return rows
 
     exact = np.load(tiny.data / "exact.npy")[:, :10]
-    task = peers.Task("half", "search", tiny.data, tiny.data, tiny.data, 1, singles=20, budget_s=0.01)
+    task = peers.Task(
+        "half", "search", tiny.data, tiny.data, tiny.data, 1, singles=20, budget_s=0.01
+    )
     points = peers.sweep(Half(), np.load(tiny.data / "queries.npy"), exact, task)
     assert max(point["recall"] for point in points) == pytest.approx(0.8)
     assert 10 not in Half.asked
 
 
-def test_report_has_every_figure(report: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_report_has_every_figure(
+    report: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     exact, ours = report["arms"]["exact"], report["arms"]["ours"]
     assert (exact["status"], ours["status"]) == ("ok", "ok"), (exact, ours)
     assert exact["search"]["points"][0]["recall"] == 1
@@ -142,7 +154,9 @@ def test_report_has_every_figure(report: dict[str, Any], tmp_path: Path, capsys:
     assert point["p50_ms"] > 0
     assert ours["at"]["0.95"]["cold_p50_ms"] > 0
     assert {"sample", "train", "encode", "lists", "publish"} <= ours["build"]["seconds"].keys()
-    assert sum(ours["build"]["seconds"].values()) == pytest.approx(ours["build"]["total_s"], abs=0.5)
+    assert sum(ours["build"]["seconds"].values()) == pytest.approx(
+        ours["build"]["total_s"], abs=0.5
+    )
     assert ours["touched_per_vector"] > 16 / 2  # codes of a 4-bit PQ of 8 pieces at least
     expected = ours["at"]["0.95"]["qps"] / exact["at"]["0.95"]["qps"]
     assert report["ratios"]["0.95"]["ours"]["exact"] == pytest.approx(expected, abs=0.001)
@@ -151,7 +165,9 @@ def test_report_has_every_figure(report: dict[str, Any], tmp_path: Path, capsys:
     assert tables.draw(report, tmp_path / "plot.png").stat().st_size > 1000
 
 
-def test_arms_that_are_done_are_not_run_again(report: dict[str, Any], tiny: Run, monkeypatch: pytest.MonkeyPatch):
+def test_arms_that_are_done_are_not_run_again(
+    report: dict[str, Any], tiny: Run, monkeypatch: pytest.MonkeyPatch
+):
     def fail(*_: Any) -> None:
         raise AssertionError("it ran again")
 
@@ -162,10 +178,15 @@ def test_arms_that_are_done_are_not_run_again(report: dict[str, Any], tiny: Run,
         index.measure(tiny, ["ours"])
 
 
-def test_missing_packages_are_a_row(tiny: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
+def test_missing_packages_are_a_row(
+    tiny: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+):
     monkeypatch.setitem(index.ENVIRONMENTS, "hnswlib", str(tmp_path / "none"))
     report = index.measure(tiny, ["hnswlib"])
-    assert report["arms"]["hnswlib"] == {"status": "not installed", "error": "not installed: make bench-setup"}
+    assert report["arms"]["hnswlib"] == {
+        "status": "not installed",
+        "error": "not installed: make bench-setup",
+    }
     tables.show(report)
     assert "make bench-setup" in capsys.readouterr().out
 
@@ -184,7 +205,9 @@ def test_growth_is_from_one_size_to_the_next(tmp_path: Path, capsys: pytest.Capt
         at = {"0.95": {"p50_ms": p50}}
         return {
             "data": {"n": n},
-            "arms": {"ours": {"status": "ok", "build": build, "search": {"hot_bytes": 1e6}, "at": at}},
+            "arms": {
+                "ours": {"status": "ok", "build": build, "search": {"hot_bytes": 1e6}, "at": at}
+            },
         }
 
     reports = [of(10**6, 30.0, 0.1), of(10**5, 3.0, 0.05)]
@@ -202,7 +225,10 @@ def test_growth_is_from_one_size_to_the_next(tmp_path: Path, capsys: pytest.Capt
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--json", "x.json", "--arms", "ours,other"], "unknown arms other"), ([], "--json FILE is required")],
+    [
+        (["--json", "x.json", "--arms", "ours,other"], "unknown arms other"),
+        ([], "--json FILE is required"),
+    ],
 )
 def test_command_refuses(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit):

@@ -12,7 +12,7 @@ from PIL import Image
 
 from benchmarks.ledger import Ledger
 from benchmarks.splits import NewSplits
-from datamodules.parquet import Table
+from tritower.datamodules.catalogue import Table
 
 catalogues = importlib.import_module("benchmarks.catalogues")
 

@@ -11,17 +11,20 @@ import pyarrow.parquet as pq
 import pytest
 from embedded import write_embeddings
 
-from retrieval.build import Recipe, build_index
-from retrieval.embeddings import EmbeddingReader
-from retrieval.filtering.attributes import ATTRIBUTES_FILE, AttributeTable, Numbers
-from retrieval.filtering.filters import parse
-from retrieval.index import ProductIndex
-from retrieval.storage import ArtefactError
+from tritower.artefacts.storage import ArtefactError
+from tritower.retrieval.building.build import Recipe, build_index
+from tritower.retrieval.filtering.filters import parse
+from tritower.retrieval.index import ProductIndex
+from tritower.retrieval.products.attribute_table import ATTRIBUTES_FILE, AttributeTable, Numbers
+from tritower.retrieval.vectors.embeddings import EmbeddingReader
 
 
 @pytest.fixture(scope="module")
 def products(tiny_catalogue, tmp_path_factory):
-    return write_embeddings(tiny_catalogue, tmp_path_factory.mktemp("embeddings") / "of-tiny") / "products"
+    return (
+        write_embeddings(tiny_catalogue, tmp_path_factory.mktemp("embeddings") / "of-tiny")
+        / "products"
+    )
 
 
 def build(products, folder, **options):
@@ -38,7 +41,9 @@ def catalogue_rows(catalogue):
 
 
 @pytest.mark.parametrize("recipe", [None, Recipe(factory="IVF4,PQ4x4fsr,Refine(SQ8)", nprobe=4)])
-def test_the_catalogue_that_was_embedded_gives_the_attributes(products, tiny_catalogue, tmp_path, recipe):
+def test_the_catalogue_that_was_embedded_gives_the_attributes(
+    products, tiny_catalogue, tmp_path, recipe
+):
     index, table = build(products, tmp_path / "index", recipe=recipe)
     known = catalogue_rows(tiny_catalogue)
     ids = index.all_ids().to_pylist()
@@ -53,7 +58,9 @@ def test_the_catalogue_that_was_embedded_gives_the_attributes(products, tiny_cat
     assert index.manifest.meta["attributes"] == {"kinds": table.kinds, "rows_without": 0}
     cheap = [(known[i]["attributes"]["price"] or np.inf) < 50 for i in ids]
     assert parse("price < 50").mask(table).tolist() == cheap
-    assert table.decoded("group", np.arange(len(ids))).to_pylist() == [known[i]["group"] for i in ids]
+    assert table.decoded("group", np.arange(len(ids))).to_pylist() == [
+        known[i]["group"] for i in ids
+    ]
 
 
 def test_a_file_gives_the_attributes_by_id_in_whatever_order(products, tmp_path, caplog):
@@ -61,7 +68,7 @@ def test_a_file_gives_the_attributes_by_id_in_whatever_order(products, tmp_path,
     order = np.random.default_rng(0).permutation(100)
     file = tmp_path / "stock.csv"
     file.write_text("id,stock\n" + "".join(f"{ids[i]},{i}\n" for i in order))
-    with caplog.at_level(logging.WARNING, "retrieval"):
+    with caplog.at_level(logging.WARNING, "tritower"):
         index, table = build(products, tmp_path / "index", attributes=file)
     assert "20 of 120 products are not in" in caplog.text
     column = table.column("stock")
@@ -92,7 +99,9 @@ def test_a_named_catalogue_is_taken_wherever_it_lies(products, tiny_catalogue, t
 
 
 def test_attributes_that_cannot_be_read_are_refused_before_anything_is_built(products, tmp_path):
-    with pytest.raises(ValueError, match=r"nowhere\.csv: expected a \.parquet, \.csv or \.tsv file"):
+    with pytest.raises(
+        ValueError, match=r"nowhere\.csv: expected a \.parquet, \.csv or \.tsv file"
+    ):
         build(products, tmp_path / "index", attributes=tmp_path / "nowhere.csv")
     with pytest.raises(ArtefactError):
         build(products, tmp_path / "index", attributes=products)

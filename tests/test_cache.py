@@ -14,16 +14,16 @@ from test_encoder import ITEMS
 from tiny_models import TIMM, TIMM_ARGS, write_bert, write_open_clip
 from training import diary, entries, fit
 
-from datamodules.batch import Item
-from datamodules.parquet import Table, product_item
-from datamodules.preprocess import Preprocess, stable_hash
-from towers import cache as cache_module
-from towers.cache import FeatureCache, cached, fingerprint, text_views
-from towers.encoder import Encoder
-from towers.hugging_face import HuggingFaceText
-from towers.image import TimmImage
-from towers.open_clip_models import OpenClipImage
-from towers.text import BiLSTM
+from tritower.datamodules.batch import Item
+from tritower.datamodules.catalogue import Table, product_item
+from tritower.datamodules.preprocess import Preprocess, stable_hash
+from tritower.towers import feature_cache as cache_module
+from tritower.towers.encoder import Encoder
+from tritower.towers.feature_cache import FeatureCache, cached, fingerprint, text_views
+from tritower.towers.hugging_face import HuggingFaceText
+from tritower.towers.image import TimmImage
+from tritower.towers.open_clip_models import OpenClipImage
+from tritower.towers.text import BiLSTM
 
 CPU = torch.device("cpu")
 
@@ -44,9 +44,20 @@ def encoder(bert: Path) -> Encoder:
     return encoder.eval()
 
 
-def with_cache(encoder: Encoder, folder: Path, items: list[Item] = ITEMS, every_view: bool = True) -> Preprocess:
+def with_cache(
+    encoder: Encoder, folder: Path, items: list[Item] = ITEMS, every_view: bool = True
+) -> Preprocess:
     own = Preprocess(encoder.preprocess("query"), encoder.preprocess("product"))
-    return cached(own, encoder, encoder, lambda: iter(items), folder, every_view=every_view, device=CPU, batch_size=2)
+    return cached(
+        own,
+        encoder,
+        encoder,
+        lambda: iter(items),
+        folder,
+        every_view=every_view,
+        device=CPU,
+        batch_size=2,
+    )
 
 
 def test_cached_embeddings_are_the_same(encoder: Encoder, tmp_path: Path) -> None:
@@ -57,7 +68,9 @@ def test_cached_embeddings_are_the_same(encoder: Encoder, tmp_path: Path) -> Non
         assert looked_up.text.is_floating_point() and looked_up.image.ndim == 2
         assert torch.equal(looked_up.present, own.present)
         with torch.inference_mode():
-            torch.testing.assert_close(encoder(looked_up).embedding, encoder(own).embedding, atol=1e-6, rtol=0)
+            torch.testing.assert_close(
+                encoder(looked_up).embedding, encoder(own).embedding, atol=1e-6, rtol=0
+            )
 
 
 def test_every_view_of_a_text_is_there_on_both_sides(encoder: Encoder, tmp_path: Path) -> None:
@@ -68,7 +81,9 @@ def test_every_view_of_a_text_is_there_on_both_sides(encoder: Encoder, tmp_path:
         assert getattr(preprocess, side)(views).text.abs().sum(1).min() > 0
 
 
-def test_without_field_dropout_whole_texts_and_titles_are_there(encoder: Encoder, tmp_path: Path) -> None:
+def test_without_field_dropout_whole_texts_and_titles_are_there(
+    encoder: Encoder, tmp_path: Path
+) -> None:
     preprocess = with_cache(encoder, tmp_path, every_view=False)
     title, description = ({name: text} for name, text in ITEMS[0].text.items())
     assert preprocess.query([Item(title), Item(ITEMS[0].text)]).text.shape[0] == 2
@@ -78,20 +93,29 @@ def test_without_field_dropout_whole_texts_and_titles_are_there(encoder: Encoder
 
 def test_what_was_never_added_is_named(encoder: Encoder, tmp_path: Path) -> None:
     preprocess = with_cache(encoder, tmp_path)
-    with pytest.raises(KeyError, match=r"feature cache .*text-.* has nothing for 'passage: never seen'"):
+    with pytest.raises(
+        KeyError, match=r"feature cache .*text-.* has nothing for 'passage: never seen'"
+    ):
         preprocess.product([Item({"title": "never seen"})])
 
 
 def files(folder: Path) -> dict[str, int]:
-    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in sorted(folder.rglob("*.npy"))}
+    return {
+        str(path.relative_to(folder)): path.stat().st_mtime_ns
+        for path in sorted(folder.rglob("*.npy"))
+    }
 
 
-def test_a_second_time_nothing_is_made(encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_time_nothing_is_made(
+    encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with_cache(encoder, tmp_path)
     before = files(tmp_path)
     assert before
     for tower in encoder.towers.values():
-        monkeypatch.setattr(type(tower), "forward", lambda *_: pytest.fail("a frozen tower ran again"))
+        monkeypatch.setattr(
+            type(tower), "forward", lambda *_: pytest.fail("a frozen tower ran again")
+        )
     with_cache(encoder, tmp_path)
     assert files(tmp_path) == before
 
@@ -105,7 +129,9 @@ def test_new_items_are_added_and_old_ones_kept(encoder: Encoder, tmp_path: Path)
     preprocess.product(ITEMS)
 
 
-def test_changed_weights_or_preprocessing_are_another_cache(encoder: Encoder, bert: Path, tmp_path: Path) -> None:
+def test_changed_weights_or_preprocessing_are_another_cache(
+    encoder: Encoder, bert: Path, tmp_path: Path
+) -> None:
     tower = encoder.towers["text"]
     names = {fingerprint(tower)}
     next(tower.parameters()).data[0, 0] += 1e-3
@@ -126,7 +152,9 @@ def test_the_preprocessing_of_open_clip_is_part_of_its_name(tmp_path: Path) -> N
     folder = write_open_clip(tmp_path / "clip")
     one = OpenClipImage(f"local-dir:{folder}")
     config = folder / "open_clip_config.json"
-    config.write_text(config.read_text(encoding="utf-8").replace("squash", "longest"), encoding="utf-8")
+    config.write_text(
+        config.read_text(encoding="utf-8").replace("squash", "longest"), encoding="utf-8"
+    )
     other = OpenClipImage(f"local-dir:{folder}")
     assert one.preprocess.resize != other.preprocess.resize
     assert fingerprint(one) != fingerprint(other)
@@ -139,12 +167,18 @@ def test_a_part_without_its_digests_does_not_exist(encoder: Encoder, tmp_path: P
         digests.unlink()
     preprocess = with_cache(encoder, tmp_path)
     with torch.inference_mode():
-        own, looked_up = (encoder(p(ITEMS)).embedding for p in (encoder.preprocess("product"), preprocess.product))
+        own, looked_up = (
+            encoder(p(ITEMS)).embedding for p in (encoder.preprocess("product"), preprocess.product)
+        )
     torch.testing.assert_close(looked_up, own, atol=1e-6, rtol=0)
 
 
 def test_only_frozen_towers_are_cached(bert: Path, tmp_path: Path) -> None:
-    encoder = Encoder(8, HuggingFaceText(str(bert)), TimmImage(TIMM, model_args=TIMM_ARGS, image_size=32, freeze=True))
+    encoder = Encoder(
+        8,
+        HuggingFaceText(str(bert)),
+        TimmImage(TIMM, model_args=TIMM_ARGS, image_size=32, freeze=True),
+    )
     items = with_cache(encoder, tmp_path).product(ITEMS)
     assert not items.text.is_floating_point() and items.image.ndim == 2
     assert not list(tmp_path.glob("text-*"))
@@ -158,7 +192,10 @@ def test_two_encoders_have_a_cache_each(encoder: Encoder, bert: Path, tmp_path: 
     preprocess = cached(own, encoder, query, lambda: ITEMS, tmp_path, every_view=False, device=CPU)
     for side, one in (("query", query), ("product", encoder)):
         with torch.inference_mode():
-            looked_up, plain = one(getattr(preprocess, side)(ITEMS)), one(one.preprocess(side)(ITEMS))
+            looked_up, plain = (
+                one(getattr(preprocess, side)(ITEMS)),
+                one(one.preprocess(side)(ITEMS)),
+            )
         torch.testing.assert_close(looked_up.embedding, plain.embedding, atol=1e-6, rtol=0)
     assert len(list(tmp_path.glob("text-*"))) == 2
 
@@ -184,7 +221,10 @@ def test_runs_that_fill_one_cache_at_a_time_keep_their_features_apart(
 ) -> None:
     """One adds a part while the other is between the two files of its own."""
     one, other = FeatureCache(tmp_path / "cache"), FeatureCache(tmp_path / "cache")
-    write, between = cache_module.write_bytes, [lambda: other.add(np.array([stable_hash("b")]), np.array([[2.0]]))]
+    write, between = (
+        cache_module.write_bytes,
+        [lambda: other.add(np.array([stable_hash("b")]), np.array([[2.0]]))],
+    )
 
     def interrupted(path: Path, data: bytes) -> None:
         write(path, data)
@@ -232,12 +272,20 @@ def test_training_with_a_cache_equals_training_without(
 ) -> None:
     arguments = frozen(bert, weights)
     cache = f"--model.feature_cache={tmp_path / 'features'}"
-    assert fit(tiny_catalogue, tmp_path / "plain", *arguments, *diary(tmp_path / "plain.jsonl")) == 0
-    assert fit(tiny_catalogue, tmp_path / "first", *arguments, cache, *diary(tmp_path / "first.jsonl")) == 0
+    assert (
+        fit(tiny_catalogue, tmp_path / "plain", *arguments, *diary(tmp_path / "plain.jsonl")) == 0
+    )
+    assert (
+        fit(tiny_catalogue, tmp_path / "first", *arguments, cache, *diary(tmp_path / "first.jsonl"))
+        == 0
+    )
     made = files(tmp_path / "features")
     monkeypatch.setattr(HuggingFaceText, "forward", lambda *_: pytest.fail("the frozen tower ran"))
     monkeypatch.setattr(TimmImage, "forward", lambda *_: pytest.fail("the frozen tower ran"))
-    assert fit(tiny_catalogue, tmp_path / "again", *arguments, cache, *diary(tmp_path / "again.jsonl")) == 0
+    assert (
+        fit(tiny_catalogue, tmp_path / "again", *arguments, cache, *diary(tmp_path / "again.jsonl"))
+        == 0
+    )
     assert files(tmp_path / "features") == made
     plain, first, again = (
         [float.fromhex(entry["loss"]) for entry in entries(tmp_path / f"{name}.jsonl")]
@@ -256,9 +304,19 @@ def test_titles_as_queries_are_in_the_cache_too(bert: Path, weights: Path, tmp_p
     assert fit(catalogue, tmp_path / "run", *arguments) == 0
 
 
-def test_items_of_a_catalogue_are_cached_once_each(tiny_catalogue: Path, encoder: Encoder, tmp_path: Path) -> None:
+def test_items_of_a_catalogue_are_cached_once_each(
+    tiny_catalogue: Path, encoder: Encoder, tmp_path: Path
+) -> None:
     table = Table(tiny_catalogue / "products")
     items = [product_item(table.row(row)) for row in range(len(table))]
     with_cache(encoder, tmp_path, items)
-    digests = np.load(next((tmp_path / next(p for p in os.listdir(tmp_path) if p.startswith("image"))).glob("dig*")))
-    assert len(digests) == len(set(digests)) == len({picture for item in items for picture in item.images})
+    digests = np.load(
+        next(
+            (tmp_path / next(p for p in os.listdir(tmp_path) if p.startswith("image"))).glob("dig*")
+        )
+    )
+    assert (
+        len(digests)
+        == len(set(digests))
+        == len({picture for item in items for picture in item.images})
+    )

@@ -12,13 +12,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_images import encode, noise
 
-from datamodules.preparing.catalogue import ProductParser, Reading, parse_attribute
-from datamodules.preparing.columns import Column, Columns, Role
-from datamodules.preparing.pictures import PictureReader
-from datamodules.preparing.records import Record
-from datamodules.preparing.rows import Row
-from datamodules.preparing.values import Cell, Number
-from datamodules.schema import Attribute
+from tritower.datamodules.prepare.catalogue import ProductParser, Reading, parse_attribute
+from tritower.datamodules.prepare.columns import Column, Columns, Role
+from tritower.datamodules.prepare.pictures import PictureReader
+from tritower.datamodules.prepare.records import Record
+from tritower.datamodules.prepare.rows import Row
+from tritower.datamodules.prepare.values import Cell, Number
+from tritower.datamodules.schema import Attribute
 
 ROLES: dict[str, Role] = {
     "id": "id",
@@ -36,7 +36,10 @@ ROLES: dict[str, Role] = {
     "split": "split",
 }
 COLUMNS = Columns(
-    (*(Column(name, name, None, role) for name, role in ROLES.items()), Column("size", "more", "size", "category"))
+    (
+        *(Column(name, name, None, role) for name, role in ROLES.items()),
+        Column("size", "more", "size", "category"),
+    )
 )
 
 
@@ -83,13 +86,17 @@ def test_whole_row(tmp_path: Path) -> None:
     assert not row.problems
 
 
-@pytest.mark.parametrize("title", ["None", "null", "NA", "nan", "N/A", "Null Island tee", "0", "false"])
+@pytest.mark.parametrize(
+    "title", ["None", "null", "NA", "nan", "N/A", "Null Island tee", "0", "false"]
+)
 def test_titles_that_look_like_nothing_are_kept(title: str) -> None:
     assert parse({"title": title}).item.text == {"title": title}
 
 
 @pytest.mark.parametrize("title", ["", "  ", None, "<b></b>"])
-def test_empty_title_is_noted_and_rejects_only_where_nothing_else_is_there(title: str | None) -> None:
+def test_empty_title_is_noted_and_rejects_only_where_nothing_else_is_there(
+    title: str | None,
+) -> None:
     row = parse({"title": title, "brand": "A"}, strict=True)
     assert row.item is not None
     assert codes(row) == [("title", "TEXT_EMPTY")]
@@ -99,7 +106,10 @@ def test_empty_title_is_noted_and_rejects_only_where_nothing_else_is_there(title
 
 
 def test_html_can_be_kept() -> None:
-    assert parse({"title": "a &amp; <b>b</b>"}, clean_html=False).item.text["title"] == "a &amp; <b>b</b>"
+    assert (
+        parse({"title": "a &amp; <b>b</b>"}, clean_html=False).item.text["title"]
+        == "a &amp; <b>b</b>"
+    )
 
 
 @pytest.mark.parametrize("id", ["", None, ["a"], {"a": "b"}])
@@ -136,7 +146,9 @@ def test_ids_are_verbatim(id: str) -> None:
         ("group", ["a"], "NOT_A_VALUE"),
     ],
 )
-def test_bad_field_becomes_missing_and_the_policy_decides_on_the_row(column: str, cell: Cell, code: str) -> None:
+def test_bad_field_becomes_missing_and_the_policy_decides_on_the_row(
+    column: str, cell: Cell, code: str
+) -> None:
     cells = {"about": "x", column: cell}
     row = parse(cells)
     assert row.item is not None
@@ -177,18 +189,37 @@ def test_several_pictures_and_the_bad_one_is_named(tmp_path: Path) -> None:
     (tmp_path / "page.jpg").write_text("<html>404", encoding="utf-8")
     row = parse({"picture": "a.png|cut.jpg|b.png|a.png|empty.jpg|page.jpg|gone.jpg"}, tmp_path)
     assert len(row.item.images) == 2
-    assert [code for _, code in codes(row)] == ["TRUNCATED_IMAGE", "EMPTY_FILE", "NOT_AN_IMAGE", "FILE_MISSING"]
+    assert [code for _, code in codes(row)] == [
+        "TRUNCATED_IMAGE",
+        "EMPTY_FILE",
+        "NOT_AN_IMAGE",
+        "FILE_MISSING",
+    ]
     assert all(
-        name in p.reason for name, p in zip(("cut.jpg", "empty.jpg", "page.jpg", "gone.jpg"), row.problems, strict=True)
+        name in p.reason
+        for name, p in zip(
+            ("cut.jpg", "empty.jpg", "page.jpg", "gone.jpg"), row.problems, strict=True
+        )
     )
     assert len(parse({"picture": '["a.png", "c|d.png"]'}, tmp_path).item.images) == 2
-    assert len(parse({"picture": [b"no", {"bytes": encode(noise()), "path": "x"}]}, tmp_path).item.images) == 1
+    assert (
+        len(
+            parse(
+                {"picture": [b"no", {"bytes": encode(noise()), "path": "x"}]}, tmp_path
+            ).item.images
+        )
+        == 1
+    )
 
 
 @pytest.mark.parametrize("form", ["NFC", "NFD"])
-def test_accents_in_file_names_are_found_however_they_are_written(tmp_path: Path, form: str) -> None:
+def test_accents_in_file_names_are_found_however_they_are_written(
+    tmp_path: Path, form: str
+) -> None:
     name = "连衣裙 é №5 100%#.png"
-    (tmp_path / unicodedata.normalize("NFD" if form == "NFC" else "NFC", name)).write_bytes(encode(noise()))
+    (tmp_path / unicodedata.normalize("NFD" if form == "NFC" else "NFC", name)).write_bytes(
+        encode(noise())
+    )
     assert len(parse({"picture": unicodedata.normalize(form, name)}, tmp_path).item.images) == 1
     row = parse({"picture": f"x{name}"}, tmp_path)
     assert codes(row) == [("picture", "FILE_MISSING")]
@@ -196,7 +227,14 @@ def test_accents_in_file_names_are_found_however_they_are_written(tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    "address", ["https://x.com/a.jpg", "file:///etc/hostname", "//host/a.jpg", "data:image/png;base64,AA", "S3://b/c"]
+    "address",
+    [
+        "https://x.com/a.jpg",
+        "file:///etc/hostname",
+        "//host/a.jpg",
+        "data:image/png;base64,AA",
+        "S3://b/c",
+    ],
 )
 def test_addresses_are_not_fetched(address: str) -> None:
     assert codes(parse({"picture": address})) == [("picture", "REMOTE_NOT_ALLOWED")]
@@ -205,7 +243,9 @@ def test_addresses_are_not_fetched(address: str) -> None:
 OPENED: list[str] = []
 WATCHING: list[bool] = []
 # An audit hook cannot be taken away again: it does nothing while WATCHING is empty.
-sys.addaudithook(lambda event, args: OPENED.append(str(args[0])) if WATCHING and event == "open" else None)
+sys.addaudithook(
+    lambda event, args: OPENED.append(str(args[0])) if WATCHING and event == "open" else None
+)
 
 
 @pytest.mark.parametrize(
@@ -263,14 +303,18 @@ def test_large_file_is_refused_before_it_is_read(tmp_path: Path) -> None:
 
 CELLS = st.recursive(
     st.none() | st.text(max_size=20) | st.binary(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
     max_leaves=6,
 )
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 @given(cells=st.dictionaries(st.sampled_from(sorted(ROLES)), CELLS), strict=st.booleans())
-def test_any_cells_are_accepted_or_rejected_with_a_reason(tmp_path: Path, cells: dict[str, Cell], strict: bool) -> None:
+def test_any_cells_are_accepted_or_rejected_with_a_reason(
+    tmp_path: Path, cells: dict[str, Cell], strict: bool
+) -> None:
     row = parse(cells, tmp_path, strict=strict)
     assert row.item is not None or row.problems
     if row.item is not None:
@@ -300,7 +344,11 @@ def test_attribute_typed_by_a_person(kind: str, text: str, value: object) -> Non
 @pytest.mark.parametrize(
     ("attribute", "text", "message"),
     [
-        (Attribute("size", "number"), "M", r"size='M': 'M' is not a number; a number such as 1600 or 59.9 is expected"),
+        (
+            Attribute("size", "number"),
+            "M",
+            r"size='M': 'M' is not a number; a number such as 1600 or 59.9 is expected",
+        ),
         (
             Attribute("price", "number"),
             "1,600",
@@ -319,7 +367,9 @@ def test_attribute_that_cannot_be_meant(attribute: Attribute, text: str, message
 def test_guide_names_every_code() -> None:
     root = Path(__file__).parent.parent
     guide = (root / "docs/catalogue.md").read_text(encoding="utf-8")
-    source = "".join(path.read_text(encoding="utf-8") for path in sorted((root / "datamodules").rglob("*.py")))
+    source = "".join(
+        path.read_text(encoding="utf-8") for path in sorted((root / "datamodules").rglob("*.py"))
+    )
     codes = set(re.findall(r'(?:BadValue|ImageError|rejected)\(\s*"([A-Z_]+)"', source))
     assert {"EMPTY_FILE", "ID_MISSING", "UNKNOWN_QUERY"} <= codes
     assert {code for code in codes if f"`{code}`" not in guide} == set()

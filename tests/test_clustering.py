@@ -5,8 +5,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retrieval.building import clustering
-from retrieval.building.clustering import GROUPS_VISITED, SPILL_CANDIDATES, Centroids, find_centroids, grouped
+from tritower.retrieval.ivf import clustering
+from tritower.retrieval.ivf.clustering import (
+    GROUPS_VISITED,
+    SPILL_CANDIDATES,
+    Centroids,
+    find_centroids,
+    grouped,
+)
 
 
 def unit(array):
@@ -16,7 +22,10 @@ def unit(array):
 def clustered(count, dim, seed=0, centers=60):
     generator = np.random.default_rng(seed)
     center = np.random.default_rng(99).standard_normal((centers, dim))
-    return unit(center[generator.integers(0, centers, count)] + 0.6 * generator.standard_normal((count, dim)))
+    return unit(
+        center[generator.integers(0, centers, count)]
+        + 0.6 * generator.standard_normal((count, dim))
+    )
 
 
 def flat(vectors):
@@ -55,7 +64,9 @@ def test_centroids_have_unit_length_and_are_as_many_as_asked_for(request, which)
 def test_few_lists_have_no_groups_and_many_stand_in_their_nearest_group(one_level, two_levels):
     assert one_level.groups.shape == (0, 24) and not one_level.group_of.any()
     assert len(two_levels.groups) == pytest.approx(math.sqrt(2048), rel=0.5)
-    assert np.array_equal(two_levels.group_of, (two_levels.vectors @ two_levels.groups.T).argmax(axis=1))
+    assert np.array_equal(
+        two_levels.group_of, (two_levels.vectors @ two_levels.groups.T).argmax(axis=1)
+    )
     assert set(two_levels.group_of) == set(range(len(two_levels.groups)))
 
 
@@ -70,7 +81,9 @@ def test_the_list_of_a_vector_is_that_of_the_nearest_centroid(one_level):
     assert np.array_equal(several, np.argsort(-scores, axis=1, kind="stable")[:, :5])
 
 
-def test_through_groups_nearly_every_vector_finds_its_nearest_list_and_always_the_best_it_was_compared_with(two_levels):
+def test_through_groups_nearly_every_vector_finds_its_nearest_list_and_always_the_best_it_was_compared_with(
+    two_levels,
+):
     vectors = clustered(3000, 24, seed=1)
     scores = vectors @ two_levels.vectors.T
     best, lists = two_levels.nearest(vectors)
@@ -95,7 +108,10 @@ def test_fewer_lists_than_asked_for_are_filled_up():
 
 
 def test_groups_without_lists_are_left_out_so_that_every_vector_finds_a_list():
-    """Its nearest groups may be without lists: k-means of few distinct vectors makes such groups."""
+    """Its nearest groups may be without lists:
+
+    k-means of few distinct vectors makes such groups.
+    """
     angles = np.linspace(0, 1, 20)
     groups = np.stack([np.cos(angles), np.sin(angles)], 1).astype(np.float32)
     centroids = grouped(groups[-1:].copy(), groups)
@@ -153,7 +169,9 @@ def soar(vector, first, others):
     losses = []
     for other in others:
         second = [v - c for v, c in zip(vector, other, strict=True)]
-        along = sum(a * b for a, b in zip(residual, second, strict=True)) / length if length else 0.0
+        along = (
+            sum(a * b for a, b in zip(residual, second, strict=True)) / length if length else 0.0
+        )
         losses.append(sum(s * s for s in second) + clustering.SPILL_WEIGHT * along**2)
     return losses
 
@@ -170,7 +188,9 @@ def test_the_second_list_points_elsewhere_than_the_first():
 
     centroids = flat([tilted(10, 1), tilted(-20, 1), tilted(25, 2), tilted(180, 1)])
     vector = np.array([[1, 0, 0]], np.float32)
-    losses = soar(vector[0].tolist(), *(c.tolist() for c in (centroids.vectors[0], centroids.vectors[1:3])))
+    losses = soar(
+        vector[0].tolist(), *(c.tolist() for c in (centroids.vectors[0], centroids.vectors[1:3]))
+    )
     assert losses == pytest.approx([0.2331, 0.1875], abs=1e-4)
     assert centroids.nearest(vector, 3)[1].tolist() == [[0, 1, 2]]
     assert centroids.lists_of(vector, spill=True).tolist() == [[0, 2]]
@@ -186,7 +206,9 @@ def test_second_lists_are_others_with_the_least_loss(request, which):
     assert np.array_equal(lists[:, :1], centroids.lists_of(vectors))
     near = centroids.nearest(vectors, 1 + SPILL_CANDIDATES)[1]
     for vector, (first, second), others in zip(vectors, lists, near[:, 1:], strict=True):
-        losses = soar(vector.tolist(), centroids.vectors[first].tolist(), centroids.vectors[others].tolist())
+        losses = soar(
+            vector.tolist(), centroids.vectors[first].tolist(), centroids.vectors[others].tolist()
+        )
         assert losses[others.tolist().index(second)] <= min(losses) + 1e-6
 
 
@@ -202,8 +224,13 @@ def test_a_vector_that_is_a_centroid_has_the_nearest_other_one_as_its_second(one
 def test_with_few_lists_there_is_another_one_or_none():
     two = flat(np.eye(2)).lists_of(unit(np.array([[2.0, 1.0], [1.0, 2.0]])), spill=True)
     assert two.tolist() == [[0, 1], [1, 0]]
-    assert flat([[1.0, 0.0]]).lists_of(np.eye(2, dtype=np.float32), spill=True).tolist() == [[0], [0]]
+    assert flat([[1.0, 0.0]]).lists_of(np.eye(2, dtype=np.float32), spill=True).tolist() == [
+        [0],
+        [0],
+    ]
     # Alone in the only group that is visited: no second list, and it is said so.
     far = unit(np.array([[1, 0.1 * i] for i in range(5)], np.float32))
-    alone = Centroids(np.array([[0, 1], [0, -1]], np.float32), np.concatenate([far, -far]), np.array([0, 9]))
+    alone = Centroids(
+        np.array([[0, 1], [0, -1]], np.float32), np.concatenate([far, -far]), np.array([0, 9])
+    )
     assert alone.lists_of(far[:1], spill=True).tolist() == [[0, -1]]

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from datamodules.preparing.columns import Columns, Override
-from datamodules.preparing.guess import guess_columns
-from datamodules.preparing.profile import profile
-from datamodules.preparing.tables import CatalogueError, Table
+from tritower.datamodules.prepare.columns import Columns, Override
+from tritower.datamodules.prepare.guess import guess_columns
+from tritower.datamodules.prepare.profile import profile
+from tritower.datamodules.prepare.tables import CatalogueError, Table
 
 
 def guess(folder: Path, rows: list[dict[str, str]], yaml: str | None = None) -> Columns:
@@ -55,7 +55,9 @@ def shop(n: int = 40) -> list[dict[str, str]]:
             "added": f"2024-01-{i % 28 + 1:02d}",
             "currency": "EUR",
             "empty": "",
-            "extra": json.dumps({"material": f"wool {i % 3}", "tags": "a|b" if i % 2 else "c", "brand": f"x{i % 2}"}),
+            "extra": json.dumps(
+                {"material": f"wool {i % 3}", "tags": "a|b" if i % 2 else "c", "brand": f"x{i % 2}"}
+            ),
             "item_group_id": f"style{i // 2}",
             "split": "train" if i % 4 else "test",
             "language": "en" if i % 2 else "de",
@@ -104,7 +106,11 @@ def test_title_comes_first_and_every_column_has_a_reason(tmp_path: Path) -> None
 
 def test_rare_keys_of_json_are_left_out_unless_named(tmp_path: Path) -> None:
     rows = [
-        {"id": str(i), "title": "x", "more": json.dumps({"a": str(i % 3)} | ({"b": "y"} if i == 7 else {}))}
+        {
+            "id": str(i),
+            "title": "x",
+            "more": json.dumps({"a": str(i % 3)} | ({"b": "y"} if i == 7 else {})),
+        }
         for i in range(300)
     ]
     assert roles(guess(tmp_path, rows))["b"] == "ignore"
@@ -135,7 +141,13 @@ def test_same_word_everywhere_is_left_out_of_large_tables_only(tmp_path: Path) -
 
 def test_number_of_things_is_a_category_and_codes_are_no_numbers(tmp_path: Path) -> None:
     rows = [
-        {"id": f"p{i}", "title": "t", "pockets": str(i % 3), "code": f"0{i % 30}", "ref": str(100_000 + i % 25)}
+        {
+            "id": f"p{i}",
+            "title": "t",
+            "pockets": str(i % 3),
+            "code": f"0{i % 30}",
+            "ref": str(100_000 + i % 25),
+        }
         for i in range(60)
     ]
     found = roles(guess(tmp_path, rows))
@@ -209,6 +221,7 @@ def test_no_id_names_the_columns_and_the_delimiter(tmp_path: Path) -> None:
     path.write_text("id,title\n1,a\n1,a\n", encoding="utf-8")
     table = Table(path, delimiter="\t")
     with pytest.raises(
-        CatalogueError, match=r"COLUMN_MISSING: p.csv \(delimiter '\\t', utf-8\).*its columns are \['id,title'\]"
+        CatalogueError,
+        match=r"COLUMN_MISSING: p.csv \(delimiter '\\t', utf-8\).*its columns are \['id,title'\]",
     ):
         guess_columns(table, *profile(table))

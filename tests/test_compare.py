@@ -9,13 +9,13 @@ from catalogues import SCHEMA
 from test_encoder import ITEMS, make_encoder
 from test_loss import keys
 
-from datamodules.batch import Batch, Item, Items
-from towers.encoder import Encoder
-from towers.fusion import FUSIONS
-from towers.label_loss import CoSENT, PairLoss
-from towers.loss import InfoNCE
-from towers.text import BiLSTM
-from towers.two_tower import Comparison, TwoTower
+from tritower.datamodules.batch import Batch, Item, Items
+from tritower.towers.encoder import Encoder
+from tritower.towers.fusion import FUSIONS
+from tritower.towers.losses.loss import InfoNCE
+from tritower.towers.losses.pairs import CoSENT, PairLoss
+from tritower.towers.text import BiLSTM
+from tritower.towers.two_tower import Comparison, TwoTower
 
 PART = torch.tensor(
     [
@@ -31,7 +31,11 @@ PART = torch.tensor(
 
 def stripped(item: Item, part: list[bool]) -> Item:
     text, image, attribute, words = part
-    texts = {field: value for field, value in item.text.items() if (words if field == "description" else text)}
+    texts = {
+        field: value
+        for field, value in item.text.items()
+        if (words if field == "description" else text)
+    }
     return Item(texts, item.images if image else (), item.attributes if attribute else {})
 
 
@@ -39,7 +43,9 @@ def stripped(item: Item, part: list[bool]) -> Item:
 def test_a_part_is_embedded_as_an_item_that_has_no_more(fusion: str) -> None:
     encoder = make_encoder(fusion)
     items = encoder.preprocess("product")(ITEMS)
-    fewer = encoder.preprocess("product")([stripped(i, p) for i, p in zip(ITEMS, PART.tolist(), strict=True)])
+    fewer = encoder.preprocess("product")(
+        [stripped(i, p) for i, p in zip(ITEMS, PART.tolist(), strict=True)]
+    )
     with torch.no_grad():
         whole, parts, alone = encoder(items), encoder(items._replace(part=PART)), encoder(fewer)
     torch.testing.assert_close(parts.part, alone.embedding, atol=1e-6, rtol=0)
@@ -54,7 +60,9 @@ def test_parts_are_drawn_in_training_alone() -> None:
     assert preprocess(ITEMS).part is None
     drawn = preprocess(ITEMS, [np.random.default_rng(i) for i in range(len(ITEMS))])
     assert (drawn.part <= drawn.present).all() and drawn.part.any(1).all()
-    assert (drawn.part.sum(1) < drawn.present.sum(1)).tolist() == (drawn.present.sum(1) > 1).tolist()
+    assert (drawn.part.sum(1) < drawn.present.sum(1)).tolist() == (
+        drawn.present.sum(1) > 1
+    ).tolist()
     assert torch.equal(drawn.rows(1, 3).part, drawn.part[1:3])
 
 
@@ -71,7 +79,9 @@ def make_batch(encoder: Encoder) -> Batch:
 
     label = torch.tensor([1.0, 0.0, torch.nan, torch.nan, torch.nan])
     own = keys(5, product=[1, 2, 3, 4, 5])
-    return Batch(side("query"), side("product"), own, own, torch.tensor([1.0, 0.5, 1.0, 1.0, 0.3]), label)
+    return Batch(
+        side("query"), side("product"), own, own, torch.tensor([1.0, 0.5, 1.0, 1.0, 0.3]), label
+    )
 
 
 def test_a_step_sums_up_what_is_compared_by_hand() -> None:
@@ -109,17 +119,25 @@ def test_chunks_have_the_loss_and_gradients_of_the_whole_with_parts() -> None:
         model.zero_grad()
         loss = model.training_step(batch, 0)
         loss.backward()
-        found.append([loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+        found.append(
+            [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+        )
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
 
 
 def test_a_label_says_nothing_of_a_picture_that_is_not_there() -> None:
-    """Of the two labelled pairs one has no picture: there is no order, and the one that is left is compared."""
+    """Of the two labelled pairs one has no picture:
+
+    there is no order, and the one that is left is compared.
+    """
     batch = make_batch(make_encoder())
     there = batch.query.present[:, 1] & batch.product.present[:, 1]
     assert there.tolist()[:2] == [True, False] and not batch.label[:2].isnan().any()
-    ordered, alone = (make_model([Comparison("image", "image", loss=loss)]).eval() for loss in (CoSENT(), PairLoss()))
+    ordered, alone = (
+        make_model([Comparison("image", "image", loss=loss)]).eval()
+        for loss in (CoSENT(), PairLoss())
+    )
     assert ordered.training_step(batch, 0).item() == 0.0
     alone.training_step(batch, 0).backward()
     assert not alone.product.absent.grad.any()

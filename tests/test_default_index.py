@@ -5,14 +5,14 @@ import logging
 import numpy as np
 import pytest
 
-import index as commands
-from retrieval import metrics
-from retrieval.build import DEFAULT_RECALL, build_index
-from retrieval.building import factory
-from retrieval.building.probes import without_own
-from retrieval.embeddings import EmbeddingReader, EmbeddingWriter
-from retrieval.index import ProductIndex
-from retrieval.storage import ArtefactError
+from tritower.artefacts.storage import ArtefactError
+from tritower.commands import index as commands
+from tritower.retrieval.building.build import DEFAULT_RECALL, build_index
+from tritower.retrieval.building.tuning.tuning_queries import without_own
+from tritower.retrieval.index import ProductIndex
+from tritower.retrieval.ivf import spec as factory
+from tritower.retrieval.ranking import metrics
+from tritower.retrieval.vectors.embeddings import EmbeddingReader, EmbeddingWriter
 
 DIM = 32
 COUNT = 6000
@@ -32,7 +32,10 @@ def clustered(count, seed=0, dim=DIM):
 
 def asked(kind, count, seed):
     """Whole products lie where products do, typed texts anywhere, attributes in between."""
-    near, far = clustered(count, seed), unit(np.random.default_rng(seed).standard_normal((count, DIM)))
+    near, far = (
+        clustered(count, seed),
+        unit(np.random.default_rng(seed).standard_normal((count, DIM))),
+    )
     return {"fused": near, "text": far, "product:attribute": unit(near + 0.7 * far)}[kind]
 
 
@@ -187,13 +190,15 @@ def test_dimensions_that_cannot_be_cut_are_measured_too(tmp_path, low_limit):
     assert recall_of(index, batch.vectors, clustered(300, seed=4, dim=31)) >= DEFAULT_RECALL - 0.03
 
 
-def test_a_kind_that_cannot_reach_the_recall_is_published_and_named(tmp_path, low_limit, caplog, capsys):
+def test_a_kind_that_cannot_reach_the_recall_is_published_and_named(
+    tmp_path, low_limit, caplog, capsys
+):
     """Vectors that differ by less than half floats tell: nothing finds their true order."""
     generator = np.random.default_rng(0)
     centres = generator.standard_normal((60, DIM))[generator.integers(0, 60, 3000)]
     np.save(tmp_path / "v.npy", unit(centres + 1e-4 * generator.standard_normal((3000, DIM))))
     (tmp_path / "ids.txt").write_text("".join(f"{i}\n" for i in range(3000)))
-    with caplog.at_level(logging.WARNING, "retrieval"):
+    with caplog.at_level(logging.WARNING, "tritower"):
         assert build(tmp_path / "v.npy", tmp_path / "i", "--ids", tmp_path / "ids.txt") == 0
     (record,) = [r for r in caplog.records if "does not reach recall@10 of 0.98" in r.message]
     assert "queries of kind product: recall@10 0." in record.message
@@ -203,7 +208,9 @@ def test_a_kind_that_cannot_reach_the_recall_is_published_and_named(tmp_path, lo
     best = max(index.tuning.points["product"], key=lambda point: point.proven)
     assert best.proven < DEFAULT_RECALL and index.settings == index.resolve(kind="product")
     assert index.settings == best.settings
-    with pytest.raises(ValueError, match=r"recall@10 of 0\.98 is not reached for queries of kind 'p"):
+    with pytest.raises(
+        ValueError, match=r"recall@10 of 0\.98 is not reached for queries of kind 'p"
+    ):
         index.resolve(recall=0.98)
 
 

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retrieval.distinct import one_each, with_relatives, without_rows
-from retrieval.hits import Hits
+from tritower.retrieval.filtering.group_by import one_each, with_relatives, without_rows
+from tritower.retrieval.ranking.hits import Hits
 
 
 class Exact:
@@ -81,7 +81,8 @@ def test_one_search_is_enough_where_nothing_belongs_together():
 
 
 @pytest.mark.parametrize(
-    ("rows", "relatives"), [([], []), ([1], [1, 4]), ([0], [0]), ([1, 2], [1, 2, 3, 4]), ([0, 5], [0, 5])]
+    ("rows", "relatives"),
+    [([], []), ([1], [1, 4]), ([0], [0]), ([1, 2], [1, 2, 3, 4]), ([0, 5], [0, 5])],
 )
 def test_relatives_are_all_rows_of_the_same_code(rows, relatives):
     codes = np.array([-1, 7, 3, 3, 7, -1], np.int32)

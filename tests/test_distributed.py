@@ -10,9 +10,12 @@ from test_embed import read
 from tiny_models import write_bert
 from training import fit, fit_arguments, logged, run_program
 
-from towers.embed import embed
+from tritower.towers.embed import embed
 
-NO_DROPOUT = ("--model.product.text.init_args.dropout=0", "--model.product.attribute.init_args.dropout=0")
+NO_DROPOUT = (
+    "--model.product.text.init_args.dropout=0",
+    "--model.product.attribute.init_args.dropout=0",
+)
 
 
 def test_a_training_of_two_processes_equals_one(tiny_catalogue: Path, tmp_path: Path) -> None:
@@ -27,7 +30,11 @@ def test_a_training_of_two_processes_equals_one(tiny_catalogue: Path, tmp_path: 
     )
     assert fit(tiny_catalogue, tmp_path / "one", *arguments) == 0
     distributed = fit_arguments(
-        tiny_catalogue, tmp_path / "two", *arguments, "--trainer.devices=2", "--trainer.strategy=ddp"
+        tiny_catalogue,
+        tmp_path / "two",
+        *arguments,
+        "--trainer.devices=2",
+        "--trainer.strategy=ddp",
     )
     two = run_program("train.py", *distributed)
     assert two.returncode == 0, two.stdout
@@ -35,7 +42,9 @@ def test_a_training_of_two_processes_equals_one(tiny_catalogue: Path, tmp_path: 
     assert len(alone) == 8
     assert together == pytest.approx(alone, abs=2e-6)
     for metric in ("val/hit@1", "val/hit@10", "val/recall@10", "val/mrr@10"):
-        assert logged(tmp_path / "two", metric) == pytest.approx(logged(tmp_path / "one", metric), abs=1e-12)
+        assert logged(tmp_path / "two", metric) == pytest.approx(
+            logged(tmp_path / "one", metric), abs=1e-12
+        )
     assert (tmp_path / "two" / "model" / "manifest.json").is_file()
 
 
@@ -56,9 +65,15 @@ def test_two_processes_mine_and_cache_as_one_does(tiny_catalogue: Path, tmp_path
         "--hard_negatives.ramp=0",
     )
     one = ("--trainer.devices=1", f"--model.feature_cache={tmp_path / 'cache1'}")
-    two = ("--trainer.devices=2", "--trainer.strategy=ddp", f"--model.feature_cache={tmp_path / 'cache2'}")
+    two = (
+        "--trainer.devices=2",
+        "--trainer.strategy=ddp",
+        f"--model.feature_cache={tmp_path / 'cache2'}",
+    )
     assert fit(tiny_catalogue, tmp_path / "one", *arguments, *one) == 0
-    distributed = run_program("train.py", *fit_arguments(tiny_catalogue, tmp_path / "two", *arguments, *two))
+    distributed = run_program(
+        "train.py", *fit_arguments(tiny_catalogue, tmp_path / "two", *arguments, *two)
+    )
     assert distributed.returncode == 0, distributed.stdout
     alone, together = (logged(tmp_path / run, "train/loss") for run in ("one", "two"))
     assert len(alone) == 10
@@ -72,7 +87,9 @@ def test_two_processes_mine_and_cache_as_one_does(tiny_catalogue: Path, tmp_path
     )
 
 
-def test_two_processes_embed_as_one_does(tiny_run: Path, tiny_catalogue: Path, tmp_path: Path) -> None:
+def test_two_processes_embed_as_one_does(
+    tiny_run: Path, tiny_catalogue: Path, tmp_path: Path
+) -> None:
     """Each writes shards of its own; of the queries there is one shard, so one process has nothing to do."""
     embed(tiny_run / "model", tiny_catalogue, tmp_path / "one", accelerator="cpu", batch_size=16)
     options = (
@@ -83,9 +100,13 @@ def test_two_processes_embed_as_one_does(tiny_run: Path, tiny_catalogue: Path, t
         "--output",
         str(tmp_path / "two"),
     )
-    two = run_program("index.py", "embed", *options, "--accelerator=cpu", "--devices=2", "--batch-size=16")
+    two = run_program(
+        "index.py", "embed", *options, "--accelerator=cpu", "--devices=2", "--batch-size=16"
+    )
     assert two.returncode == 0, two.stdout
     for side in ("products", "queries", "tuning"):
         alone, together = (read(tmp_path / run / side) for run in ("one", "two"))
         assert together.keys() == alone.keys()
-        np.testing.assert_allclose(np.stack(list(together.values())), np.stack(list(alone.values())), atol=1e-3)
+        np.testing.assert_allclose(
+            np.stack(list(together.values())), np.stack(list(alone.values())), atol=1e-3
+        )

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from living import DIM, embed, unit, vectors
 
-from retrieval.build import Recipe, build_index
-from retrieval.index import ProductIndex
-from retrieval.update import update_index
-from retrieval.updating import drift as module
-from retrieval.updating.drift import Drift, gauge, imbalance_of, verdict
+from tritower.retrieval.building.build import Recipe, build_index
+from tritower.retrieval.index import ProductIndex
+from tritower.retrieval.updating import drift as module
+from tritower.retrieval.updating.drift import Drift, gauge, imbalance_of, verdict
+from tritower.retrieval.updating.update import update_index
 
 GOOD = Drift(
     count=100,
@@ -30,7 +30,11 @@ GOOD = Drift(
 @pytest.fixture
 def root(tmp_path):
     ids = [f"p{i}" for i in range(800)]
-    build_index(embed(tmp_path / "e", vectors(800), ids), tmp_path / "i", Recipe("IVF16,PQ8x4fsr,Refine(SQ8)"))
+    build_index(
+        embed(tmp_path / "e", vectors(800), ids),
+        tmp_path / "i",
+        Recipe("IVF16,PQ8x4fsr,Refine(SQ8)"),
+    )
     return tmp_path / "i"
 
 
@@ -52,11 +56,17 @@ def test_recall_is_that_of_comparing_with_every_living_product(root):
         scores = np.where(alive, stored @ stored[row], -np.inf)
         scores[row] = -np.inf
         true = set(np.argsort(-scores)[:10])
-        found = [other for other in engine.search(stored[row : row + 1], 11, settings)[1][0] if other != row]
+        found = [
+            other
+            for other in engine.search(stored[row : row + 1], 11, settings)[1][0]
+            if other != row
+        ]
         shares.append(len(true & set(found[:10])) / 10)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "PROBES", 800)
-        assert gauge(engine, settings, alive, "cosine").recall == pytest.approx(np.mean(shares), abs=2e-3)
+        assert gauge(engine, settings, alive, "cosine").recall == pytest.approx(
+            np.mean(shares), abs=2e-3
+        )
 
 
 def test_the_same_products_are_asked_wherever_their_rows_are(root):
@@ -93,8 +103,13 @@ def test_products_of_another_kind_are_told(root, tmp_path):
     assert report.before.recall > 0.8 and report.before.new_list_error is None
     assert report.after.dead == 0.0012
     strange = unit(np.random.default_rng(1).standard_normal((700, DIM)))
-    report = update_index(root, upsert=embed(tmp_path / "u", strange, [f"n{i}" for i in range(700)]))
-    assert report.verdict.startswith("build anew: ") and "as far from their lists' centres" in report.verdict
+    report = update_index(
+        root, upsert=embed(tmp_path / "u", strange, [f"n{i}" for i in range(700)])
+    )
+    assert (
+        report.verdict.startswith("build anew: ")
+        and "as far from their lists' centres" in report.verdict
+    )
     meta = ProductIndex.open(root).manifest.meta
     assert meta["drift"]["verdict"] == report.verdict and meta["update"]["generation"] == 2
     assert Drift.from_json(meta["drift"]["built"]).count == 800
@@ -108,17 +123,25 @@ def test_the_state_before_is_the_one_that_the_last_update_has_measured(root):
 def test_products_outside_the_ranges_of_vectors_to_rank_by_are_told(root, tmp_path):
     far = np.zeros((50, DIM), np.float32)
     far[:, 0], far[:, 1] = 1, np.linspace(0, 0.1, 50)
-    report = update_index(root, upsert=embed(tmp_path / "u", unit(far), [f"n{i}" for i in range(50)]))
-    assert "vectors to re-rank by lose" in report.verdict and "ranges are too narrow" in report.verdict
+    report = update_index(
+        root, upsert=embed(tmp_path / "u", unit(far), [f"n{i}" for i in range(50)])
+    )
+    assert (
+        "vectors to re-rank by lose" in report.verdict and "ranges are too narrow" in report.verdict
+    )
 
 
 def test_without_vectors_to_rank_by_lists_and_new_products_tell(tmp_path):
     ids = [f"p{i}" for i in range(800)]
     build_index(embed(tmp_path / "e", vectors(800), ids), tmp_path / "i", Recipe("IVF16,PQ8x4fs"))
-    report = update_index(tmp_path / "i", upsert=embed(tmp_path / "u", vectors(50, 7), [f"n{i}" for i in range(50)]))
+    report = update_index(
+        tmp_path / "i", upsert=embed(tmp_path / "u", vectors(50, 7), [f"n{i}" for i in range(50)])
+    )
     assert report.after.recall is None and report.after.list_error is None
     assert report.after.new_list_error > 0 and report.after.imbalance >= 1
-    assert report.verdict == ("no need to build anew; without vectors to re-rank by, only the sizes of lists can tell")
+    assert report.verdict == (
+        "no need to build anew; without vectors to re-rank by, only the sizes of lists can tell"
+    )
 
 
 def test_an_index_of_one_product_has_nothing_to_miss(root):
@@ -130,11 +153,20 @@ def test_verdicts_by_hand():
     assert verdict(GOOD, GOOD) == "no need to build anew"
     assert verdict(GOOD, replace(GOOD, recall=0.951)) == "no need to build anew"
     worse = replace(
-        GOOD, count=250, recall=0.91, imbalance=1.8, new_list_error=0.6, new_code_error=0.2, new_fine_error=0.002
+        GOOD,
+        count=250,
+        recall=0.91,
+        imbalance=1.8,
+        new_list_error=0.6,
+        new_code_error=0.2,
+        new_fine_error=0.002,
     )
     said = verdict(GOOD, worse)
     assert "recall@10 on products asked fell from 0.970 to 0.910 (limit: 2 points)" in said
     assert "imbalance of lists rose from 1.10 to 1.80 (limit: 1.5 times)" in said
-    assert "1.50 times as far from their lists' centres" in said and "2.00 times as far from what their codes" in said
+    assert (
+        "1.50 times as far from their lists' centres" in said
+        and "2.00 times as far from what their codes" in said
+    )
     assert "lose 0.20% of new products (limit: 0.10%)" in said
     assert "built for 100 products and holds 250 (limit: 2 times)" in said

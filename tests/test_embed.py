@@ -13,17 +13,17 @@ import pytest
 import torch
 from catalogues import SCHEMA, write_catalogue
 
-from datamodules.batch import Item
-from datamodules.parquet import Table, product_item
-from datamodules.tuning import TuningQueries
-from retrieval import storage
-from retrieval.embeddings import EmbeddingReader
-from retrieval.storage import ArtefactError
-from towers.embed import ProductTable, TuningTable, as_it_is, embed
-from towers.encoder import Encoder
-from towers.model_folder import load_model, save_model
-from towers.text import BiLSTM
-from towers.two_tower import TwoTower
+from tritower.artefacts import storage
+from tritower.artefacts.storage import ArtefactError
+from tritower.datamodules.batch import Item
+from tritower.datamodules.catalogue import Table, product_item
+from tritower.datamodules.tuning_queries import TuningQueries
+from tritower.retrieval.vectors.embeddings import EmbeddingReader
+from tritower.towers.embed import ProductTable, TuningTable, as_it_is, embed
+from tritower.towers.encoder import Encoder
+from tritower.towers.model_folder import load_model, save_model
+from tritower.towers.text import BiLSTM
+from tritower.towers.two_tower import TwoTower
 
 Vectors = dict[tuple[str, str | None], np.ndarray]
 
@@ -33,12 +33,16 @@ def read(folder: Path) -> Vectors:
     result: Vectors = {}
     for batch in EmbeddingReader(folder).batches():
         kinds = [None] * len(batch.ids) if batch.kinds is None else batch.kinds.to_pylist()
-        result |= dict(zip(zip(batch.ids.to_pylist(), kinds, strict=True), batch.vectors, strict=True))
+        result |= dict(
+            zip(zip(batch.ids.to_pylist(), kinds, strict=True), batch.vectors, strict=True)
+        )
     return result
 
 
 @pytest.fixture(scope="module")
-def embedded(tiny_run: Path, tiny_catalogue: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def embedded(
+    tiny_run: Path, tiny_catalogue: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     output = tmp_path_factory.mktemp("embeddings") / "E"
     embed(tiny_run / "model", tiny_catalogue, output, batch_size=50, accelerator="cpu")
     return output
@@ -55,7 +59,9 @@ def test_every_product_is_there_once_as_the_model_encodes_it(
     np.testing.assert_allclose(np.stack(list(found.values())), expected, atol=1e-3)
 
 
-def test_every_kind_of_query_shows_what_it_says(embedded: Path, tiny_run: Path, tiny_catalogue: Path) -> None:
+def test_every_kind_of_query_shows_what_it_says(
+    embedded: Path, tiny_run: Path, tiny_catalogue: Path
+) -> None:
     model = load_model(tiny_run / "model")
     products = Table(tiny_catalogue / "products")
     by_id = {i: row for row, i in enumerate(products.column("product_id").to_pylist())}
@@ -65,7 +71,9 @@ def test_every_kind_of_query_shows_what_it_says(embedded: Path, tiny_run: Path, 
         name = query["query_id"]
         if query["source_product_id"] is None:
             kind = "image" if query["images"] else "text"
-            expected[name, kind] = Item({"query": query["text"]} if query["text"] else {}, query["images"])
+            expected[name, kind] = Item(
+                {"query": query["text"]} if query["text"] else {}, query["images"]
+            )
             continue
         item = product_item(products.row(by_id[query["source_product_id"]]))
         views = {
@@ -90,13 +98,21 @@ def test_every_kind_of_query_shows_what_it_says(embedded: Path, tiny_run: Path, 
         np.testing.assert_allclose(found[key], vector, atol=1e-3)
 
 
-def test_some_products_ask_in_every_kind_to_tune_by(embedded: Path, tiny_run: Path, tiny_catalogue: Path) -> None:
+def test_some_products_ask_in_every_kind_to_tune_by(
+    embedded: Path, tiny_run: Path, tiny_catalogue: Path
+) -> None:
     products = Table(tiny_catalogue / "products")
     by_id = {i: row for row, i in enumerate(products.column("product_id").to_pylist())}
     tuning = TuningQueries(products, Table(tiny_catalogue / "queries"))
     found = read(embedded / "tuning")
     assert {by_id[product_id] for product_id, _ in found} == set(tuning.rows.tolist())
-    assert {kind for _, kind in found} == {"text", "fused", "product:text", "product:image", "product:attribute"}
+    assert {kind for _, kind in found} == {
+        "text",
+        "fused",
+        "product:text",
+        "product:image",
+        "product:attribute",
+    }
     expected: dict[tuple[str, str | None], Item] = {}
     for row in tuning.rows.tolist():
         item, name = product_item(products.row(row)), products.row(row)["product_id"]
@@ -126,7 +142,11 @@ def test_no_judged_query_is_there_to_tune_by(embedded: Path, tiny_catalogue: Pat
 
 
 def test_queries_to_tune_by_are_resumed_as_all_others(
-    embedded: Path, tiny_run: Path, tiny_catalogue: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    embedded: Path,
+    tiny_run: Path,
+    tiny_catalogue: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     shutil.copytree(embedded, tmp_path / "E")
     tuning = tmp_path / "E" / "tuning"
@@ -135,7 +155,9 @@ def test_queries_to_tune_by_are_resumed_as_all_others(
     kept = (tuning / "shard-00000.parquet").stat().st_mtime_ns
     rows: list[int] = []
     original = TuningTable.__getitem__
-    monkeypatch.setattr(TuningTable, "__getitem__", lambda self, some: rows.extend(some) or original(self, some))
+    monkeypatch.setattr(
+        TuningTable, "__getitem__", lambda self, some: rows.extend(some) or original(self, some)
+    )
     embed(tiny_run / "model", tiny_catalogue, tmp_path / "E", batch_size=7, accelerator="cpu")
     assert rows and min(rows) >= 60  # of the second shard
     assert (tuning / "shard-00000.parquet").stat().st_mtime_ns == kept
@@ -145,7 +167,9 @@ def test_queries_to_tune_by_are_resumed_as_all_others(
         np.testing.assert_allclose(resumed[key], whole[key], atol=1e-3)
 
 
-def test_features_of_what_is_typed_to_tune_by_are_cached(tiny_catalogue: Path, tmp_path: Path) -> None:
+def test_features_of_what_is_typed_to_tune_by_are_cached(
+    tiny_catalogue: Path, tmp_path: Path
+) -> None:
     torch.manual_seed(1)
     text = BiLSTM(num_buckets=64, word_dim=4, hidden_dim=4)
     text.freeze()
@@ -153,14 +177,24 @@ def test_features_of_what_is_typed_to_tune_by_are_cached(tiny_catalogue: Path, t
     model.set_schema(SCHEMA)
     save_model(model, tmp_path / "model")
     embed(tmp_path / "model", tiny_catalogue, tmp_path / "plain", accelerator="cpu")
-    embed(tmp_path / "model", tiny_catalogue, tmp_path / "cached", accelerator="cpu", feature_cache=tmp_path / "F")
+    embed(
+        tmp_path / "model",
+        tiny_catalogue,
+        tmp_path / "cached",
+        accelerator="cpu",
+        feature_cache=tmp_path / "F",
+    )
     plain, cached = (read(tmp_path / name / "tuning") for name in ("plain", "cached"))
     assert {kind for _, kind in plain} == {"text", "fused", "product:text"}
     assert plain.keys() == cached.keys()
-    np.testing.assert_allclose(np.stack(list(plain.values())), np.stack(list(cached.values())), atol=1e-3)
+    np.testing.assert_allclose(
+        np.stack(list(plain.values())), np.stack(list(cached.values())), atol=1e-3
+    )
 
 
-def test_the_folders_know_their_model_and_catalogue(embedded: Path, tiny_run: Path, tiny_catalogue: Path) -> None:
+def test_the_folders_know_their_model_and_catalogue(
+    embedded: Path, tiny_run: Path, tiny_catalogue: Path
+) -> None:
     for side in ("products", "queries", "tuning"):
         meta = storage.verify(embedded / side, kind="embeddings").meta
         assert meta["model"] == storage.fingerprint(tiny_run / "model")
@@ -176,14 +210,20 @@ def begin_again(embedded: Path, output: Path, without: str) -> None:
 
 
 def test_an_interrupted_job_makes_what_is_missing(
-    embedded: Path, tiny_run: Path, tiny_catalogue: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    embedded: Path,
+    tiny_run: Path,
+    tiny_catalogue: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     begin_again(embedded, tmp_path / "E", "shard-00001.parquet")
     untouched = tmp_path / "E" / "products" / "shard-00000.parquet"
     before = untouched.stat().st_mtime_ns
     rows = []
     original = ProductTable.__getitem__
-    monkeypatch.setattr(ProductTable, "__getitem__", lambda self, some: rows.extend(some) or original(self, some))
+    monkeypatch.setattr(
+        ProductTable, "__getitem__", lambda self, some: rows.extend(some) or original(self, some)
+    )
     embed(tiny_run / "model", tiny_catalogue, tmp_path / "E", batch_size=7, accelerator="cpu")
     assert rows == list(range(60, 120))
     assert untouched.stat().st_mtime_ns == before
@@ -208,7 +248,9 @@ def text_model(folder: Path, seed: int = 1) -> Path:
     return folder
 
 
-def test_shards_of_another_model_are_not_mixed_in(embedded: Path, tiny_catalogue: Path, tmp_path: Path) -> None:
+def test_shards_of_another_model_are_not_mixed_in(
+    embedded: Path, tiny_catalogue: Path, tmp_path: Path
+) -> None:
     begin_again(embedded, tmp_path / "E", "shard-00001.parquet")
     with pytest.raises(ArtefactError, match="model"):
         embed(text_model(tmp_path / "other"), tiny_catalogue, tmp_path / "E", accelerator="cpu")
@@ -218,11 +260,19 @@ def test_shards_of_another_model_are_not_mixed_in(embedded: Path, tiny_catalogue
 def test_the_size_of_batches_does_not_matter(tiny_catalogue: Path, tmp_path: Path) -> None:
     model = text_model(tmp_path / "model")
     for batch_size in (1, 256):
-        embed(model, tiny_catalogue, tmp_path / f"E{batch_size}", batch_size=batch_size, accelerator="cpu")
+        embed(
+            model,
+            tiny_catalogue,
+            tmp_path / f"E{batch_size}",
+            batch_size=batch_size,
+            accelerator="cpu",
+        )
     for side in ("products", "queries", "tuning"):
         one, many = (read(tmp_path / f"E{size}" / side) for size in (1, 256))
         assert one.keys() == many.keys()
-        np.testing.assert_allclose(np.stack(list(one.values())), np.stack(list(many.values())), atol=1e-3)
+        np.testing.assert_allclose(
+            np.stack(list(one.values())), np.stack(list(many.values())), atol=1e-3
+        )
 
 
 def test_what_the_model_cannot_read_is_reported(
@@ -238,7 +288,7 @@ def test_what_the_model_cannot_read_is_reported(
     pq.write_table(table.set_column(column, table.schema.field("text"), text), shard)
     (catalogue / "manifest.json").unlink()
     storage.seal(catalogue, kind="catalogue")
-    with caplog.at_level(logging.INFO, logger="towers.embed"):
+    with caplog.at_level(logging.INFO, logger="tritower.towers.embed"):
         embed(text_model(tmp_path / "model"), catalogue, tmp_path / "E", accelerator="cpu")
     assert "1 products have nothing that this model reads" in caplog.text
     kinds = {kind for _, kind in read(tmp_path / "E" / "queries")}
@@ -250,7 +300,9 @@ def test_what_the_model_cannot_read_is_reported(
     assert len(read(tmp_path / "E" / "products")) == 120
 
 
-def test_a_view_limits_what_is_shown(embedded: Path, tiny_run: Path, tiny_catalogue: Path, tmp_path: Path) -> None:
+def test_a_view_limits_what_is_shown(
+    embedded: Path, tiny_run: Path, tiny_catalogue: Path, tmp_path: Path
+) -> None:
     embed(
         tiny_run / "model",
         tiny_catalogue,
@@ -261,7 +313,9 @@ def test_a_view_limits_what_is_shown(embedded: Path, tiny_run: Path, tiny_catalo
     )
     table = Table(tiny_catalogue / "products")
     with_picture = [row for row in range(120) if table.row(row)["images"]]
-    whole, blind = (np.stack(list(read(folder / "products").values())) for folder in (embedded, tmp_path / "E"))
+    whole, blind = (
+        np.stack(list(read(folder / "products").values())) for folder in (embedded, tmp_path / "E")
+    )
     difference = np.abs(whole - blind).max(1)
     assert difference[with_picture].min() > 1e-2
     assert np.delete(difference, with_picture).max() < 1e-3
@@ -276,7 +330,11 @@ def test_shards_without_rows_are_skipped(tmp_path: Path) -> None:
     embed(text_model(tmp_path / "model"), catalogue, tmp_path / "E", accelerator="cpu")
     assert len(read(tmp_path / "E" / "products")) == 20
     assert not (tmp_path / "E" / "queries").exists()
-    assert {kind for _, kind in read(tmp_path / "E" / "tuning")} == {"text", "fused", "product:text"}
+    assert {kind for _, kind in read(tmp_path / "E" / "tuning")} == {
+        "text",
+        "fused",
+        "product:text",
+    }
 
 
 def test_a_folder_that_is_no_catalogue_is_refused(tiny_run: Path, tmp_path: Path) -> None:

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retrieval.embeddings import EmbeddingReader, EmbeddingWriter
-from retrieval.storage import ArtefactError
-from retrieval.vectors import checked_vectors
+from tritower.artefacts.storage import ArtefactError
+from tritower.retrieval.vectors.checks import checked_vectors
+from tritower.retrieval.vectors.embeddings import EmbeddingReader, EmbeddingWriter
 
 DIM = 8
 
@@ -21,11 +21,15 @@ def unit(count, seed=0, dim=DIM):
 
 def collect(reader, batch_size=7):
     batches = list(reader.batches(batch_size))
-    return [i for b in batches for i in b.ids.to_pylist()], np.concatenate([b.vectors for b in batches])
+    return [i for b in batches for i in b.ids.to_pylist()], np.concatenate(
+        [b.vectors for b in batches]
+    )
 
 
 def parquet(path, ids, vectors, **columns):
-    pq.write_table(pa.table({"product_id": ids, "embedding": list(np.asarray(vectors)), **columns}), path)
+    pq.write_table(
+        pa.table({"product_id": ids, "embedding": list(np.asarray(vectors)), **columns}), path
+    )
 
 
 def test_what_is_written_is_read_back_in_order(tmp_path):
@@ -93,7 +97,9 @@ def test_anyones_parquet_is_read_whatever_its_types(tmp_path, dtype, fixed):
         if fixed
         else pa.ListArray.from_arrays(pa.array(np.arange(0, 5 * DIM + 1, DIM), pa.int32()), flat)
     )
-    table = pa.table({"title": list("vwxyz"), "id": pa.array([7, 8, 9, 10, 2**60 + 1]), "vec": embedding})
+    table = pa.table(
+        {"title": list("vwxyz"), "id": pa.array([7, 8, 9, 10, 2**60 + 1]), "vec": embedding}
+    )
     pq.write_table(table, tmp_path / "x.parquet")
     ids, read = collect(EmbeddingReader(tmp_path / "x.parquet"), batch_size=2)
     assert ids == ["7", "8", "9", "10", str(2**60 + 1)]
@@ -103,9 +109,13 @@ def test_anyones_parquet_is_read_whatever_its_types(tmp_path, dtype, fixed):
 def test_columns_that_cannot_be_told_must_be_named(tmp_path):
     columns = {"sku": ["a"], "ean": ["b"], "text": [unit(1)[0]], "image": [unit(1, 1)[0]]}
     pq.write_table(pa.table(columns), tmp_path / "x.parquet")
-    with pytest.raises(ValueError, match=r"column of vectors: cannot be told; fitting columns \['text', 'image'\]"):
+    with pytest.raises(
+        ValueError, match=r"column of vectors: cannot be told; fitting columns \['text', 'image'\]"
+    ):
         EmbeddingReader(tmp_path / "x.parquet")
-    with pytest.raises(ValueError, match=r"column of ids: cannot be told; fitting columns \['sku', 'ean'\]"):
+    with pytest.raises(
+        ValueError, match=r"column of ids: cannot be told; fitting columns \['sku', 'ean'\]"
+    ):
         EmbeddingReader(tmp_path / "x.parquet", embedding_column="image")
     with pytest.raises(ValueError, match="'nope' is not one of the fitting columns"):
         EmbeddingReader(tmp_path / "x.parquet", embedding_column="nope")
@@ -159,7 +169,9 @@ def test_twelve_npy_shards_are_matched_with_their_ids_by_number(tmp_path):
     for number in range(1, 13):
         assert np.allclose(read[ids.index(f"p{number}b")], unit(2, number)[1], atol=1e-6)
     (tmp_path / "m" / "metadata_007.txt").unlink()
-    with pytest.raises(ValueError, match=r"img_emb_7\.npy: .* has no file of ids with the same name or number"):
+    with pytest.raises(
+        ValueError, match=r"img_emb_7\.npy: .* has no file of ids with the same name or number"
+    ):
         EmbeddingReader(tmp_path / "v", ids=tmp_path / "m")
 
 
@@ -178,7 +190,9 @@ def test_npy_faults_are_named(tmp_path):
         EmbeddingReader(tmp_path / "v.npy", ids=tmp_path / "floats.npy")
     np.save(tmp_path / "objects.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
     with pytest.raises(ValueError, match=r"objects\.npy is not a \.npy file of numbers"):
-        EmbeddingReader(tmp_path / "objects.npy", ids=tmp_path / "two.txt")  # no code runs from data
+        EmbeddingReader(
+            tmp_path / "objects.npy", ids=tmp_path / "two.txt"
+        )  # no code runs from data
 
 
 @pytest.mark.parametrize(
@@ -186,9 +200,17 @@ def test_npy_faults_are_named(tmp_path):
     [
         (["a", None, "c"], lambda v: v, r"row 1 has no id"),
         (["a", "b", ""], lambda v: v, r"row 2 has no id"),
-        (["a", "b", "c"], lambda v: v * [[1], [3], [1]], r"row 1 \(id 'b'\) has length 3, .*--normalize"),
+        (
+            ["a", "b", "c"],
+            lambda v: v * [[1], [3], [1]],
+            r"row 1 \(id 'b'\) has length 3, .*--normalize",
+        ),
         (["a", "b", "c"], lambda v: v * [[1], [1], [0]], r"row 2 \(id 'c'\) is a zero vector"),
-        (["a", "b", "c"], lambda v: v * [[1], [np.inf], [1]], r"row 1 \(id 'b'\) holds NaN or infinity"),
+        (
+            ["a", "b", "c"],
+            lambda v: v * [[1], [np.inf], [1]],
+            r"row 1 \(id 'b'\) holds NaN or infinity",
+        ),
     ],
 )
 def test_faulty_rows_are_refused_by_row_and_id(tmp_path, ids, change, message):
@@ -198,8 +220,13 @@ def test_faulty_rows_are_refused_by_row_and_id(tmp_path, ids, change, message):
 
 
 def test_ragged_and_missing_vectors_are_refused(tmp_path):
-    for bad, message in (([1.0, 0.0], "row 1 has 2 dimensions, row 0 has 8"), (None, "row 1 has 0 dimensions")):
-        pq.write_table(pa.table({"id": ["a", "b"], "v": [unit(1)[0].tolist(), bad]}), tmp_path / "x.parquet")
+    for bad, message in (
+        ([1.0, 0.0], "row 1 has 2 dimensions, row 0 has 8"),
+        (None, "row 1 has 0 dimensions"),
+    ):
+        pq.write_table(
+            pa.table({"id": ["a", "b"], "v": [unit(1)[0].tolist(), bad]}), tmp_path / "x.parquet"
+        )
         with pytest.raises(ValueError, match=message):
             collect(EmbeddingReader(tmp_path / "x.parquet"))
     pq.write_table(pa.table({"id": ["a"], "v": [[None] + [1.0] * 7]}), tmp_path / "x.parquet")
@@ -287,10 +314,15 @@ def test_the_stamp_tells_columns_ids_and_changed_files_apart(tmp_path):
     pq.write_table(pa.table(columns), tmp_path / "x.parquet")
 
     def stamp(column, ids):
-        return EmbeddingReader(tmp_path / "x.parquet", embedding_column=column, id_column=ids).stamp()
+        return EmbeddingReader(
+            tmp_path / "x.parquet", embedding_column=column, id_column=ids
+        ).stamp()
 
     assert stamp("image", "ean") == stamp("image", "ean")
-    assert len({str(stamp(column, ids)) for column in ("text", "image") for ids in ("sku", "ean")}) == 4
+    assert (
+        len({str(stamp(column, ids)) for column in ("text", "image") for ids in ("sku", "ean")})
+        == 4
+    )
     before = stamp("image", "ean")
     pq.write_table(pa.table({**columns, "more": [1]}), tmp_path / "x.parquet")
     assert stamp("image", "ean") != before
@@ -300,5 +332,7 @@ def test_the_stamp_of_npy_files_changes_with_their_ids(tmp_path):
     np.save(tmp_path / "v.npy", unit(2))
     write_ids(tmp_path / "a.txt", ["a", "b"])
     write_ids(tmp_path / "b.txt", ["c", "d"])
-    stamps = [EmbeddingReader(tmp_path / "v.npy", ids=tmp_path / f"{name}.txt").stamp() for name in "aab"]
+    stamps = [
+        EmbeddingReader(tmp_path / "v.npy", ids=tmp_path / f"{name}.txt").stamp() for name in "aab"
+    ]
     assert stamps[0] == stamps[1] != stamps[2]

@@ -5,13 +5,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retrieval.building import encoded
-from retrieval.building.assemble import write_mapped
-from retrieval.building.encoded import Blocks, grouped_lists, to_table
-from retrieval.building.factory import parse_mapped
-from retrieval.building.mapped import Encoded, train
-from retrieval.engine import Engine, Settings
-from retrieval.index import IdTable
+from tritower.retrieval.building.assemble import write_mapped
+from tritower.retrieval.index import IdTable
+from tritower.retrieval.ivf import encoded
+from tritower.retrieval.ivf.encoded import Blocks, grouped_lists, to_table
+from tritower.retrieval.ivf.engine import Engine, Settings
+from tritower.retrieval.ivf.ivf_pq import Encoded, train
+from tritower.retrieval.ivf.spec import parse_mapped
 
 LISTS, CODE, FINE = 7, 3, 5
 
@@ -19,11 +19,15 @@ LISTS, CODE, FINE = 7, 3, 5
 def made_up(count, seed, spread=1, fine=FINE):
     """Encoded vectors of random lists and codes; with a spread of 2, some have no second list."""
     generator = np.random.default_rng(seed)
-    lists = np.stack([generator.permutation(LISTS)[:spread] for _ in range(count)]).reshape(count, spread)
+    lists = np.stack([generator.permutation(LISTS)[:spread] for _ in range(count)]).reshape(
+        count, spread
+    )
     if spread > 1:
         lists[generator.random(count) < 0.2, 1] = -1
     codes = generator.integers(0, 256, (spread, count, CODE), np.uint8)
-    return Encoded(lists.astype(np.int32), codes, generator.integers(0, 256, (count, fine), np.uint8))
+    return Encoded(
+        lists.astype(np.int32), codes, generator.integers(0, 256, (count, fine), np.uint8)
+    )
 
 
 def blocks(folder, parts, name="b"):
@@ -69,7 +73,9 @@ def test_what_is_encoded_comes_back_from_blocks(tmp_path, spread):
     assert pa.concat_tables(source.products()).column("product_id").to_pylist() == [
         f"b{number}-{i}" for number, count in enumerate((20, 1, 13)) for i in range(count)
     ]
-    assert np.array_equal(np.concatenate(list(source.fine())), np.concatenate([part.fine for part in parts]))
+    assert np.array_equal(
+        np.concatenate(list(source.fine())), np.concatenate([part.fine for part in parts])
+    )
     wanted = by_hand([(parts, 0)])
     assert np.array_equal(source.sizes(LISTS), sizes_of(wanted))
     for first, end in ((0, LISTS), (2, 3), (3, 6)):
@@ -94,7 +100,9 @@ def test_a_table_without_finer_vectors_has_no_such_column(tmp_path):
     st.sampled_from([1, 40, 500, 1 << 20]),
     st.integers(0, 99),
 )
-def test_lists_are_grouped_alike_in_any_number_of_passes(tmp_path_factory, counts, spread, budget, seed):
+def test_lists_are_grouped_alike_in_any_number_of_passes(
+    tmp_path_factory, counts, spread, budget, seed
+):
     """Several sources of several blocks; rows of the first are moved and some of them dropped."""
     generator = np.random.default_rng(seed)
     contents = [
@@ -118,13 +126,18 @@ def test_lists_are_grouped_alike_in_any_number_of_passes(tmp_path_factory, count
 
 
 def test_passes_are_as_few_as_the_budget_allows(tmp_path, monkeypatch):
-    """Lists of 10, 0, 20, 10, 5, 0, 40 entries of 19 bytes and a budget of 30 entries: 10 + 0 + 20, 10 + 5 + 0, 40."""
+    """Lists of 10, 0, 20, 10, 5, 0, 40 entries of 19 bytes and a budget of 30 entries:
+
+    10 + 0 + 20, 10 + 5 + 0, 40.
+    """
     sizes = np.array([10, 0, 20, 10, 5, 0, 40])
     lists = np.repeat(np.arange(LISTS), sizes)[:, None].astype(np.int32)
     part = Encoded(lists, np.zeros((1, 85, CODE), np.uint8), np.zeros((85, 0), np.uint8))
     source, asked = blocks(tmp_path, [part]), []
     original = source.entries
-    monkeypatch.setattr(source, "entries", lambda first, end: asked.append((first, end)) or original(first, end))
+    monkeypatch.setattr(
+        source, "entries", lambda first, end: asked.append((first, end)) or original(first, end)
+    )
     monkeypatch.setattr(encoded, "GROUPING_BYTES", 30 * (CODE + 16))
     assert [len(rows) for _, rows in grouped_lists([(source, 0)], sizes, CODE)] == sizes.tolist()
     assert asked == [(0, 3), (3, 6), (6, 7)]
@@ -136,7 +149,11 @@ def test_an_index_from_two_sources_without_the_rows_that_were_dropped(tmp_path, 
     vectors = generator.standard_normal((900, 16)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     trained = train(vectors, parse_mapped("IVF8,PQ4x4fsr,Refine(SQ8)"), seed=0, spill=spill)
-    parts = [trained.encode(vectors[:400]), trained.encode(vectors[400:600]), trained.encode(vectors[600:])]
+    parts = [
+        trained.encode(vectors[:400]),
+        trained.encode(vectors[400:600]),
+        trained.encode(vectors[600:]),
+    ]
     old, new = blocks(tmp_path, parts[:2], "old"), blocks(tmp_path, parts[2:], "new")
     kept = generator.random(600) < 0.7
     moved = np.where(kept, np.cumsum(kept) - 1, -1)
@@ -151,4 +168,6 @@ def test_an_index_from_two_sources_without_the_rows_that_were_dropped(tmp_path, 
     everything = engine.search(vectors[:3], len(rest), Settings(8, 1.0))[1]
     assert (np.sort(everything, axis=1) == np.arange(len(rest))).all()
     old_ids = [f"old{int(i >= 400)}-{i - 400 * int(i >= 400)}" for i in np.flatnonzero(kept)]
-    assert IdTable(folder / "ids.arrow").column.to_pylist() == old_ids + [f"new0-{i}" for i in range(300)]
+    assert IdTable(folder / "ids.arrow").column.to_pylist() == old_ids + [
+        f"new0-{i}" for i in range(300)
+    ]

@@ -9,17 +9,20 @@ from catalogues import SCHEMA, picture
 from tiny_models import TIMM, TIMM_ARGS
 from torch.nn import functional as F
 
-from datamodules.batch import Item
-from towers.attribute import AttributeTower
-from towers.encoder import Encoder, features_of, mean_by_row, projection
-from towers.fusion import FUSIONS
-from towers.image import TimmImage
-from towers.text import BiLSTM
-from towers.words import HashedNgrams
+from tritower.datamodules.batch import Item
+from tritower.towers.attribute import AttributeTower
+from tritower.towers.encoder import Encoder, features_of, mean_by_row, projection
+from tritower.towers.fusion import FUSIONS
+from tritower.towers.image import TimmImage
+from tritower.towers.lexical import HashedNgrams
+from tritower.towers.text import BiLSTM
 
 RNG = np.random.default_rng(0)
 PICTURES = [picture((200, 30, 30), RNG), picture((30, 30, 200), RNG), picture((30, 200, 30), RNG)]
-TEXT, ATTRIBUTES = {"title": "red mug", "description": "A mug."}, {"brand": "Acme", "price": 9.0, "tags": ["red"]}
+TEXT, ATTRIBUTES = (
+    {"title": "red mug", "description": "A mug."},
+    {"brand": "Acme", "price": 9.0, "tags": ["red"]},
+)
 ITEMS = [
     Item(TEXT, PICTURES[:2], ATTRIBUTES),
     Item({"title": "lamp"}),
@@ -86,7 +89,11 @@ def test_no_absent_modality_matters(encoder: Encoder) -> None:
     for name, row in (("text", 0), ("attribute", 2)):
         present = items.present.clone()
         present[0, row] = False
-        changed = items.text.flip(1) if name == "text" else type(items.attribute)(*(t + 1 for t in items.attribute))
+        changed = (
+            items.text.flip(1)
+            if name == "text"
+            else type(items.attribute)(*(t + 1 for t in items.attribute))
+        )
         one, other = (
             encoder(items._replace(present=present)),
             encoder(items._replace(present=present, **{name: changed})),
@@ -116,7 +123,9 @@ def test_gradients_are_finite_whatever_is_missing(encoder: Encoder) -> None:
     assert max(gradient.abs().max() for gradient in gradients) < 1e4
 
 
-def test_a_tower_that_no_item_needs_does_not_run(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tower_that_no_item_needs_does_not_run(
+    encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(TimmImage, "forward", lambda *_: pytest.fail("the image tower ran"))
     embed(encoder, [ITEMS[1], ITEMS[3]])
 
@@ -124,7 +133,10 @@ def test_a_tower_that_no_item_needs_does_not_run(encoder: Encoder, monkeypatch: 
 def test_features_in_place_of_inputs_give_the_same_embeddings(encoder: Encoder) -> None:
     items = encoder.preprocess("product")(ITEMS)
     with torch.inference_mode():
-        features = {name: features_of(encoder.towers[name], getattr(items, name)) for name in ("text", "image")}
+        features = {
+            name: features_of(encoder.towers[name], getattr(items, name))
+            for name in ("text", "image")
+        }
         cached = encoder(items._replace(**features)).embedding
     torch.testing.assert_close(cached, embed(encoder, ITEMS))
 
@@ -181,5 +193,7 @@ def test_an_unknown_fusion_is_refused() -> None:
 def test_padding_of_longer_neighbours_does_not_reach_the_attributes() -> None:
     encoder = make_encoder()
     few, many = Item(attributes={"tags": ["a"]}), Item(attributes={"tags": list("abcdefgh")})
-    torch.testing.assert_close(embed(encoder, [few, many])[0], embed(encoder, [few])[0], atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        embed(encoder, [few, many])[0], embed(encoder, [few])[0], atol=1e-6, rtol=0
+    )
     assert F.cosine_similarity(*embed(encoder, [few, many]), dim=0) < 0.9999

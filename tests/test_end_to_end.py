@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import index
-import train
-from datamodules import prepare, samples
+from tritower.commands import index
+from tritower.datamodules import samples
+from tritower.datamodules.prepare import command as prepare
+from tritower.towers import cli as train
 
 ROOT = Path(__file__).parent.parent
 
@@ -23,22 +24,46 @@ def walk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder named as in the README, with everything that the tiny configuration makes of 240 sample products."""
     folder = tmp_path_factory.mktemp("walk") / "demo"
     raw, catalogue = folder / "raw", folder / "catalogue"
-    assert samples.main([f"--output={raw}", "--products=240", "--image-size=32", "--num-workers=0"]) == 0
+    assert (
+        samples.main([f"--output={raw}", "--products=240", "--image-size=32", "--num-workers=0"])
+        == 0
+    )
     judged = [f"--queries={raw / 'queries.csv'}", f"--qrels={raw / 'qrels.csv'}"]
-    assert prepare.main([str(raw / "products.csv"), f"--output={catalogue}", "--num-workers=0", *judged]) == 0
+    assert (
+        prepare.main(
+            [str(raw / "products.csv"), f"--output={catalogue}", "--num-workers=0", *judged]
+        )
+        == 0
+    )
     config = ["--config", str(ROOT / "configs" / "tiny.yaml"), f"--data.catalogue={catalogue}"]
     fast = ["--trainer.max_epochs=6", "--data.max_pairs_per_query=1"]
     assert train.main(["fit", *config, f"--run={folder / 'fused'}", "--then_test=true", *fast]) == 0
     embeddings = folder / "embeddings"
     model = folder / "fused" / "model"
-    assert index.main(["embed", f"--model={model}", f"--catalogue={catalogue}", f"--output={embeddings}"]) == 0
-    assert index.main(["build", f"--embeddings={embeddings / 'products'}", f"--output={folder / 'index'}"]) == 0
+    assert (
+        index.main(
+            ["embed", f"--model={model}", f"--catalogue={catalogue}", f"--output={embeddings}"]
+        )
+        == 0
+    )
+    assert (
+        index.main(
+            ["build", f"--embeddings={embeddings / 'products'}", f"--output={folder / 'index'}"]
+        )
+        == 0
+    )
     return folder
 
 
-def test_trained_model_finds_the_same_thing_far_above_chance(walk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_trained_model_finds_the_same_thing_far_above_chance(
+    walk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     report = walk / "report"
-    arguments = [f"--index={walk / 'index'}", f"--embeddings={walk / 'embeddings'}", f"--output={report}"]
+    arguments = [
+        f"--index={walk / 'index'}",
+        f"--embeddings={walk / 'embeddings'}",
+        f"--output={report}",
+    ]
     assert index.main(["evaluate", *arguments, f"--oracle={walk / 'raw' / 'oracle.json'}"]) == 0
     figures = json.loads((report / "report.json").read_text(encoding="utf-8"))
     recall = figures["tasks"]["exact"]["fused"]["recall@10"]["value"]
@@ -52,10 +77,14 @@ def test_evaluation_agrees_with_the_training_run(walk: Path) -> None:
     report = json.loads((walk / "report" / "report.json").read_text(encoding="utf-8"))
     exact = report["tasks"]["exact"]["fused"]
     for name in ("hit@1", "hit@10", "recall@10"):  # half floats on disk may swap near ties
-        assert tested[f"test/product_queries/{name}"] == pytest.approx(exact[name]["value"], abs=0.03)
+        assert tested[f"test/product_queries/{name}"] == pytest.approx(
+            exact[name]["value"], abs=0.03
+        )
 
 
-def test_search_by_text_picture_and_attributes_shows_pictures(walk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_search_by_text_picture_and_attributes_shows_pictures(
+    walk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     page = walk / "hits.html"
     photo = next((walk / "raw" / "images").iterdir())
     mix = ["--text=red mug", f"--image={photo}", "--attribute=price=12.5"]
@@ -69,7 +98,9 @@ def test_search_by_text_picture_and_attributes_shows_pictures(walk: Path, capsys
 def test_python_of_the_readme_runs(
     walk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    (code,) = re.findall(
+        r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL
+    )
     script = tmp_path / "readme.py"
     script.write_text(code, encoding="utf-8")
     monkeypatch.chdir(walk.parent)
@@ -82,7 +113,11 @@ def test_python_of_the_readme_runs(
 def test_the_demo_runs_what_the_readme_shows() -> None:
     def commands(text: str) -> set[str]:
         joined = re.sub(r"\\\n\s*", "", text)
-        return {" ".join(line.split()) for line in joined.splitlines() if line.strip().startswith("python ")}
+        return {
+            " ".join(line.split())
+            for line in joined.splitlines()
+            if line.strip().startswith("python ")
+        }
 
     recipe = (ROOT / "Makefile").read_text(encoding="utf-8")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -91,10 +126,16 @@ def test_the_demo_runs_what_the_readme_shows() -> None:
     assert commands(by_hand) <= commands(recipe)
 
 
-def test_moved_model_and_index_still_search(walk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_moved_model_and_index_still_search(
+    walk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name in ("index", "fused/model"):
         shutil.copytree(walk / name, tmp_path / name)
-    arguments = [f"--index={tmp_path / 'index'}", f"--model={tmp_path / 'fused' / 'model'}", "--text=blue lamp"]
+    arguments = [
+        f"--index={tmp_path / 'index'}",
+        f"--model={tmp_path / 'fused' / 'model'}",
+        "--text=blue lamp",
+    ]
     assert index.main(["search", *arguments, "--json"]) == 0
     moved = json.loads(capsys.readouterr().out)
     assert index.main(["search", f"--index={walk / 'index'}", "--text=blue lamp", "--json"]) == 0

@@ -4,13 +4,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retrieval import engine as engine_module
-from retrieval.build import Recipe, build_index
-from retrieval.embeddings import EmbeddingReader, EmbeddingWriter
-from retrieval.engine import Engine, Settings, first_of_each, lists_of
-from retrieval.hits import Hits
-from retrieval.index import ProductIndex
-from retrieval.storage import ArtefactError
+from tritower.artefacts.storage import ArtefactError
+from tritower.retrieval.building.build import Recipe, build_index
+from tritower.retrieval.index import ProductIndex
+from tritower.retrieval.ivf import engine as engine_module
+from tritower.retrieval.ivf.engine import Engine, Settings, first_of_each, lists_of
+from tritower.retrieval.ranking.hits import Hits
+from tritower.retrieval.vectors.embeddings import EmbeddingReader, EmbeddingWriter
 
 DIM = 16
 
@@ -49,7 +49,10 @@ def test_the_first_of_each_by_hand():
     assert every == [[5, 3, 7, 9, -1, -1], [1, *[-1] * 5], [2, 4, 6, 8, 0, 1]]
 
 
-@given(st.lists(st.lists(st.integers(-1, 6), min_size=8, max_size=8), min_size=1, max_size=5), st.integers(1, 8))
+@given(
+    st.lists(st.lists(st.integers(-1, 6), min_size=8, max_size=8), min_size=1, max_size=5),
+    st.integers(1, 8),
+)
 def test_the_first_of_each_keeps_order_and_pads(rows, k):
     scores = np.tile(np.arange(8, 0, -1, dtype=np.float32), (len(rows), 1))
     first, found = first_of_each(Hits(scores, np.array(rows)), k, beside=False)
@@ -62,14 +65,22 @@ def test_the_first_of_each_keeps_order_and_pads(rows, k):
         assert len(got) == k
 
 
-@given(st.lists(st.integers(0, 2), min_size=7, max_size=7), st.lists(st.integers(0, 6), max_size=10), st.randoms())
-def test_rows_that_score_the_same_wherever_they_are_found_are_told_apart_by_a_shorter_way(score_of, rows, random):
+@given(
+    st.lists(st.integers(0, 2), min_size=7, max_size=7),
+    st.lists(st.integers(0, 6), max_size=10),
+    st.randoms(),
+)
+def test_rows_that_score_the_same_wherever_they_are_found_are_told_apart_by_a_shorter_way(
+    score_of, rows, random
+):
     """Ties among different rows stand in any order."""
     random.shuffle(rows)
     rows = np.array([[*sorted(rows, key=lambda row: -score_of[row]), -1, -1]])
     scores = np.array([[score_of[row] if row >= 0 else -9 for row in rows[0]]], np.float32)
     for k in (1, 3, rows.shape[1]):
-        short, general = (first_of_each(Hits(scores, rows), k, beside=beside) for beside in (True, False))
+        short, general = (
+            first_of_each(Hits(scores, rows), k, beside=beside) for beside in (True, False)
+        )
         assert np.array_equal(short[0], general[0]) and np.array_equal(short[1], general[1])
 
 
@@ -93,7 +104,11 @@ def test_no_more_candidates_than_rows_are_asked_for(build, monkeypatch, spill, k
 
 
 def test_too_few_are_padded_with_minus_infinity_and_minus_one(build):
-    for factory, spill in (("IVF16,PQ4x4fsr,Refine(SQ8)", False), ("IVF16,PQ4x4fsr", True), ("IVF16,Flat", False)):
+    for factory, spill in (
+        ("IVF16,PQ4x4fsr,Refine(SQ8)", False),
+        ("IVF16,PQ4x4fsr", True),
+        ("IVF16,Flat", False),
+    ):
         scores, rows = build(factory, spill).search(unit(20, 5), 700, Settings(1, 8.0))
         missing = rows < 0
         assert missing[:, -1].all() and not missing[:, 0].any()
@@ -123,7 +138,9 @@ def test_a_selector_reaches_every_layer(build, factory, spill):
     for found, its_scores in zip(rows, scores, strict=True):
         assert np.array_equal(np.sort(found[found >= 0]), wanted)
         assert np.isneginf(its_scores[len(wanted) :]).all()
-    assert (engine.search(unit(5, 5), 200, settings)[1] >= 0).all()  # the selector is not remembered
+    assert (
+        engine.search(unit(5, 5), 200, settings)[1] >= 0
+    ).all()  # the selector is not remembered
 
 
 def test_scores_are_those_of_the_finer_vectors(build):
@@ -168,10 +185,18 @@ def test_settings_that_suit_are_kept():
 
 @pytest.mark.parametrize(("rows", "dim"), [(999, DIM), (1000, 8)])
 @pytest.mark.parametrize("factory", ["Flat", "IVF16,PQ4x4fsr,Refine(SQ8)"])
-def test_files_of_other_sizes_than_the_manifest_says_are_refused(build, tmp_path_factory, factory, rows, dim):
+def test_files_of_other_sizes_than_the_manifest_says_are_refused(
+    build, tmp_path_factory, factory, rows, dim
+):
     build(factory)
-    folder = next(tmp_path_factory.getbasetemp().glob(f"engines*/{factory}False")) / "versions" / "000001"
-    with pytest.raises(ArtefactError, match=rf"manifest {rows} vectors of {dim} dim|expected {rows} of {dim}"):
+    folder = (
+        next(tmp_path_factory.getbasetemp().glob(f"engines*/{factory}False"))
+        / "versions"
+        / "000001"
+    )
+    with pytest.raises(
+        ArtefactError, match=rf"manifest {rows} vectors of {dim} dim|expected {rows} of {dim}"
+    ):
         Engine.open(folder, {"count": rows, "dim": dim})
 
 

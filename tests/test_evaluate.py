@@ -8,20 +8,28 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from retrieval import metrics, report
-from retrieval.build import Recipe, build_index
-from retrieval.catalogue import Card, PreparedCatalogue, read_qrels
-from retrieval.comparison import CUTS, measure
-from retrieval.comparison_table import below_floor, rows_of_kind, terminal_table
-from retrieval.embeddings import EmbeddingReader, EmbeddingWriter
-from retrieval.evaluate import Options, compare, evaluate, failed_gates, index_warnings, open_untrained
-from retrieval.exact import exact_search
-from retrieval.index import ProductIndex
-from retrieval.judgements import make_questions
-from retrieval.pages import Hit, Section, data_url, facts_of, shown, write_sheet
-from retrieval.storage import ArtefactError
 from tests.catalogues import write_catalogue
 from tests.embedded import DIM, unit, write_embeddings
+from tritower.artefacts.storage import ArtefactError
+from tritower.retrieval.building.build import Recipe, build_index
+from tritower.retrieval.evaluating import report
+from tritower.retrieval.evaluating.comparison import CUTS, measure
+from tritower.retrieval.evaluating.comparison_table import below_floor, rows_of_kind, terminal_table
+from tritower.retrieval.evaluating.evaluate import (
+    Options,
+    compare,
+    evaluate,
+    failed_gates,
+    index_warnings,
+    open_untrained,
+)
+from tritower.retrieval.evaluating.exact import exact_search
+from tritower.retrieval.evaluating.judgements import make_questions
+from tritower.retrieval.index import ProductIndex
+from tritower.retrieval.products.catalogue import Card, PreparedCatalogue, read_qrels
+from tritower.retrieval.ranking import metrics
+from tritower.retrieval.showing.pages import Hit, Section, data_url, facts_of, shown, write_sheet
+from tritower.retrieval.vectors.embeddings import EmbeddingReader, EmbeddingWriter
 
 QUICK = Options(split="test", latency_queries=20, untrained=False)
 UNTRAINED = Options(split="test", latency_queries=0)
@@ -64,11 +72,16 @@ def by_hand(folders, kind):
         grades.setdefault(row["query_id"], {})[row["product_id"]] = row["relevance"]
     figures = []
     (batch,) = EmbeddingReader(folders / "embeddings" / "queries").batches()
-    for query_id, its_kind, vector in zip(batch.ids.to_pylist(), batch.kinds.to_pylist(), batch.vectors, strict=True):
+    for query_id, its_kind, vector in zip(
+        batch.ids.to_pylist(), batch.kinds.to_pylist(), batch.vectors, strict=True
+    ):
         if its_kind != kind or query_id not in source:
             continue
         judged = {p: g for p, g in grades[query_id].items() if p != source[query_id]}
-        ranked = sorted((p for p in products if p != source[query_id]), key=lambda p: -float(products[p] @ vector))
+        ranked = sorted(
+            (p for p in products if p != source[query_id]),
+            key=lambda p: -float(products[p] @ vector),
+        )
         relevant = {p for p, g in judged.items() if g >= 3}
         found = len(relevant & set(ranked[:10]))
         discounts = 1 / np.log2(np.arange(2, 12))
@@ -80,7 +93,14 @@ def by_hand(folders, kind):
 
 def test_the_figures_are_those_computed_by_hand(folders):
     result = measured(folders).report
-    assert list(result["queries"]) == ["text", "image", "fused", "product:text", "product:image", "product:attribute"]
+    assert list(result["queries"]) == [
+        "text",
+        "image",
+        "fused",
+        "product:text",
+        "product:image",
+        "product:attribute",
+    ]
     for kind in result["queries"]:
         wanted, count = by_hand(folders, kind)
         figures = result["tasks"]["exact"][kind]
@@ -97,7 +117,9 @@ def test_a_flat_index_equals_the_exact_side(folders):
     assert result["tasks"]["exact"] == result["tasks"]["ann"]
     for figures in result["tasks"]["ann_vs_exact"].values():
         assert all(figures[f"recall@{k}"]["value"] == 1 for k in CUTS)
-        assert figures["mrr"]["value"] == figures["map"]["value"] == figures["ndcg@10"]["value"] == 1
+        assert (
+            figures["mrr"]["value"] == figures["map"]["value"] == figures["ndcg@10"]["value"] == 1
+        )
     assert result["settings"]["nprobe"] is None
 
 
@@ -107,7 +129,9 @@ def test_an_approximate_index_is_compared_with_exact_search(folders):
     assert 0.1 < result["tasks"]["ann_vs_exact"]["text"]["recall@10"]["value"] < 1
     more = measured(folders, options=Options(nprobe=8, latency_queries=0)).report
     for kind in result["queries"]:
-        few, all_lists = (r["tasks"]["ann_vs_exact"][kind]["recall@10"]["value"] for r in (result, more))
+        few, all_lists = (
+            r["tasks"]["ann_vs_exact"][kind]["recall@10"]["value"] for r in (result, more)
+        )
         assert few <= all_lists
     assert "latency" not in more
     assert more["settings"]["nprobe"] == 8
@@ -124,7 +148,9 @@ def test_a_bad_index_is_warned_of_and_an_exact_one_is_not(folders, tmp_path):
             lossy.append(kind)
     assert len(lossy) > 2
     assert [warning.split()[3] for warning in written["warnings"]] == lossy
-    figures = tuple(written["tasks"][task]["text"]["recall@10"]["value"] for task in ("exact", "ann"))
+    figures = tuple(
+        written["tasks"][task]["text"]["recall@10"]["value"] for task in ("exact", "ann")
+    )
     said = next(warning for warning in written["warnings"] if " text " in warning)
     assert "recall@10 {:.3f} -> {:.3f}".format(*figures) in said
     assert "--recall 0.99 --queries" in said and "--factory Flat" in said
@@ -179,11 +205,19 @@ def test_products_with_the_same_vector_are_reported_and_left_out_on_request(fold
         fingerprint, text_fields = "c", ("title",)
 
         def queries(self):
-            return pa.table({"query_id": ["q0", "q1"], "split": ["test"] * 2, "source_product_id": ["p0", "p1"]})
+            return pa.table(
+                {"query_id": ["q0", "q1"], "split": ["test"] * 2, "source_product_id": ["p0", "p1"]}
+            )
 
         def qrels(self):
             relevance = pa.array([1.0] * 3)
-            return pa.table({"query_id": ["q0", "q0", "q1"], "product_id": ["p5", "p0", "p6"], "relevance": relevance})
+            return pa.table(
+                {
+                    "query_id": ["q0", "q0", "q1"],
+                    "product_id": ["p5", "p0", "p6"],
+                    "relevance": relevance,
+                }
+            )
 
     def run(exclude):
         options = Options(exclude_identical=exclude, untrained=False, latency_queries=0)
@@ -208,17 +242,30 @@ def test_queries_without_relevant_products_are_dropped_and_counted(folders, tmp_
     full = measured(folders).report
     assert "text" not in result["tasks"]["exact"]
     assert result["queries"]["image"] == full["queries"]["image"]
-    assert result["dropped_queries"] == full["queries"]["text"]["count"] > 0 == full["dropped_queries"]
-    with pytest.raises(ValueError, match=r"none of \d+ queries is left: 40 are of split|none of .* split 'nope'"):
+    assert (
+        result["dropped_queries"] == full["queries"]["text"]["count"] > 0 == full["dropped_queries"]
+    )
+    with pytest.raises(
+        ValueError, match=r"none of \d+ queries is left: 40 are of split|none of .* split 'nope'"
+    ):
         measured(folders, options=Options(split="nope"))
 
 
 def test_judged_products_that_the_index_lacks_count_as_never_found(folders, tmp_path):
     qrels = PreparedCatalogue(folders / "catalogue").qrels()
     ids = qrels["query_id"].unique()
-    gone = pa.table({"query_id": ids, "product_id": ["gone"] * len(ids), "relevance": pa.array([3.0] * len(ids))})
+    gone = pa.table(
+        {
+            "query_id": ids,
+            "product_id": ["gone"] * len(ids),
+            "relevance": pa.array([3.0] * len(ids)),
+        }
+    )
     pq.write_table(pa.concat_tables([qrels, gone]), tmp_path / "qrels.parquet")
-    before, after = measured(folders, "flat").report, measured(folders, "flat", qrels=tmp_path / "qrels.parquet").report
+    before, after = (
+        measured(folders, "flat").report,
+        measured(folders, "flat", qrels=tmp_path / "qrels.parquet").report,
+    )
     assert after["judged_products_not_in_index"] == 1
     recall = [r["tasks"]["exact"]["fused"]["recall@100"]["value"] for r in (before, after)]
     assert recall[1] == pytest.approx(recall[0] / 2)
@@ -244,7 +291,9 @@ def test_words_stand_beside_the_model_for_every_kind_that_has_words(folders):
 
 def test_differences_to_the_best_row_without_training_are_paired(folders):
     result = measured(folders, options=UNTRAINED)
-    assert "image" not in result.report["differences"]["image"]  # photos have no words, and no towers are given
+    assert (
+        "image" not in result.report["differences"]["image"]
+    )  # photos have no words, and no towers are given
     for kind in ("text", "fused"):
         own = result.questions.take(result.questions.of_kind(kind))
         judged = own.judged, own.grades, 10
@@ -256,19 +305,27 @@ def test_differences_to_the_best_row_without_training_are_paired(folders):
         difference = result.report["differences"][kind]
         best = difference["best"]
         assert values[best].mean() == max(value.mean() for value in values.values())
-        trained = metrics.ndcg_at_k_per_query(result.found["exact"][result.questions.of_kind(kind)], *judged)
-        assert difference["exact"]["ndcg@10"]["value"] == pytest.approx((trained - values[best]).mean())
+        trained = metrics.ndcg_at_k_per_query(
+            result.found["exact"][result.questions.of_kind(kind)], *judged
+        )
+        assert difference["exact"]["ndcg@10"]["value"] == pytest.approx(
+            (trained - values[best]).mean()
+        )
         low, high = metrics.bootstrap_interval((trained - values[best])[:, None])[:, 0]
         width = difference["exact"]["ndcg@10"]["high"] - difference["exact"]["ndcg@10"]["low"]
         assert width == pytest.approx(high - low, rel=0.2)
 
 
-def test_settings_are_chosen_on_val_and_on_halves_where_val_itself_is_measured(folders, monkeypatch):
-    monkeypatch.setattr("retrieval.comparison.MIN_CHOOSING", 5)
-    monkeypatch.setattr("retrieval.untrained.MIN_CHOOSING", 5)
+def test_settings_are_chosen_on_val_and_on_halves_where_val_itself_is_measured(
+    folders, monkeypatch
+):
+    monkeypatch.setattr("tritower.retrieval.evaluating.comparison.MIN_CHOOSING", 5)
+    monkeypatch.setattr("tritower.retrieval.evaluating.untrained.MIN_CHOOSING", 5)
     for split, parts in (("test", 1), ("val", 2)):
         chosen = measured(folders, options=Options(split=split, latency_queries=0)).report["chosen"]
-        assert {kind: len(choices) for kind, choices in chosen.items()} == dict.fromkeys(chosen, parts)
+        assert {kind: len(choices) for kind, choices in chosen.items()} == dict.fromkeys(
+            chosen, parts
+        )
     assert chosen["text"][0]["words"]["bm25"]["scoring"]["k1"] > 0
     assert chosen["text"][0]["queries"] == chosen["text"][1]["queries"] > 0
 
@@ -284,9 +341,12 @@ def test_what_is_measured_has_no_part_in_the_choice(folders):
             asked = pc.is_in(table["query_id"], value_set=test.combine_chunks())
             ids = table["product_id"].to_pylist()
             turned = [
-                other if own else plain for own, other, plain in zip(asked.to_pylist(), ids[::-1], ids, strict=True)
+                other if own else plain
+                for own, other, plain in zip(asked.to_pylist(), ids[::-1], ids, strict=True)
             ]
-            return table.set_column(table.column_names.index("product_id"), "product_id", pa.array(turned))
+            return table.set_column(
+                table.column_names.index("product_id"), "product_id", pa.array(turned)
+            )
 
     once = measured(folders, options=UNTRAINED)
     again = measured(folders, options=UNTRAINED, catalogue=Turned(folders / "catalogue"))
@@ -301,11 +361,14 @@ def test_features_of_towers_before_training_are_rows_of_their_own(folders, tmp_p
     baselines = measured(folders, options=UNTRAINED, untrained=towers).report["baselines"]
     assert baselines["text"]["product:text"]["hit@1"]["value"] > 0.95
     assert (
-        baselines["floor"]["product:text"]["ndcg@10"]["value"] >= baselines["bm25"]["product:text"]["ndcg@10"]["value"]
+        baselines["floor"]["product:text"]["ndcg@10"]["value"]
+        >= baselines["bm25"]["product:text"]["ndcg@10"]["value"]
     )
     assert {"text", "fused", "product:image"} <= set(baselines["text"])
     assert open_untrained(tmp_path / "nowhere") == {}
-    with pytest.raises(FileNotFoundError, match=r"nowhere: no such folder. `index.py embed` writes"):
+    with pytest.raises(
+        FileNotFoundError, match=r"nowhere: no such folder. `index.py embed` writes"
+    ):
         open_untrained(tmp_path / "nowhere", required=True)
 
 
@@ -345,7 +408,9 @@ def test_embeddings_of_other_products_or_models_are_refused(folders, tmp_path):
     writer = EmbeddingWriter(tmp_path / "other", dim=DIM)
     writer.write("s", ["x", "000-0"], unit(np.ones((2, DIM))))
     writer.finish(["s"])
-    with pytest.raises(ArtefactError, match="holds 400 products, the embeddings 2, of which 1 are not in the index"):
+    with pytest.raises(
+        ArtefactError, match="holds 400 products, the embeddings 2, of which 1 are not in the index"
+    ):
         measured(folders, products=EmbeddingReader(tmp_path / "other"))
     other = write_embeddings(folders / "catalogue", tmp_path / "model-b", model="model-b")
     with pytest.raises(ArtefactError, match=r"model model-b, but .* embeddings of model-a"):
@@ -357,9 +422,16 @@ def test_embeddings_of_other_products_or_models_are_refused(folders, tmp_path):
 def test_anyones_vectors_with_qrels_as_csv(folders, tmp_path):
     generator = np.random.default_rng(0)
     vectors = unit(generator.standard_normal((50, 8)))
-    pq.write_table(pa.table({"id": [f"p{i}" for i in range(50)], "v": list(vectors)}), tmp_path / "p.parquet")
-    pq.write_table(pa.table({"id": [f"q{i}" for i in range(5)], "v": list(vectors[:5])}), tmp_path / "q.parquet")
-    (tmp_path / "qrels.csv").write_text("query_id,product_id\n" + "".join(f"q{i},p{i}\n" for i in range(4)))
+    pq.write_table(
+        pa.table({"id": [f"p{i}" for i in range(50)], "v": list(vectors)}), tmp_path / "p.parquet"
+    )
+    pq.write_table(
+        pa.table({"id": [f"q{i}" for i in range(5)], "v": list(vectors[:5])}),
+        tmp_path / "q.parquet",
+    )
+    (tmp_path / "qrels.csv").write_text(
+        "query_id,product_id\n" + "".join(f"q{i},p{i}\n" for i in range(4))
+    )
     products = EmbeddingReader(tmp_path / "p.parquet")
     build_index(products, tmp_path / "i")
     index, queries = ProductIndex.open(tmp_path / "i"), EmbeddingReader(tmp_path / "q.parquet")
@@ -374,7 +446,10 @@ def test_anyones_vectors_with_qrels_as_csv(folders, tmp_path):
     [
         ("query,product_id\na,b\n", r"no column 'query_id' among query, product_id"),
         ("query_id,product_id,relevance\na,b,high\n", r"relevance is not a number"),
-        ("query_id,product_id,relevance\na,b,1\na,c,-2\n", r"row 1: relevance -2\.0; expected a number >= 0"),
+        (
+            "query_id,product_id,relevance\na,b,1\na,c,-2\n",
+            r"row 1: relevance -2\.0; expected a number >= 0",
+        ),
     ],
 )
 def test_faulty_judgements_are_named(tmp_path, text, message):
@@ -405,12 +480,17 @@ def test_random_and_constant_embeddings_find_no_more_than_chance(tmp_path):
         root = tmp_path / name
         root.mkdir()
         ids = [f"p{i}" for i in range(count)]
-        pq.write_table(pa.table({"product_id": ids, "v": list(vectors[:count])}), root / "p.parquet")
         pq.write_table(
-            pa.table({"query_id": [f"q{i}" for i in range(asked)], "v": list(vectors[count:])}), root / "q.parquet"
+            pa.table({"product_id": ids, "v": list(vectors[:count])}), root / "p.parquet"
+        )
+        pq.write_table(
+            pa.table({"query_id": [f"q{i}" for i in range(asked)], "v": list(vectors[count:])}),
+            root / "q.parquet",
         )
         answer = generator.integers(0, count, asked)
-        (root / "qrels.csv").write_text("query_id,product_id\n" + "".join(f"q{i},p{a}\n" for i, a in enumerate(answer)))
+        (root / "qrels.csv").write_text(
+            "query_id,product_id\n" + "".join(f"q{i},p{a}\n" for i, a in enumerate(answer))
+        )
         products = EmbeddingReader(root / "p.parquet")
         build_index(products, root / "i", Recipe("Flat"))
         result = evaluate(
@@ -481,14 +561,28 @@ def test_pages_escape_what_comes_from_catalogues(tmp_path):
     card = Card({"title": "<script>alert(1)</script> 连衣裙"}, {"brand": "A&B"}, (b"\x89PNG...",))
     write_sheet(tmp_path / "s.html", [Section(card, [Hit("<p1>", 0.5, card, True)])], "note")
     page = (tmp_path / "s.html").read_text(encoding="utf-8")
-    assert "<script>" not in page and "&lt;script&gt;" in page and "连衣裙" in page and "&lt;p1&gt;" in page
+    assert (
+        "<script>" not in page
+        and "&lt;script&gt;" in page
+        and "连衣裙" in page
+        and "&lt;p1&gt;" in page
+    )
     assert "A&amp;B" in page
 
 
 def test_values_are_shown_as_people_write_them():
-    assert shown(59.9) == "59.9" and shown(40.0) == "40" and shown(0.0) == "0" and shown(1299.5) == "1299.5"
+    assert (
+        shown(59.9) == "59.9"
+        and shown(40.0) == "40"
+        and shown(0.0) == "0"
+        and shown(1299.5) == "1299.5"
+    )
     assert shown("Shoes > Boots") == "Shoes > Boots" and shown(["red", "wool"]) == "red, wool"
-    assert [name for name, _ in facts_of({"size": "M", "price": 3.0, "brand": "Acme"})] == ["brand", "price", "size"]
+    assert [name for name, _ in facts_of({"size": "M", "price": 3.0, "brand": "Acme"})] == [
+        "brand",
+        "price",
+        "size",
+    ]
     assert data_url(b"\xff\xd8abc").startswith("data:image/jpeg;base64,")
 
 
@@ -519,9 +613,13 @@ def test_a_catalogue_without_judgements_says_so(tmp_path):
 def test_metrics_of_a_perfect_ranking_reach_the_best_recall(folders):
     questions = measured(folders).questions
     width = questions.relevant.shape[1]
-    perfect = np.concatenate([questions.relevant, np.full((len(questions.ids), 100 - width), -1)], axis=1)
+    perfect = np.concatenate(
+        [questions.relevant, np.full((len(questions.ids), 100 - width), -1)], axis=1
+    )
     for k in CUTS:
-        assert metrics.recall_at_k(perfect, questions.relevant, k) == metrics.best_recall_at_k(questions.relevant, k)
+        assert metrics.recall_at_k(perfect, questions.relevant, k) == metrics.best_recall_at_k(
+            questions.relevant, k
+        )
 
 
 def test_the_report_names_the_index_by_its_fingerprint(folders):
@@ -529,4 +627,7 @@ def test_the_report_names_the_index_by_its_fingerprint(folders):
     assert result["index"]["fingerprint"] == ProductIndex.open(folders / "ivf").manifest.fingerprint
     assert result["index"]["bytes_per_product"] > 8
     assert result["catalogue_is_that_of_the_index"] is True
-    assert result["latency"]["queries"] == 20 and result["latency"]["p99_ms"] >= result["latency"]["p50_ms"] > 0
+    assert (
+        result["latency"]["queries"] == 20
+        and result["latency"]["p99_ms"] >= result["latency"]["p50_ms"] > 0
+    )

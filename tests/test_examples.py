@@ -13,8 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from datamodules.batch import NO_KEY, RELATIONS, Example, Item
-from datamodules.examples import (
+from tritower.datamodules.batch import NO_KEY, RELATIONS, Example, Item
+from tritower.datamodules.catalogue import Table, product_item
+from tritower.datamodules.examples import (
     ITSELF,
     ExampleRows,
     JudgedAnswers,
@@ -25,13 +26,12 @@ from datamodules.examples import (
     collate,
     pair_examples,
 )
-from datamodules.negatives import Negatives
-from datamodules.parquet import Table, product_item
-from datamodules.preprocess import ItemPreprocess, Preprocess, part_of, stable_hash
-from datamodules.stream import Draw
-from datamodules.views import Views
-from towers.text import HashedWords, Template, TextPreprocess
-from towers.words import NgramPreprocess
+from tritower.datamodules.negatives import Negatives
+from tritower.datamodules.preprocess import ItemPreprocess, Preprocess, part_of, stable_hash
+from tritower.datamodules.stream import Draw
+from tritower.datamodules.views import Views
+from tritower.towers.lexical import NgramPreprocess
+from tritower.towers.text import HashedWords, Template, TextPreprocess
 
 PRODUCTS = [  # id, group, family, split
     ("p0", "g0", "f0", "train"),
@@ -55,18 +55,38 @@ QUERIES = [  # id, split, text, source
 def tables(tmp_path_factory: pytest.TempPathFactory) -> tuple[Table, Table]:
     folder = tmp_path_factory.mktemp("tables")
     products = [
-        {"product_id": i, "group": g, "family": f, "split": s, "text": {"title": i, "brand": "b"}, "images": []}
+        {
+            "product_id": i,
+            "group": g,
+            "family": f,
+            "split": s,
+            "text": {"title": i, "brand": "b"},
+            "images": [],
+        }
         for i, g, f, s in PRODUCTS
     ]
-    queries = [{"query_id": i, "split": s, "text": t, "images": [], "source_product_id": p} for i, s, t, p in QUERIES]
+    queries = [
+        {"query_id": i, "split": s, "text": t, "images": [], "source_product_id": p}
+        for i, s, t, p in QUERIES
+    ]
     for name, rows in (("products", products), ("queries", queries)):
         (folder / name).mkdir()
-        pq.write_table(pa.Table.from_pylist(rows), folder / name / "shard-00000.parquet", row_group_size=3)
+        pq.write_table(
+            pa.Table.from_pylist(rows), folder / name / "shard-00000.parquet", row_group_size=3
+        )
     return Table(folder / "products"), Table(folder / "queries")
 
 
 def judgements(*rows: tuple[str, str, float]) -> pa.Table:
-    return pa.table(dict(zip(("query_id", "product_id", "relevance"), map(list, zip(*rows, strict=True)), strict=True)))
+    return pa.table(
+        dict(
+            zip(
+                ("query_id", "product_id", "relevance"),
+                map(list, zip(*rows, strict=True)),
+                strict=True,
+            )
+        )
+    )
 
 
 def test_pairs_have_both_ends_in_the_split_and_scaled_weights(tables: tuple[Table, Table]) -> None:
@@ -83,21 +103,37 @@ def test_pairs_have_both_ends_in_the_split_and_scaled_weights(tables: tuple[Tabl
         ("q0", "gone", 3.0),
     )
     rows = pair_examples(qrels, *tables, "train")
-    found = {(p, q, s): w for p, q, s, w in zip(rows.product, rows.query, rows.source, rows.weight, strict=True)}
-    assert found == {(0, 0, ITSELF): 1.0, (1, 0, ITSELF): pytest.approx(1 / 3), (1, ITSELF, 0): pytest.approx(2 / 3)}
+    found = {
+        (p, q, s): w
+        for p, q, s, w in zip(rows.product, rows.query, rows.source, rows.weight, strict=True)
+    }
+    assert found == {
+        (0, 0, ITSELF): 1.0,
+        (1, 0, ITSELF): pytest.approx(1 / 3),
+        (1, ITSELF, 0): pytest.approx(2 / 3),
+    }
 
 
 def test_a_query_whose_source_is_gone_is_a_query_of_its_own(tables: tuple[Table, Table]) -> None:
     rows = pair_examples(judgements(("q4", "p0", 1.0)), *tables, "train")
-    assert (rows.product.tolist(), rows.query.tolist(), rows.source.tolist()) == ([0], [4], [ITSELF])
+    assert (rows.product.tolist(), rows.query.tolist(), rows.source.tolist()) == (
+        [0],
+        [4],
+        [ITSELF],
+    )
 
 
-@pytest.mark.parametrize(("cut", "kept"), [(1, {0, 1, 2}), (2, {0, 1, 2}), (3, {0, 1, 2}), (4, {0, 1, 2, 3, 5})])
+@pytest.mark.parametrize(
+    ("cut", "kept"), [(1, {0, 1, 2}), (2, {0, 1, 2}), (3, {0, 1, 2}), (4, {0, 1, 2, 3, 5})]
+)
 def test_a_cut_leaves_products_that_are_no_less_relevant_among_the_answers(
     tables: tuple[Table, Table], cut: int, kept: set[int]
 ) -> None:
     """p0, p1 and p2 of grade 3, p3 and p5 of grade 1: any cut among equals is drawn at random."""
-    said = [("q0", f"p{row}", grade) for row, grade in ((0, 3.0), (1, 3.0), (2, 3.0), (3, 1.0), (5, 1.0), (4, 3.0))]
+    said = [
+        ("q0", f"p{row}", grade)
+        for row, grade in ((0, 3.0), (1, 3.0), (2, 3.0), (3, 1.0), (5, 1.0), (4, 3.0))
+    ]
     qrels = judgements(*said, ("q4", "p6", 1.0))
     shown = pair_examples(qrels, *tables, "train", cut)
     answers = pair_examples(qrels, *tables, "train", cut, equals=True)
@@ -112,7 +148,9 @@ def test_no_judgements_are_no_examples(tables: tuple[Table, Table]) -> None:
 
 
 def test_joined_examples_are_ordered_by_product() -> None:
-    joined = ExampleRows.join([catalogue_examples(np.array([1, 4])), catalogue_examples(np.array([0, 2, 4]))])
+    joined = ExampleRows.join(
+        [catalogue_examples(np.array([1, 4])), catalogue_examples(np.array([0, 2, 4]))]
+    )
     assert joined.product.tolist() == [0, 1, 2, 4, 4]
     assert len(joined) == 5
 
@@ -134,7 +172,9 @@ def test_mates_are_of_the_split_and_never_the_product_itself(
 
 
 @pytest.mark.parametrize("relation", ["none", "group", "family"])
-def test_one_of_each_has_no_mate_among_the_others(tables: tuple[Table, Table], relation: MateRelation) -> None:
+def test_one_of_each_has_no_mate_among_the_others(
+    tables: tuple[Table, Table], relation: MateRelation
+) -> None:
     rows = np.array([0, 2, 3, 4, 6])
     mates = Mates(tables[0], relation, rows)
     kept = mates.first_of_each(rows).tolist()
@@ -154,9 +194,13 @@ def text_preprocess() -> Preprocess:
     return Preprocess(ItemPreprocess("query", text), ItemPreprocess("product", text))
 
 
-def batches(tables: tuple[Table, Table], rows: ExampleRows, mate_share: float, views: Views | None = None):
+def batches(
+    tables: tuple[Table, Table], rows: ExampleRows, mate_share: float, views: Views | None = None
+):
     mates = Mates(tables[0], "group", np.arange(7))
-    return TrainingBatches(*tables, rows, mates, mate_share, views or Views(0, 0, 0), text_preprocess(), seed=0)
+    return TrainingBatches(
+        *tables, rows, mates, mate_share, views or Views(0, 0, 0), text_preprocess(), seed=0
+    )
 
 
 PRODUCT, QUERY = RELATIONS.index("product"), RELATIONS.index("query")
@@ -168,13 +212,24 @@ def test_a_product_is_asked_for_by_itself_or_a_mate(tables: tuple[Table, Table])
     items = [product_item(tables[0].row(row)) for row in range(7)]
     assert [alone.example(0, n).query for n in range(7)] == items
     asked = [mates.example(0, n) for n in range(7)]
-    assert [example.query for example in asked] == [items[1], items[0], items[2], items[4], items[3], *items[5:]]
+    assert [example.query for example in asked] == [
+        items[1],
+        items[0],
+        items[2],
+        items[4],
+        items[3],
+        *items[5:],
+    ]
     assert asked[0].query_keys[PRODUCT] != asked[0].product_keys[PRODUCT]
     assert asked[0].query_keys[1] == asked[0].product_keys[1]
 
 
-def test_a_judged_query_shows_itself_and_shares_all_keys_with_its_product(tables: tuple[Table, Table]) -> None:
-    rows = pair_examples(judgements(("q0", "p0", 3.0), ("q0", "p1", 1.5), ("q2", "p1", 3.0)), *tables, "train")
+def test_a_judged_query_shows_itself_and_shares_all_keys_with_its_product(
+    tables: tuple[Table, Table],
+) -> None:
+    rows = pair_examples(
+        judgements(("q0", "p0", 3.0), ("q0", "p1", 1.5), ("q2", "p1", 3.0)), *tables, "train"
+    )
     data = batches(tables, rows, 1.0)
     typed, other, source = (data.example(0, n) for n in range(3))
     assert typed.query == Item(text={"query": "a text"})
@@ -186,20 +241,34 @@ def test_a_judged_query_shows_itself_and_shares_all_keys_with_its_product(tables
 
 def test_all_answers_to_one_product_are_answers(tables: tuple[Table, Table]) -> None:
     """Else the others of its answers in a batch would push it away."""
-    rows = pair_examples(judgements(("q2", "p1", 3.0), ("q2", "p3", 1.0), ("q0", "p3", 3.0)), *tables, "train")
+    rows = pair_examples(
+        judgements(("q2", "p1", 3.0), ("q2", "p3", 1.0), ("q0", "p3", 3.0)), *tables, "train"
+    )
     data = batches(tables, rows, 1.0)
     one, other, typed = (data.example(0, n) for n in range(3))
     if typed.query != Item(text={"query": "a text"}):
         other, typed = typed, other
-    assert one.query_keys[QUERY] == one.product_keys[QUERY] == other.query_keys[QUERY] == other.product_keys[QUERY]
+    assert (
+        one.query_keys[QUERY]
+        == one.product_keys[QUERY]
+        == other.query_keys[QUERY]
+        == other.product_keys[QUERY]
+    )
     assert NO_KEY != one.query_keys[QUERY] != typed.query_keys[QUERY]
     assert one.query_keys[PRODUCT] != one.product_keys[PRODUCT]
 
 
-def test_queries_and_products_that_ask_know_all_that_answers_them(tables: tuple[Table, Table]) -> None:
+def test_queries_and_products_that_ask_know_all_that_answers_them(
+    tables: tuple[Table, Table],
+) -> None:
     """Also in a view of the catalogue; judged or shown twice is one answer, irrelevant is none."""
     qrels = judgements(
-        ("q0", "p0", 3.0), ("q0", "p1", 1.5), ("q0", "p6", 0.0), ("q2", "p1", 3.0), ("q2", "p3", 1.0), ("q2", "p3", 1.5)
+        ("q0", "p0", 3.0),
+        ("q0", "p1", 1.5),
+        ("q0", "p6", 0.0),
+        ("q2", "p1", 3.0),
+        ("q2", "p3", 1.0),
+        ("q2", "p3", 1.5),
     )
     pairs = pair_examples(qrels, *tables, "train", labelled=True)
     rows = ExampleRows.join([pairs, pairs, catalogue_examples(np.arange(4))])
@@ -215,7 +284,10 @@ def test_queries_and_products_that_ask_know_all_that_answers_them(tables: tuple[
         seen.add(asks)
     assert seen == {"typed", "p0", "p1", "p2", "p3"}
     batch = data[Draw(0, np.arange(len(rows)))]
-    assert batch.judged.dtype == torch.int64 and batch.judged.shape == batch.grades.shape == (len(rows), 2)
+    assert batch.judged.dtype == torch.int64 and batch.judged.shape == batch.grades.shape == (
+        len(rows),
+        2,
+    )
 
 
 def test_the_strongest_answers_are_kept(tables: tuple[Table, Table]) -> None:
@@ -230,7 +302,9 @@ def test_the_strongest_answers_are_kept(tables: tuple[Table, Table]) -> None:
 def test_of_equal_answers_those_that_are_shown_are_kept(tables: tuple[Table, Table]) -> None:
     qrels = judgements(*((f"q{0}", f"p{row}", 1.0) for row in (0, 1, 2, 3, 5, 6)))
     shown = pair_examples(qrels, *tables, "train", 2)
-    answers = JudgedAnswers(tables[0], shown, [pair_examples(qrels, *tables, "train")], max_per_query=3)
+    answers = JudgedAnswers(
+        tables[0], shown, [pair_examples(qrels, *tables, "train")], max_per_query=3
+    )
     keys, weights = answers.of(0, ITSELF)
     assert {stable_hash(f"p{row}") for row in shown.product} <= set(keys)
     assert len(set(keys)) == 3 and weights == [1.0] * 3
@@ -245,7 +319,8 @@ def test_labelled_pairs_keep_those_that_are_no_answers(tables: tuple[Table, Tabl
     qrels = judgements(("q0", "p0", 2.0), ("q0", "p1", 1.0), ("q0", "p2", 0.0), ("q2", "p3", 0.0))
     rows = pair_examples(qrels, *tables, "train", labelled=True)
     found = {
-        (p, q): (w, label) for p, q, w, label in zip(rows.product, rows.query, rows.weight, rows.label, strict=True)
+        (p, q): (w, label)
+        for p, q, w, label in zip(rows.product, rows.query, rows.weight, rows.label, strict=True)
     }
     assert found == {(0, 0): (1, 1), (1, 0): (0.5, 0.5), (2, 0): (0, 0), (3, ITSELF): (0, 0)}
     data = batches(tables, rows, 0.0)
@@ -260,28 +335,37 @@ def test_labelled_pairs_keep_those_that_are_no_answers(tables: tuple[Table, Tabl
 
 
 @pytest.mark.parametrize(("power", "weight"), [(0.0, 1.0), (1.0, 0.5), (2.0, 0.25)])
-def test_relevance_counts_by_its_power(tables: tuple[Table, Table], power: float, weight: float) -> None:
+def test_relevance_counts_by_its_power(
+    tables: tuple[Table, Table], power: float, weight: float
+) -> None:
     qrels = judgements(("q0", "p0", 2.0), ("q0", "p1", 1.0), ("q0", "p2", 0.0))
     rows = pair_examples(qrels, *tables, "train", power=power)
     assert rows.weight.tolist() == [1.0, weight]
     assert np.isnan(rows.label).all()
 
 
-def test_a_batch_holds_its_negatives_behind_its_answers(tables: tuple[Table, Table], tmp_path: Path) -> None:
+def test_a_batch_holds_its_negatives_behind_its_answers(
+    tables: tuple[Table, Table], tmp_path: Path
+) -> None:
     np.save(tmp_path / "mined.npy", np.array([[5], [6], [6], [-1], [-1], [-1], [-1]], np.int32))
     data = batches(tables, catalogue_examples(np.array([0, 1, 1])), 0.0)
     batch = data[Draw(0, np.array([0, 2]), Negatives(tmp_path / "mined.npy", 1, 1.0))]
     ids = [stable_hash(f"p{row}") for row in (0, 1, 5, 6)]
     assert batch.product_keys[:, PRODUCT].tolist() == ids
     assert (len(batch.query_keys), len(batch.weight), len(batch.product.present)) == (2, 2, 4)
-    torch.testing.assert_close(batch.frequency, torch.tensor([2 / 3, 4 / 3, 0.0, 0.0]))  # 3 examples of 2 products
+    torch.testing.assert_close(
+        batch.frequency, torch.tensor([2 / 3, 4 / 3, 0.0, 0.0])
+    )  # 3 examples of 2 products
 
 
 def test_slices_of_a_batch_hold_what_the_whole_holds_whatever_negatives_it_has(
     tables: tuple[Table, Table], tmp_path: Path
 ) -> None:
     """As two processes draw them: the same views and the same parts of answers and negatives."""
-    np.save(tmp_path / "mined.npy", np.array([[5, 3], [6, 2], [6, 1], [-1, -1], [0, 2], [1, 4], [0, 1]], np.int32))
+    np.save(
+        tmp_path / "mined.npy",
+        np.array([[5, 3], [6, 2], [6, 1], [-1, -1], [0, 2], [1, 4], [0, 1]], np.int32),
+    )
     mined = Negatives(tmp_path / "mined.npy", 3, 0.5)
     data = batches(tables, catalogue_examples(np.arange(7)), 0.5, Views(0.5, 0.5))
     sides = data.preprocess.query, data.preprocess.product
@@ -323,7 +407,9 @@ def test_an_example_follows_from_seed_epoch_and_number(tables: tuple[Table, Tabl
     rows = catalogue_examples(np.arange(7))
     data, again = (batches(tables, rows, 0.5, Views(0.5, 0.5)) for _ in range(2))
     for epoch in range(3):
-        assert [data.example(epoch, n) for n in range(7)] == [again.example(epoch, n) for n in reversed(range(7))][::-1]
+        assert [data.example(epoch, n) for n in range(7)] == [
+            again.example(epoch, n) for n in reversed(range(7))
+        ][::-1]
     assert any(data.example(0, n) != data.example(1, n) for n in range(7))
 
 
@@ -343,7 +429,9 @@ def test_a_draw_of_anything_else_is_refused(tables: tuple[Table, Table]) -> None
 
 def example(text: str, label: float | None = None, weight: float = 0.5) -> Example:
     item = Item({"title": text} if text else {}, (b"unread",))
-    return Example(item, Item({"title": "x"}), [1] * len(RELATIONS), [2] * len(RELATIONS), weight, label)
+    return Example(
+        item, Item({"title": "x"}), [1] * len(RELATIONS), [2] * len(RELATIONS), weight, label
+    )
 
 
 def test_a_pair_of_which_the_model_sees_nothing_weighs_nothing() -> None:
@@ -355,7 +443,9 @@ def test_views_show_what_the_model_reads(tables: tuple[Table, Table]) -> None:
     """A text model is never shown a view without text of a product that has one."""
     data = batches(tables, catalogue_examples(np.arange(7)), 0.0, Views(modality_dropout=1.0))
     original = data.products.row
-    data.products = SimpleNamespace(row=lambda number: {**original(number), "images": [b"1"], "attributes": {"a": 1.0}})
+    data.products = SimpleNamespace(
+        row=lambda number: {**original(number), "images": [b"1"], "attributes": {"a": 1.0}}
+    )
     for epoch in range(5):
         batch = data[Draw(epoch, np.arange(7))]
         assert batch.weight.tolist() == [1.0] * 7

@@ -13,14 +13,14 @@ from catalogues import KINDS, SCHEMA
 from test_products import data_module
 from training import fit
 
-from datamodules import facets as module
-from datamodules.batch import NO_KEY, RELATIONS, Item
-from datamodules.examples import ITSELF
-from datamodules.facets import FacetQueries, facet_queries
-from datamodules.parquet import Table, product_item
-from datamodules.preprocess import stable_hash
-from datamodules.schema import Attribute, Schema
-from towers.model_folder import load_model
+from tritower.datamodules import generated_queries as module
+from tritower.datamodules.batch import NO_KEY, RELATIONS, Item
+from tritower.datamodules.catalogue import Table, product_item
+from tritower.datamodules.examples import ITSELF
+from tritower.datamodules.generated_queries import FacetQueries, facet_queries
+from tritower.datamodules.preprocess import stable_hash
+from tritower.datamodules.schema import Attribute, Schema
+from tritower.towers.model_folder import load_model
 
 QUERY = RELATIONS.index("query")
 
@@ -31,7 +31,11 @@ def products(tiny_catalogue: Path) -> Table:
 
 
 TRAIN = np.arange(72)
-BY_LOSS = [f"--{name}.{key}" for name in ("checkpoint", "early_stopping") for key in ("monitor=train/loss", "mode=min")]
+BY_LOSS = [
+    f"--{name}.{key}"
+    for name in ("checkpoint", "early_stopping")
+    for key in ("monitor=train/loss", "mode=min")
+]
 
 
 def words(row: dict) -> set[str]:
@@ -45,7 +49,9 @@ def test_the_answers_are_all_products_with_all_facets(products: Table) -> None:
     found = facet_queries(products, TRAIN, SCHEMA, seed=0)
     assert len(found) == len(set(found.texts)) > 20
     for text, answers in zip(found.texts, found.answers, strict=True):
-        assert answers.tolist() == [row for row in TRAIN if set(text.split()) <= words(products.row(int(row)))]
+        assert answers.tolist() == [
+            row for row in TRAIN if set(text.split()) <= words(products.row(int(row)))
+        ]
         assert len(answers) >= 1
         assert text.split()[-1] in KINDS, "what it is comes last"
     assert {len(text.split()) for text in found.texts} >= {2, 3}
@@ -64,7 +70,9 @@ def test_only_the_rows_that_are_named_ask_and_answer(products: Table) -> None:
     assert shared > 5
 
 
-def test_broad_queries_name_more_or_are_left_out(products: Table, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_broad_queries_name_more_or_are_left_out(
+    products: Table, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "MAX_ANSWERS", 3)
     few = facet_queries(products, TRAIN, SCHEMA, seed=0)
     assert 1 <= max(map(len, few.answers)) <= 3
@@ -78,7 +86,9 @@ def test_a_seed_decides(products: Table) -> None:
 
 
 def table_of(folder: Path, attributes: list[dict] | None) -> Table:
-    rows = [{"product_id": f"p{n}", "attributes": some} for n, some in enumerate(attributes or [{}])]
+    rows = [
+        {"product_id": f"p{n}", "attributes": some} for n, some in enumerate(attributes or [{}])
+    ]
     if attributes is None:
         rows = [{"product_id": "p0"}]
     pq.write_table(pa.Table.from_pylist(rows), folder / "shard-00000.parquet")
@@ -91,7 +101,9 @@ def test_values_that_say_nothing_are_no_words(tmp_path: Path) -> None:
         {"organic": "Yes", "colour": "N/A"},
         {"organic": "No", "colour": None},
     ]
-    schema = Schema(("title",), False, (Attribute("organic", "category"), Attribute("colour", "category")))
+    schema = Schema(
+        ("title",), False, (Attribute("organic", "category"), Attribute("colour", "category"))
+    )
     found = facet_queries(table_of(tmp_path, rows), np.arange(3), schema, seed=0)
     assert (found.texts, [answers.tolist() for answers in found.answers]) == (["light blue"], [[0]])
 
@@ -106,14 +118,22 @@ def test_examples_draw_among_the_answers() -> None:
     rows = queries.examples(first=10, times=40, seed=0)
     assert len(rows) == 80 and set(rows.product[rows.query == 10]) == {3, 5}
     assert set(rows.product[rows.query == 11]) == {4}
-    assert (rows.source == ITSELF).all() and (rows.weight == 0.25).all() and np.isnan(rows.label).all()
+    assert (
+        (rows.source == ITSELF).all() and (rows.weight == 0.25).all() and np.isnan(rows.label).all()
+    )
     pairs = queries.pairs(first=10)
-    assert list(zip(pairs.query.tolist(), pairs.product.tolist(), strict=True)) == [(10, 3), (10, 5), (11, 4)]
+    assert list(zip(pairs.query.tolist(), pairs.product.tolist(), strict=True)) == [
+        (10, 3),
+        (10, 5),
+        (11, 4),
+    ]
 
 
 def test_a_batch_knows_all_answers_and_no_family_of_a_query(tiny_catalogue: Path) -> None:
     data = data_module(tiny_catalogue, sources={"catalogue": 1, "facets": 2}, facet_weight=0.5)
-    batches = pickle.loads(pickle.dumps(data.train_dataloader().dataset))  # as loader processes get it
+    batches = pickle.loads(
+        pickle.dumps(data.train_dataloader().dataset)
+    )  # as loader processes get it
     first = len(data.queries)
     of_facets = np.flatnonzero(batches.rows.query >= first)
     assert len(of_facets) == 2 * len(data.facets) > 40
@@ -123,9 +143,15 @@ def test_a_batch_knows_all_answers_and_no_family_of_a_query(tiny_catalogue: Path
         example = batches.example(0, int(number))
         assert example.query == Item(text={"query": data.facets.texts[query]})
         answers = {stable_hash(ids[row]): 0.5 for row in data.facets.answers[query]}
-        judged = {key: grade for key, grade in zip(example.judged, example.grades, strict=True) if key != NO_KEY}
+        judged = {
+            key: grade
+            for key, grade in zip(example.judged, example.grades, strict=True)
+            if key != NO_KEY
+        }
         assert judged == answers
-        assert set(example.query_keys[:QUERY]) == {NO_KEY}, "a red one does not ask for the blue one of its family"
+        assert set(example.query_keys[:QUERY]) == {NO_KEY}, (
+            "a red one does not ask for the blue one of its family"
+        )
         assert example.product_keys[QUERY] == example.query_keys[QUERY] != NO_KEY
         assert example.product_keys[0] in answers
         assert example.weight == 0.5
@@ -145,12 +171,21 @@ def test_words_are_learned_that_no_title_has(tiny_catalogue: Path, tmp_path: Pat
     rows = [row for row in map(table.row, TRAIN) if row["attributes"]["tags"]]
     shares = {}
     for name, sources in (("without", "{catalogue: 5}"), ("with", "{catalogue: 1, facets: 4}")):
-        arguments = ["--model.product.image=null", f"--data.sources={sources}", "--data.facet_weight=1"]
-        assert fit(tiny_catalogue, tmp_path / name, *arguments, "--trainer.max_epochs=8", *BY_LOSS) == 0
+        arguments = [
+            "--model.product.image=null",
+            f"--data.sources={sources}",
+            "--data.facet_weight=1",
+        ]
+        assert (
+            fit(tiny_catalogue, tmp_path / name, *arguments, "--trainer.max_epochs=8", *BY_LOSS)
+            == 0
+        )
         model = load_model(tmp_path / name / "model")
         product = model.encode([product_item(row) for row in rows], "product")
         asked = sorted({tuple(row["attributes"]["tags"]) for row in rows})
         query = model.encode([Item(text={"query": " ".join(words)}) for words in asked])
         first = [rows[row]["attributes"]["tags"] for row in (query @ product.T).argmax(1)]
-        shares[name] = np.mean([colour in tags for (colour, _), tags in zip(asked, first, strict=True)])
+        shares[name] = np.mean(
+            [colour in tags for (colour, _), tags in zip(asked, first, strict=True)]
+        )
     assert shares["with"] > shares["without"] + 0.2, shares

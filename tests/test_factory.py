@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retrieval.build import make_index
-from retrieval.building.factory import (
+from tritower.retrieval.building.build import make_index
+from tritower.retrieval.ivf.engine import lists_of
+from tritower.retrieval.ivf.spec import (
     EXACT_NUMBERS,
     Mapped,
     choose_factory,
@@ -18,7 +19,6 @@ from retrieval.building.factory import (
     parse_mapped,
     train_size,
 )
-from retrieval.engine import lists_of
 
 
 @given(st.integers(1, 10**9), st.integers(1, 2048))
@@ -49,7 +49,9 @@ def test_the_factory_with_lists_is_always_legal(count, dim):
     assert 1 <= default_nprobe(lists) <= lists
     design = parse_mapped(choice.factory)
     assert (design is None) == (num_pieces(dim) is None)
-    assert design is None or (design.finer == "SQ8" and design.residual and dim % design.pieces == 0)
+    assert design is None or (
+        design.finer == "SQ8" and design.residual and dim % design.pieces == 0
+    )
     if count < 10**5:
         index = make_index(choice.factory, dim)
         assert lists_of(index).nlist == lists and index.d == dim
@@ -57,14 +59,29 @@ def test_the_factory_with_lists_is_always_legal(count, dim):
 
 @pytest.mark.parametrize(
     ("count", "lists"),
-    [(624, 8), (3000, 64), (6000, 128), (10**4, 128), (10**5, 2048), (10**6, 8192), (10**7, 32768), (10**8, 65536)],
+    [
+        (624, 8),
+        (3000, 64),
+        (6000, 128),
+        (10**4, 128),
+        (10**5, 2048),
+        (10**6, 8192),
+        (10**7, 32768),
+        (10**8, 65536),
+    ],
 )
 def test_default_lists_by_size(count, lists):
-    """The power of two nearest to the lesser of 8 sqrt(N) and N / 61: of 10,000 that is 164, of 10 million 25,298."""
+    """The power of two nearest to the lesser of 8 sqrt(N) and N / 61:
+
+    of 10,000 that is 164, of 10 million 25,298.
+    """
     assert choose_lists(count, 256).factory == f"IVF{lists},PQ64x4fsr,Refine(SQ8)"
     assert num_lists(count) == lists
     aim = min(8 * math.sqrt(count), count / 61)
-    assert all(abs(math.log2(lists / aim)) <= abs(math.log2(other / aim)) for other in (lists // 2, lists * 2))
+    assert all(
+        abs(math.log2(lists / aim)) <= abs(math.log2(other / aim))
+        for other in (lists // 2, lists * 2)
+    )
 
 
 @given(st.integers(624, 10**9), st.integers(0, 10**6))
@@ -73,7 +90,8 @@ def test_more_vectors_never_have_fewer_lists(count, more):
 
 
 @pytest.mark.parametrize(
-    ("dim", "pieces"), [(256, 64), (64, 16), (30, 10), (50, 25), (35, 7), (49, 7), (127, None), (3, 1)]
+    ("dim", "pieces"),
+    [(256, 64), (64, 16), (30, 10), (50, 25), (35, 7), (49, 7), (127, None), (3, 1)],
 )
 def test_pieces_are_of_four_dimensions_or_what_comes_near(dim, pieces):
     assert num_pieces(dim) == pieces
@@ -81,10 +99,18 @@ def test_pieces_are_of_four_dimensions_or_what_comes_near(dim, pieces):
 
 def test_dimensions_that_cannot_be_cut_get_8_bits_each():
     choice = choose_lists(10**4, 127)
-    assert choice.factory == "IVF128,SQ8" and "127 dimensions cannot be cut into short pieces" in choice.reason
+    assert (
+        choice.factory == "IVF128,SQ8"
+        and "127 dimensions cannot be cut into short pieces" in choice.reason
+    )
 
 
-@given(st.integers(1, 10**6), st.integers(1, 999), st.booleans(), st.sampled_from([None, "SQ8", "SQfp16"]))
+@given(
+    st.integers(1, 10**6),
+    st.integers(1, 999),
+    st.booleans(),
+    st.sampled_from([None, "SQ8", "SQfp16"]),
+)
 def test_a_design_reads_back_from_its_factory_string(lists, pieces, residual, finer):
     design = Mapped(lists, pieces, residual, finer)
     assert parse_mapped(str(design)) == design
@@ -115,19 +141,33 @@ def test_other_factory_strings_are_not_taken_for_such_a_design(factory):
     assert parse_mapped(factory) is None
 
 
-@pytest.mark.parametrize("factory", ["IVF4,PQ8x4fsr", "IVF4,PQ8x4fs,Refine(SQ8)", "IVF4,PQ5x4fsr,Refine(SQfp16)"])
+@pytest.mark.parametrize(
+    "factory", ["IVF4,PQ8x4fsr", "IVF4,PQ8x4fs,Refine(SQ8)", "IVF4,PQ5x4fsr,Refine(SQfp16)"]
+)
 def test_sizes_are_those_of_faiss(factory):
     design = parse_mapped(factory)
     index = make_index(factory, 40)
     lists = lists_of(index)
     assert (lists.nlist, lists.pq.M, lists.code_size) == (4, design.pieces, design.code_size)
     assert lists.by_residual == design.residual
-    finer = faiss.downcast_index(index.refine_index).sa_code_size() if isinstance(index, faiss.IndexRefine) else 0
+    finer = (
+        faiss.downcast_index(index.refine_index).sa_code_size()
+        if isinstance(index, faiss.IndexRefine)
+        else 0
+    )
     assert design.finer_size(40) == finer
 
 
 def test_how_many_lists_are_visited_by_default():
-    assert [default_nprobe(lists) for lists in (1, 10, 16, 100, 256, 257, 16384)] == [1, 10, 16, 16, 16, 17, 128]
+    assert [default_nprobe(lists) for lists in (1, 10, 16, 100, 256, 257, 16384)] == [
+        1,
+        10,
+        16,
+        16,
+        16,
+        17,
+        128,
+    ]
 
 
 def test_how_many_vectors_train():

@@ -5,9 +5,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import index as commands
-from retrieval.embeddings import EmbeddingReader, EmbeddingWriter
-from retrieval.index import ProductIndex
+from tritower.commands import index as commands
+from tritower.retrieval.index import ProductIndex
+from tritower.retrieval.vectors.embeddings import EmbeddingReader, EmbeddingWriter
 
 DIM = 16
 COUNT = 900
@@ -49,12 +49,17 @@ def shop(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def vectors(shop):
-    return np.concatenate([batch.vectors for batch in EmbeddingReader(shop / "embeddings").batches()])
+    return np.concatenate(
+        [batch.vectors for batch in EmbeddingReader(shop / "embeddings").batches()]
+    )
 
 
 def run(shop, capsys, *arguments, code=0):
     capsys.readouterr()
-    assert commands.main(["search", "--index", str(shop / "index"), "--json", *map(str, arguments)]) == code
+    assert (
+        commands.main(["search", "--index", str(shop / "index"), "--json", *map(str, arguments)])
+        == code
+    )
     out, err = capsys.readouterr()
     return [hit["product_id"] for hit in json.loads(out)["hits"]] if code == 0 else err
 
@@ -64,14 +69,26 @@ def number(product):
 
 
 def test_only_what_the_filter_matches_is_found_best_first(shop, vectors, capsys):
-    found = run(shop, capsys, "--like", "p30", "--filter", "price<50 and brand in (Zed, Nord)", "--k", 12)
+    found = run(
+        shop, capsys, "--like", "p30", "--filter", "price<50 and brand in (Zed, Nord)", "--k", 12
+    )
     fits = [i for i in range(COUNT) if i % 100 < 50 and i % 3 and i // 3 != 10]
     order = sorted(fits, key=lambda i: -float(vectors[i] @ vectors[30]))
-    assert len(set(map(number, found)) & set(order[:12])) >= 11 and set(map(number, found)) <= set(fits)
+    assert len(set(map(number, found)) & set(order[:12])) >= 11 and set(map(number, found)) <= set(
+        fits
+    )
 
 
 def test_fewer_hits_than_wanted_are_said(shop, capsys):
-    arguments = ["search", "--index", str(shop / "index"), "--like", "p30", "--filter", "price = 7 and brand = Acme"]
+    arguments = [
+        "search",
+        "--index",
+        str(shop / "index"),
+        "--like",
+        "p30",
+        "--filter",
+        "price = 7 and brand = Acme",
+    ]
     assert commands.main(arguments) == 0
     assert "3 hits: the filter matches 3 products" in capsys.readouterr().err
 
@@ -104,7 +121,9 @@ def test_offers_of_the_same_thing_are_found_where_they_are_wanted(shop, capsys):
 
 
 def test_ids_may_look_like_weights(shop, capsys):
-    assert run(shop, capsys, "--like", "a=2", "--k", 3) == run(shop, capsys, "--like", "a=2=3", "--k", 3)
+    assert run(shop, capsys, "--like", "a=2", "--k", 3) == run(
+        shop, capsys, "--like", "a=2=3", "--k", 3
+    )
     assert "no product 'b'" in run(shop, capsys, "--like", "b=2", code=1)
 
 
@@ -115,9 +134,26 @@ def test_of_each_group_one_is_found(shop, capsys):
 
 
 def test_many_queries_are_filtered_too(shop, tmp_path, capsys):
-    arguments = ["--index", shop / "index", "--queries", shop / "embeddings", "--output", tmp_path / "hits.parquet"]
+    arguments = [
+        "--index",
+        shop / "index",
+        "--queries",
+        shop / "embeddings",
+        "--output",
+        tmp_path / "hits.parquet",
+    ]
     code = commands.main(
-        ["search", *map(str, arguments), "--exclude-self", "--filter", "brand = Zed", "--one-per", "group", "--k", "5"]
+        [
+            "search",
+            *map(str, arguments),
+            "--exclude-self",
+            "--filter",
+            "brand = Zed",
+            "--one-per",
+            "group",
+            "--k",
+            "5",
+        ]
     )
     assert code == 0
     hits = pq.read_table(tmp_path / "hits.parquet").to_pylist()
@@ -126,10 +162,23 @@ def test_many_queries_are_filtered_too(shop, tmp_path, capsys):
 
 
 def test_an_index_without_attributes_says_so(shop, tmp_path, capsys):
-    assert commands.main(["build", "--embeddings", str(shop / "embeddings"), "--output", str(tmp_path / "i")]) == 0
-    assert commands.main(["search", "--index", str(tmp_path / "i"), "--like", "p1", "--filter", "price<3"]) == 1
+    assert (
+        commands.main(
+            ["build", "--embeddings", str(shop / "embeddings"), "--output", str(tmp_path / "i")]
+        )
+        == 0
+    )
+    assert (
+        commands.main(
+            ["search", "--index", str(tmp_path / "i"), "--like", "p1", "--filter", "price<3"]
+        )
+        == 1
+    )
     assert "knows no attributes" in capsys.readouterr().err
     assert ProductIndex.open(tmp_path / "i").attributes is None
-    assert commands.main(["search", "--index", str(tmp_path / "i"), "--like", "p1", "p2", "--json"]) == 0
+    assert (
+        commands.main(["search", "--index", str(tmp_path / "i"), "--like", "p1", "p2", "--json"])
+        == 0
+    )
     found = json.loads(capsys.readouterr().out)["hits"]
     assert not {"p1", "p2"} & {hit["product_id"] for hit in found} and len(found) == 10

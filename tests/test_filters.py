@@ -11,11 +11,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from retrieval.filtering.attributes import CACHED_MASKS
-from retrieval.filtering.filter_parser import MAX_DEPTH
-from retrieval.filtering.filter_terms import Not, Test, all_of, negated, some_of
-from retrieval.filtering.filters import MAX_CHARACTERS, Filter, parse
 from tests.attribute_rows import table_of
+from tritower.retrieval.filtering.filters import MAX_CHARACTERS, Filter, parse
+from tritower.retrieval.filtering.parser import MAX_DEPTH
+from tritower.retrieval.filtering.terms import Not, Test, all_of, negated, some_of
+from tritower.retrieval.products.attribute_table import CACHED_MASKS
 
 KINDS = {
     "price": "number",
@@ -26,12 +26,53 @@ KINDS = {
     "tags": "set",
 }
 ROWS = [
-    {"id": "0", "price": 10.0, "brand": "Acme", "category": ["Shoes", "Boots"], "tags": ["wool", "red"], "group": "g1"},
-    {"id": "1", "price": 50.0, "brand": "Zed", "category": ["Shoes"], "tags": ["wool blend"], "group": "g1"},
-    {"id": "2", "price": 59.9, "brand": "acme", "category": ["Shoestrings"], "tags": [], "group": "g2"},
-    {"id": "3", "price": -5.0, "brand": "H&M", "category": ["Home", "Shoes"], "tags": None, "group": None},
-    {"id": "4", "price": None, "brand": None, "category": None, "tags": ["red"], "size in cm": 42.0},
-    {"id": "5", "price": float("inf"), "brand": 'Müller\'s "A\\B"', "category": ["鞋", "靴子"], "tags": ["羊毛"]},
+    {
+        "id": "0",
+        "price": 10.0,
+        "brand": "Acme",
+        "category": ["Shoes", "Boots"],
+        "tags": ["wool", "red"],
+        "group": "g1",
+    },
+    {
+        "id": "1",
+        "price": 50.0,
+        "brand": "Zed",
+        "category": ["Shoes"],
+        "tags": ["wool blend"],
+        "group": "g1",
+    },
+    {
+        "id": "2",
+        "price": 59.9,
+        "brand": "acme",
+        "category": ["Shoestrings"],
+        "tags": [],
+        "group": "g2",
+    },
+    {
+        "id": "3",
+        "price": -5.0,
+        "brand": "H&M",
+        "category": ["Home", "Shoes"],
+        "tags": None,
+        "group": None,
+    },
+    {
+        "id": "4",
+        "price": None,
+        "brand": None,
+        "category": None,
+        "tags": ["red"],
+        "size in cm": 42.0,
+    },
+    {
+        "id": "5",
+        "price": float("inf"),
+        "brand": 'Müller\'s "A\\B"',
+        "category": ["鞋", "靴子"],
+        "tags": ["羊毛"],
+    },
 ]
 
 
@@ -151,12 +192,28 @@ def naive(term, row):
 
 
 WORDS = st.sampled_from(
-    ["a", "b", "ab", "a b", "A", "7", "x > y", "not", "é", '"', "\\", "and\n", "\ud7ff", "  c", "5-3"]
+    [
+        "a",
+        "b",
+        "ab",
+        "a b",
+        "A",
+        "7",
+        "x > y",
+        "not",
+        "é",
+        '"',
+        "\\",
+        "and\n",
+        "\ud7ff",
+        "  c",
+        "5-3",
+    ]
 )
 LEVELS = st.sampled_from(["a", "b", "ab", "a b", "鞋"])
-NUMBERS = st.sampled_from([0.0, -0.0, 1.0, -1.5, 1e300, 59.9, 2.0**53, 1e-7]) | st.floats(-3, 3).map(
-    lambda x: round(x, 1)
-)
+NUMBERS = st.sampled_from([0.0, -0.0, 1.0, -1.5, 1e300, 59.9, 2.0**53, 1e-7]) | st.floats(
+    -3, 3
+).map(lambda x: round(x, 1))
 
 
 def one_test(draw):
@@ -224,7 +281,17 @@ def test_the_text_of_a_filter_parses_to_the_filter(term):
 
 
 ALPHABET = st.sampled_from(
-    [*"pri ce<>=!()'\"\\,.5-+e\n\t\0≤“鞋", " and ", " or ", "not ", " in ", " is missing", "price", "\ud800", "\x1f"]
+    [
+        *"pri ce<>=!()'\"\\,.5-+e\n\t\0≤“鞋",
+        " and ",
+        " or ",
+        "not ",
+        " in ",
+        " is missing",
+        "price",
+        "\ud800",
+        "\x1f",
+    ]
 )
 
 
@@ -251,7 +318,10 @@ def test_any_text_is_a_filter_or_a_value_error_in_one_line(table, text):
         ("", r"expected the name of an attribute, found the end, at character 1: \^$"),
         ("price", r"expected <, .* or is, found the end, at character 6: price\^$"),
         ("price <", r"expected a value, found the end, at character 8: price <\^$"),
-        ("price < 50 rubbish", r"expected and, or or the end, found rubbish, at character 12: price < 50 \^rubbish$"),
+        (
+            "price < 50 rubbish",
+            r"expected and, or or the end, found rubbish, at character 12: price < 50 \^rubbish$",
+        ),
         ("price < 50 annd brand = x", r"found annd, at character 12: price < 50 \^annd brand = x$"),
         ("price < 50)", r"found \), at character 11"),
         ("(price < 50", r"expected and, or or \), found the end, at character 12"),
@@ -260,8 +330,14 @@ def test_any_text_is_a_filter_or_a_value_error_in_one_line(table, text):
         ("brand = “Acme”", r'“ stands for nothing; write ", at character 9'),
         ("price ≤ 5", r"≤ stands for nothing; write <=, at character 7"),
         ("brand = not", r"expected a value, found not; put it in quotes, at character 9"),
-        ("in = 5", r"expected the name of an attribute, found in; put it in quotes, at character 1"),
-        ("50 > price", r"expected the name of an attribute, found 50, at character 1: \^50 > price$"),
+        (
+            "in = 5",
+            r"expected the name of an attribute, found in; put it in quotes, at character 1",
+        ),
+        (
+            "50 > price",
+            r"expected the name of an attribute, found 50, at character 1: \^50 > price$",
+        ),
         ("brand in Acme", r"expected \(, found Acme, at character 10"),
         ("brand in ()", r"expected a value, found \), at character 11"),
         ("brand in (Acme Zed)", r"expected , or \), found Zed, at character 16"),
@@ -278,7 +354,10 @@ def test_any_text_is_a_filter_or_a_value_error_in_one_line(table, text):
         ("price < cheap", r"price is a number, 'cheap' is text, at character 1: \^price < cheap$"),
         ('price < "50"', r"price is a number, '50' is text"),
         ("price<50and", r"price is a number, '50and' is text"),
-        ("brand = 42", r"brand is a category, 42 is a number: put it in quotes for the text, at character 1"),
+        (
+            "brand = 42",
+            r"brand is a category, 42 is a number: put it in quotes for the text, at character 1",
+        ),
         ("brand in (Acme, 42)", r"brand is a category, 42 is a number"),
         ("brand < Acme", r"brand is a category, which is one text without order: use =, != or in"),
         ("brand under Acme", r"brand is a category"),
@@ -304,7 +383,10 @@ def test_nesting_has_a_limit():
     depth = MAX_DEPTH - 1
     assert parse("(" * depth + "a = b" + ")" * depth) == parse("a = b")
     for text in ("(" * (depth + 1) + "a = b" + ")" * (depth + 1), "not " * (depth + 1) + "a = b"):
-        with pytest.raises(ValueError, match=rf"more than {MAX_DEPTH} parentheses and not within each other, at char"):
+        with pytest.raises(
+            ValueError,
+            match=rf"more than {MAX_DEPTH} parentheses and not within each other, at char",
+        ):
             parse(text)
 
 
@@ -330,13 +412,19 @@ def test_a_table_without_attributes_says_so(tmp_path):
 
 
 def test_many_attributes_are_not_all_listed(tmp_path):
-    table = table_of(tmp_path / "a.arrow", [{"id": "0"}], {f"field {n}": "number" for n in range(30)})
+    table = table_of(
+        tmp_path / "a.arrow", [{"id": "0"}], {f"field {n}": "number" for n in range(30)}
+    )
     with pytest.raises(ValueError, match=r"there are field 7, .* and 18 more, at"):
         parse('"field  7" < 5').mask(table)
 
 
 def test_columns_are_those_it_looks_at():
-    assert parse('price < 5 and (brand = x or not price > 1) and "a b" is known').columns == ("price", "brand", "a b")
+    assert parse('price < 5 and (brand = x or not price > 1) and "a b" is known').columns == (
+        "price",
+        "brand",
+        "a b",
+    )
 
 
 @pytest.mark.parametrize(
@@ -361,7 +449,9 @@ def test_text_in_one_way_of_writing(text, canonical):
 
 def test_masks_are_remembered_by_what_they_mean(table, monkeypatch):
     first = parse("price<50  and brand=Acme").mask(table)
-    monkeypatch.setattr("retrieval.filtering.filters.matches", lambda *_: pytest.fail("computed again"))
+    monkeypatch.setattr(
+        "tritower.retrieval.filtering.filters.matches", lambda *_: pytest.fail("computed again")
+    )
     again = parse("price < 5e1 and brand = 'Acme'").mask(table)
     assert again.tolist() == first.tolist()
     again[:] = True  # a caller's copy
@@ -403,8 +493,14 @@ def test_parts_of_a_filter_combine_as_in_three_valued_logic(tmp_path):
     table = table_of(tmp_path / "a.arrow", rows, {"a": "number", "b": "number"})
     #                                                     a: T T T F F F U U U
     #                                                     b: T F U T F U T F U
-    assert parse("a = 1 and b = 1").mask(table).tolist() == [*map(bool, [1, 0, 0, 0, 0, 0, 0, 0, 0])]
+    assert parse("a = 1 and b = 1").mask(table).tolist() == [
+        *map(bool, [1, 0, 0, 0, 0, 0, 0, 0, 0])
+    ]
     assert parse("a = 1 or b = 1").mask(table).tolist() == [*map(bool, [1, 1, 1, 1, 0, 0, 1, 0, 0])]
-    assert parse("not (a = 1 and b = 1)").mask(table).tolist() == [*map(bool, [0, 1, 0, 1, 1, 1, 0, 1, 0])]
-    assert parse("not (a = 1 or b = 1)").mask(table).tolist() == [*map(bool, [0, 0, 0, 0, 1, 0, 0, 0, 0])]
+    assert parse("not (a = 1 and b = 1)").mask(table).tolist() == [
+        *map(bool, [0, 1, 0, 1, 1, 1, 0, 1, 0])
+    ]
+    assert parse("not (a = 1 or b = 1)").mask(table).tolist() == [
+        *map(bool, [0, 0, 0, 0, 1, 0, 0, 0, 0])
+    ]
     assert parse("not a = 1").mask(table).tolist() == [*map(bool, [0, 0, 0, 1, 1, 1, 0, 0, 0])]

@@ -5,21 +5,25 @@ import shutil
 import numpy as np
 import pytest
 
-from retrieval import storage
-from retrieval.build import Recipe, build_index
-from retrieval.embeddings import EmbeddingReader, EmbeddingWriter
-from retrieval.engine import Settings
-from retrieval.filtering.filters import parse
-from retrieval.filtering.finding import FEW_LEFT_OUT, Finder
-from retrieval.index import ProductIndex
-from retrieval.storage import ArtefactError
-from retrieval.update import update_index
 from tests.attribute_rows import table_of
+from tritower.artefacts import storage
+from tritower.artefacts.storage import ArtefactError
+from tritower.retrieval.building.build import Recipe, build_index
+from tritower.retrieval.filtering.filtered_search import FEW_LEFT_OUT, Finder
+from tritower.retrieval.filtering.filters import parse
+from tritower.retrieval.index import ProductIndex
+from tritower.retrieval.ivf.engine import Settings
+from tritower.retrieval.updating.update import update_index
+from tritower.retrieval.vectors.embeddings import EmbeddingReader, EmbeddingWriter
 
 DIM, COUNT = 16, 2000
 KINDS = {"price": "number", "brand": "category", "group": "category", "family": "category"}
 RNG = np.random.default_rng(0)
-PRICES, BRANDS, GROUPS = RNG.uniform(0, 100, COUNT), RNG.integers(0, 5, COUNT), RNG.integers(-1, 400, COUNT)
+PRICES, BRANDS, GROUPS = (
+    RNG.uniform(0, 100, COUNT),
+    RNG.integers(0, 5, COUNT),
+    RNG.integers(-1, 400, COUNT),
+)
 CENTRES = RNG.standard_normal((400, DIM))
 VECTORS = CENTRES[GROUPS] + 0.4 * RNG.standard_normal((COUNT, DIM))
 VECTORS = (VECTORS / np.linalg.norm(VECTORS, axis=1, keepdims=True)).astype(np.float32)
@@ -49,13 +53,15 @@ def engine(tmp_path_factory):
     writer = EmbeddingWriter(root / "e", dim=DIM)
     writer.write("s", [f"p{i}" for i in range(COUNT)], VECTORS)
     writer.finish(["s"])
-    build_index(EmbeddingReader(root / "e"), root / "i", Recipe("IVF32,PQ8x4fsr,Refine(SQ8)", spill=True))
+    build_index(
+        EmbeddingReader(root / "e"), root / "i", Recipe("IVF32,PQ8x4fsr,Refine(SQ8)", spill=True)
+    )
     return ProductIndex.open(root / "i").engine
 
 
 @pytest.fixture(params=[-1, 3 << 20], ids=["lists", "one by one"])
 def finder(engine, table, request, monkeypatch):
-    monkeypatch.setattr("retrieval.filtering.selection.FEW_BYTES", request.param)
+    monkeypatch.setattr("tritower.retrieval.filtering.selection.FEW_BYTES", request.param)
     return Finder(engine, table, ALIVE)
 
 
@@ -65,7 +71,12 @@ def naive(engine, query, k, *, allowed=None, without=(), without_groups=False, c
     banned = {GROUPS[row] for row in without if without_groups and GROUPS[row] >= 0}
     taken, hits = set(), []
     for row in np.argsort(-(vectors @ query), kind="stable"):
-        if not ALIVE[row] or row in without or GROUPS[row] in banned or not (allowed is None or allowed[row]):
+        if (
+            not ALIVE[row]
+            or row in without
+            or GROUPS[row] in banned
+            or not (allowed is None or allowed[row])
+        ):
             continue
         if codes is not None and codes[row] in taken:
             continue
@@ -94,12 +105,21 @@ CASES = {
     "one per group": ({"one_per": "group"}, {"codes": GROUPS}),
     "one per family": ({"one_per": "family"}, {"codes": np.where(GROUPS < 0, -1, GROUPS // 40)}),
     "all at once": (
-        {"filter": parse("price > 20"), "without": np.arange(7), "without_groups": True, "one_per": "group"},
+        {
+            "filter": parse("price > 20"),
+            "without": np.arange(7),
+            "without_groups": True,
+            "one_per": "group",
+        },
         {"allowed": PRICES > 20, "without": range(7), "without_groups": True, "codes": GROUPS},
     ),
     "few match, one per family": (
         {"filter": parse("price < 1"), "without": np.arange(120), "one_per": "family"},
-        {"allowed": PRICES < 1, "without": range(120), "codes": np.where(GROUPS < 0, -1, GROUPS // 40)},
+        {
+            "allowed": PRICES < 1,
+            "without": range(120),
+            "codes": np.where(GROUPS < 0, -1, GROUPS // 40),
+        },
     ),
 }
 
@@ -131,11 +151,16 @@ def test_what_takes_attributes_says_when_there_are_none(engine, tmp_path):
         {"one_per": "group"},
         {"without": np.arange(3), "without_groups": True},
     ):
-        with pytest.raises(ValueError, match="this index knows no attributes of its products: build it with them"):
+        with pytest.raises(
+            ValueError, match="this index knows no attributes of its products: build it with them"
+        ):
             bare.search(QUERIES, 5, THOROUGH, **asked)
     rows = [{"id": str(row), "price": 1.0} for row in range(COUNT)]
     ungrouped = Finder(engine, table_of(tmp_path / "a.arrow", rows, {"price": "number"}), None)
-    with pytest.raises(ValueError, match=r"no attribute 'family' in .*a.arrow; there are price: build the index with"):
+    with pytest.raises(
+        ValueError,
+        match=r"no attribute 'family' in .*a.arrow; there are price: build the index with",
+    ):
         ungrouped.search(QUERIES, 5, THOROUGH, one_per="family")
 
 
@@ -156,7 +181,10 @@ def index(tmp_path_factory):
     writer.write("s", [f"p{row}" for row in range(COUNT)], VECTORS)
     writer.finish(["s"])
     order = np.random.default_rng(3).permutation(COUNT)
-    lines = [f"p{row},{float(PRICES[row])!r},b{BRANDS[row]},{'' if GROUPS[row] < 0 else GROUPS[row]}" for row in order]
+    lines = [
+        f"p{row},{float(PRICES[row])!r},b{BRANDS[row]},{'' if GROUPS[row] < 0 else GROUPS[row]}"
+        for row in order
+    ]
     (root / "a.csv").write_text("\n".join(["product_id,price,brand,group_id", *lines]))
     recipe = Recipe("IVF32,PQ8x4fsr,Refine(SQ8)")
     build_index(EmbeddingReader(root / "e"), root / "i", recipe, attributes=root / "a.csv")
@@ -171,12 +199,18 @@ def test_an_index_finds_what_a_filter_matches(index):
         assert PRICES[row] < 30 and BRANDS[row] in (1, 2) and row % 7
     alive = np.arange(COUNT) % 7 > 0
     assert index.count("price < 30") == (alive & (PRICES < 30)).sum()
-    assert index.count(parse("price is missing")) == 0  # the rows of deleted products are no products without a price
+    assert (
+        index.count(parse("price is missing")) == 0
+    )  # the rows of deleted products are no products without a price
 
 
 @pytest.mark.parametrize("filter", ["price < 0.05", "price < -1", 'brand = "none"'])
 def test_fewer_products_than_asked_for_are_all_found(index, filter):
-    matching = {f"p{row}" for row in range(COUNT) if row % 7 and PRICES[row] < 0.05 and filter == "price < 0.05"}
+    matching = {
+        f"p{row}"
+        for row in range(COUNT)
+        if row % 7 and PRICES[row] < 0.05 and filter == "price < 0.05"
+    }
     hits = index.search(QUERIES, 10, filter=filter)
     assert hits.rows.shape == (len(QUERIES), 10)
     for rows, scores in zip(hits.rows, hits.scores, strict=True):
@@ -197,7 +231,8 @@ def test_an_index_leaves_out_products_and_their_groups(index):
 
 def test_a_filter_on_an_index_is_checked(index):
     with pytest.raises(
-        ValueError, match=r"filter: no attribute 'colour'; there are group, price, brand, at character 1: \^colour"
+        ValueError,
+        match=r"filter: no attribute 'colour'; there are group, price, brand, at character 1: \^colour",
     ):
         index.search(QUERIES, 10, filter="colour = red")
     with pytest.raises(ValueError, match=r"filter: expected a value, found the end"):

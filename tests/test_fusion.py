@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from towers.fusion import FUSIONS
+from tritower.towers.fusion import FUSIONS
 
 DIM, NUM_MODALITIES = 16, 3
 
@@ -53,7 +53,8 @@ def test_gated_fusion_starts_as_the_mean_of_what_is_there() -> None:
     for row in range(1, 8):
         torch.testing.assert_close(fused[row], z[row][PRESENT[row]].mean(0))
         torch.testing.assert_close(
-            shares[row][PRESENT[row]], torch.full((int(PRESENT[row].sum()),), 1 / PRESENT[row].sum())
+            shares[row][PRESENT[row]],
+            torch.full((int(PRESENT[row].sum()),), 1 / PRESENT[row].sum()),
         )
     torch.testing.assert_close(fused[0], z[0].mean(0))  # absent tokens alone
 
@@ -75,5 +76,7 @@ def test_every_weight_learns(fusion: torch.nn.Module) -> None:
 
 @pytest.mark.parametrize("dim", [6, 7, 10])
 def test_a_transformer_takes_any_size(dim: int) -> None:
-    fused, _ = FUSIONS["transformer"](2, dim)(torch.randn(3, 2, dim), torch.ones(3, 2, dtype=torch.bool))
+    fused, _ = FUSIONS["transformer"](2, dim)(
+        torch.randn(3, 2, dim), torch.ones(3, 2, dtype=torch.bool)
+    )
     assert fused.shape == (3, dim)

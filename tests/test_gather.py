@@ -10,25 +10,29 @@ import torch
 from test_encoder import ITEMS, make_encoder
 from torch import distributed as dist
 
-from datamodules.batch import NO_KEY, RELATIONS, Batch
-from towers.encoder import Encoder
-from towers.gather import gather_rows, num_processes
-from towers.label_loss import CoSENT, PairLoss
-from towers.loss import InfoNCE, Loss, SigmoidLoss
+from tritower.datamodules.batch import NO_KEY, RELATIONS, Batch
+from tritower.towers.encoder import Encoder
+from tritower.towers.gather import gather_rows, num_processes
+from tritower.towers.losses.loss import InfoNCE, Loss, SigmoidLoss
+from tritower.towers.losses.pairs import CoSENT, PairLoss
 
 QUERIES, EXTRA = 8, 4  # over all processes
 
 
 def keys(rows: int, seed: int) -> torch.Tensor:
     """Keys of which some are equal; products are all different."""
-    result = torch.from_numpy(np.random.default_rng(seed).integers(NO_KEY, 4, (rows, len(RELATIONS))))
+    result = torch.from_numpy(
+        np.random.default_rng(seed).integers(NO_KEY, 4, (rows, len(RELATIONS)))
+    )
     result[:, 0] = torch.arange(rows)
     return result
 
 
 def make_batch(encoder: Encoder, queries: list[int], products: list[int]) -> Batch:
     """Some rows of one global batch of queries and products."""
-    items = [ITEMS[i % len(ITEMS)]._replace(text={"title": f"thing {i}"}) for i in range(QUERIES + EXTRA)]
+    items = [
+        ITEMS[i % len(ITEMS)]._replace(text={"title": f"thing {i}"}) for i in range(QUERIES + EXTRA)
+    ]
     weight = torch.linspace(0.2, 1.0, QUERIES)
     return Batch(
         query=encoder.preprocess("query")([items[i] for i in queries]),
@@ -38,7 +42,9 @@ def make_batch(encoder: Encoder, queries: list[int], products: list[int]) -> Bat
         weight=weight[queries],
         label=torch.tensor([1.0, torch.nan, 0.0, 0.5, 0.3, torch.nan, 1.0, 0.0])[queries],
         frequency=torch.linspace(0.5, 2.0, QUERIES + EXTRA)[products],
-        judged=torch.tensor([[i * 5 % 12, NO_KEY if i % 3 else i * 7 % 12] for i in range(QUERIES)])[queries],
+        judged=torch.tensor(
+            [[i * 5 % 12, NO_KEY if i % 3 else i * 7 % 12] for i in range(QUERIES)]
+        )[queries],
         grades=torch.linspace(0.1, 1.0, 2 * QUERIES).view(QUERIES, 2)[queries],
     )
 
@@ -53,7 +59,9 @@ def losses() -> dict[str, Loss]:
     }
 
 
-def step(encoder: Encoder, loss: Loss, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def step(
+    encoder: Encoder, loss: Loss, batch: Batch
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The loss and the gradients of everything that learns."""
     encoder.zero_grad()
     value = loss(encoder(batch.query).embedding, encoder(batch.product).embedding, batch)
@@ -63,7 +71,10 @@ def step(encoder: Encoder, loss: Loss, batch: Batch) -> tuple[torch.Tensor, dict
 
 
 def in_process(rank: int, folder: str) -> None:
-    """One of two processes: its half of the rows, gradients averaged as distributed training does."""
+    """One of two processes:
+
+    its half of the rows, gradients averaged as distributed training does.
+    """
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
@@ -100,7 +111,9 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
 
 
 @pytest.mark.parametrize("name", list(losses()))
-def test_loss_and_gradients_of_two_processes_are_those_of_one(two_processes: list[dict], name: str) -> None:
+def test_loss_and_gradients_of_two_processes_are_those_of_one(
+    two_processes: list[dict], name: str
+) -> None:
     torch.manual_seed(0)
     encoder = make_encoder()
     batch = make_batch(encoder, list(range(QUERIES)), list(range(QUERIES + EXTRA)))
@@ -112,11 +125,15 @@ def test_loss_and_gradients_of_two_processes_are_those_of_one(two_processes: lis
             torch.testing.assert_close(found_gradients[key], gradient, atol=5e-6, rtol=1e-5)
 
 
-def test_rows_are_gathered_in_the_order_of_the_ranks_with_gradient(two_processes: list[dict]) -> None:
+def test_rows_are_gathered_in_the_order_of_the_ranks_with_gradient(
+    two_processes: list[dict],
+) -> None:
     for rank, process in enumerate(two_processes):
         assert process["gathered"].tolist() == [[0.0, 0.0]] * 3 + [[1.0, 1.0]] * 3
         own = torch.arange(12.0).view(6, 2)[rank * 3 : rank * 3 + 3]
-        assert torch.equal(process["gradient"], 3 * own)  # once from the first process, twice from the second
+        assert torch.equal(
+            process["gradient"], 3 * own
+        )  # once from the first process, twice from the second
 
 
 def test_one_process_gathers_nothing() -> None:

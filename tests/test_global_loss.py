@@ -9,14 +9,16 @@ import torch
 from test_loss import keys, make_batch, unit
 from torch.nn import functional as F
 
-from towers.global_loss import GlobalInfoNCE
+from tritower.towers.losses.sogclr import GlobalInfoNCE
 
 
 def test_without_memory_its_gradient_is_that_of_the_logarithm_of_the_negatives() -> None:
     torch.manual_seed(0)
     query, product = unit(6).requires_grad_(), unit(6).requires_grad_()
     loss = GlobalInfoNCE(temperature=0.2, memory=0.0)
-    mine = torch.autograd.grad(loss(query, product, make_batch(keys(6, product=list(range(6))))), [query, product])
+    mine = torch.autograd.grad(
+        loss(query, product, make_batch(keys(6, product=list(range(6))))), [query, product]
+    )
     logits = 5 * query @ product.T
     others = ~torch.eye(6, dtype=torch.bool)
 
@@ -29,7 +31,10 @@ def test_without_memory_its_gradient_is_that_of_the_logarithm_of_the_negatives()
 
 
 def test_what_is_remembered_is_a_moving_average_by_hand() -> None:
-    """Two products; similarities with the other one first 0, then .5: exp(0 - 1), then exp((.5 - 1) / 1)."""
+    """Two products; similarities with the other one first 0, then .5:
+
+    exp(0 - 1), then exp((.5 - 1) / 1).
+    """
     loss = GlobalInfoNCE(temperature=1.0, memory=0.75)
     batch = make_batch(keys(2, product=[1, 2]))
     loss(torch.eye(2), torch.eye(2), batch)
@@ -40,8 +45,12 @@ def test_what_is_remembered_is_a_moving_average_by_hand() -> None:
     first = math.exp(-1)
     now = {"query": [math.exp(0 - 1), math.exp(0.5 - math.sqrt(0.75))]}
     now["product"] = [math.exp(0.5 - 1), math.exp(0 - math.sqrt(0.75))]
-    remembered = {side: [0.75 * first + 0.25 * value for value in values] for side, values in now.items()}
-    assert sorted(loss.last[0][seen[0]].exp().tolist()) == pytest.approx(sorted(remembered["query"]), rel=1e-5)
+    remembered = {
+        side: [0.75 * first + 0.25 * value for value in values] for side, values in now.items()
+    }
+    assert sorted(loss.last[0][seen[0]].exp().tolist()) == pytest.approx(
+        sorted(remembered["query"]), rel=1e-5
+    )
     ratios = [n / r for side in now for n, r in zip(now[side], remembered[side], strict=True)]
     assert value == pytest.approx(sum(ratios) / 4, rel=1e-5)
 
@@ -61,7 +70,9 @@ def test_small_batches_come_nearer_to_the_gradient_of_the_whole_with_memory() ->
     def gradient(memory: float, size: int, epochs: int = 1) -> torch.Tensor:
         loss, total = GlobalInfoNCE(temperature=0.1, memory=memory), torch.zeros_like(query)
         for epoch in range(epochs):
-            for rows in torch.randperm(64, generator=torch.Generator().manual_seed(epoch)).split(size):
+            for rows in torch.randperm(64, generator=torch.Generator().manual_seed(epoch)).split(
+                size
+            ):
                 asked = query[rows].requires_grad_()
                 value = loss(asked, product[rows], make_batch(keys(size, product=rows.tolist())))
                 if epoch >= epochs // 3:
@@ -90,7 +101,8 @@ def test_what_is_remembered_is_in_the_checkpoint() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"), [({"memory": 1.0}, "memory=1.0"), ({"num_slots": 100}, "num_slots=100")]
+    ("settings", "message"),
+    [({"memory": 1.0}, "memory=1.0"), ({"num_slots": 100}, "num_slots=100")],
 )
 def test_impossible_settings_are_refused(settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -98,11 +110,18 @@ def test_impossible_settings_are_refused(settings: dict, message: str) -> None:
 
 
 def test_rows_that_share_a_place_weigh_no_more_than_one_that_was_never_seen_before() -> None:
-    """One row with a small sum and one with a large one, under one key: each is divided by its own share at least."""
+    """One row with a small sum and one with a large one, under one key:
+
+    each is divided by its own share at least.
+    """
     loss = GlobalInfoNCE(temperature=0.02, memory=0.8, num_slots=2)
     # Rows of high and low loss by turns, in two places: some high one is remembered as a low one.
-    query = torch.tensor([[-1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, 1.0]]).requires_grad_()
-    product = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [-1.0, 0.0]])
+    query = torch.tensor(
+        [[-1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, 1.0]]
+    ).requires_grad_()
+    product = torch.tensor(
+        [[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [-1.0, 0.0]]
+    )
     value = loss(query, product, make_batch(keys(6, product=[1, 2, 3, 2, 5, 6])))
     value.backward()
     assert 0 < value.item() <= 1 / (1 - 0.8)

@@ -4,8 +4,8 @@ import faiss
 import numpy as np
 import pytest
 
-from retrieval.building import clustering, gpu
-from retrieval.building.clustering import find_centroids
+from tritower.retrieval.ivf import clustering, gpu
+from tritower.retrieval.ivf.clustering import find_centroids
 
 
 def unit(count, dim=16, seed=0):
@@ -48,7 +48,9 @@ def test_nearest_centres_are_the_same_wherever_they_are_found(device, caplog):
     vectors, centres = unit(100), unit(30, seed=1)
     for _ in range(2):
         scores, numbers = gpu.nearest(vectors, centres, 5)
-        assert np.array_equal(numbers, np.argsort(-(vectors @ centres.T), axis=1, kind="stable")[:, :5])
+        assert np.array_equal(
+            numbers, np.argsort(-(vectors @ centres.T), axis=1, kind="stable")[:, :5]
+        )
         assert np.allclose(scores, -np.sort(-(vectors @ centres.T), axis=1)[:, :5], atol=1e-6)
     assert used == ["nearest"] * (2 if working else 1)  # once failed, it is not asked again
     assert caplog.text.count("out of GPU memory): on the CPU from here on") == (not working)
@@ -65,7 +67,9 @@ def test_k_means_and_lists_on_a_gpu(device, count):
     scores = sample @ centroids.vectors.T
     lists = centroids.lists_of(sample, spill=True)
     assert used.count("k-means") == 1
-    if working or count <= clustering.FLAT_LISTS:  # on a GPU all are compared, not those of some groups
+    if (
+        working or count <= clustering.FLAT_LISTS
+    ):  # on a GPU all are compared, not those of some groups
         assert (scores[np.arange(4000), lists[:, 0]] >= scores.max(axis=1) - 1e-6).all()
     if not working:
         assert used == ["k-means"]
@@ -74,6 +78,8 @@ def test_k_means_and_lists_on_a_gpu(device, count):
 
 def test_without_a_gpu_nothing_is_asked_of_one(monkeypatch):
     monkeypatch.setattr(faiss, "get_num_gpus", lambda: 0)
-    monkeypatch.setattr(faiss, "knn_gpu", lambda *_, **__: pytest.fail("no GPU is there"), raising=False)
+    monkeypatch.setattr(
+        faiss, "knn_gpu", lambda *_, **__: pytest.fail("no GPU is there"), raising=False
+    )
     assert not gpu.in_use()
     assert gpu.nearest(unit(3), unit(3), 1)[1].ravel().tolist() == [0, 1, 2]

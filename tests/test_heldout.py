@@ -10,12 +10,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from datamodules.batch import Item
-from datamodules.examples import ITSELF
-from datamodules.heldout import HeldOut, ProductRows, QueryRows, RowBatches, held_out
-from datamodules.parquet import Table, product_item
-from datamodules.preprocess import ItemPreprocess
-from towers.text import HashedWords, Template, TextPreprocess
+from tritower.datamodules.batch import Item
+from tritower.datamodules.catalogue import Table, product_item
+from tritower.datamodules.examples import ITSELF
+from tritower.datamodules.held_out import HeldOut, ProductRows, QueryRows, RowBatches, held_out
+from tritower.datamodules.preprocess import ItemPreprocess
+from tritower.towers.text import HashedWords, Template, TextPreprocess
 
 NUM_PRODUCTS, NUM_QUERIES = 60, 30
 
@@ -47,16 +47,30 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         for i in range(NUM_QUERIES)
     ]
     judged = [
-        (f"q{rng.integers(NUM_QUERIES + 2)}", f"p{rng.integers(NUM_PRODUCTS + 3)}", float(rng.choice([1.0, 2.0, 3.0])))
+        (
+            f"q{rng.integers(NUM_QUERIES + 2)}",
+            f"p{rng.integers(NUM_PRODUCTS + 3)}",
+            float(rng.choice([1.0, 2.0, 3.0])),
+        )
         for _ in range(300)
     ]
     judged += judged[:20]  # judged twice
-    judged += [(q["query_id"], q["source_product_id"], 3.0) for q in queries if q["source_product_id"]]  # itself
+    judged += [
+        (q["query_id"], q["source_product_id"], 3.0) for q in queries if q["source_product_id"]
+    ]  # itself
     folder = tmp_path_factory.mktemp("world")
     for name, rows in (("products", products), ("queries", queries)):
         (folder / name).mkdir()
-        pq.write_table(pa.Table.from_pylist(rows), folder / name / "shard-00000.parquet", row_group_size=16)
-    columns = dict(zip(("query_id", "product_id", "relevance"), map(list, zip(*judged, strict=True)), strict=True))
+        pq.write_table(
+            pa.Table.from_pylist(rows), folder / name / "shard-00000.parquet", row_group_size=16
+        )
+    columns = dict(
+        zip(
+            ("query_id", "product_id", "relevance"),
+            map(list, zip(*judged, strict=True)),
+            strict=True,
+        )
+    )
     return {
         "products": products,
         "queries": queries,
@@ -68,7 +82,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def ask(world: dict[str, Any], judged: bool = True, **settings: Any) -> HeldOut:
     products, queries, qrels = world["tables"]
     defaults = {"split": "val", "mates": "family", "max_queries": 1000, "max_products": 1000}
-    return held_out(products, *((queries, qrels) if judged else (None, None)), **{**defaults, **settings})
+    return held_out(
+        products, *((queries, qrels) if judged else (None, None)), **{**defaults, **settings}
+    )
 
 
 def answers(found: HeldOut) -> list[tuple[int, int, int, frozenset[int]]]:
@@ -77,7 +93,11 @@ def answers(found: HeldOut) -> list[tuple[int, int, int, frozenset[int]]]:
     return [
         (q, s, int(gallery[own]) if own >= 0 else -1, frozenset(gallery[r[r >= 0]].tolist()))
         for q, s, own, r in zip(
-            found.query.tolist(), found.source.tolist(), found.own.tolist(), found.relevant, strict=True
+            found.query.tolist(),
+            found.source.tolist(),
+            found.own.tolist(),
+            found.relevant,
+            strict=True,
         )
     ]
 
@@ -87,10 +107,14 @@ def test_judged_queries_match_brute_force(world: dict[str, Any], split: str) -> 
     expected = []
     for number, query in enumerate(world["queries"]):
         source = int(query["source_product_id"][1:]) if query["source_product_id"] else ITSELF
-        relevant = {int(p[1:]) for q, p, grade in world["judged"] if q == query["query_id"] and grade == 3.0}
+        relevant = {
+            int(p[1:]) for q, p, grade in world["judged"] if q == query["query_id"] and grade == 3.0
+        }
         relevant = {p for p in relevant if p < NUM_PRODUCTS} - {source}
         if query["split"] == split and relevant:
-            expected.append((ITSELF if source >= 0 else number, source, source, frozenset(relevant)))
+            expected.append(
+                (ITSELF if source >= 0 else number, source, source, frozenset(relevant))
+            )
     found = ask(world, split=split)
     assert answers(found) == expected
     assert len(expected) > 3
@@ -98,7 +122,9 @@ def test_judged_queries_match_brute_force(world: dict[str, Any], split: str) -> 
     assert all(len(set(row[row >= 0])) == (row >= 0).sum() >= 1 for row in found.relevant)
 
 
-def mates_by_brute_force(world: dict[str, Any], row: int, relation: str, split: str) -> frozenset[int]:
+def mates_by_brute_force(
+    world: dict[str, Any], row: int, relation: str, split: str
+) -> frozenset[int]:
     products = world["products"]
 
     def key(product: dict[str, Any]) -> tuple[str, str] | None:
@@ -108,15 +134,21 @@ def mates_by_brute_force(world: dict[str, Any], row: int, relation: str, split: 
 
     mine = key(products[row])
     return frozenset(
-        i for i, p in enumerate(products) if i != row and p["split"] == split and mine is not None and key(p) == mine
+        i
+        for i, p in enumerate(products)
+        if i != row and p["split"] == split and mine is not None and key(p) == mine
     )
 
 
 @pytest.mark.parametrize("relation", ["group", "family"])
-def test_without_judgements_products_ask_for_their_mates(world: dict[str, Any], relation: str) -> None:
+def test_without_judgements_products_ask_for_their_mates(
+    world: dict[str, Any], relation: str
+) -> None:
     found = ask(world, judged=False, mates=relation)
     rows = [i for i, p in enumerate(world["products"]) if p["split"] == "val"]
-    expected = [(ITSELF, i, i, m) for i in rows if (m := mates_by_brute_force(world, i, relation, "val"))]
+    expected = [
+        (ITSELF, i, i, m) for i in rows if (m := mates_by_brute_force(world, i, relation, "val"))
+    ]
     assert answers(found) == expected
     assert found.asked == "products that ask for their mates" and len(expected) > 3
 
@@ -124,7 +156,9 @@ def test_without_judgements_products_ask_for_their_mates(world: dict[str, Any], 
 def test_judgements_that_find_nothing_relevant_are_none(world: dict[str, Any]) -> None:
     products, queries, qrels = world["tables"]
     zeros = qrels.set_column(2, "relevance", pa.array([0.0] * len(qrels)))
-    found = held_out(products, queries, zeros, split="val", mates="group", max_queries=1000, max_products=1000)
+    found = held_out(
+        products, queries, zeros, split="val", mates="group", max_queries=1000, max_products=1000
+    )
     assert answers(found) == answers(ask(world, judged=False, mates="group"))
 
 
@@ -132,8 +166,16 @@ def test_a_threshold_is_of_judged_queries_alone(world: dict[str, Any]) -> None:
     products, queries, qrels = world["tables"]
     of_train = [q["query_id"] for q in world["queries"] if q["split"] == "train"]
     some = qrels.filter(pc.is_in(qrels["query_id"], pa.array(of_train)))
-    settings = {"split": "val", "mates": "group", "max_queries": 1000, "max_products": 1000, "threshold": 9.0}
-    assert answers(held_out(products, queries, some, **settings)) == answers(ask(world, judged=False, mates="group"))
+    settings = {
+        "split": "val",
+        "mates": "group",
+        "max_queries": 1000,
+        "max_products": 1000,
+        "threshold": 9.0,
+    }
+    assert answers(held_out(products, queries, some, **settings)) == answers(
+        ask(world, judged=False, mates="group")
+    )
 
 
 @pytest.mark.parametrize("threshold", [1.0, 2.0])
@@ -142,17 +184,26 @@ def test_a_threshold_says_what_is_relevant(world: dict[str, Any], threshold: flo
     best: dict[tuple[int, int], float] = {}
     for q, p, grade in world["judged"]:
         query, product = int(q[1:]), int(p[1:])
-        if query < NUM_QUERIES and product < NUM_PRODUCTS and world["queries"][query]["split"] == "val":
+        if (
+            query < NUM_QUERIES
+            and product < NUM_PRODUCTS
+            and world["queries"][query]["split"] == "val"
+        ):
             if world["queries"][query]["source_product_id"] != p:
                 best[query, product] = max(grade, best.get((query, product), 0.0))
     relevant = {pair for pair, grade in best.items() if grade >= threshold}
-    expected = [frozenset(p for q, p in relevant if q == query) for query in sorted({q for q, _ in relevant})]
+    expected = [
+        frozenset(p for q, p in relevant if q == query)
+        for query in sorted({q for q, _ in relevant})
+    ]
     assert [hits for *_, hits in answers(found)] == expected
     assert len(found) > len(ask(world))
     assert (found.grade[found.judged >= 0] > 0).all() and found.grade.max() == 1
 
 
-def test_judged_queries_without_a_relevant_product_are_counted(world: dict[str, Any], caplog: Any) -> None:
+def test_judged_queries_without_a_relevant_product_are_counted(
+    world: dict[str, Any], caplog: Any
+) -> None:
     judged = {q for q, p, _ in world["judged"] if int(p[1:]) < NUM_PRODUCTS}
     of_val = [q for q in world["queries"] if q["split"] == "val" and q["query_id"] in judged]
     others = [q for q in of_val if any(a == q["query_id"] != p for a, p, _ in world["judged"])]
@@ -162,7 +213,8 @@ def test_judged_queries_without_a_relevant_product_are_counted(world: dict[str, 
     assert int(count) - int(dropped) == len(found) and int(count) <= len(others)
     assert "relevance 3 or more" in line
     with pytest.raises(
-        ValueError, match=r"None of the \d+ judged val queries has .*; the best there has 3.*data.threshold"
+        ValueError,
+        match=r"None of the \d+ judged val queries has .*; the best there has 3.*data.threshold",
     ):
         ask(world, threshold=4.0)
 
@@ -207,7 +259,11 @@ def test_queries_and_products_are_read_as_they_are_asked(world: dict[str, Any]) 
     preprocess = ItemPreprocess("query", TextPreprocess(HashedWords(), Template(None)))
     rows = QueryRows(products, queries, found, preprocess)
     for position, (query, source, _, _) in enumerate(answers(found)):
-        text = {"query": world["queries"][query]["text"]} if query >= 0 else products.row(source)["text"]
+        text = (
+            {"query": world["queries"][query]["text"]}
+            if query >= 0
+            else products.row(source)["text"]
+        )
         assert rows.item(position) == Item(text=text)
     batch = rows[np.array([2, 0])]
     assert batch.row.tolist() == [2, 0]

@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retrieval.hits import Hits
+from tritower.retrieval.ranking.hits import Hits
 
 
 def hits(scores, rows):
@@ -41,7 +41,10 @@ def test_the_first_that_are_kept_equal_a_loop(kept, k):
 
 
 def test_equal_scores_of_different_queries_share_no_rank():
-    assert hits([[2, 1, -np.inf], [1, 1, 1]], [[3, 5, -1], [5, 3, 1]]).ranks().tolist() == [[1, 2, 3], [2, 2, 2]]
+    assert hits([[2, 1, -np.inf], [1, 1, 1]], [[3, 5, -1], [5, 3, 1]]).ranks().tolist() == [
+        [1, 2, 3],
+        [2, 2, 2],
+    ]
 
 
 def test_rows_in_order_share_no_rank():

@@ -10,10 +10,10 @@ import pytest
 import torch
 from tiny_models import write_bert
 
-from datamodules.batch import Item
-from towers.encoder import Encoder
-from towers.hugging_face import HuggingFaceText
-from towers.two_tower import TwoTower
+from tritower.datamodules.batch import Item
+from tritower.towers.encoder import Encoder
+from tritower.towers.hugging_face import HuggingFaceText
+from tritower.towers.two_tower import TwoTower
 
 TEXTS = ["red shoe", "a blue coffee mug by acme, no 7", "lamp"]
 
@@ -76,7 +76,9 @@ def test_frozen_weights_are_kept_and_dropout_is_off(bert: Path) -> None:
 
 
 def test_a_rebuilt_tower_needs_its_own_files_alone(bert: Path, tmp_path: Path) -> None:
-    tower = HuggingFaceText(str(bert), pooling="cls", query_prefix="query: ", max_length=9, template="{title}").eval()
+    tower = HuggingFaceText(
+        str(bert), pooling="cls", query_prefix="query: ", max_length=9, template="{title}"
+    ).eval()
     tower.save_assets(tmp_path)
     again = HuggingFaceText.rebuild(tower.architecture(), tmp_path).eval()
     assert not again.pretrained
@@ -104,7 +106,9 @@ def cosines(tower: HuggingFaceText, query: str, *products: str) -> np.ndarray:
     """Of a query with products, by an untrained encoder around the tower."""
     model = TwoTower(Encoder(tower.out_dim, text=tower))
     queries = model.encode([Item(text={"query": query})], "query")
-    return (model.encode([Item(text={"title": text}) for text in products], "product") @ queries.T).flatten()
+    return (
+        model.encode([Item(text={"title": text}) for text in products], "product") @ queries.T
+    ).flatten()
 
 
 def test_minilm_knows_what_is_alike(weights_dir: Path) -> None:
@@ -115,7 +119,9 @@ def test_minilm_knows_what_is_alike(weights_dir: Path) -> None:
 
 def test_multilingual_e5_knows_it_in_chinese(weights_dir: Path) -> None:
     tower = HuggingFaceText(
-        str(weights_dir / "multilingual-e5-small"), query_prefix="query: ", product_prefix="passage: "
+        str(weights_dir / "multilingual-e5-small"),
+        query_prefix="query: ",
+        product_prefix="passage: ",
     )
     near, chinese, far = cosines(tower, "red shoe", "crimson sneaker", "红色运动鞋", "咖啡杯")
     assert min(near, chinese) > far + 0.02

@@ -13,11 +13,11 @@ from PIL import Image
 from tiny_models import TIMM, TIMM_ARGS, write_timm, write_timm_hub
 from torch import nn
 
-from datamodules.batch import Item
-from datamodules.images import decode
-from datamodules.preprocess import ItemPreprocess
-from towers.encoder import Encoder
-from towers.image import PicturePreprocess, TimmImage
+from tritower.datamodules.batch import Item
+from tritower.datamodules.images import decode
+from tritower.datamodules.preprocess import ItemPreprocess
+from tritower.towers.encoder import Encoder
+from tritower.towers.image import PicturePreprocess, TimmImage
 
 RED, GREEN, BLUE, WHITE = (250, 10, 10), (10, 250, 10), (10, 10, 250), (255, 255, 255)
 
@@ -54,7 +54,9 @@ def test_crop_takes_the_middle() -> None:
 
 def test_squash_changes_the_aspect_ratio() -> None:
     [pixels] = PicturePreprocess(30, "squash")([striped()])
-    assert [near(pixels[:, y, x], c) for y in (1, 28) for x, c in ((4, RED), (15, GREEN), (26, BLUE))] == [True] * 6
+    assert [
+        near(pixels[:, y, x], c) for y in (1, 28) for x, c in ((4, RED), (15, GREEN), (26, BLUE))
+    ] == [True] * 6
 
 
 @pytest.mark.parametrize("resize", ["pad", "crop", "squash"])
@@ -81,7 +83,9 @@ def test_transparent_is_white() -> None:
 def test_pictures_are_varied_in_training_only_and_by_their_own_randomness() -> None:
     preprocess = PicturePreprocess(20, augment=True)
     [plain] = preprocess([striped()])
-    varied, again = (preprocess([striped()] * 8, [np.random.default_rng(i) for i in range(8)]) for _ in range(2))
+    varied, again = (
+        preprocess([striped()] * 8, [np.random.default_rng(i) for i in range(8)]) for _ in range(2)
+    )
     assert torch.equal(varied, again)
     assert not any(torch.equal(pixels, plain) for pixels in varied)
     mirrored = sum(pixels[0, 10, 2] < pixels[2, 10, 2] for pixels in varied)  # blue on the left
@@ -102,7 +106,10 @@ def tower() -> TimmImage:
 
 def pictures(count: int) -> list[bytes]:
     rng = np.random.default_rng(0)
-    return [encoded(Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8))) for _ in range(count)]
+    return [
+        encoded(Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8)))
+        for _ in range(count)
+    ]
 
 
 def test_neighbours_in_the_batch_do_not_matter(tower: TimmImage) -> None:
@@ -115,10 +122,14 @@ def test_neighbours_in_the_batch_do_not_matter(tower: TimmImage) -> None:
 def test_several_pictures_of_a_product_are_averaged(tower: TimmImage) -> None:
     encoder = Encoder(8, image=tower).eval()
     one, two, three = pictures(3)
-    items = ItemPreprocess("product", image=tower.preprocess)([Item(images=(one, two)), Item(images=(three,))])
+    items = ItemPreprocess("product", image=tower.preprocess)(
+        [Item(images=(one, two)), Item(images=(three,))]
+    )
     mean = tower(tower.preprocess([one, two])).mean(0, keepdim=True)
     expected = encoder.projections["image"](torch.cat([mean, tower(tower.preprocess([three]))]))
-    torch.testing.assert_close(encoder(items).embedding, nn.functional.normalize(expected, dim=1), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        encoder(items).embedding, nn.functional.normalize(expected, dim=1), atol=1e-5, rtol=0
+    )
 
 
 def test_batch_norms_never_use_the_statistics_of_a_batch() -> None:
@@ -134,23 +145,33 @@ def test_batch_norms_never_use_the_statistics_of_a_batch() -> None:
 
 
 def test_a_frozen_tower_stays_as_it_is() -> None:
-    tower = TimmImage(TIMM, model_args={**TIMM_ARGS, "drop_path_rate": 0.5}, image_size=32, freeze=True)
+    tower = TimmImage(
+        TIMM, model_args={**TIMM_ARGS, "drop_path_rate": 0.5}, image_size=32, freeze=True
+    )
     tower.train()
     assert tower.frozen and not any(module.training for module in tower.modules())
     assert not any(parameter.requires_grad for parameter in tower.parameters())
 
 
 @pytest.mark.parametrize("kind", [".safetensors", ".pth"])
-def test_a_local_weights_file_with_its_classifier_gives_the_features_of_its_source(tmp_path: Path, kind: str) -> None:
+def test_a_local_weights_file_with_its_classifier_gives_the_features_of_its_source(
+    tmp_path: Path, kind: str
+) -> None:
     source = write_timm(tmp_path / f"weights{kind}")
-    tower = TimmImage(TIMM, pretrained=tmp_path / f"weights{kind}", model_args=TIMM_ARGS, image_size=32).eval()
+    tower = TimmImage(
+        TIMM, pretrained=tmp_path / f"weights{kind}", model_args=TIMM_ARGS, image_size=32
+    ).eval()
     pixels = tower.preprocess(pictures(2))
-    expected = source.forward_head(source.forward_features(tower.normalise(pixels)), pre_logits=True)
+    expected = source.forward_head(
+        source.forward_features(tower.normalise(pixels)), pre_logits=True
+    )
     torch.testing.assert_close(tower(pixels), expected)
     assert tower.pretrained and not tower.frozen
 
 
-def test_a_model_of_the_hub_is_rebuilt_without_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_of_the_hub_is_rebuilt_without_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_timm_hub(tmp_path / "hub", "me/tiny")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     tower = TimmImage("hf-hub:me/tiny", pretrained=True).eval()
@@ -159,7 +180,9 @@ def test_a_model_of_the_hub_is_rebuilt_without_the_hub(tmp_path: Path, monkeypat
     again = TimmImage.rebuild(tower.architecture(), tmp_path).eval()
     again.load_state_dict(tower.state_dict())
     assert again.preprocess == tower.preprocess
-    torch.testing.assert_close(again(again.preprocess(pictures(2))), tower(tower.preprocess(pictures(2))))
+    torch.testing.assert_close(
+        again(again.preprocess(pictures(2))), tower(tower.preprocess(pictures(2)))
+    )
 
 
 def test_an_unknown_interpolation_is_refused() -> None:
@@ -172,7 +195,9 @@ def test_pixels_are_normalised_with_the_models_own_mean(tower: TimmImage) -> Non
     black = tower.normalise(torch.zeros(1, 3, 2, 2, dtype=torch.uint8))[0, :, 0, 0]
     torch.testing.assert_close(black, -torch.tensor(own["mean"]) / torch.tensor(own["std"]))
     grey = TimmImage(TIMM, model_args=TIMM_ARGS, mean=[0.0] * 3, std=[0.5] * 3)
-    assert grey.normalise(torch.full((1, 3, 1, 1), 255, dtype=torch.uint8)).unique().tolist() == [2.0]
+    assert grey.normalise(torch.full((1, 3, 1, 1), 255, dtype=torch.uint8)).unique().tolist() == [
+        2.0
+    ]
 
 
 def test_a_weights_file_that_is_not_there_is_named(tmp_path: Path) -> None:
@@ -181,11 +206,18 @@ def test_a_weights_file_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 
 def test_the_real_weights_see_colours(weights_dir: Path) -> None:
-    tower = TimmImage("tf_efficientnet_lite0", pretrained=weights_dir / "tf_efficientnet_lite0.safetensors").eval()
+    tower = TimmImage(
+        "tf_efficientnet_lite0", pretrained=weights_dir / "tf_efficientnet_lite0.safetensors"
+    ).eval()
     rng = np.random.default_rng(0)
-    shades = [np.clip(np.array(c) + rng.normal(0, 12, (224, 224, 3)), 0, 255) for c in (RED, (220, 30, 30), BLUE)]
+    shades = [
+        np.clip(np.array(c) + rng.normal(0, 12, (224, 224, 3)), 0, 255)
+        for c in (RED, (220, 30, 30), BLUE)
+    ]
     with torch.inference_mode():
-        features = tower(tower.preprocess([encoded(Image.fromarray(s.astype(np.uint8))) for s in shades]))
+        features = tower(
+            tower.preprocess([encoded(Image.fromarray(s.astype(np.uint8))) for s in shades])
+        )
     red, crimson, blue = nn.functional.normalize(features, dim=1)
     assert red @ crimson > red @ blue + 0.05
 
@@ -195,7 +227,9 @@ def photo(width: int, height: int) -> Image.Image:
     generator = np.random.default_rng(0)
     coarse = Image.fromarray(generator.integers(0, 256, (6, 6, 3), dtype=np.uint8))
     pixels = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC)).astype(int)
-    return Image.fromarray((pixels + generator.integers(-8, 9, pixels.shape)).clip(0, 255).astype(np.uint8))
+    return Image.fromarray(
+        (pixels + generator.integers(-8, 9, pixels.shape)).clip(0, 255).astype(np.uint8)
+    )
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "lanczos", "nearest"])
@@ -203,7 +237,9 @@ def photo(width: int, height: int) -> Image.Image:
 def test_pictures_are_resized_as_pillow_does_it(interpolation: str, size: int) -> None:
     picture = photo(64, 48)
     [found] = PicturePreprocess(size, "squash", interpolation)([encoded(picture)])
-    expected = np.asarray(picture.resize((size, size), getattr(Image.Resampling, interpolation.upper()))).astype(int)
+    expected = np.asarray(
+        picture.resize((size, size), getattr(Image.Resampling, interpolation.upper()))
+    ).astype(int)
     assert np.abs(found.permute(1, 2, 0).numpy().astype(int) - expected).max() <= 1
 
 

@@ -1,4 +1,7 @@
-"""Pictures as people really have them: turned, grey, transparent, cut off, huge, animated, or no pictures at all."""
+"""Pictures as people really have them:
+
+turned, grey, transparent, cut off, huge, animated, or no pictures at all.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +18,13 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from datamodules.images import LIMITS, ImageError, decode, downsize
+from tritower.datamodules.images import LIMITS, ImageError, decode, downsize
 
-pytestmark = [  # pytest replaces the filters that datamodules.images sets
+pytestmark = [  # pytest replaces the filters that tritower.datamodules.images sets
     pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning"),
-    pytest.mark.filterwarnings("ignore:(Corrupt EXIF|Tag data|Truncated File|Metadata Warning|Unable)"),
+    pytest.mark.filterwarnings(
+        "ignore:(Corrupt EXIF|Tag data|Truncated File|Metadata Warning|Unable)"
+    ),
 ]
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
@@ -60,7 +65,13 @@ def test_exif_orientation_is_applied(orientation: int, kind: str) -> None:
     picture.paste(RED, (0, 0, 20, 20))
     exif = Image.Exif()
     exif[0x0112] = orientation
-    options = {"quality": 100, "subsampling": 0} if kind == "JPEG" else {"lossless": True} if kind == "WEBP" else {}
+    options = (
+        {"quality": 100, "subsampling": 0}
+        if kind == "JPEG"
+        else {"lossless": True}
+        if kind == "WEBP"
+        else {}
+    )
     turned = decode(encode(picture, kind, exif=exif, **options))
     expected = picture.copy()
     expected.getexif()[0x0112] = orientation
@@ -74,15 +85,26 @@ def test_damaged_exif_says_nothing_about_the_pixels() -> None:
 
 
 def test_cmyk_and_inverted_ycck_become_rgb() -> None:
-    for colour, expected in (((0, 255, 255, 0), RED), ((255, 255, 0, 0), BLUE), ((0, 0, 0, 255), (0, 0, 0))):
+    for colour, expected in (
+        ((0, 255, 255, 0), RED),
+        ((255, 255, 0, 0), BLUE),
+        ((0, 0, 0, 255), (0, 0, 0)),
+    ):
         data = encode(Image.new("CMYK", (8, 8), colour), "JPEG", quality=95)
         assert difference(decode(data), Image.new("RGB", (8, 8), expected)) <= 8
 
 
-@pytest.mark.parametrize(("mode", "expected"), [("RGBA", RED), ("LA", (90, 90, 90)), ("L", (90, 90, 90)), ("1", WHITE)])
+@pytest.mark.parametrize(
+    ("mode", "expected"), [("RGBA", RED), ("LA", (90, 90, 90)), ("L", (90, 90, 90)), ("1", WHITE)]
+)
 def test_every_mode_gives_three_channels(mode: str, expected: tuple[int, int, int]) -> None:
     fill = {"RGBA": (*RED, 255), "LA": (90, 255), "L": 90, "1": 1}[mode]
-    assert difference(decode(encode(Image.new(mode, (6, 4), fill))), Image.new("RGB", (6, 4), expected)) == 0
+    assert (
+        difference(
+            decode(encode(Image.new(mode, (6, 4), fill))), Image.new("RGB", (6, 4), expected)
+        )
+        == 0
+    )
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "GIF"])
@@ -97,7 +119,11 @@ def test_transparency_lies_on_the_background(kind: str) -> None:
 
 
 def test_half_transparent_pixels_are_blended() -> None:
-    assert decode(encode(Image.new("RGBA", (4, 4), (0, 0, 0, 128)))).getpixel((0, 0)) == (127, 127, 127)
+    assert decode(encode(Image.new("RGBA", (4, 4), (0, 0, 0, 128)))).getpixel((0, 0)) == (
+        127,
+        127,
+        127,
+    )
 
 
 def test_palette_with_transparent_entry() -> None:
@@ -118,20 +144,28 @@ def test_16_bit_is_scaled_not_clipped(kind: str) -> None:
 
 
 def test_float_pixels_are_refused() -> None:
-    assert code_of(encode(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF")) == "UNSUPPORTED_MODE"
+    assert (
+        code_of(encode(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF")) == "UNSUPPORTED_MODE"
+    )
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
 def test_first_frame_of_an_animation(kind: str) -> None:
     frames = [Image.new("RGB", (12, 10), colour) for colour in (RED, GREEN, BLUE)]
     data = encode(
-        frames[0], kind, save_all=True, append_images=frames[1:], **({"lossless": True} if kind == "WEBP" else {})
+        frames[0],
+        kind,
+        save_all=True,
+        append_images=frames[1:],
+        **({"lossless": True} if kind == "WEBP" else {}),
     )
     assert difference(decode(data), Image.new("RGB", (12, 10), RED)) == 0
 
 
 def test_multi_picture_jpeg_of_a_camera() -> None:
-    data = encode(noise(), "MPO", save_all=True, append_images=[Image.new("RGB", (60, 40), RED)], quality=95)
+    data = encode(
+        noise(), "MPO", save_all=True, append_images=[Image.new("RGB", (60, 40), RED)], quality=95
+    )
     assert Image.open(io.BytesIO(data)).format == "MPO"
     assert difference(decode(data), noise()) < 30
     assert Image.open(io.BytesIO(downsize(data))).format == "JPEG"
@@ -159,7 +193,12 @@ def test_empty_file_and_error_page_have_different_codes() -> None:
 
 
 @pytest.mark.parametrize(
-    "data", [b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", b"<svg xmlns='x'/>", b"8BPS\0\1" + b"\0" * 40]
+    "data",
+    [
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+        b"<svg xmlns='x'/>",
+        b"8BPS\0\1" + b"\0" * 40,
+    ],
 )
 def test_formats_that_run_more_than_a_decoder_are_not_opened(data: bytes) -> None:
     assert code_of(data) == "NOT_AN_IMAGE"
@@ -175,20 +214,33 @@ def png_header(width: int, height: int) -> bytes:
     """A small PNG that claims a size."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        return (
+            struct.pack(">I", len(content))
+            + kind
+            + content
+            + struct.pack(">I", zlib.crc32(kind + content))
+        )
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 99)) + chunk(b"IEND", b"")
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b"\0" * 99))
+        + chunk(b"IEND", b"")
     )
 
 
-@pytest.mark.parametrize("size", [(30_000, 30_000), (12_000, 8_000), (6_400, 6_400), (2**31 - 1, 2**31 - 1)])
+@pytest.mark.parametrize(
+    "size", [(30_000, 30_000), (12_000, 8_000), (6_400, 6_400), (2**31 - 1, 2**31 - 1)]
+)
 def test_huge_picture_is_refused_from_its_header(size: tuple[int, int]) -> None:
     data = png_header(*size)
     tracemalloc.start()
     start = time.perf_counter()
-    assert code_of(data) in ("IMAGE_TOO_LARGE", "DAMAGED_IMAGE" if size[0] > 2**30 else "IMAGE_TOO_LARGE")
+    assert code_of(data) in (
+        "IMAGE_TOO_LARGE",
+        "DAMAGED_IMAGE" if size[0] > 2**30 else "IMAGE_TOO_LARGE",
+    )
     assert time.perf_counter() - start < 0.5
     assert tracemalloc.get_traced_memory()[1] < 10 * 2**20
     tracemalloc.stop()
@@ -202,7 +254,8 @@ def test_limits_can_be_set() -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "code"), [((1, 1), "IMAGE_TOO_SMALL"), ((1, 500), "IMAGE_TOO_SMALL"), ((2, 500), "IMAGE_SHAPE")]
+    ("size", "code"),
+    [((1, 1), "IMAGE_TOO_SMALL"), ((1, 500), "IMAGE_TOO_SMALL"), ((2, 500), "IMAGE_SHAPE")],
 )
 def test_pictures_that_would_cost_more_than_they_show(size: tuple[int, int], code: str) -> None:
     assert code_of(encode(Image.new("RGB", size))) == code
@@ -210,7 +263,12 @@ def test_pictures_that_would_cost_more_than_they_show(size: tuple[int, int], cod
 
 def test_bomb_in_a_text_chunk_is_refused() -> None:
     content = b"k\0\0" + zlib.compress(b"\0" * 200_000_000)
-    chunk = struct.pack(">I", len(content)) + b"zTXt" + content + struct.pack(">I", zlib.crc32(b"zTXt" + content))
+    chunk = (
+        struct.pack(">I", len(content))
+        + b"zTXt"
+        + content
+        + struct.pack(">I", zlib.crc32(b"zTXt" + content))
+    )
     good = encode(noise())
     start = time.perf_counter()
     assert code_of(good[:33] + chunk + good[33:]) == "DAMAGED_IMAGE"
@@ -280,7 +338,9 @@ SEEDS = {
     "png": encode(noise(), "PNG"),
     "palette": encode(noise().convert("P"), "PNG", transparency=3),
     "alpha": encode(noise().convert("RGBA"), "PNG"),
-    "sixteen": encode(Image.fromarray(np.arange(2400, dtype=np.uint16).reshape(40, 60) * 27), "PNG"),
+    "sixteen": encode(
+        Image.fromarray(np.arange(2400, dtype=np.uint16).reshape(40, 60) * 27), "PNG"
+    ),
     "gif": encode(noise(), "GIF", save_all=True, append_images=[noise(seed=1)]),
     "webp": encode(noise(), "WEBP"),
     "bmp": encode(noise(), "BMP"),
@@ -294,7 +354,9 @@ SEEDS = {
     kind=st.sampled_from(sorted(SEEDS)),
     edits=st.lists(
         st.tuples(
-            st.sampled_from(["flip", "cut", "splice", "header"]), st.floats(0, 1), st.binary(min_size=1, max_size=8)
+            st.sampled_from(["flip", "cut", "splice", "header"]),
+            st.floats(0, 1),
+            st.binary(min_size=1, max_size=8),
         ),
         min_size=1,
         max_size=4,

@@ -14,13 +14,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retrieval import build as build_module
-from retrieval import metrics, storage
-from retrieval.build import Recipe, build_index, uniform_sample
-from retrieval.building.factory import default_nprobe
-from retrieval.embeddings import EmbeddingReader, EmbeddingWriter
-from retrieval.index import ProductIndex
-from retrieval.storage import ArtefactError
+from tritower.artefacts import storage
+from tritower.artefacts.storage import ArtefactError
+from tritower.retrieval.building import build as build_module
+from tritower.retrieval.building.build import Recipe, build_index, uniform_sample
+from tritower.retrieval.index import ProductIndex
+from tritower.retrieval.ivf.spec import default_nprobe
+from tritower.retrieval.ranking import metrics
+from tritower.retrieval.vectors.embeddings import EmbeddingReader, EmbeddingWriter
 
 DIM = 32
 
@@ -32,7 +33,10 @@ def unit(array):
 def clustered(count, seed=0, dim=DIM, clusters=60):
     generator = np.random.default_rng(seed)
     centers = np.random.default_rng(99).standard_normal((clusters, dim))
-    return unit(centers[generator.integers(0, clusters, count)] + 0.6 * generator.standard_normal((count, dim)))
+    return unit(
+        centers[generator.integers(0, clusters, count)]
+        + 0.6 * generator.standard_normal((count, dim))
+    )
 
 
 def embed(folder, vectors, shards=3, ids=None, model="model-a"):
@@ -103,7 +107,12 @@ def test_an_approximate_index_stays_close_to_exact(ivf, stored, queries):
 
 def test_the_manifest_says_what_the_index_is(ivf, reader):
     meta = ivf.manifest.meta
-    assert (meta["model"], meta["metric"], meta["dim"], meta["count"]) == ("model-a", "cosine", DIM, 6000)
+    assert (meta["model"], meta["metric"], meta["dim"], meta["count"]) == (
+        "model-a",
+        "cosine",
+        DIM,
+        6000,
+    )
     assert meta["training"].pop("seconds") >= 0
     assert meta["training"] == {"seed": 0, "vectors": 6000, "per_list": 46.88, "device": "cpu"}
     assert meta["embeddings"] == reader.fingerprint
@@ -120,7 +129,9 @@ def test_the_manifest_says_what_the_index_is(ivf, reader):
         ("IVF32,PQ16x4fsr,RFlat", 0.9),
     ],
 )
-def test_nprobe_and_k_factor_reach_the_lists_through_every_wrapper(tmp_path, reader, stored, queries, factory, floor):
+def test_nprobe_and_k_factor_reach_the_lists_through_every_wrapper(
+    tmp_path, reader, stored, queries, factory, floor
+):
     build_index(reader, tmp_path / "i", Recipe(factory))
     index = ProductIndex.open(tmp_path / "i")
     truth = exact(queries, stored, 10)
@@ -214,7 +225,15 @@ def test_too_few_probed_products_are_minus_one_and_have_no_id(tmp_path, reader, 
         lambda v: v.tolist(),
         lambda v: tuple(map(tuple, v.tolist())),
     ],
-    ids=["float64", "Fortran order", "every other row", "every other column", "backwards", "lists", "tuples"],
+    ids=[
+        "float64",
+        "Fortran order",
+        "every other row",
+        "every other column",
+        "backwards",
+        "lists",
+        "tuples",
+    ],
 )
 @pytest.mark.parametrize("which", ["flat", "ivf"])
 def test_memory_order_and_type_of_queries_do_not_matter(request, queries, which, same):
@@ -228,7 +247,9 @@ def test_vectors_of_mixed_lengths_find_themselves_once_they_are_normalised(tmp_p
     vectors = clustered(1000) * np.random.default_rng(0).uniform(0.1, 10, (1000, 1))
     np.save(tmp_path / "v.npy", vectors)
     (tmp_path / "ids.txt").write_text("".join(f"{i}\n" for i in range(1000)))
-    with pytest.raises(ValueError, match=r"has length .* cosine needs 1: normalise \(--normalize\)"):
+    with pytest.raises(
+        ValueError, match=r"has length .* cosine needs 1: normalise \(--normalize\)"
+    ):
         build_index(EmbeddingReader(tmp_path / "v.npy", ids=tmp_path / "ids.txt"), tmp_path / "i")
     reader = EmbeddingReader(tmp_path / "v.npy", ids=tmp_path / "ids.txt", normalize=True)
     for factory in ("Flat", "IVF16,PQ8x4fsr,Refine(SQfp16)"):
@@ -236,16 +257,21 @@ def test_vectors_of_mixed_lengths_find_themselves_once_they_are_normalised(tmp_p
         index = ProductIndex.open(tmp_path / factory)
         rows = index.search(unit(vectors), 1, nprobe=index.num_lists, k_factor=50).rows[:, 0]
         assert (rows == np.arange(1000)).all()
-    as_they_are = EmbeddingReader(tmp_path / "v.npy", ids=tmp_path / "ids.txt", metric="inner_product")
+    as_they_are = EmbeddingReader(
+        tmp_path / "v.npy", ids=tmp_path / "ids.txt", metric="inner_product"
+    )
     build_index(as_they_are, tmp_path / "long", Recipe("Flat"))
-    assert (ProductIndex.open(tmp_path / "long").search(vectors, 1).rows[:, 0] == np.arange(1000)).mean() < 0.7
+    assert (
+        ProductIndex.open(tmp_path / "long").search(vectors, 1).rows[:, 0] == np.arange(1000)
+    ).mean() < 0.7
 
 
 def test_fifty_one_products_are_too_few_for_sixty_four_lists(tmp_path):
     reader = embed(tmp_path / "e", clustered(51), 1)
     for factory in ("IVF64,PQ8", "IVF64,Flat", "IVF64,PQ8x4fsr,Refine(SQ8)"):
         with pytest.raises(
-            ValueError, match=r"at least 64 training .* has 51: at most IVF51, well trained IVF1; or Fl"
+            ValueError,
+            match=r"at least 64 training .* has 51: at most IVF51, well trained IVF1; or Fl",
         ):
             build_index(reader, tmp_path / "i", Recipe(factory))
     assert os.listdir(tmp_path) == ["e"]
@@ -261,7 +287,10 @@ def bad_queries():
         "shape": (good[:, :16], r"queries: shape \(2, 16\); expected \(B, 32\)"),
         "flat": (good[0], r"shape \(32,\)"),
         "dtype": (np.ones((1, DIM), np.int64), r"dtype int64"),
-        "nan": (np.where(np.arange(DIM) == 3, np.nan, good), r"row 0 holds NaN or infinity; 2 of 2 rows"),
+        "nan": (
+            np.where(np.arange(DIM) == 3, np.nan, good),
+            r"row 0 holds NaN or infinity; 2 of 2 rows",
+        ),
         "zero": (good * [[1], [0]], r"row 1 is a zero vector"),
         "norm": (good * 2, r"row 0 has length 2, cosine needs 1"),
     }
@@ -310,7 +339,9 @@ def test_queries_of_another_model_are_refused_with_both_shown(ivf, tmp_path):
         ProductIndex.open(tmp_path / "i").check_model("model-a", "q")
 
 
-@pytest.mark.parametrize("factory", ["Flat", "IVF32,Flat", "IVF32,SQ8", "IVF32,PQ16x4fsr,Refine(SQ8)"])
+@pytest.mark.parametrize(
+    "factory", ["Flat", "IVF32,Flat", "IVF32,SQ8", "IVF32,PQ16x4fsr,Refine(SQ8)"]
+)
 def test_the_vector_of_a_product_comes_back(tmp_path, reader, stored, factory):
     build_index(reader, tmp_path / "i", Recipe(factory))
     index = ProductIndex.open(tmp_path / "i")
@@ -328,12 +359,16 @@ def test_codes_that_give_no_vectors_back_say_so(tmp_path, reader):
         ProductIndex.open(tmp_path / "i").vector_of("p1")
 
 
-SMALL_AND_LARGER = pytest.mark.parametrize(("count", "factory"), [(10, "Flat"), (700, "IVF8,PQ8x4fsr,Refine(SQ8)")])
+SMALL_AND_LARGER = pytest.mark.parametrize(
+    ("count", "factory"), [(10, "Flat"), (700, "IVF8,PQ8x4fsr,Refine(SQ8)")]
+)
 
 
 @SMALL_AND_LARGER
 def test_ids_that_appear_twice_stop_the_build_before_anything_is_there(tmp_path, count, factory):
-    reader = embed(tmp_path / "e", clustered(count), ids=[f"p{i % (count - 1)}" for i in range(count)])
+    reader = embed(
+        tmp_path / "e", clustered(count), ids=[f"p{i % (count - 1)}" for i in range(count)]
+    )
     with pytest.raises(ValueError, match="'p0' 2 times"):
         build_index(reader, tmp_path / "new" / "i", Recipe(factory))
     assert os.listdir(tmp_path) == ["e"]
@@ -344,7 +379,9 @@ def test_faulty_vectors_stop_the_build_and_nothing_is_left(tmp_path, count, fact
     np.save(tmp_path / "v.npy", np.concatenate([clustered(count - 1), np.full((1, DIM), np.nan)]))
     (tmp_path / "ids.txt").write_text("".join(f"{i}\n" for i in range(count)))
     reader = EmbeddingReader(tmp_path / "v.npy", ids=tmp_path / "ids.txt")
-    with pytest.raises(ValueError, match=rf"v\.npy: row {count - 1} \(id '{count - 1}'\) holds NaN"):
+    with pytest.raises(
+        ValueError, match=rf"v\.npy: row {count - 1} \(id '{count - 1}'\) holds NaN"
+    ):
         build_index(reader, tmp_path / "new" / "i", Recipe(factory))
     assert sorted(os.listdir(tmp_path)) == ["ids.txt", "v.npy"]
 
@@ -352,9 +389,18 @@ def test_faulty_vectors_stop_the_build_and_nothing_is_left(tmp_path, count, fact
 @pytest.mark.parametrize(
     ("factory", "message"),
     [
-        ("IVF7000,Flat", r"needs at least 7000 training vectors and has 6000: at most IVF6000, well trained IVF153"),
-        ("IVF64,PQ16x13", r"needs at least 8192 training vectors for its 13-bit codes and has 6000: at most 12 bits"),
-        ("IVF64,PQ7x4fsr", r"does not fit 32 dimensions: .*PQ sizes that fit .*: 1, 2, 4, 8, 16, 32"),
+        (
+            "IVF7000,Flat",
+            r"needs at least 7000 training vectors and has 6000: at most IVF6000, well trained IVF153",
+        ),
+        (
+            "IVF64,PQ16x13",
+            r"needs at least 8192 training vectors for its 13-bit codes and has 6000: at most 12 bits",
+        ),
+        (
+            "IVF64,PQ7x4fsr",
+            r"does not fit 32 dimensions: .*PQ sizes that fit .*: 1, 2, 4, 8, 16, 32",
+        ),
         ("IFV64,Flat", r"factory 'IFV64,Flat' does not fit"),
         ("IDMap,Flat", r"leave IDMap out"),
     ],
@@ -380,12 +426,17 @@ def unread(monkeypatch):
         (Recipe("Flat", nprobe=1), r"nprobe=1, but this index has no lists"),
         (Recipe(k_factor=0.5), r"k_factor=0\.5; expected a number of at least 1"),
         (Recipe(nprobe=4, train_sample=0), r"train_sample=0; expected at least 1"),
-        (Recipe("IVF64,PQ8x4fsr", train_sample=100, strict=True), r"under-trained: 100 .* for 64 lists, .*strict"),
+        (
+            Recipe("IVF64,PQ8x4fsr", train_sample=100, strict=True),
+            r"under-trained: 100 .* for 64 lists, .*strict",
+        ),
         (Recipe("IVF64,Flat", spill=True), r"'IVF64,Flat' has no mapped lists, which spill is for"),
         (Recipe(nprobe=4, memory=1 << 20), r"needs about .* of memory, 1\.0 MB is allowed"),
     ],
 )
-def test_what_cannot_be_is_refused_before_embeddings_are_read(tmp_path, reader, unread, recipe, message):
+def test_what_cannot_be_is_refused_before_embeddings_are_read(
+    tmp_path, reader, unread, recipe, message
+):
     with pytest.raises(ValueError, match=message):
         build_index(reader, tmp_path / "new" / "i", recipe)
     assert os.listdir(tmp_path) == []
@@ -397,7 +448,9 @@ def test_an_under_trained_index_is_reported_and_strict_refuses_it(tmp_path, capl
     stored = ProductIndex.open(tmp_path / "i").manifest.meta["training"]
     assert stored == manifest.meta["training"]
     assert (stored["vectors"], stored["per_list"]) == (300, 9.38)
-    assert "under-trained: 300 training vectors for 32 lists, 9.4 each; 39 are wanted" in caplog.text
+    assert (
+        "under-trained: 300 training vectors for 32 lists, 9.4 each; 39 are wanted" in caplog.text
+    )
     with pytest.raises(ValueError, match=r"under-trained: .*strict"):
         build_index(reader, tmp_path / "j", Recipe("IVF32,PQ8x4fsr", strict=True))
 
@@ -405,7 +458,9 @@ def test_an_under_trained_index_is_reported_and_strict_refuses_it(tmp_path, capl
 def test_training_sees_all_shards_alike(tmp_path):
     count, size = 4000, 1000
     angle = np.linspace(0, np.pi / 2, count)  # a sorted catalogue
-    reader = embed(tmp_path / "e", np.stack([np.cos(angle), np.sin(angle)], 1).astype(np.float32), shards=8)
+    reader = embed(
+        tmp_path / "e", np.stack([np.cos(angle), np.sin(angle)], 1).astype(np.float32), shards=8
+    )
     sample = uniform_sample(reader, size, seed=3)
     rows = np.arctan2(sample[:, 1], sample[:, 0]) / (np.pi / 2) * count
     counts = np.histogram(rows, bins=8, range=(0, count))[0]
@@ -429,7 +484,9 @@ def test_every_damaged_file_is_refused_at_open(tmp_path, ivf):
         "vectors.faiss",
     ]
     for file in [*there, tmp_path / "i" / "CURRENT"]:
-        fall_back = file.name != "CURRENT"  # there is no older version to fall back to, but a damaged name may name one
+        fall_back = (
+            file.name != "CURRENT"
+        )  # there is no older version to fall back to, but a damaged name may name one
         data = file.read_bytes()
         for offset in generator.integers(0, len(data), 25):
             bit = 1 << int(generator.integers(8))
@@ -462,12 +519,22 @@ def test_no_code_runs_from_an_index_folder_even_with_right_digests(tmp_path, ivf
 
 
 def test_files_of_two_indexes_do_not_mix(tmp_path, ivf):
-    build_index(embed(tmp_path / "e", clustered(800), 1), tmp_path / "i", Recipe("IVF16,PQ8x4fsr,Refine(SQfp16)"))
+    build_index(
+        embed(tmp_path / "e", clustered(800), 1),
+        tmp_path / "i",
+        Recipe("IVF16,PQ8x4fsr,Refine(SQfp16)"),
+    )
     small = ProductIndex.open(tmp_path / "i")
     for name, message in (
         ("ids.arrow", r"do not belong together: 800 vectors, 6000 ids"),
-        ("vectors.faiss", r"vectors\.faiss holds 6000 vectors of 32 dimensions, expected 800 of 32"),
-        ("lists.bin", r"lists\.bin has \d+ bytes; 16 lists of 4-byte codes for an index of 16 lists need \d+"),
+        (
+            "vectors.faiss",
+            r"vectors\.faiss holds 6000 vectors of 32 dimensions, expected 800 of 32",
+        ),
+        (
+            "lists.bin",
+            r"lists\.bin has \d+ bytes; 16 lists of 4-byte codes for an index of 16 lists need \d+",
+        ),
         ("lists.npy", r"128 lists of 4-byte codes for an index of 16 lists"),
         ("index.faiss", r"16 lists of 4-byte codes for an index of 128 lists"),
     ):
@@ -484,13 +551,15 @@ def test_a_full_disk_never_leaves_an_index(tmp_path, reader):
     before = ProductIndex.open(tmp_path / "i").manifest.fingerprint
     program = f"""
         import resource
-        from retrieval.build import build_index, Recipe
-        from retrieval.embeddings import EmbeddingReader
+        from tritower.retrieval.building.build import build_index, Recipe
+        from tritower.retrieval.vectors.embeddings import EmbeddingReader
         import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
         build_index(EmbeddingReader({str(reader.source)!r}), {str(tmp_path / "i")!r}, Recipe("Flat"), overwrite=True)
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True
+    )
     assert done.returncode != 0
     assert "could not be written" in done.stderr or "File too large" in done.stderr
     assert sorted(os.listdir(tmp_path)) == ["e", "i"]
@@ -508,17 +577,22 @@ def test_an_index_that_faiss_lost_without_a_word_is_noticed(tmp_path, reader, mo
             original(index, writer, *flags)
 
     monkeypatch.setattr(faiss, "write_index", lose_files)
-    with pytest.raises(ArtefactError, match=r"index\.faiss could not be written|cannot be opened as an index"):
+    with pytest.raises(
+        ArtefactError, match=r"index\.faiss could not be written|cannot be opened as an index"
+    ):
         build_index(reader, tmp_path / "i", Recipe(factory), overwrite=True)
     assert os.listdir(tmp_path / "i" / "versions") == ["000001"]
     assert len(ProductIndex.open(tmp_path / "i", fall_back=False)) == 5
 
 
 def anonymous_growth(index, nprobe):
-    """Bytes of memory that are no mapped file: what opening once more and visiting all lists adds."""
+    """Bytes of memory that are no mapped file:
+
+    what opening once more and visiting all lists adds.
+    """
     program = f"""
         import numpy as np
-        from retrieval.index import ProductIndex
+        from tritower.retrieval.index import ProductIndex
         def anonymous():
             lines = open("/proc/self/status").read().splitlines()
             return int(next(line for line in lines if line.startswith("RssAnon")).split()[1])
@@ -530,7 +604,9 @@ def anonymous_growth(index, nprobe):
         second.search(vectors, 100, nprobe={nprobe})
         print(anonymous() - before)
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=True
+    )
     return 1024 * int(done.stdout)
 
 
@@ -556,7 +632,9 @@ def test_codes_and_finer_vectors_are_mapped(tmp_path, large):
 def test_of_an_index_in_one_file_codes_alone_are_read_into_memory(tmp_path, large):
     build_index(large, tmp_path / "i", Recipe("IVF64,PQ32x4fsr,RFlat", train_sample=4000))
     codes_and_rows, finer = large.count * (32 // 2 + 8), large.count * 64 * 4
-    assert (ProductIndex.open(tmp_path / "i").version / "index.faiss").stat().st_size > codes_and_rows + finer
+    assert (
+        ProductIndex.open(tmp_path / "i").version / "index.faiss"
+    ).stat().st_size > codes_and_rows + finer
     assert anonymous_growth(tmp_path / "i", nprobe=64) < 1.5 * codes_and_rows + (1 << 20)
 
 
@@ -564,15 +642,17 @@ def test_threads_search_one_index_with_their_own_settings(ivf, queries):
     wanted = {nprobe: ivf.search(queries, 5, nprobe=nprobe).rows for nprobe in (1, 4, 128)}
     with ThreadPoolExecutor(3) as pool:
         asked = [1, 4, 128] * 10
-        for nprobe, hits in zip(asked, pool.map(lambda n: ivf.search(queries, 5, nprobe=n), asked), strict=True):
+        for nprobe, hits in zip(
+            asked, pool.map(lambda n: ivf.search(queries, 5, nprobe=n), asked), strict=True
+        ):
             assert np.array_equal(hits.rows, wanted[nprobe])
 
 
 def test_checks_do_not_depend_on_assertions(ivf):
     program = f"""
         import numpy as np
-        from retrieval.index import ProductIndex
-        from retrieval.storage import ArtefactError
+        from tritower.retrieval.index import ProductIndex
+        from tritower.artefacts.storage import ArtefactError
         assert False, "this runs with assertions off"
         index = ProductIndex.open({str(ivf.path)!r})
         good = np.full((1, {DIM}), {DIM} ** -0.5, np.float32)
@@ -595,7 +675,9 @@ def test_checks_do_not_depend_on_assertions(ivf):
     settings_file = ivf.version / "settings.json"
     before = settings_file.read_bytes()
     try:
-        done = subprocess.run([sys.executable, "-O", "-c", textwrap.dedent(program)], capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-O", "-c", textwrap.dedent(program)], capture_output=True, text=True
+        )
     finally:
         settings_file.write_bytes(before)
     assert done.stdout.split() == ["refused"] * 4 + ["passed", "refused", "damaged"], done.stderr
@@ -604,9 +686,9 @@ def test_checks_do_not_depend_on_assertions(ivf):
 def test_build_and_search_by_vector_need_no_torch(tmp_path):
     program = f"""
         import sys, numpy as np
-        from retrieval.build import build_index
-        from retrieval.embeddings import EmbeddingReader, EmbeddingWriter
-        from retrieval.index import ProductIndex
+        from tritower.retrieval.building.build import build_index
+        from tritower.retrieval.vectors.embeddings import EmbeddingReader, EmbeddingWriter
+        from tritower.retrieval.index import ProductIndex
         writer = EmbeddingWriter({str(tmp_path / "e")!r}, dim=2)
         writer.write("s", ["a"], np.array([[0.6, 0.8]])); writer.finish(["s"])
         build_index(EmbeddingReader({str(tmp_path / "e")!r}), {str(tmp_path / "i")!r})
@@ -655,7 +737,9 @@ def test_overwriting_publishes_a_new_version_and_keeps_the_old_one(tmp_path):
     build_index(embed(tmp_path / "e", clustered(4), 1), tmp_path / "i")
     old = ProductIndex.open(tmp_path / "i")
     for count in (5, 6):
-        build_index(embed(tmp_path / f"e{count}", clustered(count), 1), tmp_path / "i", overwrite=True)
+        build_index(
+            embed(tmp_path / f"e{count}", clustered(count), 1), tmp_path / "i", overwrite=True
+        )
     assert (tmp_path / "i" / "CURRENT").read_text() == "000003\n"
     new = ProductIndex.open(tmp_path / "i")
     assert (len(old), len(new), new.version.name, new.note) == (4, 6, "000003", "")
@@ -683,7 +767,9 @@ def test_a_damaged_version_is_replaced_by_the_one_before_with_a_warning(tmp_path
     shutil.copy(file, tmp_path / "i" / "versions" / "000001" / name)
     with pytest.raises(ArtefactError, match=f"{name}.*; .*{name}"):
         ProductIndex.open(tmp_path / "i")
-    build_index(embed(tmp_path / "e6", clustered(6), 1), tmp_path / "i", overwrite=True)  # a new good one heals it
+    build_index(
+        embed(tmp_path / "e6", clustered(6), 1), tmp_path / "i", overwrite=True
+    )  # a new good one heals it
     assert len(ProductIndex.open(tmp_path / "i", fall_back=False)) == 6
 
 
@@ -704,7 +790,10 @@ def test_k_means_runs_on_a_gpu_where_faiss_sees_one_and_the_stored_index_knows_n
     manifest = build_index(reader, tmp_path / "i", Recipe("IVF32,Flat"))
     assert manifest.meta["training"]["device"] == ("gpu" if working else "cpu")
     assert len(assigned) == working
-    assert working or "faiss cannot use its GPU (out of GPU memory); training on the CPU" in caplog.text
+    assert (
+        working
+        or "faiss cannot use its GPU (out of GPU memory); training on the CPU" in caplog.text
+    )
     hits = ProductIndex.open(tmp_path / "i").search(queries, 10, nprobe=32)
     assert np.array_equal(hits.rows, exact(queries, stored, 10))
 
@@ -714,7 +803,7 @@ def test_publishing_over_an_index_never_fails_a_reader(tmp_path, reader):
     build_index(small, tmp_path / "i")
     program = f"""
         import sys, time
-        from retrieval.index import ProductIndex
+        from tritower.retrieval.index import ProductIndex
         end, opened = time.time() + 2.5, 0
         print("ready", flush=True)
         while time.time() < end:
@@ -724,7 +813,10 @@ def test_publishing_over_an_index_never_fails_a_reader(tmp_path, reader):
         print(opened)
     """
     process = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(program)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", textwrap.dedent(program)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     assert process.stdout.readline() == "ready\n"
     published = 0

@@ -12,13 +12,14 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-import index as index_commands
-from retrieval import bulk, storage
-from retrieval.build import build_index
-from retrieval.embeddings import EmbeddingReader
-from retrieval.index import ProductIndex
 from tests.catalogues import SCHEMA, picture, write_catalogue
 from tests.embedded import DIM, vector_of, write_embeddings
+from tritower.artefacts import storage
+from tritower.commands import index as index_commands
+from tritower.retrieval import bulk
+from tritower.retrieval.building.build import build_index
+from tritower.retrieval.index import ProductIndex
+from tritower.retrieval.vectors.embeddings import EmbeddingReader
 
 ROOT = Path(__file__).parents[1]
 
@@ -30,7 +31,9 @@ def folders(tmp_path_factory):
     write_catalogue(root / "catalogue", num_groups=60)
     with storage.new_folder(root / "model", kind="model") as folder:
         SCHEMA.save(folder / "schema.json")
-    write_embeddings(root / "catalogue", root / "embeddings", model=storage.fingerprint(root / "model"))
+    write_embeddings(
+        root / "catalogue", root / "embeddings", model=storage.fingerprint(root / "model")
+    )
     build_index(EmbeddingReader(root / "embeddings" / "products"), root / "index")
     return root
 
@@ -46,9 +49,9 @@ def encoded(monkeypatch):
             asked.items += items
             return asked.vector[None]
 
-    fake = types.ModuleType("towers.model_folder")
+    fake = types.ModuleType("tritower.towers.model_folder")
     fake.load_model = lambda folder: Model()
-    monkeypatch.setitem(sys.modules, "towers.model_folder", fake)
+    monkeypatch.setitem(sys.modules, "tritower.towers.model_folder", fake)
     return asked
 
 
@@ -73,12 +76,16 @@ def search_json(run, *arguments):
 
 def test_help_is_there_at_once_and_loads_nothing_heavy():
     program = "import sys, index; print(sorted({'torch', 'faiss', 'pyarrow', 'lightning'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == "[]"
     seconds = []
     for _ in range(3):
         started = time.perf_counter()
-        done = subprocess.run([sys.executable, "index.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "index.py", "--help"], cwd=ROOT, capture_output=True, text=True
+        )
         seconds.append(time.perf_counter() - started)
     assert done.returncode == 0 and "embed" in done.stdout
     assert min(seconds) <= 1.5
@@ -108,22 +115,41 @@ sys.exit("torch" in sys.modules)
 
 
 def test_an_installed_program_and_the_script_are_the_same(folders):
-    arguments = ["search", "--index", str(folders / "index"), "--like", "003-0", "--include-groups", "--json"]
-    done = subprocess.run([sys.executable, ROOT / "index.py", *arguments], cwd=folders, capture_output=True, text=True)
+    arguments = [
+        "search",
+        "--index",
+        str(folders / "index"),
+        "--like",
+        "003-0",
+        "--include-groups",
+        "--json",
+    ]
+    done = subprocess.run(
+        [sys.executable, ROOT / "index.py", *arguments], cwd=folders, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["hits"][0]["product_id"] == "003-1"
 
 
 def test_text_pictures_and_attributes_are_one_item(run, folders, encoded):
-    photos = [picture(colour, np.random.default_rng(0)) for colour in ((200, 30, 30), (30, 40, 200))]
+    photos = [
+        picture(colour, np.random.default_rng(0)) for colour in ((200, 30, 30), (30, 40, 200))
+    ]
     for name, photo in zip(("a.jpg", "b.jpg"), photos, strict=True):
         (folders / name).write_bytes(photo)
     facts = ["brand=Acme", "price=59.9", "category=home > mug", "tags=red|mug"]
-    report = search_json(run, "--text", "red mug", "--image", "a.jpg", "b.jpg", "--attribute", *facts, "--k", "3")
+    report = search_json(
+        run, "--text", "red mug", "--image", "a.jpg", "b.jpg", "--attribute", *facts, "--k", "3"
+    )
     (item,) = encoded.items
     assert item.text == {"query": "red mug"}
     assert item.images == photos
-    assert item.attributes == {"brand": "Acme", "price": 59.9, "category": ["home", "mug"], "tags": ["red", "mug"]}
+    assert item.attributes == {
+        "brand": "Acme",
+        "price": 59.9,
+        "category": ["home", "mug"],
+        "tags": ["red", "mug"],
+    }
     assert [hit["product_id"][:3] for hit in report["hits"][:2]] == ["007", "007"]
     assert report["returned"] == report["wanted"] == 3
     assert report["hits"][0]["text"]["title"].endswith("no 7")
@@ -154,15 +180,21 @@ def test_like_leaves_the_product_itself_out_and_adds_to_others(run, folders, enc
     ids = [i for i in index.ids(wanted.rows[0]) if i != "005-0"]
     assert [hit["product_id"] for hit in mixed["hits"]] == ids
     np.save(folders / "v.npy", np.stack([encoded.vector]))
-    both = search_json(run, "--like", "005-0", "--include-groups", "--vector", "v.npy", "--k", "120")
+    both = search_json(
+        run, "--like", "005-0", "--include-groups", "--vector", "v.npy", "--k", "120"
+    )
     assert [hit["product_id"] for hit in both["hits"]] == ids
 
 
 def test_the_table_shows_titles_and_says_when_there_are_fewer(run):
-    code, out, err = run("search", "--index", "index", "--like", "001-1", "--include-groups", "--k", "2")
+    code, out, err = run(
+        "search", "--index", "index", "--like", "001-1", "--include-groups", "--k", "2"
+    )
     assert code == 0 and "no 1" in out and "brand" in out and "001-0" in out
     assert "hits" not in err
-    code, out, err = run("search", "--index", "index", "--like", "001-1", "--include-groups", "--k", "1000000")
+    code, out, err = run(
+        "search", "--index", "index", "--like", "001-1", "--include-groups", "--k", "1000000"
+    )
     assert "119 hits: the index holds 120 products" in err
     assert out.count("no ") == 119
 
@@ -182,7 +214,17 @@ def test_a_large_photo_is_seen_as_the_catalogue_sees_pictures(run, folders, enco
 
 def test_a_page_with_pictures(run, folders, encoded):
     (folders / "a.jpg").write_bytes(picture((200, 30, 30), np.random.default_rng(0)))
-    code, out, _ = run("search", "--index", "index", "--text", "<mug>", "--image", "a.jpg", "--html", "out/page.html")
+    code, out, _ = run(
+        "search",
+        "--index",
+        "index",
+        "--text",
+        "<mug>",
+        "--image",
+        "a.jpg",
+        "--html",
+        "out/page.html",
+    )
     page = (folders / "out" / "page.html").read_text(encoding="utf-8")
     assert code == 0 and "page: out/page.html" in out
     assert "&lt;mug&gt;" in page and page.count("data:image/jpeg") > 5
@@ -206,7 +248,10 @@ def test_the_query_model_must_be_the_one_of_the_index(run, folders, encoded):
         (folder / "schema.json").write_text("{}")
     code, _, err = run("search", "--index", "index", "--model", "other", "--text", "x")
     assert code == 1
-    assert storage.fingerprint(folders / "other") in err and storage.fingerprint(folders / "model") in err
+    assert (
+        storage.fingerprint(folders / "other") in err
+        and storage.fingerprint(folders / "model") in err
+    )
     assert not encoded.items
 
 
@@ -229,23 +274,62 @@ def _model_by_default(request, monkeypatch, folders):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["search", "--index", "nowhere"], "nowhere: no such folder; expected a finished index folder"),
-        (["search", "--index", "catalogue"], "catalogue is a folder of kind 'catalogue'; expected 'index'"),
+        (
+            ["search", "--index", "nowhere"],
+            "nowhere: no such folder; expected a finished index folder",
+        ),
+        (
+            ["search", "--index", "catalogue"],
+            "catalogue is a folder of kind 'catalogue'; expected 'index'",
+        ),
         (["search", "--index", "index"], "nothing to search for"),
-        (["search", "--index", "index", "--like", "zzz"], "no product 'zzz' among the 120 of index"),
-        (["search", "--index", "index", "--like", "001-0", "--k", "0"], "k=0; expected an integer of at least 1"),
-        (["search", "--index", "index", "--like", "001-0", "--k", "-1"], "k=-1; expected an integer of at least 1"),
-        (["search", "--index", "index", "--like", "001-0", "--nprobe", "3"], "nprobe=3, but this index has no lists"),
-        (["search", "--index", "index", "--image", "no.jpg"], "No such file or directory: 'no.jpg'"),
-        (["search", "--index", "index", "--attribute", "brand"], "attribute 'brand'; expected name=value with one of"),
-        (["search", "--index", "index", "--attribute", "colour=x"], "with one of price, brand, category, tags"),
+        (
+            ["search", "--index", "index", "--like", "zzz"],
+            "no product 'zzz' among the 120 of index",
+        ),
+        (
+            ["search", "--index", "index", "--like", "001-0", "--k", "0"],
+            "k=0; expected an integer of at least 1",
+        ),
+        (
+            ["search", "--index", "index", "--like", "001-0", "--k", "-1"],
+            "k=-1; expected an integer of at least 1",
+        ),
+        (
+            ["search", "--index", "index", "--like", "001-0", "--nprobe", "3"],
+            "nprobe=3, but this index has no lists",
+        ),
+        (
+            ["search", "--index", "index", "--image", "no.jpg"],
+            "No such file or directory: 'no.jpg'",
+        ),
+        (
+            ["search", "--index", "index", "--attribute", "brand"],
+            "attribute 'brand'; expected name=value with one of",
+        ),
+        (
+            ["search", "--index", "index", "--attribute", "colour=x"],
+            "with one of price, brand, category, tags",
+        ),
         (["search", "--index", "index", "--attribute", "price=cheap"], "price='cheap'"),
-        (["search", "--index", "index", "--vector", "index/CURRENT"], "is not a .npy file of numbers"),
-        (["search", "--index", "index", "--queries", "embeddings"], "queries and output go together"),
-        (["search", "--index", "index", "--like", "001-0", "--exclude-self"], "exclude_self is for many queries"),
+        (
+            ["search", "--index", "index", "--vector", "index/CURRENT"],
+            "is not a .npy file of numbers",
+        ),
+        (
+            ["search", "--index", "index", "--queries", "embeddings"],
+            "queries and output go together",
+        ),
+        (
+            ["search", "--index", "index", "--like", "001-0", "--exclude-self"],
+            "exclude_self is for many queries",
+        ),
         (["build", "--embeddings", "embeddings", "--output", "index"], "index already exists"),
         (["build", "--embeddings", "nowhere", "--output", "x"], "nowhere: no such file or folder"),
-        (["build", "--embeddings", "embeddings", "--output", "x", "--factory", "IVF"], "factory 'IVF' does not fit"),
+        (
+            ["build", "--embeddings", "embeddings", "--output", "x", "--factory", "IVF"],
+            "factory 'IVF' does not fit",
+        ),
         (
             ["evaluate", "--index", "index", "--embeddings", "catalogue", "--output", "x"],
             "column of vectors: cannot be told",
@@ -296,12 +380,22 @@ def test_anyones_vectors_from_npy(run, folders, tmp_path):
     vectors = np.random.default_rng(0).standard_normal((30, 8))
     np.save(tmp_path / "v.npy", vectors)
     (tmp_path / "ids.txt").write_text("".join(f"{i:03d}\n" for i in range(30)))
-    build = ["build", "--embeddings", tmp_path / "v.npy", "--ids", tmp_path / "ids.txt", "--output", tmp_path / "i"]
+    build = [
+        "build",
+        "--embeddings",
+        tmp_path / "v.npy",
+        "--ids",
+        tmp_path / "ids.txt",
+        "--output",
+        tmp_path / "i",
+    ]
     code, _, err = run(*build)
     assert code == 1 and "--normalize" in err
     assert run(*build, "--normalize")[0] == 0
     np.save(tmp_path / "q.npy", vectors[7])
-    code, out, _ = run("search", "--index", tmp_path / "i", "--vector", tmp_path / "q.npy", "--normalize", "--json")
+    code, out, _ = run(
+        "search", "--index", tmp_path / "i", "--vector", tmp_path / "q.npy", "--normalize", "--json"
+    )
     assert json.loads(out)["hits"][0] == {
         "rank": 1,
         "product_id": "007",
@@ -313,7 +407,14 @@ def test_anyones_vectors_from_npy(run, folders, tmp_path):
 
 def many(run, output, *arguments):
     code, out, err = run(
-        "search", "--index", "index", "--queries", "embeddings/products", "--output", output, *arguments
+        "search",
+        "--index",
+        "index",
+        "--queries",
+        "embeddings/products",
+        "--output",
+        output,
+        *arguments,
     )
     assert code == 0, err
     return out
@@ -335,8 +436,12 @@ def test_similar_items_of_the_whole_catalogue(run, folders, monkeypatch):
         by_query.setdefault(row["query_id"], []).append(row)
     for batch in table.batches():
         hits = index.search(batch.vectors, 6)
-        for query_id, ids, scores in zip(batch.ids.to_pylist(), index.ids(hits.rows), hits.scores, strict=True):
-            wanted = [(i, s) for i, s in zip(ids, scores.tolist(), strict=True) if i != query_id][:5]
+        for query_id, ids, scores in zip(
+            batch.ids.to_pylist(), index.ids(hits.rows), hits.scores, strict=True
+        ):
+            wanted = [(i, s) for i, s in zip(ids, scores.tolist(), strict=True) if i != query_id][
+                :5
+            ]
             got = by_query[query_id]
             assert [row["rank"] for row in got] == [1, 2, 3, 4, 5]
             assert [row["product_id"] for row in got] == [i for i, _ in wanted]
@@ -354,7 +459,15 @@ def test_a_bulk_search_goes_on_where_it_stopped(run, folders, monkeypatch):
     assert "104 of them in an earlier run" in out
     assert storage.fingerprint(folders / "stopped") == storage.fingerprint(folders / "whole")
     code, _, err = run(
-        "search", "--index", "index", "--queries", "embeddings/products", "--output", "stopped", "--k", "4"
+        "search",
+        "--index",
+        "index",
+        "--queries",
+        "embeddings/products",
+        "--output",
+        "stopped",
+        "--k",
+        "4",
     )
     assert code == 1 and "k: there 3, now 4" in err
 
@@ -365,12 +478,24 @@ def test_one_file_of_hits_equals_the_folder(run, folders, monkeypatch):
     many(run, "hits.parquet", "--k", "3")
     assert pq.read_table(folders / "hits.parquet") == read_shards(folders / "folder")
     assert not (folders / "hits.parquet.parts").exists()
-    code, _, err = run("search", "--index", "index", "--queries", "embeddings/products", "--output", "hits.parquet")
+    code, _, err = run(
+        "search", "--index", "index", "--queries", "embeddings/products", "--output", "hits.parquet"
+    )
     assert code == 1 and "hits.parquet already exists" in err
 
 
 def test_queries_keep_their_kind_and_k_may_exceed_the_index(run, folders):
-    code, _, err = run("search", "--index", "index", "--queries", "embeddings/queries", "--output", "q", "--k", "500")
+    code, _, err = run(
+        "search",
+        "--index",
+        "index",
+        "--queries",
+        "embeddings/queries",
+        "--output",
+        "q",
+        "--k",
+        "500",
+    )
     assert code == 0 and "the index holds 120 products" in err
     table = read_shards(folders / "q")
     assert set(table.column_names) == {"query_id", "kind", "product_id", "rank", "score"}
@@ -380,31 +505,75 @@ def test_queries_keep_their_kind_and_k_may_exceed_the_index(run, folders):
 
 def test_bulk_queries_of_another_model_are_refused(run, folders, tmp_path):
     other = write_embeddings(folders / "catalogue", tmp_path / "other", model="another")
-    code, _, err = run("search", "--index", "index", "--queries", other / "queries", "--output", tmp_path / "x.parquet")
+    code, _, err = run(
+        "search",
+        "--index",
+        "index",
+        "--queries",
+        other / "queries",
+        "--output",
+        tmp_path / "x.parquet",
+    )
     assert code == 1 and "is of model another" in err
 
 
 def test_evaluate_writes_a_report_and_a_gate_decides_the_exit_code(run, folders):
     arguments = ["evaluate", "--index", "index", "--embeddings", "embeddings", "--output", "report"]
     (folders / "oracle.json").write_text(json.dumps({"recall@10": {"text+image+attribute": 0.97}}))
-    code, out, err = run(*arguments, "--gate", "ann_vs_exact.*.recall@10>=1", "--oracle", "oracle.json")
+    code, out, err = run(
+        *arguments, "--gate", "ann_vs_exact.*.recall@10>=1", "--oracle", "oracle.json"
+    )
     assert code == 0, err
     report = json.loads((folders / "report" / "report.json").read_text())
     assert report["oracle"]["recall@10"]["text+image+attribute"] == 0.97
     assert (folders / "report" / "report.html").stat().st_size > 10_000
-    for word in ("exact task", "ANN task", "ANN vs exact", "BM25", "TF-IDF", "floor", "oracle", "product:attribute"):
+    for word in (
+        "exact task",
+        "ANN task",
+        "ANN vs exact",
+        "BM25",
+        "TF-IDF",
+        "floor",
+        "oracle",
+        "product:attribute",
+    ):
         assert word in out
-    code, _, err = run(*arguments, "--gate", "ann.fused.hit@10>=1.1", "--split", "val", "--latency-queries", "0")
+    code, _, err = run(
+        *arguments, "--gate", "ann.fused.hit@10>=1.1", "--split", "val", "--latency-queries", "0"
+    )
     assert code == 1 and "error: gate not reached: ann.fused.hit@10 is" in err
 
 
 def test_evaluate_warns_of_an_index_that_loses_answers(run, folders, tmp_path):
-    shared = ["--embeddings", "embeddings", "--split", "all", "--latency-queries", "0", "--examples", "0"]
+    shared = [
+        "--embeddings",
+        "embeddings",
+        "--split",
+        "all",
+        "--latency-queries",
+        "0",
+        "--examples",
+        "0",
+    ]
     code, _, err = run("evaluate", "--index", "index", *shared, "--output", tmp_path / "exact")
     assert code == 0 and "warning: queries of kind" not in err
     factory = "IVF8,PQ8x4fsr,Refine(SQ8)"
-    assert run("build", "--embeddings", "embeddings", "--output", tmp_path / "i", "--factory", factory)[0] == 0
-    code, _, err = run("evaluate", "--index", tmp_path / "i", *shared, "--nprobe", "1", "--output", tmp_path / "lossy")
+    assert (
+        run(
+            "build", "--embeddings", "embeddings", "--output", tmp_path / "i", "--factory", factory
+        )[0]
+        == 0
+    )
+    code, _, err = run(
+        "evaluate",
+        "--index",
+        tmp_path / "i",
+        *shared,
+        "--nprobe",
+        "1",
+        "--output",
+        tmp_path / "lossy",
+    )
     warnings = [line for line in err.splitlines() if line.startswith("warning: queries of kind ")]
     stored = json.loads((tmp_path / "lossy" / "report.json").read_text())["warnings"]
     assert code == 0 and warnings == [f"warning: {line}" for line in stored] and warnings
@@ -412,11 +581,25 @@ def test_evaluate_warns_of_an_index_that_loses_answers(run, folders, tmp_path):
 
 def test_embed_hands_everything_to_the_model(run, monkeypatch):
     calls = []
-    fake = types.ModuleType("towers.embed")
+    fake = types.ModuleType("tritower.towers.embed")
     fake.embed = lambda *paths, **options: calls.append((paths, options))
-    monkeypatch.setitem(sys.modules, "towers.embed", fake)
-    code, out, _ = run("embed", "--model", "model", "--catalogue", "catalogue", "--output", "e", "--batch-size", "7")
+    monkeypatch.setitem(sys.modules, "tritower.towers.embed", fake)
+    code, out, _ = run(
+        "embed",
+        "--model",
+        "model",
+        "--catalogue",
+        "catalogue",
+        "--output",
+        "e",
+        "--batch-size",
+        "7",
+    )
     assert code == 0 and "embeddings: e" in out
     ((paths, options),) = calls
     assert paths == (Path("model"), Path("catalogue"), Path("e"))
-    assert options["batch_size"] == 7 and options["devices"] == "auto" and options["precision"] == "32-true"
+    assert (
+        options["batch_size"] == 7
+        and options["devices"] == "auto"
+        and options["precision"] == "32-true"
+    )

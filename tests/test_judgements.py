@@ -10,14 +10,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from retrieval.build import Recipe, build_index
-from retrieval.catalogue import PreparedCatalogue
-from retrieval.embeddings import EmbeddingReader, EmbeddingWriter
-from retrieval.evaluate import Options, evaluate
-from retrieval.index import ProductIndex
-from retrieval.judgements import make_questions
 from tests.catalogues import write_catalogue
 from tests.embedded import DIM, unit, write_embeddings
+from tritower.retrieval.building.build import Recipe, build_index
+from tritower.retrieval.evaluating.evaluate import Options, evaluate
+from tritower.retrieval.evaluating.judgements import make_questions
+from tritower.retrieval.index import ProductIndex
+from tritower.retrieval.products.catalogue import PreparedCatalogue
+from tritower.retrieval.vectors.embeddings import EmbeddingReader, EmbeddingWriter
 
 
 @pytest.fixture(scope="module")
@@ -58,18 +58,32 @@ def test_a_judgement_of_the_asked_product_itself_changes_no_figure(
 ) -> None:
     """Whatever its grade: it is neither relevant, nor a gain, nor does it raise what counts as relevant."""
     qrels, asks = PreparedCatalogue(root / "catalogue").qrels(), asking_products(root)
-    own = {"query_id": asks["query_id"], "product_id": asks["source_product_id"], "relevance": [grade] * len(asks)}
+    own = {
+        "query_id": asks["query_id"],
+        "product_id": asks["source_product_id"],
+        "relevance": [grade] * len(asks),
+    }
     pq.write_table(pa.concat_tables([pa.table(own), qrels]), tmp_path / "qrels.parquet")
     found = report_of(root, tmp_path / "qrels.parquet")
-    assert expected["queries"]["product:text"]["count"] == 4 and expected["settings"]["threshold"] == 3
-    assert expected["tasks"]["exact"]["product:text"] and expected["baselines"]["bm25"]["product:text"]
+    assert (
+        expected["queries"]["product:text"]["count"] == 4 and expected["settings"]["threshold"] == 3
+    )
+    assert (
+        expected["tasks"]["exact"]["product:text"] and expected["baselines"]["bm25"]["product:text"]
+    )
     assert found == expected
 
 
-def test_a_query_of_which_the_asked_product_alone_is_judged_is_dropped(root: Path, tmp_path: Path) -> None:
+def test_a_query_of_which_the_asked_product_alone_is_judged_is_dropped(
+    root: Path, tmp_path: Path
+) -> None:
     qrels, asks = PreparedCatalogue(root / "catalogue").qrels(), asking_products(root)
     asks = asks.filter(pc.equal(asks["split"], "test"))
-    own = {"query_id": asks["query_id"][:1], "product_id": asks["source_product_id"][:1], "relevance": [3.0]}
+    own = {
+        "query_id": asks["query_id"][:1],
+        "product_id": asks["source_product_id"][:1],
+        "relevance": [3.0],
+    }
     others = qrels.filter(pc.not_equal(qrels["query_id"], asks["query_id"][0]))
     pq.write_table(pa.concat_tables([pa.table(own), others]), tmp_path / "qrels.parquet")
     found = report_of(root, tmp_path / "qrels.parquet")
@@ -78,7 +92,10 @@ def test_a_query_of_which_the_asked_product_alone_is_judged_is_dropped(root: Pat
 
 
 def test_the_asked_product_is_no_answer_where_the_index_lacks_it(tmp_path: Path) -> None:
-    """As one that was taken out since: it is not among the judged products that are never found, either."""
+    """As one that was taken out since:
+
+    it is not among the judged products that are never found, either.
+    """
     products = EmbeddingWriter(tmp_path / "products", dim=DIM)
     products.write("s", ["p1", "p2"], unit(np.eye(2, DIM)))
     products.finish(["s"])
@@ -88,10 +105,20 @@ def test_the_asked_product_is_no_answer_where_the_index_lacks_it(tmp_path: Path)
     queries.finish(["s"])
     questions = make_questions(
         EmbeddingReader(tmp_path / "queries"),
-        pa.table({"query_id": ["q", "q", "alone"], "product_id": ["gone", "p2", "gone"], "relevance": [1.0] * 3}),
+        pa.table(
+            {
+                "query_id": ["q", "q", "alone"],
+                "product_id": ["gone", "p2", "gone"],
+                "relevance": [1.0] * 3,
+            }
+        ),
         ProductIndex.open(tmp_path / "index"),
         queries=pa.table({"query_id": ["q", "alone"], "source_product_id": ["gone", "gone"]}),
     )
     assert questions.ids.tolist() == ["q"]
-    assert (questions.relevant.tolist(), questions.judged.tolist(), questions.grades.tolist()) == ([[1]], [[1]], [[1]])
+    assert (questions.relevant.tolist(), questions.judged.tolist(), questions.grades.tolist()) == (
+        [[1]],
+        [[1]],
+        [[1]],
+    )
     assert (questions.dropped, questions.dropped_queries, questions.unknown) == ({"fused": 1}, 1, 0)

@@ -9,8 +9,8 @@ import torch
 from test_loss import keys, make_batch
 from torch import Tensor
 
-from towers.label_loss import CoSENT, PairLoss
-from towers.loss import Loss
+from tritower.towers.losses.loss import Loss
+from tritower.towers.losses.pairs import CoSENT, PairLoss
 
 COSINES = [0.8, 0.1, 0.6]
 QUERY = torch.tensor([[1.0, 0.0]] * 3)
@@ -23,22 +23,35 @@ def loss_of(loss: Loss, labels: list[float] | None) -> Tensor:
 
 
 def test_pair_loss_by_hand() -> None:
-    """Similar at .8: .2 squared; dissimilar at .1, below the margin: nothing; half similar at .6: half of both."""
+    """Similar at .8: .2 squared; dissimilar at .1, below the margin:
+
+    nothing; half similar at .6: half of both.
+    """
     expected = (0.2**2 + 0.0 + 0.5 * 0.4**2 + 0.5 * 0.3**2) / 3
-    assert loss_of(PairLoss(margin=0.3), [1.0, 0.0, 0.5]).item() == pytest.approx(expected, abs=1e-6)
+    assert loss_of(PairLoss(margin=0.3), [1.0, 0.0, 0.5]).item() == pytest.approx(
+        expected, abs=1e-6
+    )
 
 
 def test_cosent_by_hand() -> None:
     """Pair 2 has a lower label than pair 1 but a higher cosine, which is the only wrong order."""
-    wrong, right, right_too = math.exp((0.6 - 0.1) / 0.5), math.exp((0.1 - 0.8) / 0.5), math.exp((0.6 - 0.8) / 0.5)
+    wrong, right, right_too = (
+        math.exp((0.6 - 0.1) / 0.5),
+        math.exp((0.1 - 0.8) / 0.5),
+        math.exp((0.6 - 0.8) / 0.5),
+    )
     expected = math.log(1 + wrong + right + right_too)
-    assert loss_of(CoSENT(temperature=0.5), [1.0, 0.5, 0.0]).item() == pytest.approx(expected, abs=1e-5)
+    assert loss_of(CoSENT(temperature=0.5), [1.0, 0.5, 0.0]).item() == pytest.approx(
+        expected, abs=1e-5
+    )
 
 
 @pytest.mark.parametrize("loss", [PairLoss(), CoSENT()], ids=["pairs", "CoSENT"])
 def test_pairs_without_a_label_have_no_part(loss: Loss) -> None:
     assert loss_of(loss, None).item() == loss_of(loss, [torch.nan] * 3).item() == 0.0
-    alone = loss(QUERY[1:], PRODUCT[1:], make_batch(keys(2))._replace(label=torch.tensor([1.0, 0.0])))
+    alone = loss(
+        QUERY[1:], PRODUCT[1:], make_batch(keys(2))._replace(label=torch.tensor([1.0, 0.0]))
+    )
     torch.testing.assert_close(loss_of(loss, [torch.nan, 1.0, 0.0]), alone)
 
 
@@ -53,7 +66,10 @@ def test_a_step_draws_the_similar_together_and_the_dissimilar_apart(loss: Loss) 
 
 @pytest.mark.parametrize(
     ("make", "message"),
-    [(lambda: PairLoss(margin=1.0), "margin=1.0"), (lambda: CoSENT(temperature=0.0), "temperature=0.0")],
+    [
+        (lambda: PairLoss(margin=1.0), "margin=1.0"),
+        (lambda: CoSENT(temperature=0.0), "temperature=0.0"),
+    ],
 )
 def test_impossible_settings_are_refused(make, message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -10,13 +10,26 @@ import bm25s
 import numpy as np
 import pytest
 
-from retrieval.lexical.analyzer import STOP_WORDS, Analyzer, detect_language
-from retrieval.lexical.ranking import Scoring, WordIndex
-from retrieval.lexical.records import FIELDS, Record, record_of, record_of_kind, typed_record
-from retrieval.lexical.tokenizer import tokenize
-from retrieval.lexical.tuning import WEIGHTS, WordIndexes, WordSettings, choose_settings, climb, language_of
-from towers.text import split_words
-from towers.words import ngram_hashes
+from tritower.retrieval.lexical.analyzer import STOP_WORDS, Analyzer, detect_language
+from tritower.retrieval.lexical.ranking import Scoring, WordIndex
+from tritower.retrieval.lexical.records import (
+    FIELDS,
+    Record,
+    record_of,
+    record_of_kind,
+    typed_record,
+)
+from tritower.retrieval.lexical.tokenizer import tokenize
+from tritower.retrieval.lexical.tuning import (
+    WEIGHTS,
+    WordIndexes,
+    WordSettings,
+    choose_settings,
+    climb,
+    language_of,
+)
+from tritower.towers.lexical import ngram_hashes
+from tritower.towers.text import split_words
 
 PLAIN = Analyzer(None)
 EVEN = dict.fromkeys(FIELDS, 1.0)
@@ -58,7 +71,9 @@ def test_training_and_lexical_search_share_the_tokenizer():
 
 def test_stop_words_go_and_words_lose_their_endings_but_codes_stay():
     english = Analyzer("english")
-    assert english.term("for") is None and english.term("dresses") == english.term("dress") == "dress"
+    assert (
+        english.term("for") is None and english.term("dresses") == english.term("dress") == "dress"
+    )
     assert english.term("i78700ks") == "i78700ks" and english.term("36s") == "36s"
     assert Analyzer("english", stop_words=False).term("for") == "for"
     assert Analyzer("english", stem=False).term("dresses") == "dresses"
@@ -122,7 +137,9 @@ def test_equal_numbers_match_and_near_ones_do_not():
 def random_texts(count: int, length: int, seed: int, words: int = 15) -> list[str]:
     generator = np.random.default_rng(seed)
     vocabulary = [f"w{i}" for i in range(words)]
-    return [" ".join(generator.choice(vocabulary, generator.integers(0, length))) for _ in range(count)]
+    return [
+        " ".join(generator.choice(vocabulary, generator.integers(0, length))) for _ in range(count)
+    ]
 
 
 def test_bm25_equals_the_bm25s_library():
@@ -137,7 +154,10 @@ def test_bm25_equals_the_bm25s_library():
 
 def test_bm25f_by_hand():
     """Two products; "red" in the title of one (length 1 of mean 1.5) and twice in the texts of the other."""
-    products = [{"title": ["red"], "texts": ["a"]}, {"title": ["b", "c"], "texts": ["red", "red", "d"]}]
+    products = [
+        {"title": ["red"], "texts": ["a"]},
+        {"title": ["b", "c"], "texts": ["red", "red", "d"]},
+    ]
     scoring = Scoring(k1=2.0, b=0.5, weights=EVEN | {"title": 3.0, "texts": 0.5})
     idf = math.log(1 + (2 - 2 + 0.5) / (2 + 0.5))
     first = 3.0 * 1 / (1 - 0.5 + 0.5 * 1 / 1.5)
@@ -149,7 +169,8 @@ def test_bm25f_by_hand():
 def tf_idf_score(query: list[str], document: list[str], corpus: list[list[str]]) -> float:
     def vector(tokens: list[str]) -> dict[str, float]:
         return {
-            t: (1 + math.log(n)) * (math.log((1 + len(corpus)) / (1 + sum(t in d for d in corpus))) + 1)
+            t: (1 + math.log(n))
+            * (math.log((1 + len(corpus)) / (1 + sum(t in d for d in corpus))) + 1)
             for t, n in Counter(tokens).items()
             if any(t in d for d in corpus)
         }
@@ -163,7 +184,10 @@ def test_tf_idf_equals_its_definition():
     texts = random_texts(40, 9, 0)
     queries = random_texts(60, 5, 1, words=17)  # some words are unknown
     corpus = [tokenize(text) for text in texts]
-    wanted = [[tf_idf_score(tokenize(query), document, corpus) for document in corpus] for query in queries]
+    wanted = [
+        [tf_idf_score(tokenize(query), document, corpus) for document in corpus]
+        for query in queries
+    ]
     got = WordIndex(titles(*texts), PLAIN).scores(titles(*queries), Scoring("tfidf", weights=EVEN))
     assert np.allclose(got, wanted, atol=1e-6)
 
@@ -171,13 +195,15 @@ def test_tf_idf_equals_its_definition():
 def test_a_weight_of_half_a_count_counts_half():
     products = titles("red shoe", "red hat")
     even = WordIndex(products, PLAIN).scores(titles("red"), Scoring("tfidf", weights=EVEN))
-    half = WordIndex(products, PLAIN).scores(titles("red"), Scoring("tfidf", weights=EVEN | {"title": 0.5}))
+    half = WordIndex(products, PLAIN).scores(
+        titles("red"), Scoring("tfidf", weights=EVEN | {"title": 0.5})
+    )
     assert np.allclose(even, half)  # a cosine: all counts of a product shrink alike
 
 
 @pytest.mark.parametrize("model", ["bm25", "tfidf"])
 def test_search_ranks_by_score_and_then_by_row(model, monkeypatch):
-    monkeypatch.setattr("retrieval.lexical.ranking.MAX_CELLS", 7)  # a query at a time
+    monkeypatch.setattr("tritower.retrieval.lexical.ranking.MAX_CELLS", 7)  # a query at a time
     index = WordIndex(titles("b", "a", "a", "a", "a b c", "a b"), PLAIN)
     queries = titles("a", "b c", "z", "")
     found = index.search(queries, 5, Scoring(model))
@@ -186,7 +212,9 @@ def test_search_ranks_by_score_and_then_by_row(model, monkeypatch):
     assert (found.rows[2:] == -1).all() and np.isinf(found.scores[2:]).all()
     scores = index.scores(queries, Scoring(model))
     for query, rows in enumerate(found.rows):
-        order = sorted(np.flatnonzero(scores[query] > 0), key=lambda row: (-scores[query, row], row))
+        order = sorted(
+            np.flatnonzero(scores[query] > 0), key=lambda row: (-scores[query, row], row)
+        )
         assert rows[rows >= 0].tolist() == order[:5]
 
 
@@ -202,7 +230,9 @@ def test_rows_without_a_product_change_no_score(model):
 
 @pytest.mark.parametrize("model", ["bm25", "tfidf"])
 def test_no_words_at_all(model):
-    assert (WordIndex(titles("", "!"), PLAIN).search(titles("a"), 2, Scoring(model)).rows == -1).all()
+    assert (
+        WordIndex(titles("", "!"), PLAIN).search(titles("a"), 2, Scoring(model)).rows == -1
+    ).all()
     assert WordIndex([], PLAIN).search(titles("a"), 2, Scoring(model)).rows.tolist() == [[-1, -1]]
 
 
@@ -222,7 +252,9 @@ def test_a_field_of_weight_0_is_not_searched():
     scoring = Scoring(weights=EVEN | {"texts": 0.0})
     assert WordIndex(products, PLAIN).search(titles("red"), 2, scoring).rows.tolist() == [[0, -1]]
     # So is a record that asks; a typed query has no such fields.
-    assert WordIndex(products, PLAIN).search([typed_record("red")], 2, scoring).rows.tolist() == [[0, -1]]
+    assert WordIndex(products, PLAIN).search([typed_record("red")], 2, scoring).rows.tolist() == [
+        [0, -1]
+    ]
     scoring = Scoring(weights=EVEN | {"texts": 0.0})
     asking = [{"title": [], "texts": ["red"]}]
     assert WordIndex(products, PLAIN).search(asking, 2, scoring).rows.tolist() == [[-1, -1]]
@@ -264,7 +296,10 @@ def test_climbing_stops_at_the_first_top_and_tries_the_lowest_value():
 def test_tuning_leaves_out_a_field_that_misleads():
     """Titles name the color that is wanted; texts name all others."""
     colors = ["red", "blue", "green", "black"]
-    products = [{"title": [color], "texts": [other for other in colors if other != color] * 2} for color in colors]
+    products = [
+        {"title": [color], "texts": [other for other in colors if other != color] * 2}
+        for color in colors
+    ]
     indexes = WordIndexes(products)
 
     def hits_at_1(settings: WordSettings) -> float:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retrieval.likes import Weighted, combined, parse_weighted
+from tritower.retrieval.more_like_this import Weighted, combined, parse_weighted
 
 
 @pytest.mark.parametrize(

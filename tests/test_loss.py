@@ -12,11 +12,11 @@ from open_clip.loss import ClipLoss
 from torch import Tensor
 from torch.nn import functional as F
 
-from datamodules.batch import NO_KEY, RELATIONS, Batch, Items
-from towers import loss as loss_module
-from towers.global_loss import GlobalInfoNCE
-from towers.loss import ContrastiveLoss, InfoNCE, SigmoidLoss, Targets, targets
-from towers.memory_loss import MemoryInfoNCE
+from tritower.datamodules.batch import NO_KEY, RELATIONS, Batch, Items
+from tritower.towers.losses import loss as loss_module
+from tritower.towers.losses.cross_batch_memory import MemoryInfoNCE
+from tritower.towers.losses.loss import ContrastiveLoss, InfoNCE, SigmoidLoss, Targets, targets
+from tritower.towers.losses.sogclr import GlobalInfoNCE
 
 NOTHING = Items(None, None, None, None, torch.ones(0, 4, dtype=torch.bool))
 PRODUCT, GROUP, FAMILY = (RELATIONS.index(name) for name in ("product", "group", "family"))
@@ -37,17 +37,28 @@ def make_batch(
     judged: list[list[tuple[int, float]]] | None = None,
     absent: tuple[set[int], set[int]] = (set(), set()),
 ) -> Batch:
-    """`judged`: for each query, product keys and weights; as many for each. `absent`: queries and products."""
+    """`judged`: for each query, product keys and weights; as many for each.
+
+    `absent`: queries and products.
+    """
     product_keys = query_keys if product_keys is None else product_keys
     weights = torch.ones(len(query_keys)) if weight is None else torch.tensor(weight)
     frequency = torch.arange(1, len(product_keys) + 1) / 2
-    said = None if judged is None else torch.tensor(judged, dtype=torch.float32).view(len(query_keys), -1, 2)
-    lists = {} if said is None else {"judged": said[..., 0].long(), "grades": said[..., 1].contiguous()}
+    said = (
+        None
+        if judged is None
+        else torch.tensor(judged, dtype=torch.float32).view(len(query_keys), -1, 2)
+    )
+    lists = (
+        {} if said is None else {"judged": said[..., 0].long(), "grades": said[..., 1].contiguous()}
+    )
     asks = torch.tensor([i not in absent[0] for i in range(len(query_keys))])
     found = torch.tensor([i not in absent[1] for i in range(len(product_keys))])
     weights = weights * asks * found[: len(weights)]
     present = {"query_present": asks, "product_present": found}
-    return Batch(NOTHING, NOTHING, query_keys, product_keys, weights, frequency=frequency, **lists, **present)
+    return Batch(
+        NOTHING, NOTHING, query_keys, product_keys, weights, frequency=frequency, **lists, **present
+    )
 
 
 def unit(rows: int, dim: int = 5, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -70,7 +81,9 @@ def reference(loss: ContrastiveLoss, query: Tensor, product: Tensor, batch: Batc
     def kind(q: Tensor, p: Tensor, answer: bool, judged: float) -> float | None:
         """Weight of a positive, 0 for a negative, None for a pair that is left out."""
         equal = {name: q[i] == p[i] != NO_KEY for i, name in enumerate(RELATIONS)}
-        weight = max([1.0 if answer else 0.0] + [w for name, w in loss.positives.items() if equal[name]])
+        weight = max(
+            [1.0 if answer else 0.0] + [w for name, w in loss.positives.items() if equal[name]]
+        )
         if judged and "query" in loss.positives:
             return judged * loss.positives["query"]
         return None if not weight and any(equal[name] for name in loss.ignored) else weight
@@ -84,18 +97,29 @@ def reference(loss: ContrastiveLoss, query: Tensor, product: Tensor, batch: Batc
             if not batch.weight[i]:
                 continue
             row, row_keys, _, _ = (part[i] for part in own)
-            grades = [said.get((i, j) if own is queries else (j, i), 0.0) for j in range(len(columns[0]))]
-            seen = [(*values, i == j, grades[j]) for j, values in enumerate(zip(*columns, strict=True))]
+            grades = [
+                said.get((i, j) if own is queries else (j, i), 0.0) for j in range(len(columns[0]))
+            ]
+            seen = [
+                (*values, i == j, grades[j]) for j, values in enumerate(zip(*columns, strict=True))
+            ]
             if loss.same_side:
-                seen += [(*values, False, 0.0) for j, values in enumerate(zip(*own, strict=True)) if j != i]
+                seen += [
+                    (*values, False, 0.0)
+                    for j, values in enumerate(zip(*own, strict=True))
+                    if j != i
+                ]
             kinds = [
-                kind(row_keys, key, answer, judged) if present else None for _, key, _, present, answer, judged in seen
+                kind(row_keys, key, answer, judged) if present else None
+                for _, key, _, present, answer, judged in seen
             ]
             logits = [
                 scale * float(row @ column) - (0 if k else loss.log_q * math.log(often))
                 for (column, _, often, *_), k in zip(seen, kinds, strict=True)
             ]
-            log_sum = math.log(sum(math.exp(x) for x, k in zip(logits, kinds, strict=True) if k is not None))
+            log_sum = math.log(
+                sum(math.exp(x) for x, k in zip(logits, kinds, strict=True) if k is not None)
+            )
             attract = sum(k * (x - log_sum) for x, k in zip(logits, kinds, strict=True) if k)
             total -= batch.weight[i].item() * attract / sum(k for k in kinds if k)
         return total / total_weight
@@ -109,7 +133,11 @@ def reference(loss: ContrastiveLoss, query: Tensor, product: Tensor, batch: Batc
                 logit = scale * float(query[i] @ product[j]) + loss.bias.item()
                 if weight is not None and (there["product"][j] or i == j):
                     of_row = batch.weight[i].item()
-                    importance = of_row if i == j or not weight else weight * (1 if judged and of_row else of_row)
+                    importance = (
+                        of_row
+                        if i == j or not weight
+                        else weight * (1 if judged and of_row else of_row)
+                    )
                     total += importance * math.log1p(math.exp(-logit if weight else logit))
         return total / total_weight
     queries = query, batch.query_keys, torch.ones(len(query)), there["query"]
@@ -128,9 +156,14 @@ def test_two_by_two_by_hand() -> None:
     query, product = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[1.0, 0.0], [0.6, 0.8]])
     loss = InfoNCE(temperature=0.5)
     first, second = math.log(1 + math.exp(2 * 0.6 - 2)), math.log(1 + math.exp(0 - 2 * 0.8))
-    back_first, back_second = math.log(1 + math.exp(0 - 2)), math.log(1 + math.exp(2 * 0.6 - 2 * 0.8))
+    back_first, back_second = (
+        math.log(1 + math.exp(0 - 2)),
+        math.log(1 + math.exp(2 * 0.6 - 2 * 0.8)),
+    )
     expected = (first + second + back_first + back_second) / 4
-    assert loss(query, product, make_batch(keys(2, product=[1, 2]))).item() == pytest.approx(expected, abs=1e-6)
+    assert loss(query, product, make_batch(keys(2, product=[1, 2]))).item() == pytest.approx(
+        expected, abs=1e-6
+    )
 
 
 def test_either_direction_alone_by_hand() -> None:
@@ -146,7 +179,9 @@ DEFAULTS = [InfoNCE, SigmoidLoss, MemoryInfoNCE, GlobalInfoNCE]
 
 
 @pytest.mark.parametrize("loss", DEFAULTS)
-def test_equal_products_groups_and_queries_are_positives_unless_told(loss: type[ContrastiveLoss]) -> None:
+def test_equal_products_groups_and_queries_are_positives_unless_told(
+    loss: type[ContrastiveLoss],
+) -> None:
     made = loss()
     assert made.positives == {"product": 1.0, "group": 1.0, "query": 1.0}
     assert made.ignored == ["family", "title", "picture"]
@@ -155,23 +190,35 @@ def test_equal_products_groups_and_queries_are_positives_unless_told(loss: type[
 @pytest.mark.parametrize(
     ("loss", "pull", "push"),
     [
-        # Of seven products that count four are positives: softmax gives 1/7 to each, the target is 1/4 of a positive.
+        # Of seven products that count four are positives: softmax gives 1/7 to each, the target is
+        # 1/4 of a positive.
         (InfoNCE(temperature=1.0, product_share=0.0), 1 / 7 - 1 / 4, 1 / 7),
         # Each pair by itself: the chance that it is a positive is 1/2, and all weigh alike.
         (SigmoidLoss(temperature=1.0, bias=0.0), -1 / 2, 1 / 2),
     ],
     ids=["infonce", "sigmoid"],
 )
-def test_what_default_relations_pull_leave_and_push_by_hand(loss: ContrastiveLoss, pull: float, push: float) -> None:
+def test_what_default_relations_pull_leave_and_push_by_hand(
+    loss: ContrastiveLoss, pull: float, push: float
+) -> None:
     """Of a query, its answer that has no key in common, and for each relation a product that has that key alone."""
-    expected = {"answer": pull, "product": pull, "group": pull, "family": 0.0, "title": 0.0, "picture": 0.0}
+    expected = {
+        "answer": pull,
+        "product": pull,
+        "group": pull,
+        "family": 0.0,
+        "title": 0.0,
+        "picture": 0.0,
+    }
     expected |= {"model": push, "category": push, "branch": push, "query": pull}
     assert tuple(expected)[1:] == RELATIONS
     product_keys = torch.full((1 + len(RELATIONS), len(RELATIONS)), NO_KEY)
     product_keys[1:].fill_diagonal_(7)
     similarity = torch.zeros(1, len(product_keys), requires_grad=True)
     batch = make_batch(torch.full((1, len(RELATIONS)), 7), product_keys)
-    loss(similarity, torch.eye(len(product_keys)), batch).backward()  # embeddings whose products are the matrix
+    loss(
+        similarity, torch.eye(len(product_keys)), batch
+    ).backward()  # embeddings whose products are the matrix
     assert dict(zip(expected, similarity.grad[0].tolist(), strict=True)) == pytest.approx(expected)
 
 
@@ -183,16 +230,22 @@ def test_several_positives_share_the_target_by_hand() -> None:
     target = torch.tensor([[2, 1, 0], [1, 2, 0], [0, 0, 3]]) / 3
     forth = -(target * similarity.log_softmax(1)).sum(1).mean()
     back = -(target * similarity.T.log_softmax(1)).sum(1).mean()
-    value = loss(similarity, torch.eye(3), batch)  # embeddings of any length: their products are the matrix
+    value = loss(
+        similarity, torch.eye(3), batch
+    )  # embeddings of any length: their products are the matrix
     assert value.item() == pytest.approx(((forth + back) / 2).item(), abs=1e-6)
 
 
 @st.composite
-def batches(draw: st.DrawFn) -> tuple[int, int, list[list[int]], list[list[int]], list[float], list | None, tuple]:
+def batches(
+    draw: st.DrawFn,
+) -> tuple[int, int, list[list[int]], list[list[int]], list[float], list | None, tuple]:
     rows = draw(st.integers(1, 6))
     extra = draw(st.integers(0, 3))
     width = draw(st.integers(0, 3))
-    answer = st.one_of(st.just((NO_KEY, 0.0)), st.tuples(st.integers(0, 4), st.sampled_from([0.25, 0.5, 1.0])))
+    answer = st.one_of(
+        st.just((NO_KEY, 0.0)), st.tuples(st.integers(0, 4), st.sampled_from([0.25, 0.5, 1.0]))
+    )
     answers = st.lists(answer, min_size=width, max_size=width)
     key = st.lists(st.integers(-1, 3), min_size=len(RELATIONS), max_size=len(RELATIONS))
     weight = st.sampled_from([0.0, 0.3, 1.0])
@@ -207,7 +260,10 @@ def batches(draw: st.DrawFn) -> tuple[int, int, list[list[int]], list[list[int]]
     )
 
 
-RELATED = {"positives": {"product": 1.0, "group": 0.4, "query": 1.0}, "ignored": ["family", "title"]}
+RELATED = {
+    "positives": {"product": 1.0, "group": 0.4, "query": 1.0},
+    "ignored": ["family", "title"],
+}
 LOSSES = {
     "infonce": lambda: InfoNCE(**RELATED),
     "same side": lambda: InfoNCE(**RELATED, same_side=True),
@@ -230,10 +286,15 @@ def test_losses_equal_loops_in_float64(drawn: tuple, name: str, seed: int) -> No
 
 
 def test_a_judged_pair_weighs_in_the_sigmoid_loss_what_it_was_judged() -> None:
-    """Of one query with two answers of grades 1/2 and 1, each shown once: each pair has its grade in each row."""
+    """Of one query with two answers of grades 1/2 and 1, each shown once:
+
+    each pair has its grade in each row.
+    """
     query, product = unit(1).expand(2, -1), unit(2)
     judged = [[(0, 0.5), (1, 1.0)]] * 2
-    batch = make_batch(keys(2, query=[7, 7]), keys(2, product=[0, 1], query=[7, 7]), [0.5, 1.0], judged)
+    batch = make_batch(
+        keys(2, query=[7, 7]), keys(2, product=[0, 1], query=[7, 7]), [0.5, 1.0], judged
+    )
     similarity = (query @ product.T).requires_grad_()
     SigmoidLoss(temperature=1.0, bias=0.0)(similarity, torch.eye(2), batch).backward()
     pull = -similarity.grad * 1.5 * (1 + similarity.detach().exp())  # of a logit x: 1 / (1 + e^x)
@@ -272,7 +333,9 @@ def test_a_mined_product_that_is_never_trained_on_has_no_correction() -> None:
     torch.manual_seed(0)
     query, product = unit(3), unit(4)
     batch = make_batch(keys(3, product=[0, 1, 2]), keys(4, product=[0, 1, 2, 3]))
-    never, average = (batch._replace(frequency=torch.tensor([2.0, 1.0, 1.0, f])) for f in (0.0, 1.0))
+    never, average = (
+        batch._replace(frequency=torch.tensor([2.0, 1.0, 1.0, f])) for f in (0.0, 1.0)
+    )
     loss = InfoNCE(log_q=1.0)
     torch.testing.assert_close(loss(query, product, never), loss(query, product, average))
 
@@ -285,7 +348,9 @@ def test_without_duplicates_the_loss_and_its_gradients_are_those_of_open_clip() 
     theirs = ClipLoss()(query, product, loss.scale)
     torch.testing.assert_close(mine, theirs)
     inputs = [query, product, loss.logit_scale]
-    for one, other in zip(torch.autograd.grad(mine, inputs), torch.autograd.grad(theirs, inputs), strict=True):
+    for one, other in zip(
+        torch.autograd.grad(mine, inputs), torch.autograd.grad(theirs, inputs), strict=True
+    ):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
 
 
@@ -299,7 +364,9 @@ def test_where_equal_products_are_equal_vectors_open_clips_loss_is_the_same_sum(
     theirs = ClipLoss()(query, product[which], loss.scale)
     torch.testing.assert_close(mine, theirs)
     inputs = [query, product, loss.logit_scale]
-    for one, other in zip(torch.autograd.grad(mine, inputs), torch.autograd.grad(theirs, inputs), strict=True):
+    for one, other in zip(
+        torch.autograd.grad(mine, inputs), torch.autograd.grad(theirs, inputs), strict=True
+    ):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
 
 
@@ -364,7 +431,9 @@ def test_ignored_pairs_do_not_matter() -> None:
         assert (similarity.grad != 0).sum() == 7
 
 
-@pytest.mark.parametrize("loss", [InfoNCE(), SigmoidLoss(), InfoNCE(positives={}, ignored=["product"])])
+@pytest.mark.parametrize(
+    "loss", [InfoNCE(), SigmoidLoss(), InfoNCE(positives={}, ignored=["product"])]
+)
 def test_the_same_product_twice_in_a_batch_is_never_pushed_apart(loss: ContrastiveLoss) -> None:
     """Eight rows, of which 2 and 5 are one product with one vector."""
     vectors = unit(8)
@@ -372,7 +441,9 @@ def test_the_same_product_twice_in_a_batch_is_never_pushed_apart(loss: Contrasti
     batch = make_batch(keys(8, product=[0, 1, 2, 3, 4, 2, 6, 7]))
     similarity = (vectors @ vectors.T).requires_grad_()
     loss(similarity, torch.eye(8), batch).backward()
-    assert similarity.grad[2, 5] <= 0 and similarity.grad[5, 2] <= 0  # a step raises the similarity, or leaves it
+    assert (
+        similarity.grad[2, 5] <= 0 and similarity.grad[5, 2] <= 0
+    )  # a step raises the similarity, or leaves it
     assert similarity.grad[2, 3] > 0
 
 
@@ -388,7 +459,10 @@ def test_weights_are_shares_of_the_rows() -> None:
     query, product, some = unit(4), unit(4), keys(4, product=[0, 1, 2, 3])
     for loss in (InfoNCE(), SigmoidLoss()):
         value = loss(query, product, make_batch(some, weight=[1.0, 0.5, 0.0, 0.0])).item()
-        single = [loss(query, product, make_batch(some, weight=w)).item() for w in ([1.0, 0, 0, 0], [0, 1.0, 0, 0])]
+        single = [
+            loss(query, product, make_batch(some, weight=w)).item()
+            for w in ([1.0, 0, 0, 0], [0, 1.0, 0, 0])
+        ]
         assert value == pytest.approx((single[0] + 0.5 * single[1]) / 1.5, rel=1e-5)
 
 
@@ -448,7 +522,10 @@ def test_a_clamped_temperature_can_rise_again() -> None:
 
 
 def test_targets_prefer_positive_to_ignored_to_negative() -> None:
-    query, product = keys(1, product=[1], group=[2], family=[3]), keys(4, product=[1, 5, 6, 7], group=[9, 2, 9, 9])
+    query, product = (
+        keys(1, product=[1], group=[2], family=[3]),
+        keys(4, product=[1, 5, 6, 7], group=[9, 2, 9, 9]),
+    )
     product[:, FAMILY] = torch.tensor([3, 3, 3, 4])
     found = targets(query, product, torch.tensor([3]), {"product": 1.0, "group": 0.5}, ["family"])
     assert found.positive.tolist() == [[1.0, 0.5, 0.0, 1.0]]
@@ -459,10 +536,14 @@ def test_a_product_that_answers_two_queries_is_pushed_away_by_neither() -> None:
     """Query 0 is judged to be answered by products 1 (its row) and 2 (the other row's) with grade 1/2: 2/3 and 1/3."""
     similarity = torch.tensor([[0.9, 0.5], [0.4, 0.8]])
     batch = make_batch(keys(2, query=[5, 6]), keys(2, product=[1, 2], query=[5, 6]))
-    batch = batch._replace(judged=torch.tensor([[2, 1], [2, NO_KEY]]), grades=torch.tensor([[0.5, 1.0], [1.0, 0.0]]))
+    batch = batch._replace(
+        judged=torch.tensor([[2, 1], [2, NO_KEY]]), grades=torch.tensor([[0.5, 1.0], [1.0, 0.0]])
+    )
     forth = -(torch.tensor([[2 / 3, 1 / 3], [0, 1]]) * similarity.log_softmax(1)).sum(1).mean()
     back = -(torch.tensor([[1, 0], [1 / 3, 2 / 3]]) * similarity.T.log_softmax(1)).sum(1).mean()
-    value = InfoNCE(temperature=1.0)(similarity, torch.eye(2), batch)  # products of rows: the matrix
+    value = InfoNCE(temperature=1.0)(
+        similarity, torch.eye(2), batch
+    )  # products of rows: the matrix
     torch.testing.assert_close(value, (forth + back) / 2)
 
 
@@ -474,7 +555,9 @@ def test_judged_pairs_are_left_out_where_the_relation_is() -> None:
 
 
 def test_no_key_equals_nothing() -> None:
-    found = targets(keys(2), keys(2), torch.tensor([0, 1]), {"product": 1.0}, ["group", "family", "title"])
+    found = targets(
+        keys(2), keys(2), torch.tensor([0, 1]), {"product": 1.0}, ["group", "family", "title"]
+    )
     assert found.positive.tolist() == [[1, 0], [0, 1]]
     assert found.counts.all()
 

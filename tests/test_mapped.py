@@ -5,16 +5,22 @@ import faiss
 import numpy as np
 import pytest
 
-from retrieval import metrics
-from retrieval.build import Recipe, build_index
-from retrieval.building import mapped
-from retrieval.building.factory import parse_mapped
-from retrieval.building.lists import read_lists
-from retrieval.building.mapped import centroids_of, open_fine, search_parameters, train, write_fine_header
-from retrieval.embeddings import EmbeddingReader, EmbeddingWriter
-from retrieval.engine import Settings
-from retrieval.index import ProductIndex
-from retrieval.storage import ArtefactError
+from tritower.artefacts.storage import ArtefactError
+from tritower.retrieval.building.build import Recipe, build_index
+from tritower.retrieval.index import ProductIndex
+from tritower.retrieval.ivf import ivf_pq as mapped
+from tritower.retrieval.ivf.engine import Settings
+from tritower.retrieval.ivf.inverted_lists import read_lists
+from tritower.retrieval.ivf.ivf_pq import (
+    centroids_of,
+    open_fine,
+    search_parameters,
+    train,
+    write_fine_header,
+)
+from tritower.retrieval.ivf.spec import parse_mapped
+from tritower.retrieval.ranking import metrics
+from tritower.retrieval.vectors.embeddings import EmbeddingReader, EmbeddingWriter
 
 DIM = 32
 
@@ -22,7 +28,9 @@ DIM = 32
 def clustered(count, seed=0, dim=DIM, clusters=60):
     generator = np.random.default_rng(seed)
     centers = np.random.default_rng(99).standard_normal((clusters, dim))
-    vectors = centers[generator.integers(0, clusters, count)] + 0.6 * generator.standard_normal((count, dim))
+    vectors = centers[generator.integers(0, clusters, count)] + 0.6 * generator.standard_normal(
+        (count, dim)
+    )
     return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
 
 
@@ -64,7 +72,11 @@ def spilled(tmp_path_factory, reader):
     """Factory -> an index with second lists and one without, alike otherwise."""
     root = tmp_path_factory.mktemp("spilled")
     found = {}
-    for factory in ("IVF64,PQ8x4fsr,Refine(SQ8)", "IVF64,PQ8x4fsr", "IVF2048,PQ8x4fsr,Refine(SQfp16)"):
+    for factory in (
+        "IVF64,PQ8x4fsr,Refine(SQ8)",
+        "IVF64,PQ8x4fsr",
+        "IVF2048,PQ8x4fsr,Refine(SQfp16)",
+    ):
         for spill in (False, True):
             build_index(reader, root / f"{factory}{spill}", Recipe(factory, spill=spill))
         found[factory] = [ProductIndex.open(root / f"{factory}{spill}") for spill in (True, False)]
@@ -85,7 +97,9 @@ def test_a_streamed_file_of_finer_vectors_is_that_of_faiss(tmp_path, kind, count
     assert (tmp_path / "f").read_bytes() == faiss.serialize_index(added).tobytes()
     opened = open_fine(tmp_path / "f", count, DIM)
     if count:
-        for found, wanted in zip(opened.search(sample[:5], 1), added.search(sample[:5], 1), strict=True):
+        for found, wanted in zip(
+            opened.search(sample[:5], 1), added.search(sample[:5], 1), strict=True
+        ):
             assert np.array_equal(found, wanted)
         assert np.array_equal(opened.reconstruct_n(0, count), added.reconstruct_n(0, count))
 
@@ -96,7 +110,9 @@ def test_finer_vectors_of_another_index_are_refused(tmp_path):
         write_fine_header(file, finer, 3)
         file.write(finer.sa_encode(clustered(3)).tobytes())
     for count, dim in ((4, DIM), (3, 16)):
-        with pytest.raises(ArtefactError, match=rf"f holds 3 vectors of 32 dimensions, expected {count} of {dim}"):
+        with pytest.raises(
+            ArtefactError, match=rf"f holds 3 vectors of 32 dimensions, expected {count} of {dim}"
+        ):
             open_fine(tmp_path / "f", count, dim)
     (tmp_path / "f").write_bytes(b"no such file")
     with pytest.raises(ArtefactError, match="f cannot be opened"):
@@ -118,8 +134,12 @@ def test_what_finds_lists_survives_writing_and_reading(lists):
         assert np.array_equal(found, wanted)
 
 
-@pytest.mark.parametrize("factory", ["IVF40,PQ8x4fsr", "IVF40,PQ8x4fs", "IVF40,PQ16x4fs,Refine(SQfp16)"])
-def test_codes_and_answers_are_those_of_faiss_with_the_same_quantizers(tmp_path, reader, queries, factory):
+@pytest.mark.parametrize(
+    "factory", ["IVF40,PQ8x4fsr", "IVF40,PQ8x4fs", "IVF40,PQ16x4fs,Refine(SQfp16)"]
+)
+def test_codes_and_answers_are_those_of_faiss_with_the_same_quantizers(
+    tmp_path, reader, queries, factory
+):
     design = parse_mapped(factory)
     trained = train(stored(reader), design, seed=0)
     plain = faiss.clone_index(trained.index)
@@ -129,7 +149,9 @@ def test_codes_and_answers_are_those_of_faiss_with_the_same_quantizers(tmp_path,
     assert index.engine.ivf.by_residual == plain.by_residual == design.residual
     for nprobe in (1, 5, 40):
         wanted = plain.search(queries, 20, params=faiss.SearchParametersIVF(nprobe=nprobe))
-        found = index.engine.ivf.search(queries, 20, params=search_parameters(index.engine.ivf, nprobe))
+        found = index.engine.ivf.search(
+            queries, 20, params=search_parameters(index.engine.ivf, nprobe)
+        )
         assert np.array_equal(found[0], wanted[0]) and np.array_equal(found[1], wanted[1])
 
 
@@ -137,18 +159,30 @@ def test_codes_and_answers_are_those_of_faiss_with_the_same_quantizers(tmp_path,
 def test_vectors_are_encoded_alike_alone_and_together(spill):
     vectors = clustered(6000)
     trained = train(vectors, parse_mapped("IVF64,PQ8x4fsr,Refine(SQ8)"), seed=0, spill=spill)
-    together, alone = trained.encode(vectors), trained.encode(vectors[5000:5010])  # across the blocks of encode
-    assert together.lists.shape == (6000, 1 + spill) and together.codes.shape == (1 + spill, 6000, 4)
+    together, alone = (
+        trained.encode(vectors),
+        trained.encode(vectors[5000:5010]),
+    )  # across the blocks of encode
+    assert together.lists.shape == (6000, 1 + spill) and together.codes.shape == (
+        1 + spill,
+        6000,
+        4,
+    )
     assert together.fine.shape == (6000, DIM)
     assert np.array_equal(alone.lists, together.lists[5000:5010])
     assert np.array_equal(alone.codes, together.codes[:, 5000:5010])
     assert np.array_equal(alone.fine, together.fine[5000:5010])
-    assert (together.lists[:, 0] == (vectors @ trained.centroids.vectors.T).argmax(axis=1)).mean() > 0.999
+    assert (
+        together.lists[:, 0] == (vectors @ trained.centroids.vectors.T).argmax(axis=1)
+    ).mean() > 0.999
 
 
 def test_a_rerank_finds_nearly_what_exact_search_finds(many, reader, queries):
     truth = exact(queries, stored(reader), 10)
-    assert metrics.recall_at_k(many.search(queries, 10, nprobe=2048, k_factor=30).rows, truth, 10) > 0.97
+    assert (
+        metrics.recall_at_k(many.search(queries, 10, nprobe=2048, k_factor=30).rows, truth, 10)
+        > 0.97
+    )
 
 
 def test_all_lists_probed_find_everything_though_lists_are_found_through_groups(many, queries):
@@ -186,9 +220,12 @@ def rows_of_lists(index):
 
 @pytest.mark.parametrize("factory", ["IVF64,PQ8x4fsr,Refine(SQ8)", "IVF64,PQ8x4fsr"])
 @pytest.mark.parametrize(
-    ("k", "nprobe", "k_factor"), [(1, 1, 1), (10, 1, 1), (100, 1, 8), (5, 16, 1), (1000, 3, 2), (6000, 64, 1)]
+    ("k", "nprobe", "k_factor"),
+    [(1, 1, 1), (10, 1, 1), (100, 1, 8), (5, 16, 1), (1000, 3, 2), (6000, 64, 1)],
 )
-def test_each_row_at_most_once_and_as_many_as_can_be_reached(spilled, queries, factory, k, nprobe, k_factor):
+def test_each_row_at_most_once_and_as_many_as_can_be_reached(
+    spilled, queries, factory, k, nprobe, k_factor
+):
     for index in spilled[factory]:
         lists = rows_of_lists(index)
         visited = index.engine.ivf.quantizer.search(queries, nprobe)[1]
@@ -208,20 +245,28 @@ def test_with_second_lists_every_row_stands_in_two_different_lists(spilled):
         assert index.manifest.meta["spill"] and not without.manifest.meta["spill"]
         for each, times in ((index, 2), (without, 1)):
             lists = rows_of_lists(each)
-            assert np.array_equal(np.bincount(np.concatenate(lists), minlength=6000), np.full(6000, times))
+            assert np.array_equal(
+                np.bincount(np.concatenate(lists), minlength=6000), np.full(6000, times)
+            )
             assert all((np.diff(rows) > 0).all() for rows in lists)
 
 
-@pytest.mark.parametrize("factory", ["IVF64,PQ8x4fsr,Refine(SQ8)", "IVF2048,PQ8x4fsr,Refine(SQfp16)"])
+@pytest.mark.parametrize(
+    "factory", ["IVF64,PQ8x4fsr,Refine(SQ8)", "IVF2048,PQ8x4fsr,Refine(SQfp16)"]
+)
 def test_second_lists_find_more_in_as_many_lists(spilled, reader, queries, factory):
     truth = exact(queries, stored(reader), 10)
     for nprobe in (1, 4, 16):
         with_spill, without = (
-            metrics.recall_at_k(index.search(queries, 10, nprobe=nprobe, k_factor=20).rows, truth, 10)
+            metrics.recall_at_k(
+                index.search(queries, 10, nprobe=nprobe, k_factor=20).rows, truth, 10
+            )
             for index in spilled[factory]
         )
         assert with_spill >= without
-    assert metrics.recall_at_k(spilled[factory][0].search(queries, 10, nprobe=4).rows, truth, 10) > 0.5
+    assert (
+        metrics.recall_at_k(spilled[factory][0].search(queries, 10, nprobe=4).rows, truth, 10) > 0.5
+    )
 
 
 def test_second_lists_make_the_same_answers_when_all_are_visited(spilled, queries):
@@ -239,11 +284,19 @@ def test_inner_product_of_vectors_of_any_length(tmp_path):
     truth = exact(queries, stored(reader), 10)
     hits = index.search(queries, 10, nprobe=64, k_factor=30)
     assert metrics.recall_at_k(hits.rows, truth, 10) > 0.9
-    assert np.allclose(hits.scores, np.take_along_axis(queries @ stored(reader).T, hits.rows, 1), rtol=5e-3, atol=5e-3)
+    assert np.allclose(
+        hits.scores,
+        np.take_along_axis(queries @ stored(reader).T, hits.rows, 1),
+        rtol=5e-3,
+        atol=5e-3,
+    )
 
 
 def test_settings_of_groups_by_hand(many, monkeypatch):
-    """2048 lists in G groups: for 40 lists, G / 8 + 8 x 40 / (2048 / G) groups are visited, and 68 lists compared."""
+    """2048 lists in G groups:
+
+    for 40 lists, G / 8 + 8 x 40 / (2048 / G) groups are visited, and 68 lists compared.
+    """
     groups = len(centroids_of(many.engine.ivf).groups)
     made = []
 

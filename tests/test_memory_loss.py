@@ -7,9 +7,9 @@ import torch
 from test_loss import keys, make_batch, unit
 from torch import Tensor
 
-from datamodules.batch import NO_KEY, Batch
-from towers.loss import InfoNCE
-from towers.memory_loss import MemoryInfoNCE
+from tritower.datamodules.batch import NO_KEY, Batch
+from tritower.towers.losses.cross_batch_memory import MemoryInfoNCE
+from tritower.towers.losses.loss import InfoNCE
 
 
 def make_loss(size: int = 8, warmup: int = 0, dim: int = 5) -> MemoryInfoNCE:
@@ -33,10 +33,14 @@ def test_past_products_and_queries_are_negatives_by_hand() -> None:
     loss = make_loss()
     torch.testing.assert_close(loss(*old, batch_of(0)), InfoNCE()(*old, batch_of(0)))
     scale = float(loss.scale.detach())
-    expected = forth(new[0], torch.cat([new[1], old[1]]), scale) + forth(new[1], torch.cat([new[0], old[0]]), scale)
+    expected = forth(new[0], torch.cat([new[1], old[1]]), scale) + forth(
+        new[1], torch.cat([new[0], old[0]]), scale
+    )
     value = loss(*new, batch_of(3))
     torch.testing.assert_close(value, expected.mean() / 2)
-    for mine, other in zip(torch.autograd.grad(value, new), torch.autograd.grad(expected.mean() / 2, new), strict=True):
+    for mine, other in zip(
+        torch.autograd.grad(value, new), torch.autograd.grad(expected.mean() / 2, new), strict=True
+    ):
         torch.testing.assert_close(mine, other)
 
 
@@ -47,7 +51,9 @@ def test_a_remembered_product_that_answers_a_query_is_no_negative() -> None:
     columns, scale = torch.cat([new, old]), float(loss.scale.detach())
     judged = {"judged": torch.tensor([[0], [NO_KEY]]), "grades": torch.tensor([[1.0], [0.0]])}
     share = (scale * new @ columns.T).log_softmax(1)
-    expected = -(share[0, 0] + share[0, 2]) / 2 - share[1, 1] - share.diagonal().sum()  # forth, and back
+    expected = (
+        -(share[0, 0] + share[0, 2]) / 2 - share[1, 1] - share.diagonal().sum()
+    )  # forth, and back
     value = loss(new, new, batch_of(5, 2)._replace(**judged))
     torch.testing.assert_close(value, expected / 4)
 
@@ -73,7 +79,10 @@ def test_the_oldest_are_forgotten() -> None:
 
 
 def test_a_product_that_comes_again_is_not_pushed_away_from_its_past() -> None:
-    """Its old embedding is a positive: with it at hand, the loss of a pair that agrees with it is low."""
+    """Its old embedding is a positive:
+
+    with it at hand, the loss of a pair that agrees with it is low.
+    """
     loss, rows = make_loss(), unit(2)
     loss(rows, rows, batch_of(0, 2))
     query = rows.clone().requires_grad_()

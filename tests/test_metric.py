@@ -1,4 +1,7 @@
-"""The metric kl against divergences by hand in float64: vectors, indexes, training, products that ask."""
+"""The metric kl against divergences by hand in float64:
+
+vectors, indexes, training, products that ask.
+"""
 
 from __future__ import annotations
 
@@ -14,24 +17,24 @@ from scipy.special import rel_entr
 from test_loss import keys, make_batch
 from training import fit
 
-import index as program
-from datamodules.batch import Item
-from retrieval.build import Recipe, build_index
-from retrieval.building.points import Target
-from retrieval.building.probes import without_own
-from retrieval.embeddings import EmbeddingReader, EmbeddingWriter
-from retrieval.index import ProductIndex
-from retrieval.likes import combined
-from retrieval.storage import ArtefactError
-from retrieval.update import update_index
-from retrieval.vectors import as_queries, checked_queries
-from towers.attribute import AttributeTower
-from towers.encoder import Encoded, Encoder
-from towers.label_loss import CoSENT, PairLoss
-from towers.loss import InfoNCE
-from towers.metric import compared
-from towers.model_folder import load_model
-from towers.two_tower import Comparison, TwoTower
+from tritower.artefacts.storage import ArtefactError
+from tritower.commands import index as program
+from tritower.datamodules.batch import Item
+from tritower.retrieval.building.build import Recipe, build_index
+from tritower.retrieval.building.tuning.tuning_queries import without_own
+from tritower.retrieval.index import ProductIndex
+from tritower.retrieval.ivf.operating_points import Target
+from tritower.retrieval.more_like_this import combined
+from tritower.retrieval.updating.update import update_index
+from tritower.retrieval.vectors.checks import as_queries, checked_queries
+from tritower.retrieval.vectors.embeddings import EmbeddingReader, EmbeddingWriter
+from tritower.towers.attribute import AttributeTower
+from tritower.towers.encoder import Encoded, Encoder
+from tritower.towers.losses.loss import InfoNCE
+from tritower.towers.losses.pairs import CoSENT, PairLoss
+from tritower.towers.metric import compared
+from tritower.towers.model_folder import load_model
+from tritower.towers.two_tower import Comparison, TwoTower
 
 DIM = 32
 KL = "--model.metric=kl"
@@ -62,13 +65,19 @@ def clusters(count: int, seed: int = 0) -> np.ndarray:
     """(count, DIM) unit embeddings around 40 kinds."""
     generator = np.random.default_rng(seed)
     kinds = np.random.default_rng(7).standard_normal((40, DIM))
-    return unit(kinds[generator.integers(0, 40, count)] + 0.6 * generator.standard_normal((count, DIM)))
+    return unit(
+        kinds[generator.integers(0, 40, count)] + 0.6 * generator.standard_normal((count, DIM))
+    )
 
 
 def embeddings(folder: Path, vectors: np.ndarray, prefix: str = "p") -> EmbeddingReader:
     """A folder of products of this metric."""
     writer = EmbeddingWriter(folder, dim=DIM, metric="kl")
-    writer.write("shard-00000", [f"{prefix}{row}" for row in range(len(vectors))], transformed(vectors, "product"))
+    writer.write(
+        "shard-00000",
+        [f"{prefix}{row}" for row in range(len(vectors))],
+        transformed(vectors, "product"),
+    )
     writer.finish(["shard-00000"])
     return EmbeddingReader(folder)
 
@@ -101,7 +110,9 @@ def test_products_vectors_are_no_queries() -> None:
     assert checked_queries(queries, "kl") is queries
     assert checked_queries(products, "cosine") is products
     mixed = np.concatenate([queries, products])
-    with pytest.raises(ValueError, match=r"row 5 holds numbers from -.*as_queries makes it.*5 of 10 rows"):
+    with pytest.raises(
+        ValueError, match=r"row 5 holds numbers from -.*as_queries makes it.*5 of 10 rows"
+    ):
         checked_queries(mixed, "kl")
     with pytest.raises(ValueError, match=r"the sum 0\.5;"):
         checked_queries(queries / 2, "kl")
@@ -126,7 +137,9 @@ def nearest(query: np.ndarray, product: np.ndarray, k: int) -> np.ndarray:
 
 def overlap(found: np.ndarray, truth: np.ndarray) -> float:
     """Mean share of each row of the truth that was found."""
-    return float(np.mean([len(set(a) & set(b)) / len(b) for a, b in zip(found, truth, strict=True)]))
+    return float(
+        np.mean([len(set(a) & set(b)) / len(b) for a, b in zip(found, truth, strict=True)])
+    )
 
 
 @pytest.mark.parametrize("factory", ["Flat", "IVF32,PQ32x4fsr,Refine(SQ8)"])
@@ -164,11 +177,15 @@ def test_the_gauge_of_an_update_asks_as_queries(tmp_path: Path) -> None:
     build_index(reader, tmp_path / "index", Recipe("IVF32,PQ32x4fsr,Refine(SQ8)", nprobe=1))
     report = update_index(tmp_path / "index", upsert=embeddings(tmp_path / "new", new, "n"))
     index, everything = ProductIndex.open(tmp_path / "index"), np.concatenate([vectors, new])
-    own = index.rows_of(pa.array([f"p{row}" for row in range(800)] + [f"n{row}" for row in range(40)]))
+    own = index.rows_of(
+        pa.array([f"p{row}" for row in range(800)] + [f"n{row}" for row in range(40)])
+    )
     truth = own[nearest(everything, everything, 11)[:, 1:]]
     found = without_own(index.search(transformed(everything, "query"), 11).rows, own)
     assert report.after.recall == pytest.approx(overlap(found, truth), abs=0.02)
-    as_products = without_own(index.engine.search(transformed(everything, "product"), 11, index.settings)[1], own)
+    as_products = without_own(
+        index.engine.search(transformed(everything, "product"), 11, index.settings)[1], own
+    )
     assert overlap(as_products, truth) < report.after.recall - 0.03, (
         "asked with products' vectors the gauge would differ"
     )
@@ -188,7 +205,9 @@ def test_products_are_compared_as_they_stand_and_ask_as_queries(tmp_path: Path) 
     embeddings(tmp_path / "products", vectors)
     (as_product,) = EmbeddingReader(tmp_path / "products").batches()
     (asking,) = EmbeddingReader(tmp_path / "products", asks=True).batches()
-    assert np.allclose(as_product.vectors, transformed(vectors, "product"), atol=3e-3)  # half floats
+    assert np.allclose(
+        as_product.vectors, transformed(vectors, "product"), atol=3e-3
+    )  # half floats
     assert np.allclose(asking.vectors, probabilities(vectors), atol=3e-3)
     with pytest.raises(ValueError, match="do not normalise"):
         list(EmbeddingReader(tmp_path / "products", normalize=True).batches())
@@ -204,7 +223,12 @@ def trained(tiny_catalogue: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     compare = "--model.compare=[{query: whole}, {query: part, weight: 0.25}, {query: text, product: text}]"
     assert fit(tiny_catalogue, folder / "run", KL, compare, "--then_test=true") == 0
     model, made = folder / "run" / "model", folder / "embeddings"
-    assert program.main(["embed", f"--model={model}", f"--catalogue={tiny_catalogue}", f"--output={made}"]) == 0
+    assert (
+        program.main(
+            ["embed", f"--model={model}", f"--catalogue={tiny_catalogue}", f"--output={made}"]
+        )
+        == 0
+    )
     assert program.main(["build", f"--embeddings={made}", f"--output={folder / 'index'}"]) == 0
     return folder
 
@@ -212,18 +236,30 @@ def trained(tiny_catalogue: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 def stored(folder: Path) -> tuple[list[str], np.ndarray]:
     """Ids and vectors of what was embedded."""
     batches = list(EmbeddingReader(folder).batches())
-    return [i for b in batches for i in b.ids.to_pylist()], np.concatenate([b.vectors for b in batches])
+    return [i for b in batches for i in b.ids.to_pylist()], np.concatenate(
+        [b.vectors for b in batches]
+    )
 
 
-def test_training_counts_what_the_index_finds(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_training_counts_what_the_index_finds(
+    trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     tested = json.loads((trained / "run" / "test.json").read_text(encoding="utf-8"))
     report = trained / "report"
-    arguments = [f"--index={trained / 'index'}", f"--embeddings={trained / 'embeddings'}", f"--output={report}"]
+    arguments = [
+        f"--index={trained / 'index'}",
+        f"--embeddings={trained / 'embeddings'}",
+        f"--output={report}",
+    ]
     assert program.main(["evaluate", *arguments]) == 0
-    exact = json.loads((report / "report.json").read_text(encoding="utf-8"))["tasks"]["exact"]["fused"]
+    exact = json.loads((report / "report.json").read_text(encoding="utf-8"))["tasks"]["exact"][
+        "fused"
+    ]
     assert tested["test/product_queries/hit@10"] > 0.5
     for name in ("hit@1", "hit@10", "recall@10"):  # half floats on disk may swap near ties
-        assert tested[f"test/product_queries/{name}"] == pytest.approx(exact[name]["value"], abs=0.05)
+        assert tested[f"test/product_queries/{name}"] == pytest.approx(
+            exact[name]["value"], abs=0.05
+        )
 
 
 def test_a_model_folder_remembers_its_metric(trained: Path) -> None:
@@ -231,12 +267,16 @@ def test_a_model_folder_remembers_its_metric(trained: Path) -> None:
     assert model.metric == "kl"
     item = Item(text={"title": "mug from Acme no 3"})
     assert model.encode([item]).sum() == pytest.approx(1, abs=1e-5)
-    assert np.allclose(as_queries(model.encode([item], "product"), "kl"), model.encode([item]), atol=1e-6)
+    assert np.allclose(
+        as_queries(model.encode([item], "product"), "kl"), model.encode([item]), atol=1e-6
+    )
     config = json.loads((trained / "run" / "model" / "config.json").read_text(encoding="utf-8"))
     assert config["format"] == 2, "a release that knows cosine alone refuses it"
 
 
-def test_products_ask_by_command_as_by_hand(trained: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_products_ask_by_command_as_by_hand(
+    trained: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     ids, products = stored(trained / "embeddings" / "products")
     score = as_queries(products, "kl").astype(np.float64) @ products.T
     np.fill_diagonal(score, -np.inf)
@@ -245,7 +285,12 @@ def test_products_ask_by_command_as_by_hand(trained: Path, capsys: pytest.Captur
     hits = [hit["product_id"] for hit in json.loads(capsys.readouterr().out)["hits"]]
     assert hits == [ids[row] for row in np.argsort(-score[5])[:5]]
     output = tmp_path / "similar.parquet"
-    many = [f"--queries={trained / 'embeddings' / 'products'}", f"--output={output}", "--exclude-self", "--k=5"]
+    many = [
+        f"--queries={trained / 'embeddings' / 'products'}",
+        f"--output={output}",
+        "--exclude-self",
+        "--k=5",
+    ]
     assert program.main(["search", f"--index={trained / 'index'}", *many]) == 0
     found: dict[str, list[str]] = {}
     for hit in pq.read_table(output).to_pylist():
@@ -256,8 +301,13 @@ def test_products_ask_by_command_as_by_hand(trained: Path, capsys: pytest.Captur
 
 def test_text_and_parts_by_command(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ids, _ = stored(trained / "embeddings" / "products")
-    for asked in (["--text=red mug"], ["--text=red mug", f"--like={ids[3]}", f"--unlike={ids[8]}=0.5"]):
-        assert program.main(["search", f"--index={trained / 'index'}", *asked, "--json", "--k=5"]) == 0
+    for asked in (
+        ["--text=red mug"],
+        ["--text=red mug", f"--like={ids[3]}", f"--unlike={ids[8]}=0.5"],
+    ):
+        assert (
+            program.main(["search", f"--index={trained / 'index'}", *asked, "--json", "--k=5"]) == 0
+        )
         assert len(json.loads(capsys.readouterr().out)["hits"]) == 5
 
 
@@ -274,20 +324,26 @@ def test_a_products_vector_given_as_a_query_is_refused(
 @pytest.mark.parametrize("loss", [CoSENT(), PairLoss(), InfoNCE(same_side=True)])
 def test_losses_that_need_a_cosine_are_refused(loss: object) -> None:
     compare = [Comparison(), Comparison(loss=loss)]
-    with pytest.raises(ValueError, match=rf"metric=kl compares queries with products; {type(loss).__name__}"):
+    with pytest.raises(
+        ValueError, match=rf"metric=kl compares queries with products; {type(loss).__name__}"
+    ):
         TwoTower(Encoder(8, attribute=AttributeTower()), compare=compare, metric="kl")
 
 
 def test_the_loss_is_of_divergences() -> None:
     asks, found = clusters(4), clusters(4, seed=2)
-    model = TwoTower(Encoder(DIM, attribute=AttributeTower()), loss=InfoNCE(product_share=0), metric="kl")
+    model = TwoTower(
+        Encoder(DIM, attribute=AttributeTower()), loss=InfoNCE(product_share=0), metric="kl"
+    )
     batch = make_batch(keys(4, product=[1, 2, 3, 4]))
 
     def encoded(vectors: np.ndarray) -> Encoded:
         whole = torch.from_numpy(vectors.astype(np.float32))
         return Encoded(whole, whole, whole, whole[:, None], torch.ones(4, 1, dtype=torch.bool))
 
-    value = model._compared(model.compare[0], model.loss, encoded(asks), encoded(found), batch).item()
+    value = model._compared(
+        model.compare[0], model.loss, encoded(asks), encoded(found), batch
+    ).item()
     logits = -model.loss.scale.item() * divergences(asks, found)
     by_hand = np.mean(np.log(np.exp(logits).sum(1)) - np.diag(logits))
     assert value == pytest.approx(by_hand, rel=1e-4)

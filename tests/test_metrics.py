@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retrieval import metrics as m
+from tritower.retrieval.ranking import metrics as m
 
 ONE_OF_THREE = np.array([[10, 11, 7, 12, 13]]), np.array([[7, 8, 9]])
 
@@ -90,7 +90,9 @@ def test_bootstrap_interval_holds_the_mean_and_narrows_with_more_queries():
         m.bootstrap_interval([0.0, math.nan])
 
 
-@pytest.mark.parametrize(("level", "deviations"), [(0.95, 1.959964), (0.8, 1.281552), (0.99, 2.575829)])
+@pytest.mark.parametrize(
+    ("level", "deviations"), [(0.95, 1.959964), (0.8, 1.281552), (0.99, 2.575829)]
+)
 def test_bootstrap_interval_of_many_queries_is_the_normal_one(level, deviations):
     """The mean and as many of its standard errors to either side as a normal distribution has at this level."""
     values = np.random.default_rng(0).beta(2, 3, 500)
@@ -124,7 +126,9 @@ def rankings(draw):
     retrieved, relevant, grades = [], [], []
     for _ in range(num_queries):
         got = draw(st.lists(ids, unique=True, max_size=k_max))
-        judged = draw(st.dictionaries(ids, st.sampled_from([1.0, 2.0, 3.0]), min_size=1, max_size=6))
+        judged = draw(
+            st.dictionaries(ids, st.sampled_from([1.0, 2.0, 3.0]), min_size=1, max_size=6)
+        )
         retrieved.append(got + [-1] * (k_max - len(got)))
         relevant.append(list(judged) + [-1] * (6 - len(judged)))
         grades.append(list(judged.values()) + [0.0] * (6 - len(judged)))
@@ -134,7 +138,9 @@ def rankings(draw):
 def oracle(retrieved, relevant, grades, k):
     """The definitions, one query after the other."""
     rows = []
-    for got, judged, grade in zip(retrieved.tolist(), relevant.tolist(), grades.tolist(), strict=True):
+    for got, judged, grade in zip(
+        retrieved.tolist(), relevant.tolist(), grades.tolist(), strict=True
+    ):
         grade_of = {i: g for i, g in zip(judged, grade, strict=True) if i >= 0}
         found = [i in grade_of for i in got if i >= 0]
         precisions = [sum(found[: r + 1]) / (r + 1) for r, f in enumerate(found) if f]
@@ -177,6 +183,8 @@ def test_metrics_equal_the_definitions(case):
     assert (got[:, 1] <= got[:, 2] + 1e-12).all()  # recall never above its best
     retrieved, relevant, grades, k = case
     order = np.random.default_rng(0).permutation(relevant.shape[1])
-    assert np.allclose(got, measured(retrieved, relevant[:, order], grades[:, order], k), atol=1e-12)
+    assert np.allclose(
+        got, measured(retrieved, relevant[:, order], grades[:, order], k), atol=1e-12
+    )
     means = [f(retrieved, relevant, k) for f in (m.hit_at_k, m.recall_at_k)]
     assert np.allclose(means, got[:, :2].mean(axis=0), atol=1e-12)

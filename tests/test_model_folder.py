@@ -17,22 +17,22 @@ from test_encoder import ITEMS
 from tiny_models import TIMM, TIMM_ARGS, write_bert, write_open_clip, write_timm
 from training import fit
 
-from datamodules.batch import MODALITIES, Item
-from datamodules.parquet import Table, product_item
-from retrieval import storage
-from retrieval.embeddings import EmbeddingReader
-from retrieval.storage import ArtefactError
-from towers.attribute import AttributeTower
-from towers.embed import embed
-from towers.encoder import Encoder
-from towers.hugging_face import HuggingFaceText
-from towers.image import ImageTower, TimmImage
-from towers.model_folder import TOWERS, load_model, save_model
-from towers.open_clip_models import OpenClipImage, OpenClipText
-from towers.text import BiLSTM, TextTower
-from towers.tower import Tower
-from towers.two_tower import TwoTower
-from towers.words import HashedNgrams
+from tritower.artefacts import storage
+from tritower.artefacts.storage import ArtefactError
+from tritower.datamodules.batch import MODALITIES, Item
+from tritower.datamodules.catalogue import Table, product_item
+from tritower.retrieval.vectors.embeddings import EmbeddingReader
+from tritower.towers.attribute import AttributeTower
+from tritower.towers.embed import embed
+from tritower.towers.encoder import Encoder
+from tritower.towers.hugging_face import HuggingFaceText
+from tritower.towers.image import ImageTower, TimmImage
+from tritower.towers.lexical import HashedNgrams
+from tritower.towers.model_folder import TOWERS, load_model, save_model
+from tritower.towers.open_clip_models import OpenClipImage, OpenClipText
+from tritower.towers.text import BiLSTM, TextTower
+from tritower.towers.tower import Tower
+from tritower.towers.two_tower import TwoTower
 
 
 @pytest.fixture
@@ -41,7 +41,9 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def hugging_face(weights: Path) -> Tower:
-    return HuggingFaceText(str(write_bert(weights / "bert")), template="{title}", query_prefix="q: ", freeze=True)
+    return HuggingFaceText(
+        str(write_bert(weights / "bert")), template="{title}", query_prefix="q: ", freeze=True
+    )
 
 
 def open_clip_text(weights: Path) -> Tower:
@@ -50,7 +52,9 @@ def open_clip_text(weights: Path) -> Tower:
 
 def open_clip_text_with_tokenizer(weights: Path) -> Tower:
     tokenizer = write_bert(weights / "tokenizer")
-    return OpenClipText(f"local-dir:{write_open_clip(weights / 'clip', tokenizer=tokenizer)}", product_prefix="p: ")
+    return OpenClipText(
+        f"local-dir:{write_open_clip(weights / 'clip', tokenizer=tokenizer)}", product_prefix="p: "
+    )
 
 
 def open_clip_image(weights: Path) -> Tower:
@@ -60,16 +64,26 @@ def open_clip_image(weights: Path) -> Tower:
 def timm_image(weights: Path) -> Tower:
     write_timm(weights / "timm.pth")
     return TimmImage(
-        TIMM, weights / "timm.pth", TIMM_ARGS, 48, resize="crop", interpolation="bilinear", mean=[0.1, 0.2, 0.3]
+        TIMM,
+        weights / "timm.pth",
+        TIMM_ARGS,
+        48,
+        resize="crop",
+        interpolation="bilinear",
+        mean=[0.1, 0.2, 0.3],
     )
 
 
 def bilstm(weights: Path) -> Tower:
-    return BiLSTM(num_buckets=128, word_dim=8, hidden_dim=5, max_length=3, template="{description} {title}")
+    return BiLSTM(
+        num_buckets=128, word_dim=8, hidden_dim=5, max_length=3, template="{description} {title}"
+    )
 
 
 def attributes(weights: Path) -> Tower:
-    return AttributeTower(10, value_dim=4, num_buckets=128, num_hashes=3, num_frequencies=5, frequency_scale=0.7)
+    return AttributeTower(
+        10, value_dim=4, num_buckets=128, num_hashes=3, num_frequencies=5, frequency_scale=0.7
+    )
 
 
 def ngrams(weights: Path) -> Tower:
@@ -92,7 +106,12 @@ MAKERS = {
 
 
 def modality(tower: Tower) -> str:
-    kinds = {AttributeTower: "attribute", HashedNgrams: "words", TextTower: "text", ImageTower: "image"}
+    kinds = {
+        AttributeTower: "attribute",
+        HashedNgrams: "words",
+        TextTower: "text",
+        ImageTower: "image",
+    }
     return next(kind for base, kind in kinds.items() if isinstance(tower, base))
 
 
@@ -102,7 +121,9 @@ def test_every_tower_is_tried() -> None:
 
 
 @pytest.mark.parametrize("name", list(MAKERS))
-def test_a_loaded_model_needs_no_weights_and_no_network(tmp_path: Path, name: str, no_network: None) -> None:
+def test_a_loaded_model_needs_no_weights_and_no_network(
+    tmp_path: Path, name: str, no_network: None
+) -> None:
     weights = tmp_path / "weights"
     weights.mkdir()
     tower = MAKERS[name](weights)
@@ -124,7 +145,9 @@ def test_a_loaded_model_needs_no_weights_and_no_network(tmp_path: Path, name: st
 
 
 def test_separate_encoders_are_both_kept(tmp_path: Path) -> None:
-    model = TwoTower(Encoder(8, text=bilstm(tmp_path)), Encoder(8, text=bilstm(tmp_path), fusion="mean"))
+    model = TwoTower(
+        Encoder(8, text=bilstm(tmp_path)), Encoder(8, text=bilstm(tmp_path), fusion="mean")
+    )
     model.set_schema(SCHEMA)
     items = [Item({"title": "red mug", "description": "new"})]
     save_model(model, tmp_path / "model")
@@ -134,7 +157,9 @@ def test_separate_encoders_are_both_kept(tmp_path: Path) -> None:
         np.testing.assert_allclose(loaded.encode(items, side), model.encode(items, side), atol=1e-6)
 
 
-def test_fit_then_move_everything_away_then_embed(tmp_path: Path, tiny_catalogue: Path, no_network: None) -> None:
+def test_fit_then_move_everything_away_then_embed(
+    tmp_path: Path, tiny_catalogue: Path, no_network: None
+) -> None:
     weights, catalogue = tmp_path / "weights", tmp_path / "catalogue"
     weights.mkdir()
     write_bert(weights / "bert")
@@ -157,7 +182,9 @@ def test_fit_then_move_everything_away_then_embed(tmp_path: Path, tiny_catalogue
     (run / "model").rename(tmp_path / "model")
     shutil.rmtree(run)
     embed(tmp_path / "model", tmp_path / "elsewhere", tmp_path / "embeddings", accelerator="cpu")
-    np.testing.assert_allclose(load_model(tmp_path / "model").encode(items, "product"), expected, atol=1e-6)
+    np.testing.assert_allclose(
+        load_model(tmp_path / "model").encode(items, "product"), expected, atol=1e-6
+    )
     batches = list(EmbeddingReader(tmp_path / "embeddings" / "products").batches())
     assert [i for batch in batches for i in batch.ids.to_pylist()] == ids
     stored = np.concatenate([batch.vectors for batch in batches])
@@ -172,7 +199,9 @@ def test_the_folder_holds_the_best_weights(tiny_run: Path) -> None:
 
 
 def test_the_folder_holds_no_code_and_no_pickle(tiny_run: Path, tmp_path: Path) -> None:
-    model = TwoTower(Encoder(8, open_clip_text_with_tokenizer(tmp_path), open_clip_image(tmp_path / "image")))
+    model = TwoTower(
+        Encoder(8, open_clip_text_with_tokenizer(tmp_path), open_clip_image(tmp_path / "image"))
+    )
     model.set_schema(SCHEMA)
     save_model(model, tmp_path / "model")
     for folder in (tiny_run / "model", tmp_path / "model"):
@@ -235,8 +264,13 @@ def resealed(folder: Path, change: Callable[[dict], None]) -> Path:
 
 
 def test_a_foreign_class_is_refused_by_name_and_never_imported(folder: Path) -> None:
-    resealed(folder, lambda c: c["encoders"]["product"]["towers"]["text"].update({"class": "subprocess.Popen"}))
-    with pytest.raises(ArtefactError, match=r"names the tower 'subprocess\.Popen'. Known towers: BiLSTM, "):
+    resealed(
+        folder,
+        lambda c: c["encoders"]["product"]["towers"]["text"].update({"class": "subprocess.Popen"}),
+    )
+    with pytest.raises(
+        ArtefactError, match=r"names the tower 'subprocess\.Popen'. Known towers: BiLSTM, "
+    ):
         load_model(folder)
 
 

@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 from tiny_models import write_bert, write_open_clip
 
-from datamodules.batch import Item
-from towers.encoder import Encoder
-from towers.open_clip_models import OpenClipImage, OpenClipText
-from towers.two_tower import TwoTower
+from tritower.datamodules.batch import Item
+from tritower.towers.encoder import Encoder
+from tritower.towers.open_clip_models import OpenClipImage, OpenClipText
+from tritower.towers.two_tower import TwoTower
 
 TEXTS = ["red shoe", "a blue coffee mug, no 7", ""]
 
@@ -53,7 +53,9 @@ def test_the_image_tower_gives_the_features_of_the_whole_model(clip: Path) -> No
 
 
 def test_two_sides_of_one_model_start_as_aligned_as_they_were_trained(clip: Path) -> None:
-    encoder = Encoder(12, text=OpenClipText(f"local-dir:{clip}"), image=OpenClipImage(f"local-dir:{clip}"))
+    encoder = Encoder(
+        12, text=OpenClipText(f"local-dir:{clip}"), image=OpenClipImage(f"local-dir:{clip}")
+    )
     model = TwoTower(encoder)
     whole = open_clip.create_model(f"local-dir:{clip}").eval()
     text = model.encode([Item(text={"query": "red shoe"})])
@@ -67,20 +69,27 @@ def test_untrained_models_are_not_pretrained(clip: Path) -> None:
     tower = OpenClipText(f"local-dir:{clip}", load_weights=False)
     assert not tower.pretrained
     assert not torch.equal(
-        tower.model.positional_embedding, OpenClipText(f"local-dir:{clip}").model.positional_embedding
+        tower.model.positional_embedding,
+        OpenClipText(f"local-dir:{clip}").model.positional_embedding,
     )
 
 
 def test_an_unknown_name_is_refused_with_some_that_exist() -> None:
-    with pytest.raises(ValueError, match=r"open_clip has no model 'ViT-Z-99'. Its names: coca_base"):
+    with pytest.raises(
+        ValueError, match=r"open_clip has no model 'ViT-Z-99'. Its names: coca_base"
+    ):
         OpenClipText("ViT-Z-99")
 
 
 @pytest.mark.parametrize("own_tokenizer", [True, False])
-def test_a_rebuilt_text_tower_needs_its_own_files_alone(tmp_path: Path, own_tokenizer: bool) -> None:
+def test_a_rebuilt_text_tower_needs_its_own_files_alone(
+    tmp_path: Path, own_tokenizer: bool
+) -> None:
     tokenizer = None if own_tokenizer else write_bert(tmp_path / "bert")
     folder = write_open_clip(tmp_path / "clip", tokenizer=tokenizer)
-    tower = OpenClipText(f"local-dir:{folder}", template="{title}", query_prefix="q: ", freeze=True).eval()
+    tower = OpenClipText(
+        f"local-dir:{folder}", template="{title}", query_prefix="q: ", freeze=True
+    ).eval()
     (tmp_path / "assets").mkdir()
     tower.save_assets(tmp_path / "assets")
     folder.rename(tmp_path / "moved")
@@ -102,11 +111,19 @@ def test_a_rebuilt_image_tower_needs_its_own_files_alone(clip: Path, tmp_path: P
     assert torch.equal(again.std, tower.std)
 
 
-def test_a_built_in_model_says_how_pictures_are_made_square(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_built_in_model_says_how_pictures_are_made_square(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """With a built-in name the model itself knows its preprocessing; ViT-B-16 would be slow to make here."""
     small = {
         "embed_dim": 8,
-        "vision_cfg": {"image_size": 32, "patch_size": 16, "width": 16, "head_width": 8, "layers": 1},
+        "vision_cfg": {
+            "image_size": 32,
+            "patch_size": 16,
+            "width": 16,
+            "head_width": 8,
+            "layers": 1,
+        },
         "text_cfg": {"context_length": 8, "vocab_size": 49408, "width": 8, "heads": 2, "layers": 1},
     }
     monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "ViT-tiny-test", small)

@@ -19,7 +19,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
-from source_code import COMMANDS, PACKAGES, ROOT, imports, shipped_files, tree
+from source_code import FOLDERS, ROOT, imports, module_name, shipped_files, tree
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS = PROJECT["optional-dependencies"]
@@ -27,7 +27,12 @@ EXTRAS = PROJECT["optional-dependencies"]
 # timm and open_clip import torchvision, and it has to fit torch, so its bound belongs to ours.
 NEVER_IMPORTED = {"torchvision"}
 
-OURS = {*PACKAGES, *COMMANDS, "benchmarks", "tests", *(path.stem for path in (ROOT / "tests").rglob("*.py"))}
+OURS = {
+    *FOLDERS,
+    "benchmarks",
+    "tests",
+    *(path.stem for path in (ROOT / "tests").rglob("*.py")),
+}
 PROVIDERS = packages_distributions()
 
 
@@ -58,19 +63,35 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel of this checkout, built from a copy so that no build leftovers take part."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
-    for name in PACKAGES:
+    for name in FOLDERS:
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE", *(f"{c}.py" for c in COMMANDS)):
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", folder, source]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        folder,
+        source,
+    ]
     subprocess.run(command, check=True, timeout=120)
     (path,) = folder.glob("tritower-*.whl")
     return path
 
 
 def test_wheel_holds_every_file_of_every_package(wheel):
-    expected = {path.relative_to(ROOT).as_posix() for name in PACKAGES for path in (ROOT / name).rglob("*.*")}
-    expected = {name for name in expected if "__pycache__" not in name} | {f"{c}.py" for c in COMMANDS}
+    expected = {
+        path.relative_to(ROOT).as_posix()
+        for name in FOLDERS
+        for path in (ROOT / name).rglob("*.*")
+        if "__pycache__" not in path.parts
+    }
+    expected = {f"tritower/{name.removeprefix('tritower/')}" for name in expected}
     held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert held == expected
 
@@ -85,22 +106,27 @@ def test_wheel_names_licence_python_and_commands(wheel):
     assert {"hf", "dev", "bench"} <= set(metadata.get_all("Provides-Extra"))
     assert b"Apache License" in files.read(f"{info}/licenses/LICENSE")
     commands = files.read(f"{info}/entry_points.txt").decode()
-    assert {line.split(" = ")[0] for line in commands.splitlines()[1:] if line} == set(PROJECT["scripts"])
+    assert {line.split(" = ")[0] for line in commands.splitlines()[1:] if line} == set(
+        PROJECT["scripts"]
+    )
 
 
 def test_unpacked_wheel_runs_away_from_the_checkout(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
-    code = "import configs, datamodules.prepare as p; print(p.__file__, *configs.__path__)"
+    code = "import tritower.configs as c, tritower.datamodules.prepare as p; print(p.__file__, *c.__path__)"
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
     command = [sys.executable, "-c", code]
-    output = subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True, text=True)
+    output = subprocess.run(
+        command, cwd=tmp_path, env=environment, check=True, capture_output=True, text=True
+    )
     assert all(Path(path).is_relative_to(tmp_path) for path in output.stdout.split())
 
 
 @pytest.mark.parametrize("target", PROJECT["scripts"].values())
 def test_console_script_names_a_function_that_exists(target):
     module, function = target.split(":")
-    body = tree(ROOT.joinpath(*module.split(".")).with_suffix(".py")).body
+    (path,) = (p for p in shipped_files() if module_name(p) == module)
+    body = tree(path).body
     assert function in {node.name for node in body if isinstance(node, ast.FunctionDef)}
 
 
@@ -108,23 +134,38 @@ def test_shipped_code_imports_only_declared_distributions():
     base, optional = requirements(), requirements("hf")
     for path in shipped_files():
         for module, line, lazy in imports(path):
-            allowed = optional if lazy else base  # an extra may be absent, so importing the file must not need it
+            allowed = (
+                optional if lazy else base
+            )  # an extra may be absent, so importing the file must not need it
             found = distributions_of(module)
-            assert not found or found & allowed.keys(), f"{path}:{line}: {module} comes from {found}, not declared"
+            assert not found or found & allowed.keys(), (
+                f"{path}:{line}: {module} comes from {found}, not declared"
+            )
 
 
-@pytest.mark.parametrize(("folder", "extras"), [("tests", ("hf", "dev")), ("benchmarks", ("hf", "bench"))])
+@pytest.mark.parametrize(
+    ("folder", "extras"), [("tests", ("hf", "dev")), ("benchmarks", ("hf", "bench"))]
+)
 def test_tests_and_benchmarks_import_only_what_their_extras_declare(folder, extras):
     allowed = requirements(*extras)
     for path in sorted((ROOT / folder).rglob("*.py")):
         for module, line, _ in imports(path):
             found = distributions_of(module)
-            assert not found or found & allowed.keys(), f"{path}:{line}: {module} comes from {found}, not declared"
+            assert not found or found & allowed.keys(), (
+                f"{path}:{line}: {module} comes from {found}, not declared"
+            )
 
 
 def test_every_dependency_is_imported_somewhere():
-    used = {name for path in shipped_files() for i in imports(path) for name in distributions_of(i.module)}
-    other_platform = {name for name, r in requirements().items() if r.marker and not r.marker.evaluate()}
+    used = {
+        name
+        for path in shipped_files()
+        for i in imports(path)
+        for name in distributions_of(i.module)
+    }
+    other_platform = {
+        name for name, r in requirements().items() if r.marker and not r.marker.evaluate()
+    }
     assert requirements("hf").keys() - used - other_platform == NEVER_IMPORTED
 
 
@@ -136,7 +177,11 @@ def test_malicious_lightning_releases_are_excluded(version):
 
 @pytest.mark.parametrize(
     ("system", "machine", "name"),
-    [("linux", "x86_64", "faiss-gpu"), ("linux", "aarch64", "faiss-cpu"), ("darwin", "arm64", "faiss-cpu")],
+    [
+        ("linux", "x86_64", "faiss-gpu"),
+        ("linux", "aarch64", "faiss-cpu"),
+        ("darwin", "arm64", "faiss-cpu"),
+    ],
 )
 def test_one_faiss_on_each_platform(system, machine, name):
     environment = {"sys_platform": system, "platform_machine": machine}
@@ -148,7 +193,11 @@ def test_every_lower_bound_says_why():
     lines = (ROOT / "pyproject.toml").read_text(encoding="utf-8").splitlines()
     bare = []
     for before, line in itertools.pairwise(lines):
-        if re.match(r'\s*"[\w\[\]-]+[<>=!~]', line) and "#" not in line and not before.strip().startswith("#"):
+        if (
+            re.match(r'\s*"[\w\[\]-]+[<>=!~]', line)
+            and "#" not in line
+            and not before.strip().startswith("#")
+        ):
             bare.append(line.strip())
     assert bare == []
 
@@ -156,12 +205,16 @@ def test_every_lower_bound_says_why():
 def test_every_requirement_has_a_lower_bound_that_the_pin_satisfies():
     for name, requirement in requirements(*EXTRAS).items():
         assert any(s.operator == ">=" for s in requirement.specifier), requirement
-        assert requirement.specifier.contains(pins()[name]), f"{requirement} against {name}=={pins()[name]}"
+        assert requirement.specifier.contains(pins()[name]), (
+            f"{requirement} against {name}=={pins()[name]}"
+        )
 
 
 def test_constraints_pin_everything_that_gets_installed():
     seen: set[str] = set()
-    todo = [r for r in requirements("hf", "dev").values() if r.marker is None or r.marker.evaluate()]
+    todo = [
+        r for r in requirements("hf", "dev").values() if r.marker is None or r.marker.evaluate()
+    ]
     while todo:
         requirement = todo.pop()
         name = canonicalize_name(requirement.name)
@@ -172,12 +225,16 @@ def test_constraints_pin_everything_that_gets_installed():
         assert name in pins(), f"constraints.txt pins no {name}"
         for text in distribution(name).requires or ():
             child = Requirement(text)
-            if child.marker is None or any(child.marker.evaluate({"extra": e}) for e in ("", *requirement.extras)):
+            if child.marker is None or any(
+                child.marker.evaluate({"extra": e}) for e in ("", *requirement.extras)
+            ):
                 todo.append(child)
 
 
 def test_this_python_is_one_that_the_distribution_accepts():
-    assert SpecifierSet(PROJECT["requires-python"]).contains(".".join(map(str, sys.version_info[:3])))
+    assert SpecifierSet(PROJECT["requires-python"]).contains(
+        ".".join(map(str, sys.version_info[:3]))
+    )
 
 
 def test_importing_the_dependencies_opens_no_connection():
@@ -194,4 +251,7 @@ for name in sys.argv[1:]:
 print(*events, sep="\\n", end="")
 """
     command = [sys.executable, "-c", code, *modules.split(), "lightning", "wandb", "transformers"]
-    assert subprocess.run(command, check=True, capture_output=True, text=True, timeout=240).stdout == ""
+    assert (
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=240).stdout
+        == ""
+    )

@@ -6,10 +6,10 @@ import os
 
 import pytest
 
-from datamodules.preparing.parallel import CHUNK, parse_records
-from datamodules.preparing.records import Record
-from datamodules.preparing.rows import Row
-from datamodules.preparing.tables import CatalogueError
+from tritower.datamodules.prepare.parallel import CHUNK, parse_records
+from tritower.datamodules.prepare.records import Record
+from tritower.datamodules.prepare.rows import Row
+from tritower.datamodules.prepare.tables import CatalogueError
 
 RECORDS = [Record(row, row + 1, {"id": str(row)}) for row in range(1, 200)]
 
@@ -30,7 +30,10 @@ def test_rows_keep_the_order_of_their_records(num_workers: int | None) -> None:
 
 
 def test_dead_worker_is_an_error_that_names_the_rows() -> None:
-    with pytest.raises(CatalogueError, match=r"a worker process died while reading rows \d+ to \d+ or a little later"):
+    with pytest.raises(
+        CatalogueError,
+        match=r"a worker process died while reading rows \d+ to \d+ or a little later",
+    ):
         list(parse_records(die_at_100, RECORDS, 1))
 
 

@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from datamodules.batch import NO_KEY, RELATIONS
-from datamodules.parquet import Table, product_item, product_keys, query_item
+from tritower.datamodules.batch import NO_KEY, RELATIONS
+from tritower.datamodules.catalogue import Table, product_item, product_keys, query_item
 
 
 @pytest.fixture
@@ -35,11 +35,15 @@ def test_rows_outside_are_refused(table: Table, number: int) -> None:
         table.row(number)
 
 
-def test_memory_is_bounded_and_neighbours_are_read_once(table: Table, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_bounded_and_neighbours_are_read_once(
+    table: Table, monkeypatch: pytest.MonkeyPatch
+) -> None:
     reads = []
     original = pq.ParquetFile.read_row_group
     monkeypatch.setattr(
-        pq.ParquetFile, "read_row_group", lambda self, i, **k: reads.append(i) or original(self, i, **k)
+        pq.ParquetFile,
+        "read_row_group",
+        lambda self, i, **k: reads.append(i) or original(self, i, **k),
     )
     for number in range(25):
         table.row(number)
@@ -83,7 +87,13 @@ def test_a_query_has_a_text_or_pictures_or_neither() -> None:
 
 
 def keys(**changes: object) -> dict[str, int]:
-    row = {"product_id": "7", "group": "g", "family": "f", "text": {"title": "Red  Mug"}, "images": [b"1", b"2"]}
+    row = {
+        "product_id": "7",
+        "group": "g",
+        "family": "f",
+        "text": {"title": "Red  Mug"},
+        "images": [b"1", b"2"],
+    }
     row |= {"attributes": {"brand": "Acme", "mpn": "X-1", "category": ["Home", "Kitchen", "Mugs"]}}
     return dict(zip(RELATIONS, product_keys({**row, **changes}), strict=True))
 
@@ -98,14 +108,22 @@ def test_keys_are_equal_where_products_are_related() -> None:
 @pytest.mark.parametrize(
     ("attributes", "same"),
     [
-        ({"brand": "ACME", "model": "x-1", "category": ["Home", "Kitchen", "Bowls"]}, ["model", "branch"]),
-        ({"brand": "Other", "mpn": "X-1", "category": ["Home", "Kitchen", "Mugs"]}, ["category", "branch"]),
+        (
+            {"brand": "ACME", "model": "x-1", "category": ["Home", "Kitchen", "Bowls"]},
+            ["model", "branch"],
+        ),
+        (
+            {"brand": "Other", "mpn": "X-1", "category": ["Home", "Kitchen", "Mugs"]},
+            ["category", "branch"],
+        ),
         ({"brand": "Acme", "category": ["Home", "Garden", "Mugs"]}, []),
         ({"mpn": "X-1", "category": "Home"}, []),
         ({}, []),
     ],
 )
-def test_brand_and_model_and_place_in_the_tree_are_keys(attributes: dict[str, object], same: list[str]) -> None:
+def test_brand_and_model_and_place_in_the_tree_are_keys(
+    attributes: dict[str, object], same: list[str]
+) -> None:
     base, other = keys(), keys(attributes=attributes)
     assert [name for name in ("model", "category", "branch") if base[name] == other[name]] == same
 

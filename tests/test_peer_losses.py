@@ -19,10 +19,10 @@ from benchmarks.ledger import Ledger
 from benchmarks.peer_losses import OpenClipLoss, OpenClipSigmoid
 from benchmarks.peers import ARMS, CHOSEN_BY, TRIAL_EPOCHS, TRIALS, Trials
 from benchmarks.photos import ARMS as PHOTOS
-from towers.cli import TrainingCLI
+from tritower.towers.cli import TrainingCLI
 
 PINNED = {
-    "ours": ("towers.loss.InfoNCE", 1.5e-3, 0.02, 0.07),
+    "ours": ("tritower.towers.losses.loss.InfoNCE", 1.5e-3, 0.02, 0.07),
     "open_clip's ClipLoss": ("benchmarks.peer_losses.OpenClipLoss", 1.5e-3, 0.07, 0.02),
     "open_clip's SigLipLoss": ("benchmarks.peer_losses.OpenClipSigmoid", 1.5e-3, 0.1, 0.02),
     "sentence-transformers' loss": (
@@ -37,7 +37,7 @@ PINNED = {
         0.05,
         0.02,
     ),
-    "text alone, ours": ("towers.loss.InfoNCE", 1.5e-3, 0.02, 0.07),
+    "text alone, ours": ("tritower.towers.losses.loss.InfoNCE", 1.5e-3, 0.02, 0.07),
     "text alone, sentence-transformers' loss": (
         "benchmarks.peer_losses.MultipleNegativesRanking",
         1.5e-3,

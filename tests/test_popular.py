@@ -18,9 +18,16 @@ def test_a_familys_own_judgements_and_those_of_other_categories_do_not_count() -
     linked = np.array([[0, 0, 0, 1], [0, 0, 1, 1], [1, 0, 0, 0], [0, 1, 0, 0]], bool)
     expected = np.array([[1, 0, 0, 0], [1, 0, 0, 0], [0, 0, 0.5, 1], [0, 0, 0, 0]])
     of_any_category = np.array(
-        [[1 / 2, 1 / 2, 0, 0], [1 / 2, 1 / 2, 0, 0], [0, 1 / 3, 1 / 3, 2 / 3], [1 / 3, 0, 1 / 3, 2 / 3]]
+        [
+            [1 / 2, 1 / 2, 0, 0],
+            [1 / 2, 1 / 2, 0, 0],
+            [0, 1 / 3, 1 / 3, 2 / 3],
+            [1 / 3, 0, 1 / 3, 2 / 3],
+        ]
     )
-    np.testing.assert_allclose(popular.shares(linked, category, family), expected + of_any_category / 1000)
+    np.testing.assert_allclose(
+        popular.shares(linked, category, family), expected + of_any_category / 1000
+    )
 
 
 def test_a_product_is_ranked_without_itself() -> None:
@@ -51,7 +58,13 @@ def test_judgements_of_other_splits_count_in_the_bound_alone(
         "queries": [{"query_id": f"like-{i}", "source_product_id": i} for i in "vab"],
         "qrels": [
             {"query_id": f"like-{i}", "product_id": p, "relevance": g}
-            for i, p, g in (("v", "w", 3), ("v", "t", 2), ("a", "s", 2), ("b", "t", 2), ("b", "t", 2))
+            for i, p, g in (
+                ("v", "w", 3),
+                ("v", "t", 2),
+                ("a", "s", 2),
+                ("b", "t", 2),
+                ("b", "t", 2),
+            )
         ],
     }
     for name, of in rows.items():
@@ -62,7 +75,8 @@ def test_judgements_of_other_splits_count_in_the_bound_alone(
     popular.main(tmp_path, "shop", "val")
     first, *figures = capsys.readouterr().out.splitlines()
     assert first.startswith("shop, 1 products of val ask")
-    # after w: s is named and t is not, so it comes last, fifth; with all judgements both are named once, t is third
+    # after w: s is named and t is not, so it comes last, fifth; with all judgements both are named
+    # once, t is third
     best = 3 + 2 / math.log2(3)
     assert float(figures[0].split()[-1]) == pytest.approx((3 + 2 / math.log2(6)) / best, abs=1e-3)
     assert float(figures[1].split()[-1]) == pytest.approx((3 + 2 / math.log2(4)) / best, abs=1e-3)

@@ -5,17 +5,24 @@ import numpy as np
 import pytest
 from test_tune import DIM, clustered, embed, unit
 
-from retrieval import metrics
-from retrieval.build import Recipe, build_index
-from retrieval.building.clustering import find_centroids
-from retrieval.building.factory import Mapped
-from retrieval.building.mapped import train
-from retrieval.building.points import Point, Target
-from retrieval.building.predict import Predictor, ceiling_of_8_bits, crowds, depths, nearest_in, precision_for
-from retrieval.building.probes import Probe, of_products, with_truth
-from retrieval.building.stand_in import stand_in
-from retrieval.engine import Settings
-from retrieval.index import ProductIndex
+from tritower.retrieval.building.build import Recipe, build_index
+from tritower.retrieval.building.tuning.mock_index import stand_in
+from tritower.retrieval.building.tuning.predict import (
+    Predictor,
+    ceiling_of_8_bits,
+    crowds,
+    depths,
+    nearest_in,
+    precision_for,
+)
+from tritower.retrieval.building.tuning.tuning_queries import Probe, of_products, with_truth
+from tritower.retrieval.index import ProductIndex
+from tritower.retrieval.ivf.clustering import find_centroids
+from tritower.retrieval.ivf.engine import Settings
+from tritower.retrieval.ivf.ivf_pq import train
+from tritower.retrieval.ivf.operating_points import Point, Target
+from tritower.retrieval.ivf.spec import Mapped
+from tritower.retrieval.ranking import metrics
 
 COUNT, LISTS = 40_000, 256
 
@@ -42,7 +49,10 @@ def test_depths_are_the_places_of_the_lists_that_vectors_stand_in(vectors, spill
 
 def test_vectors_without_a_second_list_are_met_in_their_first(vectors):
     centroids = find_centroids(vectors[:100], 3, 0)
-    assert (depths(centroids.vectors, np.array([[[0, -1]], [[1, -1]], [[2, -1]]], np.int32), centroids) == 1).all()
+    assert (
+        depths(centroids.vectors, np.array([[[0, -1]], [[1, -1]], [[2, -1]]], np.int32), centroids)
+        == 1
+    ).all()
 
 
 def test_crowds_count_what_scores_higher_by_its_better_code():
@@ -56,7 +66,9 @@ def test_crowds_count_what_scores_higher_by_its_better_code():
 @pytest.mark.parametrize("spill", [False, True])
 @pytest.mark.parametrize("wanted", [0.8, 0.95])
 @pytest.mark.parametrize("pieces", [DIM // 2, DIM // 4])
-def test_the_built_index_finds_what_was_predicted_from_samples(tmp_path, vectors, spill, wanted, pieces):
+def test_the_built_index_finds_what_was_predicted_from_samples(
+    tmp_path, vectors, spill, wanted, pieces
+):
     """Lists and candidates that a half of the vectors tells give the recall asked for on all of them."""
     drawn = np.random.default_rng(0).permutation(COUNT)
     sample, unseen = vectors[drawn[: COUNT // 4]], vectors[drawn[COUNT // 4 : COUNT // 2]]
@@ -74,15 +86,21 @@ def test_the_built_index_finds_what_was_predicted_from_samples(tmp_path, vectors
     for point in prediction.points["photo"]:
         assert wanted <= point.recall < wanted + (0.02 if point.nprobe > 8 else 0.06)
         found = index.search(truth.vectors, 10, nprobe=point.nprobe, k_factor=point.k_factor).rows
-        # Codes in lists that are not visited crowd nobody out, so with few lists it is a little better.
+        # Codes in lists that are not visited crowd nobody out, so with few lists it is a little
+        # better.
         assert -0.03 < metrics.recall_at_k(found, truth.truth, 10) - point.recall < 0.05
         assert point.qps > 0 and point.p50_ms > 0
     assert prediction.best["photo"] >= wanted and prediction.seconds > 0
 
 
 def test_more_candidates_are_only_taken_where_they_save_lists(vectors):
-    predictor = Predictor(vectors[:1000], vectors[:1000], [queries(count=10)], Target(0.5, k=1), 1000, 0, {})
-    depth, crowd = np.array([1, 1, 2, 2, 3, 3, 4, 8, 20, 30]), np.array([0, 5, 0, 3, 0, 3, 1, 0, 0, 9.0])
+    predictor = Predictor(
+        vectors[:1000], vectors[:1000], [queries(count=10)], Target(0.5, k=1), 1000, 0, {}
+    )
+    depth, crowd = (
+        np.array([1, 1, 2, 2, 3, 3, 4, 8, 20, 30]),
+        np.array([0, 5, 0, 3, 0, 3, 1, 0, 0, 9.0]),
+    )
     ways, best = predictor._ways(depth, crowd, 1.0, Mapped(30, 16, True, "SQ8"))
     assert ways == [Point(8, 2.0, 0.5), Point(3, 4.0, 0.5)] and best == 1.0
     ways, best = predictor._ways(depth, crowd, 0.8, Mapped(30, 16, True, None))
@@ -91,9 +109,11 @@ def test_more_candidates_are_only_taken_where_they_save_lists(vectors):
 
 @pytest.mark.parametrize("finer", ["SQ8", None])
 @pytest.mark.parametrize("spill", [False, True])
-def test_a_stand_in_scans_as_many_codes_as_the_index_would(tmp_path, vectors, finer, spill, monkeypatch):
-    monkeypatch.setattr("retrieval.building.stand_in.SHARED_CODES", 200_000)
-    monkeypatch.setattr("retrieval.building.stand_in.SHARED_VECTORS", 100_000)
+def test_a_stand_in_scans_as_many_codes_as_the_index_would(
+    tmp_path, vectors, finer, spill, monkeypatch
+):
+    monkeypatch.setattr("tritower.retrieval.building.tuning.mock_index.SHARED_CODES", 200_000)
+    monkeypatch.setattr("tritower.retrieval.building.tuning.mock_index.SHARED_VECTORS", 100_000)
     trained = train(vectors, Mapped(400, DIM // 2, True, finer), 0, spill)
     engine = stand_in(tmp_path, trained, trained.encode(vectors[:3000]), 1_000_000)
     assert engine.lists == 400
@@ -108,7 +128,9 @@ def test_vectors_to_rank_by_are_as_precise_as_the_recall_needs():
     near = nearest_in(rows, [of_products(rows[:200], np.arange(200), "cosine")], 10, 5000)
     assert near[0].truth.shape == (200, 400)
     (found,) = ceiling_of_8_bits(rows, near, 10)
-    eight = faiss.IndexScalarQuantizer(DIM, faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT)
+    eight = faiss.IndexScalarQuantizer(
+        DIM, faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT
+    )
     eight.train(rows)
     stored = eight.sa_decode(eight.sa_encode(rows))
     scores = rows[:200] @ stored.T
@@ -122,5 +144,10 @@ def test_vectors_to_rank_by_are_as_precise_as_the_recall_needs():
 def test_where_near_duplicates_abound_16_bits_are_stored(apart, precision):
     generator = np.random.default_rng(0)
     kinds = generator.standard_normal((200, 128))
-    rows = unit(kinds[generator.integers(0, 200, 4000)] + apart * generator.standard_normal((4000, 128)))
-    assert precision_for(rows, [of_products(rows[:300], np.arange(300), "cosine")], 10, 4000) == precision
+    rows = unit(
+        kinds[generator.integers(0, 200, 4000)] + apart * generator.standard_normal((4000, 128))
+    )
+    assert (
+        precision_for(rows, [of_products(rows[:300], np.arange(300), "cosine")], 10, 4000)
+        == precision
+    )

@@ -16,12 +16,12 @@ import pyarrow.parquet as pq
 import pytest
 from test_images import encode, noise, png_header
 
-from datamodules.images import decode
-from datamodules.prepare import main, prepare
-from datamodules.preparing.summary import summary
-from datamodules.preparing.tables import CatalogueError
-from datamodules.schema import Schema
-from retrieval import storage
+from tritower.artefacts import storage
+from tritower.datamodules.images import decode
+from tritower.datamodules.prepare.command import main, prepare
+from tritower.datamodules.prepare.summary import summary
+from tritower.datamodules.prepare.tables import CatalogueError
+from tritower.datamodules.schema import Schema
 
 Rows = list[dict[str, str]]
 
@@ -37,7 +37,9 @@ def write_csv(path: Path, rows: Rows) -> Path:
 
 def read(folder: Path, name: str = "products") -> Rows:
     return [
-        row for shard in sorted((folder / name).glob("shard-*.parquet")) for row in pq.read_table(shard).to_pylist()
+        row
+        for shard in sorted((folder / name).glob("shard-*.parquet"))
+        for row in pq.read_table(shard).to_pylist()
     ]
 
 
@@ -47,7 +49,10 @@ def problems(file: Path) -> Rows:
 
 
 def codes(folder: Path) -> list[tuple[str, str, str]]:
-    return [(problem["row"], problem["id"], problem["code"]) for problem in problems(folder / "problems.csv")]
+    return [
+        (problem["row"], problem["id"], problem["code"])
+        for problem in problems(folder / "problems.csv")
+    ]
 
 
 def shop(folder: Path, n: int = 60, image_side: int = 40) -> Rows:
@@ -57,7 +62,9 @@ def shop(folder: Path, n: int = 60, image_side: int = 40) -> Rows:
     for i in range(n):
         (folder / f"img/{i}.png").write_bytes(encode(noise(image_side, 30, seed=i)))
         facts = {"price": f"{i + 1}.5", "brand": f"B{i % 3}", "style_id": f"s{i // 2}"}
-        rows.append({"id": f"{i:03d}", "title": f"Red shoe number {i}", "image": f"img/{i}.png"} | facts)
+        rows.append(
+            {"id": f"{i:03d}", "title": f"Red shoe number {i}", "image": f"img/{i}.png"} | facts
+        )
     return rows
 
 
@@ -67,19 +74,42 @@ def test_folder_holds_everything_in_the_agreed_layout(tmp_path: Path) -> None:
     assert manifest.meta["settings"]["clean_html"] is True
     assert manifest.meta["accepted"] == report["accepted"] == 60
     assert sorted(manifest.files) == sorted(
-        ["schema.json", "report.json", "problems.csv", *(f"products/shard-0000{n}.parquet" for n in range(3))]
+        [
+            "schema.json",
+            "report.json",
+            "problems.csv",
+            *(f"products/shard-0000{n}.parquet" for n in range(3)),
+        ]
     )
     rows = read(tmp_path / "c")
-    assert list(rows[0]) == ["product_id", "group", "family", "split", "text", "images", "attributes"]
+    assert list(rows[0]) == [
+        "product_id",
+        "group",
+        "family",
+        "split",
+        "text",
+        "images",
+        "attributes",
+    ]
     assert {row["product_id"] for row in rows} == {f"{i:03d}" for i in range(60)}
-    assert [row["split"] for row in rows] == sorted((row["split"] for row in rows), key=["train", "val", "test"].index)
+    assert [row["split"] for row in rows] == sorted(
+        (row["split"] for row in rows), key=["train", "val", "test"].index
+    )
     schema = Schema.load(tmp_path / "c/schema.json")
     assert (schema.text, schema.images) == (("title",), True)
-    assert [(a.name, a.kind) for a in schema.attributes] == [("price", "number"), ("brand", "category")]
+    assert [(a.name, a.kind) for a in schema.attributes] == [
+        ("price", "number"),
+        ("brand", "category"),
+    ]
     train = [row["attributes"]["price"] for row in rows if row["split"] == "train"]
     price = schema.numbers[0]
     assert price.mean == pytest.approx(sum(train) / len(train))
-    assert (price.minimum, price.maximum, price.present, price.log) == (min(train), max(train), 1.0, False)
+    assert (price.minimum, price.maximum, price.present, price.log) == (
+        min(train),
+        max(train),
+        1.0,
+        False,
+    )
     assert json.loads((tmp_path / "c/report.json").read_text(encoding="utf-8")) == report
 
 
@@ -107,7 +137,8 @@ def test_one_cut_off_picture_in_a_thousand(tmp_path: Path) -> None:
     strict = prepare(table, tmp_path / "strict", on_bad_field="reject")
     assert (strict["accepted"], strict["rejected"]) == (999, 1)
     with pytest.raises(
-        CatalogueError, match=r"1 of 1,000 rows of products.csv \(0.1%\) have a problem; --max-problems 0 "
+        CatalogueError,
+        match=r"1 of 1,000 rows of products.csv \(0.1%\) have a problem; --max-problems 0 ",
     ):
         prepare(table, tmp_path / "none", max_problems="0")
 
@@ -146,22 +177,44 @@ def test_rejected_row_does_not_take_its_id_away(tmp_path: Path) -> None:
 
 
 def failing(n: int, **cells: str) -> Rows:
-    return [{"id": str(i)} | {name: cell.format(i) for name, cell in cells.items()} for i in range(n)]
+    return [
+        {"id": str(i)} | {name: cell.format(i) for name, cell in cells.items()} for i in range(n)
+    ]
 
 
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        (failing(3, image="https://x.com/{}.jpg"), "none of the 3 rows of p.csv .* was accepted: most often"),
-        (failing(10, title="t", image="https://x.com/{}.jpg"), "none of 10 pictures .* most often REMOTE_NOT_ALLOWED"),
-        (failing(50, title="t", image="{}.jpg"), r"none of 50 pictures .* most often FILE_MISSING .* --image-root"),
-        ([{"id": "", "title": "t"}] * 2, "none of the 2 rows of p.csv .* was accepted: most often ID_MISSING"),
+        (
+            failing(3, image="https://x.com/{}.jpg"),
+            "none of the 3 rows of p.csv .* was accepted: most often",
+        ),
+        (
+            failing(10, title="t", image="https://x.com/{}.jpg"),
+            "none of 10 pictures .* most often REMOTE_NOT_ALLOWED",
+        ),
+        (
+            failing(50, title="t", image="{}.jpg"),
+            r"none of 50 pictures .* most often FILE_MISSING .* --image-root",
+        ),
+        (
+            [{"id": "", "title": "t"}] * 2,
+            "none of the 2 rows of p.csv .* was accepted: most often ID_MISSING",
+        ),
     ],
 )
-def test_nothing_is_published_where_everything_fails(tmp_path: Path, rows: Rows, message: str) -> None:
+def test_nothing_is_published_where_everything_fails(
+    tmp_path: Path, rows: Rows, message: str
+) -> None:
     with pytest.raises(CatalogueError, match=message):
-        prepare(write_csv(tmp_path / "p.csv", rows), tmp_path / "c", columns=_yaml(tmp_path, "id: id"))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["c.problems.csv", "columns.yaml", "p.csv"]
+        prepare(
+            write_csv(tmp_path / "p.csv", rows), tmp_path / "c", columns=_yaml(tmp_path, "id: id")
+        )
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "c.problems.csv",
+        "columns.yaml",
+        "p.csv",
+    ]
     assert len(problems(tmp_path / "c.problems.csv")) >= len(rows)
 
 
@@ -171,7 +224,9 @@ def _yaml(folder: Path, text: str) -> Path:
 
 
 def test_catalogue_without_pictures_and_one_without_rows(tmp_path: Path) -> None:
-    report = prepare(write_csv(tmp_path / "p.csv", [{"id": "1", "title": "only text"}]), tmp_path / "c")
+    report = prepare(
+        write_csv(tmp_path / "p.csv", [{"id": "1", "title": "only text"}]), tmp_path / "c"
+    )
     assert report["products"]["with_picture"] == 0
     assert not Schema.load(tmp_path / "c/schema.json").images
     assert read(tmp_path / "c")[0]["images"] == []
@@ -204,7 +259,9 @@ def test_pictures_are_downsized_once_and_turned(tmp_path: Path) -> None:
 
 
 def test_html_cleaning_is_on_and_can_be_switched_off(tmp_path: Path) -> None:
-    table = write_csv(tmp_path / "p.csv", [{"id": "1", "title": "Tom &amp; Jerry&#39;s <b>mug</b>"}])
+    table = write_csv(
+        tmp_path / "p.csv", [{"id": "1", "title": "Tom &amp; Jerry&#39;s <b>mug</b>"}]
+    )
     for clean, title in ((True, "Tom & Jerry's mug"), (False, "Tom &amp; Jerry&#39;s <b>mug</b>")):
         prepare(table, tmp_path / "c", clean_html=clean, overwrite=True)
         assert read(tmp_path / "c")[0]["text"]["title"] == title
@@ -216,7 +273,10 @@ def test_blank_cell_does_not_retype_a_column(tmp_path: Path) -> None:
     for name, values in (("full", sizes[:3]), ("blank", sizes)):
         rows = [{"id": str(i), "title": "t", "size_code": size} for i, size in enumerate(values)]
         prepare(write_csv(tmp_path / "p.csv", rows), tmp_path / name)
-        numbers = [{**row, "size_code": float(row["size_code"]) if row["size_code"] else None} for row in rows]
+        numbers = [
+            {**row, "size_code": float(row["size_code"]) if row["size_code"] else None}
+            for row in rows
+        ]
         pq.write_table(pa.Table.from_pylist(numbers), tmp_path / "p.parquet")
         prepare(tmp_path / "p.parquet", tmp_path / f"{name}-parquet")
     found = [
@@ -227,23 +287,48 @@ def test_blank_cell_does_not_retype_a_column(tmp_path: Path) -> None:
 
 
 def test_prices_of_one_column(tmp_path: Path) -> None:
-    prices = ["1,299.00", "1600", "$1,600.00", "140.000", ",89", "1,600", "-5", "0", "1e12", "NaN", ""]
+    prices = [
+        "1,299.00",
+        "1600",
+        "$1,600.00",
+        "140.000",
+        ",89",
+        "1,600",
+        "-5",
+        "0",
+        "1e12",
+        "NaN",
+        "",
+    ]
     rows = [{"id": str(i), "title": "t", "price": price} for i, price in enumerate(prices)]
     prepare(write_csv(tmp_path / "p.csv", rows), tmp_path / "c")
     kept = {row["product_id"]: row["attributes"]["price"] for row in read(tmp_path / "c")}
     assert [kept[str(i)] for i in range(11)] == [1299, 1600, 1600, *[None] * 8]
-    assert [code for _, _, code in codes(tmp_path / "c")] == ["PRICE_AMBIGUOUS"] * 3 + ["PRICE_OUT_OF_RANGE"] * 4
+    assert [code for _, _, code in codes(tmp_path / "c")] == ["PRICE_AMBIGUOUS"] * 3 + [
+        "PRICE_OUT_OF_RANGE"
+    ] * 4
 
 
 def test_skewed_numbers_are_described_by_their_logarithm(tmp_path: Path) -> None:
-    rows = [{"id": str(i), "title": "t", "price": f"{1.2**i:.2f}", "grams": str(i + 100)} for i in range(1, 60)]
+    rows = [
+        {"id": str(i), "title": "t", "price": f"{1.2**i:.2f}", "grams": str(i + 100)}
+        for i in range(1, 60)
+    ]
     prepare(write_csv(tmp_path / "p.csv", rows), tmp_path / "c")
-    assert {a.name: a.log for a in Schema.load(tmp_path / "c/schema.json").numbers} == {"price": True, "grams": False}
+    assert {a.name: a.log for a in Schema.load(tmp_path / "c/schema.json").numbers} == {
+        "price": True,
+        "grams": False,
+    }
 
 
 def test_statistics_come_from_the_train_split_only(tmp_path: Path) -> None:
     rows = [
-        {"id": str(i), "title": "t", "price": "1000000" if i == 7 else f"{i}.5", "split": "test" if i == 7 else "train"}
+        {
+            "id": str(i),
+            "title": "t",
+            "price": "1000000" if i == 7 else f"{i}.5",
+            "split": "test" if i == 7 else "train",
+        }
         for i in range(30)
     ]
     prepare(write_csv(tmp_path / "p.csv", rows), tmp_path / "c")
@@ -259,11 +344,17 @@ def test_split_column_is_kept_and_leaks_are_reported(tmp_path: Path) -> None:
     report = prepare(write_csv(tmp_path / "p.csv", rows), tmp_path / "c")
     assert report["splits"] == {"train": 4, "val": 0, "test": 4}
     assert report["leaks"]["family"]["count"] == 4
-    assert report["leaks"]["family"]["examples"][0] == {"key": "s0", "ids": {"test": ["001"], "train": ["000"]}}
+    assert report["leaks"]["family"]["examples"][0] == {
+        "key": "s0",
+        "ids": {"test": ["001"], "train": ["000"]},
+    }
 
 
 def test_some_unknown_names_neither_hide_a_split_column_nor_reach_training(tmp_path: Path) -> None:
-    rows = [{"id": str(i), "title": f"t{i}", "split": ["train", "train", "val", "holdout"][i % 4]} for i in range(40)]
+    rows = [
+        {"id": str(i), "title": f"t{i}", "split": ["train", "train", "val", "holdout"][i % 4]}
+        for i in range(40)
+    ]
     report = prepare(write_csv(tmp_path / "p.csv", rows), tmp_path / "c")
     assert report["problems"] == {"SPLIT_UNKNOWN": 10}
     named = {"train": "train", "val": "val", "holdout": "test"}
@@ -273,7 +364,9 @@ def test_some_unknown_names_neither_hide_a_split_column_nor_reach_training(tmp_p
 
 
 def test_column_of_other_values_is_an_attribute_whatever_its_name(tmp_path: Path) -> None:
-    rows = [{"id": str(i), "title": f"t{i}", "split": ["hem", "back", "none"][i % 3]} for i in range(40)]
+    rows = [
+        {"id": str(i), "title": f"t{i}", "split": ["hem", "back", "none"][i % 3]} for i in range(40)
+    ]
     prepare(write_csv(tmp_path / "p.csv", rows), tmp_path / "c")
     assert {row["attributes"]["split"] for row in read(tmp_path / "c")} == {"hem", "back", "none"}
 
@@ -282,10 +375,16 @@ def test_same_picture_under_two_ids_is_one_family_in_one_split(tmp_path: Path) -
     rows = [{"id": row["id"], "title": "t", "image": row["image"]} for row in shop(tmp_path, 40)]
     for i in range(0, 40, 2):
         (tmp_path / f"img/{i + 1}.png").write_bytes((tmp_path / f"img/{i}.png").read_bytes())
-    report = prepare(write_csv(tmp_path / "p.csv", rows), tmp_path / "c", val_share=0.3, test_share=0.3)
+    report = prepare(
+        write_csv(tmp_path / "p.csv", rows), tmp_path / "c", val_share=0.3, test_share=0.3
+    )
     found = {row["product_id"]: (row["family"], row["split"]) for row in read(tmp_path / "c")}
     assert all(found[f"{i:03d}"] == found[f"{i + 1:03d}"] for i in range(0, 40, 2))
-    assert (report["families"], report["family_from_picture"], report["leaks"]["picture"]["count"]) == (20, 40, 0)
+    assert (
+        report["families"],
+        report["family_from_picture"],
+        report["leaks"]["picture"]["count"],
+    ) == (20, 40, 0)
 
 
 def test_equal_input_gives_an_equal_fingerprint_and_overwrite_is_asked_for(tmp_path: Path) -> None:
@@ -312,17 +411,42 @@ def test_failed_run_leaves_the_catalogue_that_was_there(tmp_path: Path) -> None:
 def products(folder: Path) -> Path:
     splits = ["train", "train", "val", "test", "test"]
     return write_csv(
-        folder / "products.csv", [{"id": f"p{i}", "title": f"t{i}", "split": split} for i, split in enumerate(splits)]
+        folder / "products.csv",
+        [{"id": f"p{i}", "title": f"t{i}", "split": split} for i, split in enumerate(splits)],
     )
 
 
 def test_pairs_that_ask_the_same_are_one_query(tmp_path: Path) -> None:
     (tmp_path / "q.png").write_bytes(encode(noise()))
     rows = [
-        {"query": "red shoe", "query_image": "", "query_product_id": "", "product_id": "p0", "weight": "3"},
-        {"query": "red shoe", "query_image": "", "query_product_id": "", "product_id": "p3", "weight": "1"},
-        {"query": "", "query_image": "q.png", "query_product_id": "", "product_id": "p2", "weight": "2.5"},
-        {"query": "", "query_image": "", "query_product_id": "p3", "product_id": "p4", "weight": "1"},
+        {
+            "query": "red shoe",
+            "query_image": "",
+            "query_product_id": "",
+            "product_id": "p0",
+            "weight": "3",
+        },
+        {
+            "query": "red shoe",
+            "query_image": "",
+            "query_product_id": "",
+            "product_id": "p3",
+            "weight": "1",
+        },
+        {
+            "query": "",
+            "query_image": "q.png",
+            "query_product_id": "",
+            "product_id": "p2",
+            "weight": "2.5",
+        },
+        {
+            "query": "",
+            "query_image": "",
+            "query_product_id": "p3",
+            "product_id": "p4",
+            "weight": "1",
+        },
         {
             "query": "like it, in red",
             "query_image": "q.png",
@@ -330,11 +454,28 @@ def test_pairs_that_ask_the_same_are_one_query(tmp_path: Path) -> None:
             "product_id": "p1",
             "weight": "1",
         },
-        {"query": "red shoe", "query_image": "", "query_product_id": "", "product_id": "p3", "weight": "2"},
-        {"query": "red shoe", "query_image": "", "query_product_id": "", "product_id": "p1", "weight": "0"},
+        {
+            "query": "red shoe",
+            "query_image": "",
+            "query_product_id": "",
+            "product_id": "p3",
+            "weight": "2",
+        },
+        {
+            "query": "red shoe",
+            "query_image": "",
+            "query_product_id": "",
+            "product_id": "p1",
+            "weight": "0",
+        },
     ]
-    report = prepare(products(tmp_path), tmp_path / "c", pairs=write_csv(tmp_path / "pairs.csv", rows))
-    queries = {(q["text"], bool(q["images"]), q["source_product_id"]): q for q in read(tmp_path / "c", "queries")}
+    report = prepare(
+        products(tmp_path), tmp_path / "c", pairs=write_csv(tmp_path / "pairs.csv", rows)
+    )
+    queries = {
+        (q["text"], bool(q["images"]), q["source_product_id"]): q
+        for q in read(tmp_path / "c", "queries")
+    }
     assert {key: q["split"] for key, q in queries.items()} == {
         ("red shoe", False, None): "train",
         (None, True, None): "val",
@@ -344,7 +485,9 @@ def test_pairs_that_ask_the_same_are_one_query(tmp_path: Path) -> None:
     qrels = pq.read_table(tmp_path / "c/qrels.parquet")
     assert qrels.schema.types == [pa.string(), pa.string(), pa.float32()]
     red = queries["red shoe", False, None]["query_id"]
-    assert [(r["product_id"], r["relevance"]) for r in qrels.to_pylist() if r["query_id"] == red] == [
+    assert [
+        (r["product_id"], r["relevance"]) for r in qrels.to_pylist() if r["query_id"] == red
+    ] == [
         ("p0", 3),
         ("p3", 2),
         ("p1", 0),
@@ -353,13 +496,25 @@ def test_pairs_that_ask_the_same_are_one_query(tmp_path: Path) -> None:
         "count": 4, "splits": {"train": 2, "val": 1, "test": 1}, "judgements": 6, "irrelevant": 1, "repeated": 1,
         "unread_columns": {"pairs.csv": []},
     }  # fmt: skip
-    assert report["files"]["pairs.csv"] == {"rows": 7, "accepted": 7, "rejected": 0, "with_problem": 0}
+    assert report["files"]["pairs.csv"] == {
+        "rows": 7,
+        "accepted": 7,
+        "rejected": 0,
+        "with_problem": 0,
+    }
 
 
-def test_columns_of_a_log_that_are_not_read_are_named_and_repeated_rows_counted(tmp_path: Path) -> None:
+def test_columns_of_a_log_that_are_not_read_are_named_and_repeated_rows_counted(
+    tmp_path: Path,
+) -> None:
     """A raw log has a row for each click, and events that are no grades."""
-    rows = [{"time": str(i), "query": "red shoe", "product_id": f"p{i % 2}", "event": "click"} for i in range(5)]
-    report = prepare(products(tmp_path), tmp_path / "c", pairs=write_csv(tmp_path / "log.csv", rows))
+    rows = [
+        {"time": str(i), "query": "red shoe", "product_id": f"p{i % 2}", "event": "click"}
+        for i in range(5)
+    ]
+    report = prepare(
+        products(tmp_path), tmp_path / "c", pairs=write_csv(tmp_path / "log.csv", rows)
+    )
     assert report["queries"]["unread_columns"] == {"log.csv": ["time", "event"]}
     facts = summary(report, 1.0, tmp_path / "c")
     assert facts["judgements"] == "2, and 3 rows that repeat one"
@@ -378,7 +533,9 @@ def test_problems_of_pairs_are_named_and_never_crash(tmp_path: Path) -> None:
         {"query_id": "q3", "query": "x", "image": "", "product_id": "p1", "weight": ""},
         {"query_id": "q3", "query": "x", "image": "", "product_id": "p1", "weight": "1"},
     ]
-    report = prepare(products(tmp_path), tmp_path / "c", pairs=write_csv(tmp_path / "pairs.csv", rows))
+    report = prepare(
+        products(tmp_path), tmp_path / "c", pairs=write_csv(tmp_path / "pairs.csv", rows)
+    )
     assert codes(tmp_path / "c") == [
         ("3", "q2", "FILE_MISSING"),
         ("3", "q2", "NOTHING_USABLE"),
@@ -390,12 +547,24 @@ def test_problems_of_pairs_are_named_and_never_crash(tmp_path: Path) -> None:
         ("8", "q3", "WEIGHT_INVALID"),
     ]
     counts = report["files"]["pairs.csv"]
-    assert (counts["rows"], counts["accepted"], counts["rejected"], counts["with_problem"]) == (9, 2, 7, 7)
+    assert (counts["rows"], counts["accepted"], counts["rejected"], counts["with_problem"]) == (
+        9,
+        2,
+        7,
+        7,
+    )
 
 
 def test_queries_with_judgements(tmp_path: Path) -> None:
     queries = [
-        {"query_id": "007", "type": "text", "text": "None", "image": "", "source_product_id": "", "split": "test"},
+        {
+            "query_id": "007",
+            "type": "text",
+            "text": "None",
+            "image": "",
+            "source_product_id": "",
+            "split": "test",
+        },
         {
             "query_id": "7",
             "type": "product",
@@ -404,8 +573,22 @@ def test_queries_with_judgements(tmp_path: Path) -> None:
             "source_product_id": "p2",
             "split": "",
         },
-        {"query_id": "7", "type": "text", "text": "again", "image": "", "source_product_id": "", "split": ""},
-        {"query_id": "8", "type": "product", "text": "copy", "image": "", "source_product_id": "gone", "split": ""},
+        {
+            "query_id": "7",
+            "type": "text",
+            "text": "again",
+            "image": "",
+            "source_product_id": "",
+            "split": "",
+        },
+        {
+            "query_id": "8",
+            "type": "product",
+            "text": "copy",
+            "image": "",
+            "source_product_id": "gone",
+            "split": "",
+        },
         {
             "query_id": "9",
             "type": "text",
@@ -430,8 +613,20 @@ def test_queries_with_judgements(tmp_path: Path) -> None:
     )
     assert read(tmp_path / "c", "queries") == [
         {"query_id": "7", "split": "val", "text": None, "images": [], "source_product_id": "p2"},
-        {"query_id": "9", "split": "val", "text": "nobody answers", "images": [], "source_product_id": None},
-        {"query_id": "007", "split": "test", "text": "None", "images": [], "source_product_id": None},
+        {
+            "query_id": "9",
+            "split": "val",
+            "text": "nobody answers",
+            "images": [],
+            "source_product_id": None,
+        },
+        {
+            "query_id": "007",
+            "split": "test",
+            "text": "None",
+            "images": [],
+            "source_product_id": None,
+        },
     ]
     assert codes(tmp_path / "c") == [
         ("3", "7", "ID_DUPLICATE"),
@@ -446,13 +641,18 @@ def test_queries_with_judgements(tmp_path: Path) -> None:
 
 def test_judgements_follow_products_that_were_shuffled(tmp_path: Path) -> None:
     table = products(tmp_path)
-    pairs = write_csv(tmp_path / "pairs.csv", [{"query": f"find {i}", "product_id": f"p{i}"} for i in range(5)])
+    pairs = write_csv(
+        tmp_path / "pairs.csv", [{"query": f"find {i}", "product_id": f"p{i}"} for i in range(5)]
+    )
     prepare(table, tmp_path / "a", pairs=pairs)
     lines = table.read_text(encoding="utf-8").splitlines()
     table.write_text("\n".join([lines[0], *reversed(lines[1:])]), encoding="utf-8")
     prepare(table, tmp_path / "b", pairs=pairs)
     judged = [
-        {(q["query_id"], q["product_id"]) for q in pq.read_table(tmp_path / name / "qrels.parquet").to_pylist()}
+        {
+            (q["query_id"], q["product_id"])
+            for q in pq.read_table(tmp_path / name / "qrels.parquet").to_pylist()
+        }
         for name in "ab"
     ]
     assert judged[0] == judged[1]
@@ -460,10 +660,18 @@ def test_judgements_follow_products_that_were_shuffled(tmp_path: Path) -> None:
     assert storage.fingerprint(tmp_path / "a") != storage.fingerprint(tmp_path / "b")
 
 
-def test_query_with_answers_everywhere_goes_to_each_split_as_often_as_they_do(tmp_path: Path) -> None:
-    pairs = [{"query": f"query {n}", "product_id": f"p{i}", "weight": "1"} for n in range(200) for i in range(5)]
+def test_query_with_answers_everywhere_goes_to_each_split_as_often_as_they_do(
+    tmp_path: Path,
+) -> None:
+    pairs = [
+        {"query": f"query {n}", "product_id": f"p{i}", "weight": "1"}
+        for n in range(200)
+        for i in range(5)
+    ]
     pairs += [{"query": f"query {n}", "product_id": "p2", "weight": "0.5"} for n in range(200)]
-    report = prepare(products(tmp_path), tmp_path / "c", pairs=write_csv(tmp_path / "pairs.csv", pairs))
+    report = prepare(
+        products(tmp_path), tmp_path / "c", pairs=write_csv(tmp_path / "pairs.csv", pairs)
+    )
     splits = report["queries"]["splits"]
     assert splits["train"] == pytest.approx(80, abs=25)
     assert splits["val"] == pytest.approx(40, abs=20)
@@ -474,7 +682,12 @@ def test_query_with_answers_everywhere_goes_to_each_split_as_often_as_they_do(tm
 @pytest.mark.parametrize("kind", ["queries", "pairs"])
 def test_query_of_an_unknown_split_is_of_test(tmp_path: Path, kind: str) -> None:
     rows = [
-        {"query_id": str(i), "query" if kind == "pairs" else "text": f"t{i}", "product_id": f"p{i}", "split": split}
+        {
+            "query_id": str(i),
+            "query" if kind == "pairs" else "text": f"t{i}",
+            "product_id": f"p{i}",
+            "split": split,
+        }
         for i, split in enumerate(["train", "holdout", "val"])
     ]
     prepare(products(tmp_path), tmp_path / "c", **{kind: write_csv(tmp_path / "q.csv", rows)})
@@ -484,8 +697,13 @@ def test_query_of_an_unknown_split_is_of_test(tmp_path: Path, kind: str) -> None
 
 
 def test_queries_in_two_splits_are_a_leak(tmp_path: Path) -> None:
-    queries = [{"query_id": str(i), "text": "same", "split": split} for i, split in enumerate(["train", "test"])]
-    report = prepare(products(tmp_path), tmp_path / "c", queries=write_csv(tmp_path / "q.csv", queries))
+    queries = [
+        {"query_id": str(i), "text": "same", "split": split}
+        for i, split in enumerate(["train", "test"])
+    ]
+    report = prepare(
+        products(tmp_path), tmp_path / "c", queries=write_csv(tmp_path / "q.csv", queries)
+    )
     assert report["leaks"]["query"]["count"] == 1
 
 
@@ -494,7 +712,20 @@ def test_queries_in_two_splits_are_a_leak(tmp_path: Path) -> None:
 
 def test_command_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     table = write_csv(tmp_path / "products.csv", shop(tmp_path, 20))
-    assert main([str(table), "--output", str(tmp_path / "c"), "--on-bad-field", "reject", "--max-problems", "1%"]) == 0
+    assert (
+        main(
+            [
+                str(table),
+                "--output",
+                str(tmp_path / "c"),
+                "--on-bad-field",
+                "reject",
+                "--max-problems",
+                "1%",
+            ]
+        )
+        == 0
+    )
     lines = [" ".join(line.split()) for line in capfd.readouterr().out.splitlines()]
     assert lines[0] == "products.csv (delimiter ',', utf-8): 20 rows"
     assert "id id 100% its name '000', '001', '002'" in lines
@@ -520,12 +751,19 @@ def test_command_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None
         (["--background", "no"], "--background 'no' is no colour"),
         (["--qrels", "products.csv"], "need different names"),
         (["--val-share", "1"], "must sum to less than 1"),
-        (["--delimiter", "\t"], "COLUMN_MISSING: products.csv (delimiter '\\t', utf-8) has no column for the id"),
+        (
+            ["--delimiter", "\t"],
+            "COLUMN_MISSING: products.csv (delimiter '\\t', utf-8) has no column for the id",
+        ),
         (["--columns", "gone.yaml"], "gone.yaml: cannot be read"),
     ],
 )
 def test_mistakes_are_one_clear_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], options: list[str], message: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    options: list[str],
+    message: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write_csv(tmp_path / "products.csv", [{"id": "1", "title": "t"}, {"id": "1", "title": "t"}])
@@ -548,7 +786,7 @@ def test_columns_are_written_edited_and_used(tmp_path: Path) -> None:
 
 
 def test_prepare_starts_without_torch_pandas_and_lightning() -> None:
-    code = "import sys, datamodules.prepare; assert not {'torch', 'pandas', 'lightning'} & set(sys.modules)"
+    code = "import sys, tritower.datamodules.prepare.command; assert not {'torch', 'pandas', 'lightning'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
@@ -574,7 +812,16 @@ def fuzzed(rng: random.Random, n: int, folder: Path) -> Rows:
         "\x00",
     ]
     prices = ["12.5", "1,600", "$1,299.00", "-5", "NaN", "1e12", "free", "", "140.000"]
-    images = ["", "ok.png", "gone.png", "cut.jpg", "../up.png", "http://x/y.png", "ok.png|cut.jpg", "["]
+    images = [
+        "",
+        "ok.png",
+        "gone.png",
+        "cut.jpg",
+        "../up.png",
+        "http://x/y.png",
+        "ok.png|cut.jpg",
+        "[",
+    ]
     ids = ["", "007", "7", " 7", "1352171357E+5"]
     return [
         {
@@ -582,7 +829,9 @@ def fuzzed(rng: random.Random, n: int, folder: Path) -> Rows:
             "title": rng.choice(odd) if rng.random() < 0.5 else f"Product {i}",
             "price": rng.choice(prices),
             "image": rng.choice(images),
-            "more": rng.choice(["", '{"a": "1"}', '{"a": ["x", "y"]}', "{broken", "[1]", '{"a": {"b": 1}}']),
+            "more": rng.choice(
+                ["", '{"a": "1"}', '{"a": ["x", "y"]}', "{broken", "[1]", '{"a": {"b": 1}}']
+            ),
             "split": rng.choice(["", "", "train", "test", "holdout"]),
         }
         for i in range(n)
@@ -607,13 +856,17 @@ def test_rows_in_are_rows_accepted_and_rejected(tmp_path: Path, kind: str, seed:
             if kind == "jsonl":
                 buffer.write(json.dumps(row, ensure_ascii=False) + "\n")
             else:
-                csv.writer(buffer, delimiter="\t" if kind == "tsv" else ",", quoting=csv.QUOTE_ALL).writerow(
-                    row.values()
-                )
+                csv.writer(
+                    buffer, delimiter="\t" if kind == "tsv" else ",", quoting=csv.QUOTE_ALL
+                ).writerow(row.values())
             lines.append(buffer.getvalue().encode())
             if rng.random() < 0.1:
                 broken += 1
-                lines.append(rng.choice([b"\xff\xfe,x\n", b"only one cell\n", b'"ab"c"\n', b"1,2,3,4,5,6,7,8,9\n"]))
+                lines.append(
+                    rng.choice(
+                        [b"\xff\xfe,x\n", b"only one cell\n", b'"ab"c"\n', b"1,2,3,4,5,6,7,8,9\n"]
+                    )
+                )
         header = "\t".join(rows[0]) if kind == "tsv" else ",".join(rows[0])
         path.write_bytes(b"" if kind == "jsonl" else f"{header}\n".encode())
         with path.open("ab") as file:
@@ -636,12 +889,21 @@ def test_real_catalogues_need_no_options(data_dir: Path, tmp_path: Path, name: s
     folder = data_dir / name
     facts = json.loads((folder / "MANIFEST.json").read_text(encoding="utf-8"))
     report = prepare(
-        folder / "products.csv", tmp_path / "c", queries=folder / "queries.csv", qrels=folder / "qrels.csv"
+        folder / "products.csv",
+        tmp_path / "c",
+        queries=folder / "queries.csv",
+        qrels=folder / "qrels.csv",
     )
     assert report["problems"] == {}
     assert report["accepted"] == facts["products"]
     assert report["products"]["with_picture"] == facts["products_with_image"]
     assert report["splits"] == facts["splits"]
-    assert (report["groups"], report["families"]) == (facts["groups_of_2_or_more"], facts["families_of_2_or_more"])
-    assert (report["queries"]["count"], report["queries"]["judgements"]) == (facts["queries"], facts["qrels"])
+    assert (report["groups"], report["families"]) == (
+        facts["groups_of_2_or_more"],
+        facts["families_of_2_or_more"],
+    )
+    assert (report["queries"]["count"], report["queries"]["judgements"]) == (
+        facts["queries"],
+        facts["qrels"],
+    )
     assert all(leak["count"] == 0 for leak in report["leaks"].values())

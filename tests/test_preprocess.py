@@ -10,13 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
-from datamodules.batch import Item
-from datamodules.preprocess import ItemPreprocess, stable_hash
-from datamodules.schema import Attribute, Schema
-from towers.attribute import AttributePreprocess
-from towers.image import PicturePreprocess
-from towers.text import HashedWords, Template, TextPreprocess
-from towers.words import HashedNgrams
+from tritower.datamodules.batch import Item
+from tritower.datamodules.preprocess import ItemPreprocess, stable_hash
+from tritower.datamodules.schema import Attribute, Schema
+from tritower.towers.attribute import AttributePreprocess
+from tritower.towers.image import PicturePreprocess
+from tritower.towers.lexical import HashedNgrams
+from tritower.towers.text import HashedWords, Template, TextPreprocess
 
 SCHEMA = Schema(("title",), True, (Attribute("price", "number"), Attribute("brand", "category")))
 
@@ -80,7 +80,9 @@ def test_rows_are_views_of_the_same_items(preprocess: ItemPreprocess) -> None:
         part = whole.rows(start, stop)
         own = preprocess(ITEMS[start:stop])
         assert torch.equal(part.present, own.present)
-        assert torch.equal(part.text, whole.text[start:stop]) and torch.equal(part.words, whole.words[start:stop])
+        assert torch.equal(part.text, whole.text[start:stop]) and torch.equal(
+            part.words, whole.words[start:stop]
+        )
         if own.image is None:
             assert part.image is None and part.image_row is None
         else:
@@ -91,7 +93,9 @@ def test_each_picture_varies_with_the_randomness_of_its_item(preprocess: ItemPre
     seen = []
 
     class Spy:
-        def __call__(self, images: list[bytes], rngs: list[np.random.Generator] | None = None) -> torch.Tensor:
+        def __call__(
+            self, images: list[bytes], rngs: list[np.random.Generator] | None = None
+        ) -> torch.Tensor:
             seen.append(rngs)
             return torch.zeros(len(images), 3, 8, 8)
 

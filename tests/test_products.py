@@ -11,18 +11,20 @@ import pytest
 import torch
 from catalogues import SCHEMA, write_catalogue
 
-from datamodules.batch import NO_KEY, Batch
-from datamodules.examples import is_split
-from datamodules.negatives import Negatives
-from datamodules.parquet import Table
-from datamodules.preprocess import ItemPreprocess, Preprocess, stable_hash
-from datamodules.products import ProductDataModule
-from towers.attribute import AttributePreprocess
-from towers.image import PicturePreprocess
-from towers.text import HashedWords, Template, TextPreprocess
+from tritower.datamodules.batch import NO_KEY, Batch
+from tritower.datamodules.catalogue import Table
+from tritower.datamodules.examples import is_split
+from tritower.datamodules.negatives import Negatives
+from tritower.datamodules.preprocess import ItemPreprocess, Preprocess, stable_hash
+from tritower.datamodules.products import ProductDataModule
+from tritower.towers.attribute import AttributePreprocess
+from tritower.towers.image import PicturePreprocess
+from tritower.towers.text import HashedWords, Template, TextPreprocess
 
 
-def data_module(catalogue: Path, rank: int = 0, num_ranks: int = 1, **settings: Any) -> ProductDataModule:
+def data_module(
+    catalogue: Path, rank: int = 0, num_ranks: int = 1, **settings: Any
+) -> ProductDataModule:
     """A data module as a Trainer would set it up."""
     data = ProductDataModule(catalogue, **{"batch_size": 16, **settings})
     data.trainer = SimpleNamespace(global_rank=rank, world_size=num_ranks, accelerator=None)
@@ -55,12 +57,17 @@ def flat(batch: Batch) -> list[torch.Tensor]:
 
 
 def same(one: Batch, other: Batch) -> bool:
-    return all(torch.equal(a.nan_to_num(-7), b.nan_to_num(-7)) for a, b in zip(flat(one), flat(other), strict=True))
+    return all(
+        torch.equal(a.nan_to_num(-7), b.nan_to_num(-7))
+        for a, b in zip(flat(one), flat(other), strict=True)
+    )
 
 
 def test_examples_are_products_and_judgements_of_the_train_split(tiny_catalogue: Path) -> None:
     both = data_module(tiny_catalogue)
-    products, pairs = (data_module(tiny_catalogue, sources=[source]) for source in ("catalogue", "pairs"))
+    products, pairs = (
+        data_module(tiny_catalogue, sources=[source]) for source in ("catalogue", "pairs")
+    )
     assert len(products.rows) == 72
     assert len(pairs.rows) > 30
     assert len(both.rows) == len(products.rows) + len(pairs.rows)
@@ -100,7 +107,9 @@ def test_no_product_and_no_query_of_another_split_has_a_part_in_training(
     data = data_module(cut_catalogue, mate_share=1.0, **settings)
     of_train = is_split(data.products, "train")
     assert 30 < of_train.sum() < 50
-    np.save(tmp_path / "none.npy", np.full((len(of_train), 1), -1, np.int32))  # nothing was mined: all are drawn
+    np.save(
+        tmp_path / "none.npy", np.full((len(of_train), 1), -1, np.int32)
+    )  # nothing was mined: all are drawn
     data.negatives = Negatives(tmp_path / "none.npy", 2, 1.0)
     read, asked = note_rows(data.products, monkeypatch), note_rows(data.queries, monkeypatch)
     loader = data.train_dataloader()
@@ -140,16 +149,23 @@ def test_batches_are_the_same_every_time_and_pictures_vary_by_epoch(tiny_catalog
     assert not any(map(same, loaders[0], again))
 
 
-def test_judgements_that_no_source_trains_on_are_told(tiny_catalogue: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_judgements_that_no_source_trains_on_are_told(
+    tiny_catalogue: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     data_module(tiny_catalogue, sources=["catalogue", "pairs"])
     assert "none is trained on" not in caplog.text
     data_module(tiny_catalogue, sources={"catalogue": 1, "facets": 1})
-    assert "judgements of the train split, and none is trained on: data.sources=catalogue, facets names" in caplog.text
+    assert (
+        "judgements of the train split, and none is trained on: data.sources=catalogue, facets names"
+        in caplog.text
+    )
 
 
 def test_ranks_share_the_batch_of_one_process(tiny_catalogue: Path) -> None:
     whole = next(iter(data_module(tiny_catalogue).train_dataloader()))
-    halves = [next(iter(data_module(tiny_catalogue, rank, 2).train_dataloader())) for rank in range(2)]
+    halves = [
+        next(iter(data_module(tiny_catalogue, rank, 2).train_dataloader())) for rank in range(2)
+    ]
     assert torch.equal(torch.cat([half.product_keys for half in halves]), whole.product_keys)
     assert torch.equal(torch.cat([half.query.present for half in halves]), whole.query.present)
     assert torch.equal(torch.cat([half.product.image for half in halves]), whole.product.image)
@@ -173,7 +189,11 @@ def test_a_restored_place_is_where_the_next_loader_starts(tiny_catalogue: Path) 
     ],
 )
 def test_epochs_before_a_start_may_have_been_of_another_length(
-    tiny_catalogue: Path, start: dict[str, int], per_epoch: int, processed: int, expected: dict[str, int]
+    tiny_catalogue: Path,
+    start: dict[str, int],
+    per_epoch: int,
+    processed: int,
+    expected: dict[str, int],
 ) -> None:
     data = data_module(tiny_catalogue)
     data.load_state_dict(start)
@@ -186,7 +206,9 @@ def test_epochs_before_a_start_may_have_been_of_another_length(
 def test_validation_asks_every_query_and_searches_every_product(tiny_catalogue: Path) -> None:
     data = data_module(tiny_catalogue)
     queries, products = data.val_dataloader()
-    assert torch.cat([batch.row for batch in queries]).tolist() == list(range(len(data.held_out["val"])))
+    assert torch.cat([batch.row for batch in queries]).tolist() == list(
+        range(len(data.held_out["val"]))
+    )
     assert torch.cat([batch.row for batch in products]).tolist() == list(range(120))
 
 
@@ -216,17 +238,23 @@ def test_a_folder_that_is_no_catalogue_says_how_to_make_one(tmp_path: Path) -> N
 
 def test_sources_without_examples_are_refused(tmp_path: Path) -> None:
     catalogue = write_catalogue(tmp_path / "C", num_groups=5, queries=False)
-    with pytest.raises(ValueError, match=r"6 products of the train split, and data\.sources=\['pairs'\]"):
+    with pytest.raises(
+        ValueError, match=r"6 products of the train split, and data\.sources=\['pairs'\]"
+    ):
         data_module(catalogue, sources=["pairs"])
 
 
 def test_the_share_of_mates_is_as_set(tiny_catalogue: Path) -> None:
-    data = data_module(tiny_catalogue, sources=["catalogue"], mates="group", mate_share=0.3, batch_size=72)
+    data = data_module(
+        tiny_catalogue, sources=["catalogue"], mates="group", mate_share=0.3, batch_size=72
+    )
     loader = data.train_dataloader()
     shares = []
     for epoch in range(8):
         loader.sampler.set_epoch(epoch)
         [batch] = loader
         shares.append((batch.query_keys[:, 0] != batch.product_keys[:, 0]).float().mean().item())
-        assert torch.equal(batch.query_keys[:, 1], batch.product_keys[:, 1])  # all mates are of the group
+        assert torch.equal(
+            batch.query_keys[:, 1], batch.product_keys[:, 1]
+        )  # all mates are of the group
     assert np.mean(shares) == pytest.approx(0.3, abs=0.06)

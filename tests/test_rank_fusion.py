@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from retrieval.hits import Hits
-from retrieval.lexical.fusion import reciprocal_rank_fusion
+from tritower.retrieval.ranking.hits import Hits
+from tritower.retrieval.ranking.rank_fusion import reciprocal_rank_fusion
 
 
 def in_order(*rows):
@@ -29,5 +29,9 @@ def test_where_words_cannot_tell_products_apart_the_other_ranking_does_whatever_
     """Rows 4 and 6 share rank 2.5 of the words; the index puts 6 before 4, and 8, which words put last, first."""
     words = Hits(np.array([[3.0, 1.0, 1.0, 0.5]], np.float32), np.array([[2, 4, 6, 8]]))
     assert words.ranks().tolist() == [[1, 2.5, 2.5, 4]]
-    assert reciprocal_rank_fusion([words, in_order([8, 6, 4, 2])], [1000.0, 1.0]).tolist() == [[2, 6, 4, 8]]
-    assert reciprocal_rank_fusion([words, in_order([8, 6, 4, 2])], [0.001, 1.0]).tolist() == [[8, 6, 4, 2]]
+    assert reciprocal_rank_fusion([words, in_order([8, 6, 4, 2])], [1000.0, 1.0]).tolist() == [
+        [2, 6, 4, 8]
+    ]
+    assert reciprocal_rank_fusion([words, in_order([8, 6, 4, 2])], [0.001, 1.0]).tolist() == [
+        [8, 6, 4, 2]
+    ]

@@ -7,14 +7,20 @@ from collections import namedtuple
 import numpy as np
 import pytest
 
-from retrieval.build import Recipe, build_index
-from retrieval.building import resources
-from retrieval.building.encoded import GROUPING_BYTES
-from retrieval.building.factory import Mapped, parse_mapped
-from retrieval.building.resources import Need, available_memory, check, parse_bytes, predict
-from retrieval.building.workspace import BLOCK_ROWS
-from retrieval.embeddings import EmbeddingReader, EmbeddingWriter
-from retrieval.index import ProductIndex
+from tritower.retrieval.building import resources
+from tritower.retrieval.building.build import Recipe, build_index
+from tritower.retrieval.building.resources import (
+    Need,
+    available_memory,
+    check,
+    parse_bytes,
+    predict,
+)
+from tritower.retrieval.building.workspace import BLOCK_ROWS
+from tritower.retrieval.index import ProductIndex
+from tritower.retrieval.ivf.encoded import GROUPING_BYTES
+from tritower.retrieval.ivf.spec import Mapped, parse_mapped
+from tritower.retrieval.vectors.embeddings import EmbeddingReader, EmbeddingWriter
 
 GIB = 1 << 30
 Usage = namedtuple("Usage", "total used free")
@@ -22,7 +28,9 @@ FACTORY = "IVF1024,PQ16x4fsr,Refine(SQ8)"
 
 
 def need_of(count, dim, factory, **options):
-    return predict(count, dim, parse_mapped(factory), block=BLOCK_ROWS, grouping=GROUPING_BYTES, **options)
+    return predict(
+        count, dim, parse_mapped(factory), block=BLOCK_ROWS, grouping=GROUPING_BYTES, **options
+    )
 
 
 @pytest.fixture(scope="module")
@@ -49,12 +57,16 @@ def test_more_memory_than_there_is_is_refused_at_once_with_the_numbers(tmp_path,
         check(need, tmp_path, GIB)
     assert f"{need.memory / 1e9:.1f} GB" in str(e.value) and "--factory" in str(e.value)
     monkeypatch.setattr(resources, "available_memory", lambda: GIB)
-    with pytest.raises(ValueError, match=r"of memory, 859\.0 MB is there \(80% of what is free\): lower"):
+    with pytest.raises(
+        ValueError, match=r"of memory, 859\.0 MB is there \(80% of what is free\): lower"
+    ):
         check(need, tmp_path)
     check(need, tmp_path, 4 * GIB)
 
 
-def test_a_build_that_does_not_fit_is_refused_in_seconds_and_leaves_nothing(tmp_path, large, monkeypatch):
+def test_a_build_that_does_not_fit_is_refused_in_seconds_and_leaves_nothing(
+    tmp_path, large, monkeypatch
+):
     started = time.perf_counter()
     with pytest.raises(ValueError, match=r"needs about \S+ MB of memory, 104\.9 MB is allowed"):
         build_index(large, tmp_path / "i", Recipe(FACTORY, memory=100 << 20))
@@ -67,11 +79,17 @@ def test_a_build_that_does_not_fit_is_refused_in_seconds_and_leaves_nothing(tmp_
 
 def test_more_disk_than_there_is_is_refused_with_the_numbers(tmp_path, large, monkeypatch):
     need = need_of(200_000, 64, FACTORY)
-    monkeypatch.setattr(resources.shutil, "disk_usage", lambda place: Usage(GIB, 0, int(need.disk / 0.75) - 1000))
-    with pytest.raises(ValueError, match=r"needs about (\S+) MB of disk at \S+, (\S+) MB is there \(75% of what is"):
+    monkeypatch.setattr(
+        resources.shutil, "disk_usage", lambda place: Usage(GIB, 0, int(need.disk / 0.75) - 1000)
+    )
+    with pytest.raises(
+        ValueError, match=r"needs about (\S+) MB of disk at \S+, (\S+) MB is there \(75% of what is"
+    ):
         build_index(large, tmp_path / "new" / "i", Recipe(FACTORY, memory=4 * GIB))
     assert list(tmp_path.iterdir()) == []
-    monkeypatch.setattr(resources.shutil, "disk_usage", lambda place: Usage(GIB, 0, int(need.disk / 0.75) + 1000))
+    monkeypatch.setattr(
+        resources.shutil, "disk_usage", lambda place: Usage(GIB, 0, int(need.disk / 0.75) + 1000)
+    )
     check(need, tmp_path / "not" / "there" / "yet", 4 * GIB)
 
 
@@ -80,8 +98,8 @@ def test_a_build_takes_no_more_memory_and_disk_than_predicted(tmp_path, large, s
     program = f"""
         from pathlib import Path
         from retrieval import build, storage
-        from retrieval.build import Recipe, build_index
-        from retrieval.embeddings import EmbeddingReader
+        from tritower.retrieval.building.build import Recipe, build_index
+        from tritower.retrieval.vectors.embeddings import EmbeddingReader
         place, most = Path({str(tmp_path / "i")!r}), []
         original = storage.seal
         def seal(folder, **options):  # the moment at which most is there
@@ -93,7 +111,9 @@ def test_a_build_takes_no_more_memory_and_disk_than_predicted(tmp_path, large, s
         status = dict(line.split(":", 1) for line in open("/proc/self/status"))
         print(1024 * int(status["VmHWM"].split()[0]), max(most))
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=True
+    )
     memory, disk = map(int, done.stdout.split())
     files = ProductIndex.open(tmp_path / "i").manifest.files
     need = need_of(200_000, 64, FACTORY, spill=spill)
@@ -111,15 +131,24 @@ def test_needs_grow_with_what_makes_them_grow():
     assert need_of(10**6, 128, "IVF4096,PQ32x4fsr,Refine(SQ8)", spill=True).hot > 1.8 * small.hot
     assert need_of(10**6, 128, "IVF4096,PQ32x4fsr,Refine(SQ8)", sample=10**6).memory > small.memory
     assert need_of(10, 128, "IVF4,PQ32x4fsr").memory < 600 << 20
-    assert isinstance(small, Need) and Mapped(4096, 32, True, "SQ8") == parse_mapped("IVF4096,PQ32x4fsr,Refine(SQ8)")
+    assert isinstance(small, Need) and Mapped(4096, 32, True, "SQ8") == parse_mapped(
+        "IVF4096,PQ32x4fsr,Refine(SQ8)"
+    )
 
 
 def cgroup(folder, limit, used, prefix="", active=0, inactive=0):
-    names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if prefix else ("memory.max", "memory.current")
+    names = (
+        ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        if prefix
+        else ("memory.max", "memory.current")
+    )
     folder.mkdir(exist_ok=True)
     for name, value in zip(names, (limit, used), strict=True):
         (folder / name).write_text(f"{value}\n")
-    lines = (f"anon 1000\n{prefix}inactive_file {inactive}\n", f"{prefix}active_file {active}\nsock 0\n")
+    lines = (
+        f"anon 1000\n{prefix}inactive_file {inactive}\n",
+        f"{prefix}active_file {active}\nsock 0\n",
+    )
     (folder / "memory.stat").write_text("".join(lines))
 
 
@@ -128,7 +157,9 @@ def test_memory_that_is_available(tmp_path, monkeypatch):
     machine = available_memory()
     assert 0 < machine < 1 << 50
     cgroup(tmp_path, "max", 5000)
-    assert available_memory() == pytest.approx(machine, rel=0.2)  # the container has no limit of its own
+    assert available_memory() == pytest.approx(
+        machine, rel=0.2
+    )  # the container has no limit of its own
     cgroup(tmp_path, 10_000, 7000)
     assert available_memory() == 3000
     cgroup(tmp_path, 10_000, 9999, active=2000, inactive=4000)  # files that were read give way
@@ -136,7 +167,9 @@ def test_memory_that_is_available(tmp_path, monkeypatch):
     cgroup(tmp_path, 1000, 2000)
     assert available_memory() == 0
     (tmp_path / "memory.max").unlink()
-    cgroup(tmp_path / "memory", 10_000, 9000, "total_", active=500, inactive=700)  # as older systems tell it
+    cgroup(
+        tmp_path / "memory", 10_000, 9000, "total_", active=500, inactive=700
+    )  # as older systems tell it
     assert available_memory() == 2200
 
 
@@ -144,7 +177,9 @@ def test_the_limit_of_the_process_counts(tmp_path, monkeypatch):
     monkeypatch.setattr(resources, "CGROUP", tmp_path)
     monkeypatch.setattr(resources.resource, "getrlimit", lambda _: (12_345, -1))
     assert available_memory() == 12_345
-    monkeypatch.setattr(resources.resource, "getrlimit", lambda _: (resources.resource.RLIM_INFINITY, -1))
+    monkeypatch.setattr(
+        resources.resource, "getrlimit", lambda _: (resources.resource.RLIM_INFINITY, -1)
+    )
     assert available_memory() > 12_345
     monkeypatch.setattr(resources, "_proc_available", lambda: None)
     assert available_memory() is None
@@ -170,5 +205,7 @@ def test_sizes_are_read_as_people_write_them(text, size):
 
 @pytest.mark.parametrize("text", ["", "0", "-1GB", "GB", "1XB", "1e9", "one", "1 GB 2", "nan"])
 def test_what_is_no_size_is_refused(text):
-    with pytest.raises(ValueError, match=r"expected a number above 0 with a unit, such as 500MB or 1\.5GiB"):
+    with pytest.raises(
+        ValueError, match=r"expected a number above 0 with a unit, such as 500MB or 1\.5GiB"
+    ):
         parse_bytes(text)

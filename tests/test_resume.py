@@ -1,4 +1,7 @@
-"""A run that was killed and resumed equals one that was not: losses, learning rates, order of the examples."""
+"""A run that was killed and resumed equals one that was not:
+
+losses, learning rates, order of the examples.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,15 @@ import pytest
 import torch
 from training import TEXT_ONLY, diary, entries, fit, fit_arguments, logged, run_program
 
-import train
-from retrieval.storage import read_manifest
-from towers.cli import newest_valid_checkpoint
+from tritower.artefacts.storage import read_manifest
+from tritower.towers import cli as train
+from tritower.towers.cli import newest_valid_checkpoint
 
-ARGUMENTS = (*TEXT_ONLY, "--trainer.max_epochs=3", "--early_stopping.patience=3")  # 5 steps per epoch
+ARGUMENTS = (
+    *TEXT_ONLY,
+    "--trainer.max_epochs=3",
+    "--early_stopping.patience=3",
+)  # 5 steps per epoch
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +59,13 @@ def resume(catalogue: Path, run: Path, *arguments: str) -> list[dict[str, Any]]:
 
 def test_every_example_comes_once_per_epoch(whole: list[dict[str, Any]]) -> None:
     assert [entry["epoch"] for entry in whole] == [0] * 5 + [1] * 5 + [2] * 5
-    orders = [[key for entry in whole[5 * e : 5 * e + 5] for key in entry["products"]] for e in range(3)]
+    orders = [
+        [key for entry in whole[5 * e : 5 * e + 5] for key in entry["products"]] for e in range(3)
+    ]
     assert len({tuple(order) for order in orders}) == 3
-    counts = [{key: order[:152].count(key) for key in set(order[:152])} for order in orders]  # the rest is the fill
+    counts = [
+        {key: order[:152].count(key) for key in set(order[:152])} for order in orders
+    ]  # the rest is the fill
     assert counts[0] == counts[1] == counts[2]
 
 
@@ -64,7 +75,9 @@ def test_a_run_killed_within_an_epoch_goes_on_where_it_was(
     run, path = tmp_path / "run", tmp_path / "killed.jsonl"
     killed = run_program(
         "train.py",
-        *fit_arguments(tiny_catalogue, run, *ARGUMENTS, "--checkpoint_every_steps=3", *diary(path, kill_at=8)),
+        *fit_arguments(
+            tiny_catalogue, run, *ARGUMENTS, "--checkpoint_every_steps=3", *diary(path, kill_at=8)
+        ),
     )
     assert killed.returncode == -signal.SIGKILL, killed.stdout
     assert entries(path) == whole[:8]
@@ -81,7 +94,12 @@ def test_a_run_killed_within_an_epoch_goes_on_where_it_was(
     ],
 )
 def test_a_run_that_failed_anywhere_goes_on_where_it_was(
-    tiny_catalogue: Path, whole: list[dict[str, Any]], tmp_path: Path, every: int | None, step: int, first: int
+    tiny_catalogue: Path,
+    whole: list[dict[str, Any]],
+    tmp_path: Path,
+    every: int | None,
+    step: int,
+    first: int,
 ) -> None:
     arguments = [] if every is None else [f"--checkpoint_every_steps={every}"]
     assert stopped(tiny_catalogue, tmp_path / "run", step, *arguments) == whole[:step]
@@ -93,7 +111,11 @@ def test_a_run_that_failed_anywhere_goes_on_where_it_was(
 
 @pytest.mark.parametrize(
     ("every", "saved"),
-    [(5, set()), (4, {"within-step=8", "within-step=12"}), (1, {"within-step=11", "within-step=12"})],
+    [
+        (5, set()),
+        (4, {"within-step=8", "within-step=12"}),
+        (1, {"within-step=11", "within-step=12"}),
+    ],
 )
 def test_nothing_is_saved_between_an_epoch_and_its_validation(
     tiny_catalogue: Path, tmp_path: Path, every: int, saved: set[str]
@@ -124,10 +146,14 @@ def test_what_a_loss_remembers_goes_on(tiny_catalogue: Path, tmp_path: Path, los
     assert resume(tiny_catalogue, tmp_path / "run", *arguments) == whole[5:]
 
 
-def test_a_resumed_run_exports_the_same_model(tiny_catalogue: Path, uninterrupted: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_exports_the_same_model(
+    tiny_catalogue: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
     stopped(tiny_catalogue, tmp_path / "run", 9)
     resume(tiny_catalogue, tmp_path / "run")
-    one, other = (folder / "model" / "model.safetensors" for folder in (uninterrupted, tmp_path / "run"))
+    one, other = (
+        folder / "model" / "model.safetensors" for folder in (uninterrupted, tmp_path / "run")
+    )
     assert one.read_bytes() == other.read_bytes()
     assert logged(tmp_path / "run", "val/hit@10") == logged(uninterrupted, "val/hit@10")[1:]
 
@@ -140,14 +166,18 @@ def test_the_patience_of_early_stopping_is_remembered(tiny_catalogue: Path, tmp_
     assert [resumed[0]["step"], resumed[-1]["step"]] == [11, 20]
 
 
-def test_a_finished_run_is_resumed_to_nothing(tiny_catalogue: Path, uninterrupted: Path, tmp_path: Path) -> None:
+def test_a_finished_run_is_resumed_to_nothing(
+    tiny_catalogue: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
     run = Path(shutil.copytree(uninterrupted, tmp_path / "run"))
     before = (run / "model" / "model.safetensors").read_bytes()
     assert fit(tiny_catalogue, run, *ARGUMENTS, "--resume=true") == 0
     assert (run / "model" / "model.safetensors").read_bytes() == before
 
 
-def test_a_moved_run_is_resumed(tiny_catalogue: Path, whole: list[dict[str, Any]], tmp_path: Path) -> None:
+def test_a_moved_run_is_resumed(
+    tiny_catalogue: Path, whole: list[dict[str, Any]], tmp_path: Path
+) -> None:
     """It knows its best model still; the lowest score is asked for, since that comes first."""
     run, lowest = tmp_path / "moved", ("--checkpoint.mode=min", "--checkpoint.monitor=val/ndcg@10")
     stopped(tiny_catalogue, tmp_path / "run", 14, *lowest)
@@ -189,16 +219,26 @@ def test_another_number_of_steps_needs_to_be_said(
 
 
 def test_a_torn_checkpoint_is_skipped_by_name(
-    tiny_catalogue: Path, whole: list[dict[str, Any]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tiny_catalogue: Path,
+    whole: list[dict[str, Any]],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    arguments = ("--checkpoint_every_steps=3", "--checkpoint.mode=min")  # the best is the first one, and older
+    arguments = (
+        "--checkpoint_every_steps=3",
+        "--checkpoint.mode=min",
+    )  # the best is the first one, and older
     stopped(tiny_catalogue, tmp_path / "run", 12, *arguments)
     saved = (tmp_path / "run" / "checkpoints").glob("*-*.ckpt")
     *others, newest = sorted(saved, key=lambda path: int(path.stem.split("=")[1]))
-    assert [path.name for path in others] == ["last-step=5.ckpt", "within-step=6.ckpt", "within-step=9.ckpt"]
+    assert [path.name for path in others] == [
+        "last-step=5.ckpt",
+        "within-step=6.ckpt",
+        "within-step=9.ckpt",
+    ]
     assert newest.name == "last-step=10.ckpt"  # step 12 fails before it is saved
     newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
-    with caplog.at_level(logging.INFO, logger="towers.cli"):
+    with caplog.at_level(logging.INFO, logger="tritower.towers.cli"):
         resumed = resume(tiny_catalogue, tmp_path / "run", *arguments)
     assert f"skipped {newest}: it cannot be read (" in caplog.text
     assert resumed == whole[9:]
@@ -219,7 +259,7 @@ def test_the_newest_checkpoint_that_can_be_read_is_taken(
     else:
         contents = {"cut": data[:-200], "empty": b"", "flip": data, "text": b"<html>404</html>"}
         bad.write_bytes(contents[damage])
-    with caplog.at_level(logging.WARNING, logger="towers.cli"):
+    with caplog.at_level(logging.WARNING, logger="tritower.towers.cli"):
         found = newest_valid_checkpoint(sorted(tmp_path.glob("*.ckpt")))
     assert found == tmp_path / "last-step=10.ckpt"
     assert f"skipped {bad}" in caplog.text
@@ -228,9 +268,13 @@ def test_the_newest_checkpoint_that_can_be_read_is_taken(
 def test_steps_are_compared_as_numbers(uninterrupted: Path, tmp_path: Path) -> None:
     for step in (5, 10):
         torch.save({"global_step": step}, tmp_path / f"last-step={step}.ckpt")
-    assert newest_valid_checkpoint(sorted(tmp_path.glob("*.ckpt"))) == tmp_path / "last-step=10.ckpt"
+    assert (
+        newest_valid_checkpoint(sorted(tmp_path.glob("*.ckpt"))) == tmp_path / "last-step=10.ckpt"
+    )
     torch.save({"global_step": 10}, tmp_path / "within-step=10.ckpt")
-    assert newest_valid_checkpoint(sorted(tmp_path.glob("*.ckpt"))) == tmp_path / "last-step=10.ckpt"
+    assert (
+        newest_valid_checkpoint(sorted(tmp_path.glob("*.ckpt"))) == tmp_path / "last-step=10.ckpt"
+    )
     assert newest_valid_checkpoint([]) is None
 
 
@@ -270,17 +314,24 @@ def test_code_in_a_checkpoint_is_never_run(
         assert train.main([command, *config, f"--ckpt_path={checkpoint}"]) == 1
     assert not (tmp_path / "marker").exists()
     assert "Traceback" not in capsys.readouterr().err
-    torch.load(checkpoint, weights_only=False) if by == "torch.save" else pickle.loads(checkpoint.read_bytes())
+    torch.load(checkpoint, weights_only=False) if by == "torch.save" else pickle.loads(
+        checkpoint.read_bytes()
+    )
     assert (tmp_path / "marker").exists()  # the trap itself works
 
 
 def test_a_class_named_in_a_checkpoint_is_never_imported(
     tiny_catalogue: Path, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "evil.py").write_text(f"import os; os.mkdir({str(tmp_path / 'marker')!r})", encoding="utf-8")
+    (tmp_path / "evil.py").write_text(
+        f"import os; os.mkdir({str(tmp_path / 'marker')!r})", encoding="utf-8"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     content = torch.load(uninterrupted / "checkpoints" / "best.ckpt", weights_only=True)
-    content["hyper_parameters"] = {"_class_path": "evil.Model", "product": {"text": {"class_path": "evil.Text"}}}
+    content["hyper_parameters"] = {
+        "_class_path": "evil.Model",
+        "product": {"text": {"class_path": "evil.Text"}},
+    }
     content["hparams_name"] = "kwargs"
     torch.save(content, tmp_path / "best.ckpt")
     config = fit_arguments(tiny_catalogue, tmp_path / "run", *TEXT_ONLY)[1:]

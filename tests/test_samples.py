@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 from scipy.stats import multivariate_normal
 
-from datamodules.samples import PRODUCT_COLUMNS, main, oracle_report, write_samples
-from datamodules.samples.facts import (
+from tritower.datamodules.samples import PRODUCT_COLUMNS, main, oracle_report, write_samples
+from tritower.datamodules.samples.facts import (
     CHOICES,
     FEATURES,
     HUES,
@@ -24,10 +24,18 @@ from datamodules.samples.facts import (
     brand_name,
     colourway,
 )
-from datamodules.samples.listings import draw_listings, evidence
-from datamodules.samples.oracle import SHARES, UNKNOWN, Evidence, expected_recall, log_ratio, oracle, price_log_ratio
-from datamodules.samples.pictures import COLOURS, SILHOUETTES, TEXTURES, photograph
-from datamodules.samples.queries import draw_queries, text_grades
+from tritower.datamodules.samples.listings import draw_listings, evidence
+from tritower.datamodules.samples.oracle import (
+    SHARES,
+    UNKNOWN,
+    Evidence,
+    expected_recall,
+    log_ratio,
+    oracle,
+    price_log_ratio,
+)
+from tritower.datamodules.samples.pictures import COLOURS, SILHOUETTES, TEXTURES, photograph
+from tritower.datamodules.samples.queries import draw_queries, text_grades
 
 ALL = "text+image+attribute"
 
@@ -109,7 +117,11 @@ def test_price_ratio_is_that_of_the_two_densities():
 def test_ratio_counts_agreements_and_ignores_what_only_one_shows():
     unknown = np.full(3, UNKNOWN)
     codes = {fact: unknown for fact in SHARES}
-    codes |= {"kind": np.array([1, 1, 2]), "size": np.array([0, UNKNOWN, 0]), "brand": np.array([4, 4, 4])}
+    codes |= {
+        "kind": np.array([1, 1, 2]),
+        "size": np.array([0, UNKNOWN, 0]),
+        "brand": np.array([4, 4, 4]),
+    }
     scores = log_ratio(Evidence(codes, np.full(3, np.nan)), np.array([0]))
     agreed = -np.log(1 / len(KINDS)) - np.log(SHARES["brand"][4])
     assert scores[0] == pytest.approx([agreed + np.log(CHOICES), agreed, -np.inf])
@@ -120,7 +132,12 @@ def test_modalities_together_show_what_each_of_them_shows():
     text = Evidence({**blank, "size": np.array([2])}, np.array([np.nan]))
     attribute = Evidence({**blank, "use": np.array([0])}, np.array([0.3]))
     seen = Evidence.seen([text, attribute])
-    assert (seen.codes["size"], seen.codes["use"], seen.codes["brand"], seen.price) == (2, 0, UNKNOWN, 0.3)
+    assert (seen.codes["size"], seen.codes["use"], seen.codes["brand"], seen.price) == (
+        2,
+        0,
+        UNKNOWN,
+        0.3,
+    )
 
 
 def test_oracle_refuses_a_query_with_nothing_to_find(listings):
@@ -152,7 +169,9 @@ def test_text_says_only_the_facts_of_the_text(listings):
 
 
 def test_attributes_say_only_the_facts_of_the_attributes(listings):
-    elsewhere = {word for words in [*HUES, *PATTERNS, *MATERIALS.values(), *SIZES] for word in words[:2]}
+    elsewhere = {
+        word for words in [*HUES, *PATTERNS, *MATERIALS.values(), *SIZES] for word in words[:2]
+    }
     for listing in listings:
         assert not words_in(" ".join([*listing.category, *listing.features])) & elsewhere
 
@@ -161,7 +180,11 @@ def test_listing_mentions_exactly_the_facts_it_shows(listings):
     for listing in listings:
         text = f"{listing.text.title} {listing.text.description}".lower()
         words = listing.thing.words()
-        mentioned = {fact for fact in ("kind", "material", "size") if any(word in text for word in words[fact])}
+        mentioned = {
+            fact
+            for fact in ("kind", "material", "size")
+            if any(word in text for word in words[fact])
+        }
         assert mentioned == listing.text.shown
 
 
@@ -212,10 +235,16 @@ def test_evidence_matches_the_listing(listings):
     seen = evidence(listings)
     for position, listing in enumerate(listings[:200]):
         assert (seen["image"].codes["shape"][position] == UNKNOWN) == (not listing.pictures)
-        assert (seen["text"].codes["size"][position] == UNKNOWN) == ("size" not in listing.text.shown)
+        assert (seen["text"].codes["size"][position] == UNKNOWN) == (
+            "size" not in listing.text.shown
+        )
         assert (seen["attribute"].codes["brand"][position] == UNKNOWN) == (listing.brand is None)
         assert np.isnan(seen["attribute"].price[position]) == (listing.price is None)
-        assert seen["text"].codes["use"][position] == seen["image"].codes["material"][position] == UNKNOWN
+        assert (
+            seen["text"].codes["use"][position]
+            == seen["image"].codes["material"][position]
+            == UNKNOWN
+        )
 
 
 # pictures
@@ -229,7 +258,11 @@ def test_every_look_can_be_drawn():
 
 
 def test_colourways_of_a_shape_differ_in_hue_and_use_all_hues_and_patterns():
-    looks = [[colourway(k, s, c) for c in range(CHOICES)] for k in range(len(KINDS)) for s in range(CHOICES)]
+    looks = [
+        [colourway(k, s, c) for c in range(CHOICES)]
+        for k in range(len(KINDS))
+        for s in range(CHOICES)
+    ]
     assert all(len({hue for hue, _ in look}) == CHOICES for look in looks)
     assert {hue for look in looks for hue, _ in look} == set(range(len(HUES)))
     assert {pattern for look in looks for _, pattern in look} == set(range(len(PATTERNS)))
@@ -248,7 +281,9 @@ def test_looks_are_recognised_by_their_mean_pictures():
 def pixels(look, rng):
     kind, shape, code = look
     hue, pattern = colourway(kind, shape, code)
-    data = photograph(KINDS[kind].shapes[shape], HUES[hue].word, PATTERNS[pattern].word, size=48, rng=rng)
+    data = photograph(
+        KINDS[kind].shapes[shape], HUES[hue].word, PATTERNS[pattern].word, size=48, rng=rng
+    )
     picture = Image.open(io.BytesIO(data))
     assert (picture.format, picture.mode, picture.size) == ("JPEG", "RGB", (48, 48))
     return np.asarray(picture.resize((16, 16), Image.Resampling.BOX), float).ravel()
@@ -256,7 +291,9 @@ def pixels(look, rng):
 
 def test_photographs_of_one_look_differ_and_repeat_by_seed():
     def photo(seed, second=False):
-        return photograph("tote", "red", "dotted", size=32, rng=np.random.default_rng(seed), second=second)
+        return photograph(
+            "tote", "red", "dotted", size=32, rng=np.random.default_rng(seed), second=second
+        )
 
     assert photo(1) == photo(1)
     assert len({photo(1), photo(2), photo(1, second=True)}) == 3
@@ -276,12 +313,20 @@ def test_grades_of_a_text_query_by_hand():
         "pattern": np.array([true, true, true, true, true]),
     }
     assert text_grades(asked).tolist() == [3, 2, 1, 0, 0]
-    assert text_grades({name: asked[name] for name in ("kind", "hue", "material")}).tolist() == [3, 0, 0, 0, 0]
+    assert text_grades({name: asked[name] for name in ("kind", "hue", "material")}).tolist() == [
+        3,
+        0,
+        0,
+        0,
+        0,
+    ]
 
 
 def test_no_text_query_has_the_answers_of_another_one(listings, queries):
     texts = [query for query in queries if query.type == "text"]
-    assert len(texts) == len({(query.grades == 3).tobytes() for query in texts}) == len(listings) // 6
+    assert (
+        len(texts) == len({(query.grades == 3).tobytes() for query in texts}) == len(listings) // 6
+    )
     assert {query.split for query in texts} == {"train", "val", "test"}
     for query in texts:
         assert query.grades[query.source] == 3
@@ -291,7 +336,9 @@ def test_no_text_query_has_the_answers_of_another_one(listings, queries):
 def test_some_text_queries_are_chinese_and_name_hues(queries):
     texts = [query.text for query in queries if query.type == "text"]
     chinese = [text for text in texts if any(words.chinese in text for words in HUES)]
-    english = [text for text in texts if words_in(text) & {word for words in HUES for word in words[:2]}]
+    english = [
+        text for text in texts if words_in(text) & {word for words in HUES for word in words[:2]}
+    ]
     assert len(chinese) > 5 and len(english) > 50
 
 
@@ -300,7 +347,9 @@ def test_product_query_is_answered_by_the_other_sellers_and_excludes_its_source(
     assert {query.split for query in products} == {"val", "test"}
     for query in products:
         group = listings[query.source].group
-        others = {i for i, listing in enumerate(listings) if listing.group == group} - {query.source}
+        others = {i for i, listing in enumerate(listings) if listing.group == group} - {
+            query.source
+        }
         assert set(np.flatnonzero(query.grades == 3)) == others
         assert others
         families = {listings[i].thing.family for i in np.flatnonzero(query.grades == 2)}
@@ -323,7 +372,9 @@ def test_photo_query_is_answered_by_what_looks_the_same(listings, queries):
 
 
 def test_files_fit_together(raw):
-    products, queries, qrels = (read(raw / f"{name}.csv") for name in ("products", "queries", "qrels"))
+    products, queries, qrels = (
+        read(raw / f"{name}.csv") for name in ("products", "queries", "qrels")
+    )
     ids = {row["id"] for row in products}
     assert len(products) == len(ids) == 300
     assert tuple(products[0]) == PRODUCT_COLUMNS
@@ -337,13 +388,19 @@ def test_files_fit_together(raw):
     assert {str(path.relative_to(raw)) for path in (raw / "images").iterdir()} == named
     assert Image.open(raw / min(named)).size == (32, 32)
     assert all(len(row["category"].split(" > ")) == 3 for row in products)
-    assert any(json.loads(row["attributes"])["features"].count("|") for row in products if row["attributes"])
+    assert any(
+        json.loads(row["attributes"])["features"].count("|")
+        for row in products
+        if row["attributes"]
+    )
 
 
 def test_groups_and_families_stay_in_one_split(raw):
     products = read(raw / "products.csv")
     for column in ("group_id", "family_id"):
-        assert len({row[column] for row in products}) == len({(row[column], row["split"]) for row in products})
+        assert len({row[column] for row in products}) == len(
+            {(row[column], row["split"]) for row in products}
+        )
     train = np.mean([row["split"] == "train" for row in products])
     assert 0.5 < train < 0.85
 
@@ -365,16 +422,26 @@ def test_oracle_file_holds_every_subset_and_the_settings(raw):
         "image+attribute",
         ALL,
     }
-    tests = [row for row in read(raw / "queries.csv") if row["type"] == "product" and row["split"] == "test"]
+    tests = [
+        row
+        for row in read(raw / "queries.csv")
+        if row["type"] == "product" and row["split"] == "test"
+    ]
     assert report["queries"] == len(tests) > 0
     assert report["settings"] == {"products": 300, "seed": 0, "image_size": 32}
 
 
 def contents(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
-def test_catalogue_is_the_same_for_any_number_of_workers_and_another_for_another_seed(raw, tmp_path):
+def test_catalogue_is_the_same_for_any_number_of_workers_and_another_for_another_seed(
+    raw, tmp_path
+):
     write_samples(tmp_path / "workers", products=300, image_size=32, num_workers=2)
     write_samples(tmp_path / "seed", products=300, image_size=32, num_workers=0, seed=1)
     assert contents(tmp_path / "workers") == contents(raw)
@@ -409,7 +476,16 @@ def test_command_replaces_only_a_sample_catalogue(raw, tmp_path, capsys):
 
 
 def test_command_writes_and_overwrites(tmp_path, capsys):
-    options = ["--output", str(tmp_path / "raw"), "--products", "100", "--image-size", "16", "--num-workers", "1"]
+    options = [
+        "--output",
+        str(tmp_path / "raw"),
+        "--products",
+        "100",
+        "--image-size",
+        "16",
+        "--num-workers",
+        "1",
+    ]
     assert main(options) == 0
     assert ALL in capsys.readouterr().out
     assert main([*options, "--overwrite", "--seed", "5"]) == 0
@@ -428,7 +504,7 @@ def test_failed_run_leaves_nothing(tmp_path, monkeypatch):
     def fail(*_args):
         raise OSError("disk full")
 
-    monkeypatch.setattr("datamodules.samples.draw_pictures", fail)
+    monkeypatch.setattr("tritower.datamodules.samples.draw_pictures", fail)
     with pytest.raises(OSError, match="disk full"):
         write_samples(tmp_path / "raw", products=100, image_size=16, num_workers=1)
     assert not list(tmp_path.iterdir())

@@ -8,14 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retrieval.build import Recipe, build_index
-from retrieval.building import clustering, mapped
-from retrieval.embeddings import EmbeddingReader, EmbeddingWriter
-from retrieval.engine import Engine, Settings
-from retrieval.filtering import selected_lists, selection
-from retrieval.filtering.selected_lists import SelectedLists, lists_of_rows, stepped
-from retrieval.filtering.selection import CACHED, SelectiveSearch
-from retrieval.index import ProductIndex
+from tritower.retrieval.building.build import Recipe, build_index
+from tritower.retrieval.filtering import selected_lists, selection
+from tritower.retrieval.filtering.selected_lists import SelectedLists, lists_of_rows, stepped
+from tritower.retrieval.filtering.selection import CACHED, SelectiveSearch
+from tritower.retrieval.index import ProductIndex
+from tritower.retrieval.ivf import clustering
+from tritower.retrieval.ivf import ivf_pq as mapped
+from tritower.retrieval.ivf.engine import Engine, Settings
+from tritower.retrieval.vectors.embeddings import EmbeddingReader, EmbeddingWriter
 
 DIM, COUNT = 16, 3000
 CLUSTERS = 30
@@ -26,7 +27,10 @@ def unit(array):
 
 
 def around(centres, cluster_of, seed):
-    return unit(centres[cluster_of] + 0.25 * np.random.default_rng(seed).standard_normal((len(cluster_of), DIM)))
+    return unit(
+        centres[cluster_of]
+        + 0.25 * np.random.default_rng(seed).standard_normal((len(cluster_of), DIM))
+    )
 
 
 CENTRES = unit(np.random.default_rng(1).standard_normal((CLUSTERS, DIM)))
@@ -75,7 +79,9 @@ def brute_force(vectors, mask, queries, k):
 
 
 def recall(found, truth):
-    return np.mean([len({*a} & {*b}) / len(b) for a, b in zip(found.tolist(), truth.tolist(), strict=True)])
+    return np.mean(
+        [len({*a} & {*b}) / len(b) for a, b in zip(found.tolist(), truth.tolist(), strict=True)]
+    )
 
 
 def check_complete(scores, rows, mask, k):
@@ -107,7 +113,9 @@ KINDS = [
 
 @pytest.mark.parametrize(("factory", "spill"), KINDS)
 @pytest.mark.parametrize("few_bytes", [-1, 3 << 20])
-def test_every_selection_gives_as_many_results_as_it_has_rows(build, monkeypatch, factory, spill, few_bytes):
+def test_every_selection_gives_as_many_results_as_it_has_rows(
+    build, monkeypatch, factory, spill, few_bytes
+):
     monkeypatch.setattr(selection, "FEW_BYTES", few_bytes)
     engine = build(factory, spill)
     search, rng = SelectiveSearch(engine), np.random.default_rng(0)
@@ -166,15 +174,21 @@ def masks():
 
 @pytest.mark.parametrize(("spill", "compared"), [(False, 6000), (True, 6000), (False, 0)])
 @pytest.mark.parametrize("name", masks())
-def test_a_selection_keeps_the_recall_of_a_search_among_all(build, many, monkeypatch, name, spill, compared):
+def test_a_selection_keeps_the_recall_of_a_search_among_all(
+    build, many, monkeypatch, name, spill, compared
+):
     """Also where the rows that may be found are far from the query, asked with the settings that suit all rows."""
     monkeypatch.setattr(selected_lists, "COMPARED", compared)
     engine = build("IVF64,PQ8x4fsr,Refine(SQ8)", spill)
     search, mask = SelectiveSearch(engine), masks()[name]
     everything = np.ones(COUNT, bool)
     truth = brute_force(VECTORS, everything, QUERIES, 10)[1]
-    points = (Settings(nprobe, k_factor) for k_factor in (2.0, 3.0, 4.0, 8.0) for nprobe in range(1, 65))
-    plain = next(point for point in points if recall(engine.search(QUERIES, 10, point)[1], truth) >= 0.95)
+    points = (
+        Settings(nprobe, k_factor) for k_factor in (2.0, 3.0, 4.0, 8.0) for nprobe in range(1, 65)
+    )
+    plain = next(
+        point for point in points if recall(engine.search(QUERIES, 10, point)[1], truth) >= 0.95
+    )
     rows = search.search(QUERIES, 10, plain, search.select(mask))[1]
     assert recall(rows, brute_force(VECTORS, mask, QUERIES, 10)[1]) >= 0.94
 
@@ -203,7 +217,9 @@ def test_blocks_of_queries_are_answered_as_one(build, many, monkeypatch):
 
 
 @pytest.mark.parametrize("compared", [0, 6000])
-@pytest.mark.parametrize("name", ["random half", "one cluster", "half of the clusters", "three clusters and strays"])
+@pytest.mark.parametrize(
+    "name", ["random half", "one cluster", "half of the clusters", "three clusters and strays"]
+)
 def test_lists_found_through_groups_give_the_same(tmp_path, monkeypatch, many, name, compared):
     monkeypatch.setattr(selected_lists, "COMPARED", compared)
     for module in (clustering, mapped):
@@ -211,7 +227,9 @@ def test_lists_found_through_groups_give_the_same(tmp_path, monkeypatch, many, n
     writer = EmbeddingWriter(tmp_path / "e", dim=DIM)
     writer.write("s", [f"p{i}" for i in range(COUNT)], VECTORS)
     writer.finish(["s"])
-    build_index(EmbeddingReader(tmp_path / "e"), tmp_path / "i", Recipe("IVF64,PQ8x4fsr,Refine(SQ8)"))
+    build_index(
+        EmbeddingReader(tmp_path / "e"), tmp_path / "i", Recipe("IVF64,PQ8x4fsr,Refine(SQ8)")
+    )
     engine = ProductIndex.open(tmp_path / "i").engine
     assert isinstance(faiss.downcast_index(engine.ivf.quantizer), faiss.IndexRefine)
     search, mask = SelectiveSearch(engine), masks()[name]
@@ -253,7 +271,9 @@ def test_lists_without_rows_are_passed_over(build):
     for numbers, scores in (lists.to_visit(QUERIES, 4, 10), lists.all(QUERIES)):
         visited = set(numbers.ravel().tolist()) - {-1}
         assert visited <= held
-        assert (scores[numbers < 0] == 0).all()  # or what FAISS gives for nothing spoils all other scores
+        assert (
+            scores[numbers < 0] == 0
+        ).all()  # or what FAISS gives for nothing spoils all other scores
     assert all(set(row) - {-1} == held for row in lists.all(QUERIES)[0].tolist())
 
 
@@ -277,16 +297,30 @@ def test_numbers_of_lists_are_rounded_up_to_few(number):
 
 
 @pytest.mark.parametrize("spill", [False, True])
-@pytest.mark.parametrize(("name", "times"), [("random half", 1), ("one side", 4), ("three clusters and strays", 4)])
-def test_candidates_that_codes_hardly_tell_apart_are_more(build, many, monkeypatch, name, times, spill):
+@pytest.mark.parametrize(
+    ("name", "times"), [("random half", 1), ("one side", 4), ("three clusters and strays", 4)]
+)
+def test_candidates_that_codes_hardly_tell_apart_are_more(
+    build, many, monkeypatch, name, times, spill
+):
     """Ten candidates per result, of rows that may be found; rows in two lists are met more often."""
-    search, widths, scan = SelectiveSearch(build("IVF64,PQ8x4fsr,Refine(SQ8)", spill)), [], SelectiveSearch._scan
-    monkeypatch.setattr(SelectiveSearch, "_scan", lambda *args: widths.append(args[4]) or scan(*args))
+    search, widths, scan = (
+        SelectiveSearch(build("IVF64,PQ8x4fsr,Refine(SQ8)", spill)),
+        [],
+        SelectiveSearch._scan,
+    )
+    monkeypatch.setattr(
+        SelectiveSearch, "_scan", lambda *args: widths.append(args[4]) or scan(*args)
+    )
     chosen = search.select(masks()[name])
     for k in (5, 10, 20, 1000):
         search.search(QUERIES, k, Settings(4, 10.0), chosen)
-    wanted = [min(width, chosen.count) for width in (times * 100, times * 100, times * 200, chosen.count)]
-    assert [*dict.fromkeys(widths)] == [*dict.fromkeys(np.ceil(width * (1.5 if spill else 1)) for width in wanted)]
+    wanted = [
+        min(width, chosen.count) for width in (times * 100, times * 100, times * 200, chosen.count)
+    ]
+    assert [*dict.fromkeys(widths)] == [
+        *dict.fromkeys(np.ceil(width * (1.5 if spill else 1)) for width in wanted)
+    ]
 
 
 # --- Selections.
@@ -324,7 +358,9 @@ def test_an_index_that_gives_nothing_back_says_so(build):
 
     search = SelectiveSearch(Engine(faiss.IndexLSH(DIM, 8), COUNT))
     search.engine.index = Silent()
-    with pytest.raises(ValueError, match=r"cannot search among some rows only, .* \(reconstruct not implemented"):
+    with pytest.raises(
+        ValueError, match=r"cannot search among some rows only, .* \(reconstruct not implemented"
+    ):
         search.search(QUERIES, 10, Settings(None), search.select(np.arange(COUNT) < 100))
 
 
@@ -351,14 +387,19 @@ def test_threads_search_one_selection(build, many):
     search = SelectiveSearch(build("IVF64,PQ8x4fsr,Refine(SQ8)"))
     chosen = {name: search.select(mask) for name, mask in masks().items()}
     expected = {
-        name: SelectiveSearch(search.engine).search(QUERIES, 10, Settings(4, 4.0), search.select(mask))[1].tolist()
+        name: SelectiveSearch(search.engine)
+        .search(QUERIES, 10, Settings(4, 4.0), search.select(mask))[1]
+        .tolist()
         for name, mask in masks().items()
     }
     wrong = []
 
     def ask():
         for name in chosen:
-            if search.search(QUERIES, 10, Settings(4, 4.0), chosen[name])[1].tolist() != expected[name]:
+            if (
+                search.search(QUERIES, 10, Settings(4, 4.0), chosen[name])[1].tolist()
+                != expected[name]
+            ):
                 wrong.append(name)
 
     threads = [threading.Thread(target=ask) for _ in range(4)]
@@ -379,7 +420,10 @@ def test_any_mask_and_settings(build, data):
     mask &= np.isin(CLUSTER_OF, rng.permutation(CLUSTERS)[: data.draw(st.integers(1, CLUSTERS))])
     k = data.draw(st.integers(1, 50))
     plain = Settings(data.draw(st.integers(1, 64)), data.draw(st.floats(1, 20)))
-    few_bytes, selection.FEW_BYTES = selection.FEW_BYTES, data.draw(st.sampled_from([-1, 500, 5000]))
+    few_bytes, selection.FEW_BYTES = (
+        selection.FEW_BYTES,
+        data.draw(st.sampled_from([-1, 500, 5000])),
+    )
     try:
         check_complete(*search.search(QUERIES, k, plain, search.select(mask)), mask, k)
     finally:

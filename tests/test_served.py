@@ -8,17 +8,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from retrieval.build import Recipe, build_index
-from retrieval.building.points import Point, Tuning
-from retrieval.catalogue import PreparedCatalogue
-from retrieval.embeddings import EmbeddingReader, EmbeddingWriter
-from retrieval.evaluate import Evaluation, Options, evaluate
-from retrieval.index import ProductIndex
 from tests.catalogues import write_catalogue
 from tests.embedded import DIM, unit, write_embeddings
+from tritower.retrieval.building.build import Recipe, build_index
+from tritower.retrieval.evaluating.evaluate import Evaluation, Options, evaluate
+from tritower.retrieval.index import ProductIndex
+from tritower.retrieval.ivf.operating_points import Point, Tuning
+from tritower.retrieval.products.catalogue import PreparedCatalogue
+from tritower.retrieval.vectors.embeddings import EmbeddingReader, EmbeddingWriter
 
 
-def evaluated(root: Path, index: ProductIndex, split: str | None, qrels: Path | None = None) -> Evaluation:
+def evaluated(
+    root: Path, index: ProductIndex, split: str | None, qrels: Path | None = None
+) -> Evaluation:
     return evaluate(
         index,
         *(EmbeddingReader(root / "embeddings" / name) for name in ("products", "queries")),
@@ -28,7 +30,9 @@ def evaluated(root: Path, index: ProductIndex, split: str | None, qrels: Path | 
     )
 
 
-def test_the_first_ten_are_those_of_a_search_for_ten_with_the_settings_of_the_kind(tmp_path: Path) -> None:
+def test_the_first_ten_are_those_of_a_search_for_ten_with_the_settings_of_the_kind(
+    tmp_path: Path,
+) -> None:
     """Typed texts are served by a search for ten; a product that asks by one for eleven, without itself."""
     write_catalogue(tmp_path / "catalogue", num_groups=200)
     write_embeddings(tmp_path / "catalogue", tmp_path / "embeddings")
@@ -36,7 +40,10 @@ def test_the_first_ten_are_those_of_a_search_for_ten_with_the_settings_of_the_ki
     build_index(products, tmp_path / "index", Recipe("IVF8,PQ8x4fsr,Refine(SQ8)"))
     index = ProductIndex.open(tmp_path / "index")
     kinds = ["text", "image", "fused", "product:text"]
-    points = {kind: [Point(nprobe, 1.0, recall=0.9)] for nprobe, kind in zip((1, 2, 4, 8), kinds, strict=True)}
+    points = {
+        kind: [Point(nprobe, 1.0, recall=0.9)]
+        for nprobe, kind in zip((1, 2, 4, 8), kinds, strict=True)
+    }
     index.tuning = Tuning(10, points, dict.fromkeys(kinds, 100))
     index.manifest.meta["target"] = {"recall": 0.9}
     result = evaluated(tmp_path, index, "test")
@@ -46,9 +53,14 @@ def test_the_first_ten_are_those_of_a_search_for_ten_with_the_settings_of_the_ki
         of = questions.of_kind(kind)
         source, first = questions.source[of], served[of, :10].tolist()
 
-        def search(k: int, kind: str, of: np.ndarray = of, source: np.ndarray = source) -> list[list[int]]:
+        def search(
+            k: int, kind: str, of: np.ndarray = of, source: np.ndarray = source
+        ) -> list[list[int]]:
             rows = index.search(questions.vectors[of], k, kind=kind).rows.tolist()
-            kept = [[row for row in some if row not in (own, -1)] for some, own in zip(rows, source, strict=True)]
+            kept = [
+                [row for row in some if row not in (own, -1)]
+                for some, own in zip(rows, source, strict=True)
+            ]
             return [(some + [-1] * 10)[:10] for some in kept]
 
         asks = kind in ("fused", "product:text")  # the others are typed or photos
@@ -63,7 +75,8 @@ def test_the_first_ten_are_those_of_a_search_for_ten_with_the_settings_of_the_ki
 def write_alike(root: Path) -> None:
     """Thirty things of two offers; the words find a thing's other offer alone, vectors also one of its neighbour.
 
-    An asked product is nearest to itself, then to its other offer, then to the first offer of the neighbouring thing.
+    An asked product is nearest to itself, then to its other offer, then to the first offer of the
+    neighbouring thing.
     """
     write_catalogue(root / "catalogue", num_groups=30)
     ids, vectors, asked, asking = [], [], [], []
@@ -83,19 +96,31 @@ def write_alike(root: Path) -> None:
     for name, names, rows in (("products", ids, vectors), ("queries", asked, asking)):
         id_column = "product_id" if name == "products" else "query_id"
         writer = EmbeddingWriter(root / "embeddings" / name, dim=DIM, id_column=id_column)
-        writer.write("s", names, unit(np.stack(rows)), None if name == "products" else ["product:text"] * len(names))
+        writer.write(
+            "s",
+            names,
+            unit(np.stack(rows)),
+            None if name == "products" else ["product:text"] * len(names),
+        )
         writer.finish(["s"])
     build_index(EmbeddingReader(root / "embeddings" / "products"), root / "index", Recipe("Flat"))
 
 
 def test_no_ranking_beside_the_index_finds_the_asked_product(tmp_path: Path) -> None:
-    """Relevant are the other offer and the neighbour: only the asked product could come before or between them."""
+    """Relevant are the other offer and the neighbour:
+
+    only the asked product could come before or between them.
+    """
     write_alike(tmp_path)
     things = range(0, 30, 3)
     relevant = [(f"product-{t}", id) for t in things for id in (f"{t:03d}-1", f"{t ^ 1:03d}-0")]
-    columns = dict(zip(("query_id", "product_id"), map(list, zip(*relevant, strict=True)), strict=True))
+    columns = dict(
+        zip(("query_id", "product_id"), map(list, zip(*relevant, strict=True)), strict=True)
+    )
     pq.write_table(pa.table(columns), tmp_path / "qrels.parquet")
-    result = evaluated(tmp_path, ProductIndex.open(tmp_path / "index"), None, tmp_path / "qrels.parquet").report
+    result = evaluated(
+        tmp_path, ProductIndex.open(tmp_path / "index"), None, tmp_path / "qrels.parquet"
+    ).report
     assert result["queries"] == {"product:text": {"count": 10, "dropped": 0}}
     assert result["tasks"]["exact"]["product:text"]["map"]["value"] == 1
     assert result["baselines"].keys() >= {"bm25", "tfidf", "hybrid"}

@@ -1,4 +1,7 @@
-"""What belongs together stays together: groups, families and equal pictures never cross splits by our doing."""
+"""What belongs together stays together:
+
+groups, families and equal pictures never cross splits by our doing.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from datamodules.preparing.splits import Arrangement, Members, SplitPolicy, arrange, product_leaks
-from datamodules.preparing.tables import CatalogueError
+from tritower.datamodules.prepare.splits import (
+    Arrangement,
+    Members,
+    SplitPolicy,
+    arrange,
+    product_leaks,
+)
+from tritower.datamodules.prepare.tables import CatalogueError
 
 HALF = SplitPolicy(0.25, 0.25)
 
@@ -33,17 +42,24 @@ def keys() -> st.SearchStrategy[str | None]:
 
 ROWS = st.lists(
     st.tuples(
-        keys(), keys(), st.sampled_from([None, None, "train", "test"]), st.sampled_from(["", "p", "q", "rs", "s"])
+        keys(),
+        keys(),
+        st.sampled_from([None, None, "train", "test"]),
+        st.sampled_from(["", "p", "q", "rs", "s"]),
     )
 )
 
 
 def numbered(rows: list[tuple[str | None, str | None, str | None, str]], splits: bool) -> Members:
-    return members(*((f"id{n}", g, f, s if splits else None, p) for n, (g, f, s, p) in enumerate(rows)))
+    return members(
+        *((f"id{n}", g, f, s if splits else None, p) for n, (g, f, s, p) in enumerate(rows))
+    )
 
 
 @given(ROWS)
-def test_without_split_column_nothing_leaks(rows: list[tuple[str | None, str | None, str | None, str]]) -> None:
+def test_without_split_column_nothing_leaks(
+    rows: list[tuple[str | None, str | None, str | None, str]],
+) -> None:
     found = numbered(rows, splits=False)
     arrangement = arrange(found, HALF)
     assert all(leak["count"] == 0 for leak in product_leaks(found, arrangement).values())
@@ -60,7 +76,9 @@ def test_named_splits_are_kept_and_order_is_a_permutation(
 ) -> None:
     found = numbered(rows, splits=True)
     arrangement = arrange(found, HALF)
-    assert all(own in (None, split) for own, split in zip(found.splits, arrangement.splits, strict=True))
+    assert all(
+        own in (None, split) for own, split in zip(found.splits, arrangement.splits, strict=True)
+    )
     assert sorted(arrangement.order) == list(range(len(found)))
     in_order = [arrangement.splits[number] for number in arrangement.order]
     assert in_order == sorted(in_order, key=("train", "val", "test").index)
@@ -69,7 +87,9 @@ def test_named_splits_are_kept_and_order_is_a_permutation(
 def test_split_of_a_set_depends_on_its_group_only() -> None:
     one = arrange(members(("a", "g1", None, None, ""), ("b", "g1", None, None, "")), HALF).splits
     for extra in ("c", "0", "zz"):
-        more = members((extra, None, None, None, ""), ("b", "g1", None, None, ""), ("q", "g1", None, None, ""))
+        more = members(
+            (extra, None, None, None, ""), ("b", "g1", None, None, ""), ("q", "g1", None, None, "")
+        )
         assert arrange(more, HALF).splits[1] == one[0]
 
 
@@ -80,7 +100,9 @@ def test_shares_and_seed() -> None:
     assert splits.count("test") == pytest.approx(800, abs=100)
     assert arrange(many, SplitPolicy(0.1, 0.2)).splits == splits
     assert arrange(many, SplitPolicy(0.1, 0.2, seed=1)).splits != splits
-    with pytest.raises(CatalogueError, match=r"--val-share 0.5 and --test-share 0.5 must sum to less than 1"):
+    with pytest.raises(
+        CatalogueError, match=r"--val-share 0.5 and --test-share 0.5 must sum to less than 1"
+    ):
         SplitPolicy(0.5, 0.5).check()
 
 
@@ -117,8 +139,14 @@ def test_leaks_of_a_split_column_are_counted_and_named() -> None:
         ("d", None, None, "val", "z"),
     )
     leaks = product_leaks(found, arrange(found, HALF))
-    assert {kind: leak["count"] for kind, leak in leaks.items()} == {"group": 1, "family": 1, "picture": 1}
-    assert leaks["family"]["examples"] == [{"key": "f", "ids": {"test": ["b"], "train": ["a"], "val": ["c"]}}]
+    assert {kind: leak["count"] for kind, leak in leaks.items()} == {
+        "group": 1,
+        "family": 1,
+        "picture": 1,
+    }
+    assert leaks["family"]["examples"] == [
+        {"key": "f", "ids": {"test": ["b"], "train": ["a"], "val": ["c"]}}
+    ]
 
 
 def test_placeholder_pictures_join_nothing() -> None:

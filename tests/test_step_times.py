@@ -9,11 +9,16 @@ from pathlib import Path
 import pytest
 from training import TEXT_ONLY, fit, logged
 
-from datamodules.examples import TrainingBatches
-from towers.step_times import PARTS, StepTimes
-from towers.two_tower import TwoTower
+from tritower.datamodules.examples import TrainingBatches
+from tritower.towers.step_times import PARTS, StepTimes
+from tritower.towers.two_tower import TwoTower
 
-ARGUMENTS = (*TEXT_ONLY, "--trainer.max_epochs=2", "--trainer.log_every_n_steps=1", "--step_times.steps=3")
+ARGUMENTS = (
+    *TEXT_ONLY,
+    "--trainer.max_epochs=2",
+    "--trainer.log_every_n_steps=1",
+    "--step_times.steps=3",
+)
 
 
 def slowed(monkeypatch: pytest.MonkeyPatch, owner: type, name: str, seconds: float) -> None:

@@ -16,9 +16,9 @@ from faults import Failing, ShortWrites, Watched, using
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retrieval import files, storage
-from retrieval.shards import ShardFolder
-from retrieval.storage import ArtefactError
+from tritower.artefacts import files, storage
+from tritower.artefacts.shards import ShardFolder
+from tritower.artefacts.storage import ArtefactError
 
 
 def make(path, content=b"content", kind="thing", **options):
@@ -53,7 +53,10 @@ def test_fingerprint_follows_the_content_and_not_the_meta(tmp_path):
 
 
 def test_an_exception_leaves_nothing(tmp_path):
-    with pytest.raises(RuntimeError, match="stop"), storage.new_folder(tmp_path / "a", kind="thing") as folder:
+    with (
+        pytest.raises(RuntimeError, match="stop"),
+        storage.new_folder(tmp_path / "a", kind="thing") as folder,
+    ):
         (folder / "x").touch()
         raise RuntimeError("stop")
     assert os.listdir(tmp_path) == []
@@ -90,7 +93,10 @@ def test_overwrite_never_replaces_a_foreign_folder(tmp_path):
 
 
 def test_of_two_writers_one_wins(tmp_path):
-    with pytest.raises(ArtefactError, match="already exists"), storage.new_folder(tmp_path / "a", kind="t") as late:
+    with (
+        pytest.raises(ArtefactError, match="already exists"),
+        storage.new_folder(tmp_path / "a", kind="t") as late,
+    ):
         (late / "x").write_text("late")
         with storage.new_folder(tmp_path / "a", kind="t") as early:
             (early / "x").write_text("early")
@@ -116,7 +122,9 @@ def test_every_flipped_byte_of_every_file_is_noticed(tmp_path):
     for name in ("sub/数据.bin", storage.MANIFEST):
         data = (path / name).read_bytes()
         for offset in range(len(data)):
-            (path / name).write_bytes(data[:offset] + bytes([data[offset] ^ (1 << offset % 8)]) + data[offset + 1 :])
+            (path / name).write_bytes(
+                data[:offset] + bytes([data[offset] ^ (1 << offset % 8)]) + data[offset + 1 :]
+            )
             with pytest.raises(ArtefactError, match=r"damaged|missing|version"):
                 storage.verify(path)
         (path / name).write_bytes(data)
@@ -133,8 +141,14 @@ def test_cut_longer_missing_and_swapped_files_are_named(tmp_path, damage):
         shutil.copy(other / "sub" / "数据.bin", file)
     else:
         file.write_bytes({"cut": b"conten", "longer": b"content!", "zero": b""}[damage])
-    message = {"missing": "is missing", "swapped": r"is damaged: expected sha256 \w{64}, found \w{64}"}
-    with pytest.raises(ArtefactError, match=r"数据\.bin " + message.get(damage, "is damaged: expected 7 bytes, found")):
+    message = {
+        "missing": "is missing",
+        "swapped": r"is damaged: expected sha256 \w{64}, found \w{64}",
+    }
+    with pytest.raises(
+        ArtefactError,
+        match=r"数据\.bin " + message.get(damage, "is damaged: expected 7 bytes, found"),
+    ):
         storage.verify(path)
 
 
@@ -147,11 +161,13 @@ def test_a_manifest_of_the_future_is_refused(tmp_path):
 
 
 def test_a_manifest_cannot_point_outside_its_folder(tmp_path):
-    from retrieval.manifest import FileEntry, Manifest, encode, fingerprint_of
+    from tritower.artefacts.manifest import FileEntry, Manifest, encode, fingerprint_of
 
     path = make(tmp_path / "a")
     files = {"../secret": FileEntry(0, "0" * 64)}
-    (path / storage.MANIFEST).write_bytes(encode(Manifest("thing", {}, files, fingerprint_of(files))))
+    (path / storage.MANIFEST).write_bytes(
+        encode(Manifest("thing", {}, files, fingerprint_of(files)))
+    )
     with pytest.raises(ArtefactError, match=r"outside its folder: '\.\./secret'"):
         storage.verify(path)
 
@@ -160,7 +176,7 @@ def test_a_manifest_cannot_point_outside_its_folder(tmp_path):
 def test_garbage_is_never_taken_for_a_manifest(data):
     from pathlib import Path
 
-    from retrieval.manifest import decode
+    from tritower.artefacts.manifest import decode
 
     with pytest.raises(ArtefactError):
         decode(data, Path("manifest.json"))
@@ -172,7 +188,9 @@ def test_killed_writers_leave_nothing_after_the_next_run(tmp_path):
         "with storage.new_folder(sys.argv[1], kind='t') as f:\n"
         "    (f / 'x').write_text('half'); print('ready', flush=True); time.sleep(60)"
     )
-    process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path / "a")], stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path / "a")], stdout=subprocess.PIPE
+    )
     assert process.stdout.readline() == b"ready\n"
     (left,) = os.listdir(tmp_path)
     with storage.new_folder(tmp_path / "b", kind="t"):
@@ -187,7 +205,9 @@ def test_killed_writers_leave_nothing_after_the_next_run(tmp_path):
 
 
 @pytest.mark.parametrize("error", [errno.EIO, errno.ENOSPC])
-def test_whichever_file_operation_fails_the_old_folder_stays_or_the_new_one_is_complete(tmp_path, error):
+def test_whichever_file_operation_fails_the_old_folder_stays_or_the_new_one_is_complete(
+    tmp_path, error
+):
     path = make(tmp_path / "a", b"old")
     with using(counted := Watched()):
         make(path, b"new", overwrite=True)
@@ -248,28 +268,38 @@ def test_every_library_writes_through_the_seam_and_short_writes_go_on(tmp_path, 
             write(file)
             assert not file.readable()
         assert file.closed
-        assert ("write", tmp_path / name) in system.calls and system.calls[-1] == ("close", tmp_path / name)
+        assert ("write", tmp_path / name) in system.calls and system.calls[-1] == (
+            "close",
+            tmp_path / name,
+        )
     assert (tmp_path / "whole").read_bytes() == (tmp_path / "pieces").read_bytes()
     assert len(system.calls) > 500
 
 
 @pytest.mark.parametrize("write", WRITERS)
 @pytest.mark.parametrize("buffer", [1, 1 << 20])
-def test_a_full_disk_is_named_with_the_file_whatever_library_writes(tmp_path, write, buffer, monkeypatch):
+def test_a_full_disk_is_named_with_the_file_whatever_library_writes(
+    tmp_path, write, buffer, monkeypatch
+):
     monkeypatch.setattr(files, "BUFFER_BYTES", buffer)
     with using(counted := Watched()), storage.create(tmp_path / "x.bin") as file:
         write(file)
     steps = len(counted.calls)
     for step in sorted({2, 3, steps // 2, steps - 1, steps} - {1}):
         with using(Failing(step, errno.ENOSPC)):
-            with pytest.raises(ArtefactError, match=r"x\.bin could not be written: No space left on device$"):
+            with pytest.raises(
+                ArtefactError, match=r"x\.bin could not be written: No space left on device$"
+            ):
                 with storage.create(tmp_path / "x.bin") as file:
                     write(file)
         assert file.closed
 
 
 def test_after_a_failure_nothing_more_is_written(tmp_path):
-    with using(Failing(2, errno.EIO)), pytest.raises(ArtefactError, match=r"x could not be written: Input/output"):
+    with (
+        using(Failing(2, errno.EIO)),
+        pytest.raises(ArtefactError, match=r"x could not be written: Input/output"),
+    ):
         with storage.create(tmp_path / "x") as file:
             for _ in range(3):
                 with suppress(ArtefactError):
@@ -292,7 +322,9 @@ def test_another_exception_than_the_disks_stays_what_it_is(tmp_path):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 @pytest.mark.parametrize("write", WRITERS)
 def test_the_device_that_is_always_full(write):
-    with pytest.raises(ArtefactError, match="/dev/full could not be written: No space left on device"):
+    with pytest.raises(
+        ArtefactError, match="/dev/full could not be written: No space left on device"
+    ):
         with storage.create("/dev/full") as file:
             write(file)
 
@@ -304,7 +336,9 @@ def test_a_limit_on_the_size_of_files_is_named_and_nothing_stays(tmp_path):
         "with storage.new_folder(sys.argv[1], kind='t') as folder, storage.create(folder / 'big') as file:\n"
         "    for _ in range(10): file.write(bytes(1_000_000))"
     )
-    done = subprocess.run([sys.executable, "-c", program, str(tmp_path / "a")], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "a")], capture_output=True, text=True
+    )
     assert done.returncode == 1 and re.search(
         r"ArtefactError: .*/big could not be written: File too large", done.stderr
     )
@@ -322,7 +356,10 @@ def test_folders_are_made_with_those_above_unless_a_file_is_in_the_way(tmp_path)
 
 @pytest.fixture
 def large(tmp_path, monkeypatch):
-    """Two files, one of which counts as large: 200,000 bytes, of which 16 blocks of 1,024 are its sample."""
+    """Two files, one of which counts as large:
+
+    200,000 bytes, of which 16 blocks of 1,024 are its sample.
+    """
     monkeypatch.setattr(storage, "LARGE_BYTES", 100_000)
     monkeypatch.setattr(storage, "SAMPLE_BLOCKS", 16)
     monkeypatch.setattr(storage, "SAMPLE_BLOCK_BYTES", 1024)
@@ -349,12 +386,15 @@ def test_a_fast_verify_reads_blocks_of_large_files_and_all_of_others(large):
     for offset in (0, 1023, 199_999, 200_000 - 1024, (200_000 - 1024) // 15):
         flip(file, offset)
         with pytest.raises(
-            ArtefactError, match=r"数据\.bin is damaged: expected sha256 of its sample \w{64}, found \w{64}"
+            ArtefactError,
+            match=r"数据\.bin is damaged: expected sha256 of its sample \w{64}, found \w{64}",
         ):
             storage.verify(large, fast=True)
         flip(file, offset)
     flip(large / "small", 50_000)
-    with pytest.raises(ArtefactError, match=r"small is damaged: expected sha256 \w{64}, found \w{64}"):
+    with pytest.raises(
+        ArtefactError, match=r"small is damaged: expected sha256 \w{64}, found \w{64}"
+    ):
         storage.verify(large, fast=True)
     flip(large / "small", 50_000)
     flip(file, 2000)  # between blocks
@@ -393,7 +433,11 @@ def test_shards_go_on_where_a_run_stopped(tmp_path):
     again = ShardFolder(tmp_path / "f", kind="hits", identity={"model": "m"})
     assert (again.done("s-0"), again.done("s-1")) == (True, False)
     again.write("s-1", table(3))
-    assert again.finish(["s-0", "s-1"], {"hints": {}}).meta == {"hints": {}, "model": "m", "count": 3}
+    assert again.finish(["s-0", "s-1"], {"hints": {}}).meta == {
+        "hints": {},
+        "model": "m",
+        "count": 3,
+    }
     finished = ShardFolder(tmp_path / "f", kind="hits", identity={"model": "m"})
     assert finished.finished
     finished.finish(["s-0", "s-1"])
@@ -427,6 +471,6 @@ def test_shards_that_nobody_named_are_refused(tmp_path):
 
 def test_reading_a_fingerprint_needs_no_torch_and_is_quick():
     started = time.perf_counter()
-    program = "import sys, retrieval.storage, retrieval.metrics; sys.exit('torch' in sys.modules)"
+    program = "import sys, tritower.artefacts.storage, tritower.retrieval.ranking.metrics; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
     assert time.perf_counter() - started < 10

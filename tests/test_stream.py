@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset
 
-from datamodules.stream import BatchStream, Draw
+from tritower.datamodules.stream import BatchStream, Draw
 
 
 def epoch_of(stream: BatchStream, epoch: int = 0) -> list[np.ndarray]:
@@ -18,7 +18,11 @@ def epoch_of(stream: BatchStream, epoch: int = 0) -> list[np.ndarray]:
     return [draw.examples for draw in stream]
 
 
-sizes = {"num_examples": st.integers(1, 400), "batch_size": st.integers(1, 90), "seed": st.integers(0, 5)}
+sizes = {
+    "num_examples": st.integers(1, 400),
+    "batch_size": st.integers(1, 90),
+    "seed": st.integers(0, 5),
+}
 
 
 @given(**sizes, block_size=st.integers(1, 50), window_blocks=st.integers(1, 9))
@@ -26,14 +30,18 @@ sizes = {"num_examples": st.integers(1, 400), "batch_size": st.integers(1, 90), 
 def test_every_example_comes_once_per_epoch_plus_the_fill(
     num_examples: int, batch_size: int, seed: int, block_size: int, window_blocks: int
 ) -> None:
-    stream = BatchStream(num_examples, batch_size, seed=seed, block_size=block_size, window_blocks=window_blocks)
+    stream = BatchStream(
+        num_examples, batch_size, seed=seed, block_size=block_size, window_blocks=window_blocks
+    )
     batches = epoch_of(stream, 1)
     assert len(batches) == len(stream) == -(-num_examples // batch_size)
     assert {len(batch) for batch in batches} == {batch_size}
     order = np.concatenate(batches)
     assert sorted(order[:num_examples]) == list(range(num_examples))
     following = np.concatenate(list(stream.order(2)))
-    assert np.array_equal(order[num_examples:][: len(following)], following[: len(order) - num_examples])
+    assert np.array_equal(
+        order[num_examples:][: len(following)], following[: len(order) - num_examples]
+    )
 
 
 def test_the_order_follows_from_seed_and_epoch_alone() -> None:
@@ -48,7 +56,10 @@ def test_the_order_follows_from_seed_and_epoch_alone() -> None:
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_ranks_take_disjoint_slices_of_the_same_batch(num_ranks: int) -> None:
     whole = epoch_of(BatchStream(65, 16), 2)
-    ranks = [epoch_of(BatchStream(65, 16, rank=rank, num_ranks=num_ranks), 2) for rank in range(num_ranks)]
+    ranks = [
+        epoch_of(BatchStream(65, 16, rank=rank, num_ranks=num_ranks), 2)
+        for rank in range(num_ranks)
+    ]
     assert {len(batches) for batches in ranks} == {5}  # every rank has the same number of steps
     for step, batch in enumerate(whole):
         assert np.array_equal(np.concatenate([batches[step] for batches in ranks]), batch)
@@ -88,7 +99,8 @@ def test_fewer_examples_than_a_batch_fill_it_from_coming_epochs() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"), [((0, 8), "num_examples=0"), ((10, 9), "batch_size=9 is not divisible by the 2")]
+    ("arguments", "message"),
+    [((0, 8), "num_examples=0"), ((10, 9), "batch_size=9 is not divisible by the 2")],
 )
 def test_impossible_streams_are_refused(arguments: tuple[int, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -111,4 +123,6 @@ def test_loader_processes_do_not_change_the_batches() -> None:
         collate_fn=list,
         multiprocessing_context="spawn",
     )
-    assert np.array_equal([examples for _, examples, _ in loader], epoch_of(BatchStream(33, 8), 1)[1:])
+    assert np.array_equal(
+        [examples for _, examples, _ in loader], epoch_of(BatchStream(33, 8), 1)[1:]
+    )

@@ -14,9 +14,21 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from datamodules.preparing.tables import CatalogueError, Table
+from tritower.datamodules.prepare.tables import CatalogueError, Table
 
-IDS = ["007", "08", "7", "135217135789158401", "1352171357E+5", "None", "NA", "1E5", "true", " x ", "null"]
+IDS = [
+    "007",
+    "08",
+    "7",
+    "135217135789158401",
+    "1352171357E+5",
+    "None",
+    "NA",
+    "1E5",
+    "true",
+    " x ",
+    "null",
+]
 
 
 def table(path: Path, content: bytes | str, **options: str) -> Table:
@@ -37,7 +49,9 @@ def write(path: Path, ids: list[str]) -> Path:
         path.write_text("".join(json.dumps({"id": id}) + "\n" for id in ids), encoding="utf-8")
     else:
         with path.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file, delimiter="\t" if path.suffix == ".tsv" else ",", quoting=csv.QUOTE_ALL)
+            writer = csv.writer(
+                file, delimiter="\t" if path.suffix == ".tsv" else ",", quoting=csv.QUOTE_ALL
+            )
             writer.writerows([["id"], *([id] for id in ids)])
     return path
 
@@ -49,7 +63,13 @@ def test_ids_come_back_verbatim(tmp_path: Path, suffix: str) -> None:
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet"])
 @settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
-@given(ids=st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12), min_size=1, max_size=8))
+@given(
+    ids=st.lists(
+        st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12),
+        min_size=1,
+        max_size=8,
+    )
+)
 def test_any_text_comes_back_verbatim(tmp_path: Path, suffix: str, ids: list[str]) -> None:
     assert [r.cells["id"] for r in Table(write(tmp_path / f"p{suffix}", ids)).records()] == ids
 
@@ -104,12 +124,20 @@ def test_open_quote_takes_only_its_own_row(tmp_path: Path) -> None:
         {"id": "4", "title": "last"},
     ]
     only = table(tmp_path / "p.csv", 'id,title\n1,a\n2,"never closed\n3,b\n')
-    assert [row[2] for row in rows(only)] == [{"id": "1", "title": "a"}, "UNREADABLE_ROW", {"id": "3", "title": "b"}]
+    assert [row[2] for row in rows(only)] == [
+        {"id": "1", "title": "a"},
+        "UNREADABLE_ROW",
+        {"id": "3", "title": "b"},
+    ]
 
 
 def test_wrong_number_of_cells(tmp_path: Path) -> None:
     found = table(tmp_path / "p.csv", "id,title\n1,a,b\n2\n3,ok\n")
-    assert [row[2] for row in rows(found)] == ["COLUMN_COUNT", "COLUMN_COUNT", {"id": "3", "title": "ok"}]
+    assert [row[2] for row in rows(found)] == [
+        "COLUMN_COUNT",
+        "COLUMN_COUNT",
+        {"id": "3", "title": "ok"},
+    ]
     first = next(iter(found.records()))
     assert first.cells["id"] == "1"
     assert str(first.fault) == "COLUMN_COUNT: 3 cells where the header has 2: '1,a,b'"
@@ -118,7 +146,11 @@ def test_wrong_number_of_cells(tmp_path: Path) -> None:
 def test_byte_that_is_not_in_the_encoding_is_named(tmp_path: Path) -> None:
     found = table(tmp_path / "p.csv", "id,title\n1,über\n2,Prêt-à-porter\n3,ok\n".encode("latin-1"))
     records = list(found.records())
-    assert [r.fault.code if r.fault else None for r in records] == ["ENCODING_ERROR", "ENCODING_ERROR", None]
+    assert [r.fault.code if r.fault else None for r in records] == [
+        "ENCODING_ERROR",
+        "ENCODING_ERROR",
+        None,
+    ]
     content = (tmp_path / "p.csv").read_bytes()
     assert f"byte {content.index(bytes([0xEA]))} (line 3) is not utf-8" in records[1].fault.reason
     declared = Table(tmp_path / "p.csv", encoding="latin-1")
@@ -143,27 +175,49 @@ def test_invisible_characters_of_the_header_are_removed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("header", "delimiter"), [("id,a;b", ","), ("id;a,b;c", ";"), ("id\ta", "\t"), ("id|a", "|"), ("id", ",")]
+    ("header", "delimiter"),
+    [("id,a;b", ","), ("id;a,b;c", ";"), ("id\ta", "\t"), ("id|a", "|"), ("id", ",")],
 )
 def test_delimiter_is_that_of_the_header(tmp_path: Path, header: str, delimiter: str) -> None:
     assert table(tmp_path / "p.csv", header + "\n").delimiter == delimiter
 
 
 def test_broken_json_lines(tmp_path: Path) -> None:
-    lines = ['{"id": "1"}', "", "[1]", '{"id": 007}', '{"a":1,"a":2}', '{"id": "\\ud83d"}', '{"id": "2", "x ": "y"}']
+    lines = [
+        '{"id": "1"}',
+        "",
+        "[1]",
+        '{"id": 007}',
+        '{"a":1,"a":2}',
+        '{"id": "\\ud83d"}',
+        '{"id": "2", "x ": "y"}',
+    ]
     found = table(tmp_path / "p.jsonl", "\n".join(lines))
     assert found.columns == ["id", "x"]
     bad = "UNREADABLE_ROW"
     assert [row[:2] for row in rows(found)] == [(1, 1), (2, 3), (3, 4), (4, 5), (5, 6), (6, 7)]
-    assert [row[2] for row in rows(found)] == [{"id": "1"}, bad, bad, bad, "ENCODING_ERROR", {"id": "2", "x": "y"}]
+    assert [row[2] for row in rows(found)] == [
+        {"id": "1"},
+        bad,
+        bad,
+        bad,
+        "ENCODING_ERROR",
+        {"id": "2", "x": "y"},
+    ]
 
 
 def test_megabyte_cells_are_read_and_endless_ones_are_not(tmp_path: Path) -> None:
     buffer = io.StringIO()
     csv.writer(buffer).writerows([["id", "t"], ["1", "x" * 2_000_000], ["2", "y"]])
-    assert [len(r.cells["t"]) for r in table(tmp_path / "p.csv", buffer.getvalue()).records()] == [2_000_000, 1]
+    assert [len(r.cells["t"]) for r in table(tmp_path / "p.csv", buffer.getvalue()).records()] == [
+        2_000_000,
+        1,
+    ]
     endless = 'id,t\n1,"' + "x" * (17 * 2**20) + "\n2,fine\n"
-    assert [row[2] for row in rows(table(tmp_path / "p.csv", endless))] == ["UNREADABLE_ROW", {"id": "2", "t": "fine"}]
+    assert [row[2] for row in rows(table(tmp_path / "p.csv", endless))] == [
+        "UNREADABLE_ROW",
+        {"id": "2", "t": "fine"},
+    ]
 
 
 @pytest.mark.parametrize(

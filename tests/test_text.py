@@ -11,14 +11,18 @@ import pytest
 import torch
 from tiny_models import write_bert, write_open_clip
 
-from datamodules.batch import Item
-from datamodules.schema import Schema
-from towers.hugging_face import HuggingFaceText
-from towers.open_clip_models import OpenClipText
-from towers.text import BiLSTM, HashedWords, Template, TextPreprocess, split_words
+from tritower.datamodules.batch import Item
+from tritower.datamodules.schema import Schema
+from tritower.towers.hugging_face import HuggingFaceText
+from tritower.towers.open_clip_models import OpenClipText
+from tritower.towers.text import BiLSTM, HashedWords, Template, TextPreprocess, split_words
 
 CHINESE = ["红色跑步鞋 女士透气网面", "不锈钢保温杯 大容量", "纯棉短袖衬衫 夏季新款"]
-ENGLISH = ["red running shoe with mesh for women", "stainless steel vacuum bottle", "cotton shirt, short sleeves"]
+ENGLISH = [
+    "red running shoe with mesh for women",
+    "stainless steel vacuum bottle",
+    "cotton shirt, short sleeves",
+]
 
 
 # ---------------------------------------------------------------- template
@@ -36,13 +40,18 @@ ENGLISH = ["red running shoe with mesh for women", "stainless steel vacuum bottl
         ({}, ""),
     ],
 )
-def test_a_missing_field_takes_the_characters_before_it_along(text: dict[str, str], rendered: str) -> None:
+def test_a_missing_field_takes_the_characters_before_it_along(
+    text: dict[str, str], rendered: str
+) -> None:
     assert Template("{title} by {brand}. {description}").render(Item(text=text)) == rendered
 
 
 def test_labels_in_a_template_go_with_their_fields() -> None:
     template = Template("Title: {title}. Brand: {brand} (new)")
-    assert template.render(Item(text={"title": "Mug", "brand": "Acme"})) == "Title: Mug. Brand: Acme (new)"
+    assert (
+        template.render(Item(text={"title": "Mug", "brand": "Acme"}))
+        == "Title: Mug. Brand: Acme (new)"
+    )
     assert template.render(Item(text={"brand": "Acme"})) == "Brand: Acme (new)"
     assert template.render(Item()) == ""
 
@@ -58,13 +67,17 @@ def test_a_typed_query_stands_for_itself(template: str | None) -> None:
 
 @pytest.mark.parametrize("template", ["no field", "{}", "{title", "title}"])
 def test_a_template_without_fields_is_refused(template: str) -> None:
-    with pytest.raises(ValueError, match=f"template={template!r}".replace("{", r"\{").replace("}", r"\}")):
+    with pytest.raises(
+        ValueError, match=f"template={template!r}".replace("{", r"\{").replace("}", r"\}")
+    ):
         Template(template)
 
 
 def test_a_template_that_would_leave_all_products_without_text_is_refused() -> None:
     tower = BiLSTM(template="{title}. {description}")
-    with pytest.raises(ValueError, match=r"template='\{title\}. \{description\}' .* which has name, info"):
+    with pytest.raises(
+        ValueError, match=r"template='\{title\}. \{description\}' .* which has name, info"
+    ):
         tower.set_schema(Schema(("name", "info"), images=False, attributes=()))
     tower.set_schema(Schema(("description",), images=False, attributes=()))
 
@@ -121,7 +134,8 @@ def test_bilstm_reads_the_order_of_words() -> None:
     assert (features[0] - features[1]).abs().max() > 1e-3
 
 
-# ---------------------------------------------------------------- long and foreign texts with each tokenizer
+# ---------------------------------------------------------------- long and foreign texts with each
+# tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +165,9 @@ LONG = ["red shoe " * 333, " ".join(str(7919 * n % 99991) for n in range(44)), "
 def test_long_texts_are_cut_and_the_end_token_stays(tower: OpenClipText | HuggingFaceText) -> None:
     tokens = tower.preprocess(LONG)
     is_clip = isinstance(tower, OpenClipText)
-    end, length = (49407, 77) if is_clip else (tower.preprocess.tokenizer.tokenizer.sep_token_id, 24)
+    end, length = (
+        (49407, 77) if is_clip else (tower.preprocess.tokenizer.tokenizer.sep_token_id, 24)
+    )
     assert tokens.shape == (3, length)
     assert tokens[0, -1] == tokens[1, -1] == end
     assert (tokens == end).sum(1).tolist() == [1, 1, 1]
@@ -166,29 +182,35 @@ def test_the_share_of_cut_texts_is_counted(tower: OpenClipText | HuggingFaceText
 def test_an_english_tokenizer_warns_of_chinese(
     tower: OpenClipText | HuggingFaceText, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level(logging.WARNING, logger="towers.text"):
+    with caplog.at_level(logging.WARNING, logger="tritower.towers.text"):
         share = tower.preprocess.check(CHINESE)["fallback"]
         assert share > 0.7
         assert f"{100 * share:.0f} % of the tokens of 3 texts" in caplog.text
 
 
-def test_a_half_chinese_title_warns_too(open_clip_text: OpenClipText, caplog: pytest.LogCaptureFixture) -> None:
-    mixed = [f"{english[:12]} {chinese[:6]}" for english, chinese in zip(ENGLISH, CHINESE, strict=True)]
-    with caplog.at_level(logging.WARNING, logger="towers.text"):
+def test_a_half_chinese_title_warns_too(
+    open_clip_text: OpenClipText, caplog: pytest.LogCaptureFixture
+) -> None:
+    mixed = [
+        f"{english[:12]} {chinese[:6]}" for english, chinese in zip(ENGLISH, CHINESE, strict=True)
+    ]
+    with caplog.at_level(logging.WARNING, logger="tritower.towers.text"):
         open_clip_text.preprocess.check(mixed)
     assert "multilingual" in caplog.text
     assert open_clip_text.eval()(open_clip_text.preprocess(mixed)).isfinite().all()
 
 
-def test_nothing_warns_of_english(tower: OpenClipText | HuggingFaceText, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING, logger="towers.text"):
+def test_nothing_warns_of_english(
+    tower: OpenClipText | HuggingFaceText, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, logger="tritower.towers.text"):
         assert tower.preprocess.check(ENGLISH)["fallback"] == 0
         assert math.isfinite(tower.preprocess.check([])["cut"])
     assert not caplog.records
 
 
 def test_hashed_words_never_warn(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING, logger="towers.text"):
+    with caplog.at_level(logging.WARNING, logger="tritower.towers.text"):
         assert BiLSTM().preprocess.check(CHINESE)["fallback"] == 0
     assert not caplog.records
 

@@ -9,12 +9,16 @@ import torch
 from tiny_models import write_bert, write_open_clip
 from torch import nn
 
-from towers.hugging_face import HuggingFaceText
-from towers.image import ImageTower, TimmImage
-from towers.open_clip_models import OpenClipImage
-from towers.tower import Tower
+from tritower.towers.hugging_face import HuggingFaceText
+from tritower.towers.image import ImageTower, TimmImage
+from tritower.towers.open_clip_models import OpenClipImage
+from tritower.towers.tower import Tower
 
-VIT = {"model": "vit_tiny_patch16_224", "model_args": {"depth": 4, "embed_dim": 12, "num_heads": 2}, "image_size": 224}
+VIT = {
+    "model": "vit_tiny_patch16_224",
+    "model_args": {"depth": 4, "embed_dim": 12, "num_heads": 2},
+    "image_size": 224,
+}
 
 
 def trained(tower: Tower) -> set[str]:
@@ -38,7 +42,10 @@ def test_half_of_a_vit() -> None:
     names = trained(TimmImage(**VIT, freeze_lower=0.5))
     blocks = {name.split(".")[2] for name in names if name.startswith("model.blocks.")}
     assert blocks == {"2", "3"}
-    assert {name for name in names if not name.startswith("model.blocks.")} == {"model.norm.weight", "model.norm.bias"}
+    assert {name for name in names if not name.startswith("model.blocks.")} == {
+        "model.norm.weight",
+        "model.norm.bias",
+    }
 
 
 def test_all_blocks_of_a_text_encoder(tmp_path: Path) -> None:
@@ -51,7 +58,13 @@ def test_all_blocks_of_a_text_encoder(tmp_path: Path) -> None:
 def test_a_projection_that_was_made_first_is_trained() -> None:
     tower = Clip()
     tower.freeze_lower(0.75)
-    assert trained(tower) == {"proj", "blocks.3.weight", "blocks.3.bias", "norm.weight", "norm.bias"}
+    assert trained(tower) == {
+        "proj",
+        "blocks.3.weight",
+        "blocks.3.bias",
+        "norm.weight",
+        "norm.bias",
+    }
 
 
 def test_nothing_is_frozen_by_default_and_gradients_stop_where_it_begins() -> None:
@@ -87,7 +100,9 @@ def test_a_tower_without_blocks_is_refused() -> None:
 def tokens_seen(tower: ImageTower, blocks: nn.Module) -> int:
     """Tokens that reach the first block."""
     seen: list[int] = []
-    hook = blocks[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape[1]))
+    hook = blocks[0].register_forward_pre_hook(
+        lambda module, inputs: seen.append(inputs[0].shape[1])
+    )
     size = tower.preprocess.size
     tower(torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8))
     hook.remove()

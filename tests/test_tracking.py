@@ -13,7 +13,7 @@ import wandb
 from lightning.pytorch.loggers import WandbLogger
 from training import TEXT_ONLY, fit, logged
 
-from towers.tracking import PatientWandbLogger, wandb_logger
+from tritower.towers.tracking import PatientWandbLogger, wandb_logger
 
 FAST = (*TEXT_ONLY, "--trainer.max_epochs=2", "--trainer.log_every_n_steps=1")
 
@@ -48,8 +48,10 @@ def test_offline_needs_no_network_and_no_key(tiny_catalogue: Path, tmp_path: Pat
     assert tracked - plain < 20  # seconds; 1 to 3 on a free machine
 
 
-def test_online_without_a_key_becomes_offline(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING, logger="towers.tracking"):
+def test_online_without_a_key_becomes_offline(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, logger="tritower.towers.tracking"):
         [logger] = wandb_logger(tmp_path / "run", "tritower", offline=False)
     assert "Weights & Biases cannot start online: " in caplog.text
     assert logger.experiment.offline
@@ -61,9 +63,9 @@ def test_online_without_a_network_becomes_offline_within_seconds(
 ) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody listens
-    monkeypatch.setattr("towers.tracking.INIT_TIMEOUT_S", 2)
+    monkeypatch.setattr("tritower.towers.tracking.INIT_TIMEOUT_S", 2)
     started = time.perf_counter()
-    with caplog.at_level(logging.WARNING, logger="towers.tracking"):
+    with caplog.at_level(logging.WARNING, logger="tritower.towers.tracking"):
         [logger] = wandb_logger(tmp_path / "run", "tritower", offline=False)
     assert time.perf_counter() - started < 25
     assert "cannot start online" in caplog.text
@@ -74,13 +76,16 @@ def test_where_nothing_starts_there_is_no_logger(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(wandb, "init", lambda **_: (_ for _ in ()).throw(OSError("disk full")))
-    with caplog.at_level(logging.WARNING, logger="towers.tracking"):
+    with caplog.at_level(logging.WARNING, logger="tritower.towers.tracking"):
         assert wandb_logger(tmp_path / "run", "tritower", offline=True) == []
     assert "Weights & Biases cannot start offline: disk full" in caplog.text
 
 
 def test_a_tracker_that_fails_never_stops_training(
-    tiny_catalogue: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tiny_catalogue: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     calls = []
 
@@ -90,7 +95,7 @@ def test_a_tracker_that_fails_never_stops_training(
 
     for name in ("log_metrics", "log_hyperparams", "after_save_checkpoint", "finalize"):
         monkeypatch.setattr(WandbLogger, name, fail, raising=False)
-    with caplog.at_level(logging.WARNING, logger="towers.tracking"):
+    with caplog.at_level(logging.WARNING, logger="tritower.towers.tracking"):
         assert fit(tiny_catalogue, tmp_path / "run", *FAST, "--wandb=offline") == 0
     assert len(calls) == 1
     assert [r.getMessage() for r in caplog.records if "failed" in r.getMessage()] == [

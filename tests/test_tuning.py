@@ -1,4 +1,7 @@
-"""Products that ask, to tune an index by: none that judged queries ask for, and words of their titles."""
+"""Products that ask, to tune an index by:
+
+none that judged queries ask for, and words of their titles.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,10 @@ import pyarrow as pa
 import pytest
 from catalogues import write_catalogue
 
-from datamodules import tuning
-from datamodules.batch import Item
-from datamodules.parquet import Table, product_item
-from datamodules.tuning import TuningQueries
+from tritower.datamodules import tuning_queries as tuning
+from tritower.datamodules.batch import Item
+from tritower.datamodules.catalogue import Table, product_item
+from tritower.datamodules.tuning_queries import TuningQueries
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +36,9 @@ def test_a_tenth_of_the_products_ask_and_at_most_a_thousand(
     assert len(TuningQueries(products, None).rows) == 25
 
 
-def test_few_row_groups_are_read(tables: tuple[Table, Table], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_row_groups_are_read(
+    tables: tuple[Table, Table], monkeypatch: pytest.MonkeyPatch
+) -> None:
     products, _ = tables
     monkeypatch.setattr(tuning, "ROW_GROUPS", 3)
     monkeypatch.setattr(tuning, "SHARE", 1.0)
@@ -53,7 +58,9 @@ def test_products_that_judged_queries_ask_for_do_not_ask(
     assert len(sources) == 100 and asking == set(ids.tolist()) - sources
 
 
-def test_what_is_typed_are_one_to_three_words_of_the_title_in_their_order(tables: tuple[Table, Table]) -> None:
+def test_what_is_typed_are_one_to_three_words_of_the_title_in_their_order(
+    tables: tuple[Table, Table],
+) -> None:
     products, queries = tables
     tuned = TuningQueries(products, queries)
     lengths = set()
@@ -63,7 +70,10 @@ def test_what_is_typed_are_one_to_three_words_of_the_title_in_their_order(tables
         assert typed is not None and not typed.images and not typed.attributes
         words, title = typed.text["query"].split(), item.text["title"].lower().split()
         left = iter(title)
-        assert all(word in left for word in words), (words, title)  # a part of it, in the same order
+        assert all(word in left for word in words), (
+            words,
+            title,
+        )  # a part of it, in the same order
         lengths.add(len(words))
         assert typed == tuned.typed(row, item)
     assert lengths == {1, 2, 3}
@@ -81,6 +91,8 @@ def test_what_somebody_has_judged_is_not_typed(tables: tuple[Table, Table]) -> N
 
 
 @pytest.mark.parametrize("title", ["", "   ", "-- !", None])
-def test_a_title_without_words_types_nothing(tables: tuple[Table, Table], title: str | None) -> None:
+def test_a_title_without_words_types_nothing(
+    tables: tuple[Table, Table], title: str | None
+) -> None:
     tuned = TuningQueries(*tables)
     assert tuned.typed(0, Item({} if title is None else {"title": title})) is None

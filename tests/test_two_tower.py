@@ -17,24 +17,26 @@ from test_products import data_module
 from tiny_models import TIMM, TIMM_ARGS, write_bert
 from torch import nn
 
-from datamodules.batch import NO_KEY, RELATIONS, Batch, Item
-from datamodules.examples import collate
-from datamodules.heldout import QueryRows
-from datamodules.parquet import product_item
-from datamodules.preprocess import ItemPreprocess
-from retrieval.storage import read_manifest
-from towers.attribute import AttributeTower
-from towers.encoder import Encoder
-from towers.hugging_face import HuggingFaceText
-from towers.image import TimmImage
-from towers.loss import InfoNCE, SigmoidLoss
-from towers.model_folder import load_model
-from towers.text import BiLSTM
-from towers.two_tower import TwoTower, exact_search
-from towers.words import HashedNgrams
+from tritower.artefacts.storage import read_manifest
+from tritower.datamodules.batch import NO_KEY, RELATIONS, Batch, Item
+from tritower.datamodules.catalogue import product_item
+from tritower.datamodules.examples import collate
+from tritower.datamodules.held_out import QueryRows
+from tritower.datamodules.preprocess import ItemPreprocess
+from tritower.towers.attribute import AttributeTower
+from tritower.towers.encoder import Encoder
+from tritower.towers.hugging_face import HuggingFaceText
+from tritower.towers.image import TimmImage
+from tritower.towers.lexical import HashedNgrams
+from tritower.towers.losses.loss import InfoNCE, SigmoidLoss
+from tritower.towers.model_folder import load_model
+from tritower.towers.text import BiLSTM
+from tritower.towers.two_tower import TwoTower, exact_search
 
 
-def make_encoder(dropout: float = 0.0, embed_dim: int = 16, fusion: str = "gated", text: Any = None) -> Encoder:
+def make_encoder(
+    dropout: float = 0.0, embed_dim: int = 16, fusion: str = "gated", text: Any = None
+) -> Encoder:
     return Encoder(
         embed_dim,
         text or BiLSTM(num_buckets=256, word_dim=8, hidden_dim=6, dropout=dropout),
@@ -82,14 +84,20 @@ def gradients(model: TwoTower, items: list[Item]) -> tuple[torch.Tensor, dict[st
     ]
     batch = Batch(query, product, keys, keys, torch.ones(len(items)))
     model.loss(*embeddings, batch).backward()
-    found = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    found = {
+        name: parameter.grad
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
     return torch.cat(embeddings).detach(), found
 
 
 def assert_close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
     assert one.keys() == other.keys()
     for name in one:
-        torch.testing.assert_close(one[name], other[name], atol=1e-6, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            one[name], other[name], atol=1e-6, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.mark.parametrize("chunk_size", [1, 2, 3, 10])
@@ -105,18 +113,24 @@ def test_chunked_encoding_has_the_gradients_of_the_whole_batch(chunk_size: int) 
 def test_dropout_of_a_chunk_is_the_same_when_it_runs_again(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model(make_encoder(dropout=0.5), chunk_size=3)
     chunked, found = gradients(model, ITEMS * 2)
-    monkeypatch.setattr("towers.two_tower.checkpoint", lambda encoder, chunk, use_reentrant: encoder(chunk))
+    monkeypatch.setattr(
+        "tritower.towers.two_tower.checkpoint", lambda encoder, chunk, use_reentrant: encoder(chunk)
+    )
     plain, expected = gradients(model, ITEMS * 2)
     assert torch.equal(chunked, plain)
     assert_close(found, expected)
     model.eval()
     with torch.no_grad():
-        assert not torch.allclose(model.encode_chunks(model.query, model.preprocess.query(ITEMS)).embedding, plain[:5])
+        assert not torch.allclose(
+            model.encode_chunks(model.query, model.preprocess.query(ITEMS)).embedding, plain[:5]
+        )
 
 
 def test_chunks_without_gradient_equal_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model(chunk_size=2).eval()
-    monkeypatch.setattr("towers.two_tower.checkpoint", lambda *_, **__: pytest.fail("nothing to run again"))
+    monkeypatch.setattr(
+        "tritower.towers.two_tower.checkpoint", lambda *_, **__: pytest.fail("nothing to run again")
+    )
     items = model.preprocess.product(ITEMS)
     with torch.no_grad():
         chunked, whole = model.encode_chunks(model.product, items), model.product(items)
@@ -130,14 +144,26 @@ def test_chunks_without_gradient_equal_the_whole(monkeypatch: pytest.MonkeyPatch
 def test_matrices_decay_and_norms_biases_and_the_temperature_do_not() -> None:
     model = make_model(weight_decay=0.1, loss=SigmoidLoss())
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    decayed = {names[id(p)]: group["weight_decay"] for group in model.parameter_groups() for p in group["params"]}
+    decayed = {
+        names[id(p)]: group["weight_decay"]
+        for group in model.parameter_groups()
+        for p in group["params"]
+    }
     assert set(decayed) == set(names.values())
     free = {name for name, decay in decayed.items() if decay == 0}
     assert {"loss.logit_scale", "loss.bias", "product.towers.attribute.number_bias"} <= free
     shapes = {name: parameter.ndim for name, parameter in model.named_parameters()}
     assert all(name.endswith("bias") or shapes[name] <= 1 for name in free)
-    assert decayed["product.projections.text.weight"] == decayed["product.towers.text.words.weight"] == 0.1
-    norms = [module_name for module_name, module in model.named_modules() if isinstance(module, nn.LayerNorm)]
+    assert (
+        decayed["product.projections.text.weight"]
+        == decayed["product.towers.text.words.weight"]
+        == 0.1
+    )
+    norms = [
+        module_name
+        for module_name, module in model.named_modules()
+        if isinstance(module, nn.LayerNorm)
+    ]
     assert norms
     for module_name in norms:
         assert {f"{module_name}.weight", f"{module_name}.bias"} <= free
@@ -157,7 +183,9 @@ def test_frozen_towers_are_not_trained() -> None:
     encoder.towers["image"].freeze()
     model = make_model(encoder)
     trained = {id(p) for group in model.parameter_groups() for p in group["params"]}
-    assert trained == {id(p) for name, p in model.named_parameters() if ".towers.image." not in name}
+    assert trained == {
+        id(p) for name, p in model.named_parameters() if ".towers.image." not in name
+    }
 
 
 def test_the_learning_rate_rises_then_falls_as_a_cosine() -> None:
@@ -182,7 +210,9 @@ def test_a_step_along_infinite_gradients_is_refused_unless_a_scaler_skips_it() -
     model.trainer = trainer = FakeTrainer(lightning_module=model)
     parameter = next(model.parameters())
     parameter.grad = torch.full_like(parameter, math.inf)
-    with pytest.raises(FloatingPointError, match=r"norm of the gradient is inf at step 3 \(temperature 0\.07"):
+    with pytest.raises(
+        FloatingPointError, match=r"norm of the gradient is inf at step 3 \(temperature 0\.07"
+    ):
         model.on_before_optimizer_step(None)
     trainer.precision_plugin = SimpleNamespace(scaler=object())
     model.on_before_optimizer_step(None)
@@ -195,18 +225,23 @@ def test_weights_are_shared_unless_there_is_a_query_encoder() -> None:
     shared, separate = make_model(), make_model(query=make_encoder())
     assert shared.query is shared.product
     assert np.allclose(shared.encode(ITEMS, "query"), shared.encode(ITEMS, "product"), atol=1e-6)
-    assert not np.allclose(separate.encode(ITEMS, "query"), separate.encode(ITEMS, "product"), atol=1e-2)
+    assert not np.allclose(
+        separate.encode(ITEMS, "query"), separate.encode(ITEMS, "product"), atol=1e-2
+    )
     count = lambda model: sum(p.numel() for p in model.parameters())  # noqa: E731
     assert count(separate) - 1 == 2 * (count(shared) - 1)
 
 
 def test_sides_of_different_sizes_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"embed_dim=8 differs from the product encoder's embed_dim=16"):
+    with pytest.raises(
+        ValueError, match=r"embed_dim=8 differs from the product encoder's embed_dim=16"
+    ):
         TwoTower(make_encoder(), make_encoder(embed_dim=8))
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"), [({"warmup": 1.0}, r"warmup=1\.0"), ({"chunk_size": 0}, "chunk_size=0")]
+    ("settings", "message"),
+    [({"warmup": 1.0}, r"warmup=1\.0"), ({"chunk_size": 0}, "chunk_size=0")],
 )
 def test_impossible_settings_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -227,7 +262,10 @@ def test_encoded_items_are_unit_rows_in_any_batch() -> None:
 
 def test_an_item_of_which_the_model_reads_nothing_is_refused() -> None:
     model = TwoTower(Encoder(8, text=BiLSTM(num_buckets=64, word_dim=4, hidden_dim=4)))
-    with pytest.raises(ValueError, match=r"Item 1 of 2 has nothing that this model reads \(text\): text \[\], 1 pict"):
+    with pytest.raises(
+        ValueError,
+        match=r"Item 1 of 2 has nothing that this model reads \(text\): text \[\], 1 pict",
+    ):
         model.encode([Item({"query": "mug"}), Item(images=[b"..."], attributes={"brand": "x"})])
 
 
@@ -279,7 +317,10 @@ def test_all_subsets_of_modalities_find_each_other_in_one_space() -> None:
 @pytest.mark.parametrize("block", [1, 3, 1024])
 def test_exact_search_equals_sorting_all_and_never_finds_the_asked_product(block: int) -> None:
     rng = np.random.default_rng(0)
-    query, product = rng.normal(size=(7, 5)).astype(np.float32), rng.normal(size=(20, 5)).astype(np.float32)
+    query, product = (
+        rng.normal(size=(7, 5)).astype(np.float32),
+        rng.normal(size=(20, 5)).astype(np.float32),
+    )
     own = np.array([-1, 3, 0, -1, 19, 3, -1])
     found = exact_search(query, product, own, k=6, block=block)
     for i in range(7):
@@ -303,10 +344,14 @@ def test_the_best_score_is_that_of_the_exported_model(tiny_run: Path, tiny_catal
     asked = data.held_out["val"]
     queries = QueryRows(data.products, data.queries, asked, ItemPreprocess("query"))
     query = model.encode([queries.item(i) for i in range(len(asked))], "query")
-    product = model.encode([product_item(data.products.row(int(row))) for row in asked.gallery], "product")
+    product = model.encode(
+        [product_item(data.products.row(int(row))) for row in asked.gallery], "product"
+    )
     gain = 0.0
     for i, (row, grade) in enumerate(zip(asked.judged, asked.grade, strict=True)):
-        order = [p for p in np.argsort(-(product @ query[i]), kind="stable") if p != asked.own[i]][:10]
+        order = [p for p in np.argsort(-(product @ query[i]), kind="stable") if p != asked.own[i]][
+            :10
+        ]
         of = dict(zip(row.tolist(), grade.tolist(), strict=True))
         best = sorted(of.values(), reverse=True)[:10]
         discount = 1 / np.log2(np.arange(2, 12))
@@ -316,12 +361,16 @@ def test_the_best_score_is_that_of_the_exported_model(tiny_run: Path, tiny_catal
 
 def test_training_takes_a_pair_of_nothing(tiny_catalogue: Path) -> None:
     """A photo query and a text-only model: the row weighs nothing, and the loss is finite."""
-    model = TwoTower(Encoder(8, text=BiLSTM(num_buckets=64, word_dim=4, hidden_dim=4)), loss=InfoNCE())
+    model = TwoTower(
+        Encoder(8, text=BiLSTM(num_buckets=64, word_dim=4, hidden_dim=4)), loss=InfoNCE()
+    )
     data = data_module(tiny_catalogue)
     examples = [replace_query(data, n) for n in range(4)]
     batch = collate(examples, model.preprocess)
     assert batch.weight.tolist() == [0.0, 1.0, 1.0, 1.0]
-    loss = model.loss(model.query(batch.query).embedding, model.product(batch.product).embedding, batch)
+    loss = model.loss(
+        model.query(batch.query).embedding, model.product(batch.product).embedding, batch
+    )
     loss.backward()
     assert loss.isfinite()
 
@@ -330,4 +379,6 @@ def replace_query(data: Any, number: int) -> Any:
     batches = data.train_dataloader().dataset
     example = batches.example(0, number)
     example = example._replace(product=Item({"title": f"mug {number}"}), weight=1.0)
-    return example._replace(query=Item(images=(b"photo",)) if number == 0 else Item({"query": "mug"}))
+    return example._replace(
+        query=Item(images=(b"photo",)) if number == 0 else Item({"query": "mug"})
+    )

@@ -1,4 +1,7 @@
-"""Search with nothing trained: blocks, their weights, and the pretrained towers that a model began with."""
+"""Search with nothing trained:
+
+blocks, their weights, and the pretrained towers that a model began with.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +16,10 @@ from catalogues import SCHEMA, write_catalogue
 from tiny_models import write_bert
 from training import TEXT_ONLY, fit
 
-from datamodules.batch import Item
-from datamodules.parquet import Table, product_item
-from retrieval.embeddings import EmbeddingReader
-from retrieval.lexical.records import typed_record
-from retrieval.lexical.tokenizer import tokenize
-from retrieval.questions import Questions
-from retrieval.untrained import (
+from tritower.datamodules.batch import Item
+from tritower.datamodules.catalogue import Table, product_item
+from tritower.retrieval.evaluating.evaluation_queries import Questions
+from tritower.retrieval.evaluating.untrained import (
     Choice,
     Untrained,
     UntrainedSearch,
@@ -28,13 +28,16 @@ from retrieval.untrained import (
     number_features,
     weighted_sum,
 )
-from towers.embed import embed
-from towers.encoder import Encoder
-from towers.hugging_face import HuggingFaceText
-from towers.model_folder import load_model, load_untrained, save_model
-from towers.text import BiLSTM
-from towers.two_tower import TwoTower
-from towers.untrained import untrained_features, untrained_towers
+from tritower.retrieval.lexical.records import typed_record
+from tritower.retrieval.lexical.tokenizer import tokenize
+from tritower.retrieval.vectors.embeddings import EmbeddingReader
+from tritower.towers.embed import embed
+from tritower.towers.encoder import Encoder
+from tritower.towers.hugging_face import HuggingFaceText
+from tritower.towers.model_folder import load_model, load_untrained, save_model
+from tritower.towers.text import BiLSTM
+from tritower.towers.two_tower import TwoTower
+from tritower.towers.untrained import untrained_features, untrained_towers
 
 NONE_ASKED = np.full(1, -1)
 
@@ -47,7 +50,9 @@ def unit(vectors: np.ndarray) -> np.ndarray:
 
 
 def test_close_numbers_have_close_features_and_missing_ones_have_none() -> None:
-    values = np.array([[10.0, np.nan], [10.3, np.nan], [20.0, np.nan], [np.nan, np.nan], [0.0, 5.0]])
+    values = np.array(
+        [[10.0, np.nan], [10.3, np.nan], [20.0, np.nan], [np.nan, np.nan], [0.0, 5.0]]
+    )
     features = number_features(values)
     scores = features @ features.T
     ratio = np.log(10.3 / 10.0)
@@ -91,7 +96,10 @@ def shop(count: int = 60) -> tuple[Untrained, Untrained, Questions]:
     generator = np.random.default_rng(0)
     by_words = np.arange(count) % 2 == 0
     features = unit(generator.standard_normal((count, 16)))
-    records = [{"title": tokenize(f"thing word{row}" if by_words[row] else "thing")} for row in range(count)]
+    records = [
+        {"title": tokenize(f"thing word{row}" if by_words[row] else "thing")}
+        for row in range(count)
+    ]
     asked = [typed_record(f"thing word{row}" if by_words[row] else "thing") for row in range(count)]
     shown = np.where(by_words[:, None], 0, features)
     rows = np.arange(count)[:, None]
@@ -125,7 +133,9 @@ def test_blocks_of_queries_find_the_same(monkeypatch: pytest.MonkeyPatch) -> Non
     products, queries, questions = shop()
     search = UntrainedSearch(products, None)
     whole = search.search(queries, questions.source, search.default_choice(queries), 10)
-    monkeypatch.setattr("retrieval.untrained.MAX_CELLS", 200)  # three queries at a time
+    monkeypatch.setattr(
+        "tritower.retrieval.evaluating.untrained.MAX_CELLS", 200
+    )  # three queries at a time
     parts = search.search(queries, questions.source, search.default_choice(queries), 10)
     assert {name: hits.rows.tolist() for name, hits in whole.items()} == {
         name: hits.rows.tolist() for name, hits in parts.items()
@@ -158,12 +168,18 @@ def two_tower(bert: Path, freeze: bool) -> TwoTower:
     return model.eval()
 
 
-ITEMS = [Item(text={"title": "red shoe"}), Item(text={"title": "blue mug"}), Item(attributes={"brand": "Acme"})]
+ITEMS = [
+    Item(text={"title": "red shoe"}),
+    Item(text={"title": "blue mug"}),
+    Item(attributes={"brand": "Acme"}),
+]
 
 
 def features_before(model: TwoTower, towers: dict) -> np.ndarray:
     with torch.inference_mode():
-        _, found = untrained_features(model.product, towers, model.product.preprocess("product")(ITEMS))
+        _, found = untrained_features(
+            model.product, towers, model.product.preprocess("product")(ITEMS)
+        )
     return found["text"].numpy()
 
 
@@ -182,7 +198,9 @@ def test_a_frozen_tower_runs_once_and_its_features_are_its_own(bert: Path) -> No
 
 
 @pytest.mark.parametrize("freeze", [True, False])
-def test_a_model_folder_keeps_the_towers_that_training_began_with(bert: Path, tmp_path: Path, freeze: bool) -> None:
+def test_a_model_folder_keeps_the_towers_that_training_began_with(
+    bert: Path, tmp_path: Path, freeze: bool
+) -> None:
     model = two_tower(bert, freeze)
     towers = untrained_towers(model.product)
     before = features_before(model, towers)
@@ -198,7 +216,9 @@ def test_a_model_folder_keeps_the_towers_that_training_began_with(bert: Path, tm
     assert np.allclose(features_before(loaded, kept["product"]), before, atol=1e-6)
     assert (kept["product"]["text"] is loaded.product.towers["text"]) is freeze
     if not freeze:
-        assert not np.allclose(features_before(loaded, {"text": loaded.product.towers["text"]}), before, atol=1e-2)
+        assert not np.allclose(
+            features_before(loaded, {"text": loaded.product.towers["text"]}), before, atol=1e-2
+        )
 
 
 def test_towers_trained_from_scratch_are_no_floor(tmp_path: Path) -> None:
@@ -206,7 +226,10 @@ def test_towers_trained_from_scratch_are_no_floor(tmp_path: Path) -> None:
     model.set_schema(SCHEMA)
     assert untrained_towers(model.product) == {}
     save_model(model, tmp_path / "model")
-    assert load_untrained(tmp_path / "model", load_model(tmp_path / "model")) == {"product": {}, "query": {}}
+    assert load_untrained(tmp_path / "model", load_model(tmp_path / "model")) == {
+        "product": {},
+        "query": {},
+    }
 
 
 def test_embedding_writes_the_features_beside_the_embeddings(bert: Path, tmp_path: Path) -> None:
@@ -215,7 +238,9 @@ def test_embedding_writes_the_features_beside_the_embeddings(bert: Path, tmp_pat
     save_model(model, tmp_path / "model")
     embed(tmp_path / "model", catalogue, tmp_path / "plain", accelerator="cpu", untrained=False)
     assert not (tmp_path / "plain" / "untrained").exists()
-    embed(tmp_path / "model", catalogue, tmp_path / "plain", accelerator="cpu")  # what is missing is added
+    embed(
+        tmp_path / "model", catalogue, tmp_path / "plain", accelerator="cpu"
+    )  # what is missing is added
     embed(tmp_path / "model", catalogue, tmp_path / "E", accelerator="cpu")
     table = Table(catalogue / "products")
     items = [product_item(table.row(row)) for row in range(len(table))]
@@ -225,8 +250,12 @@ def test_embedding_writes_the_features_beside_the_embeddings(bert: Path, tmp_pat
     for output in ("plain", "E"):
         reader = EmbeddingReader(tmp_path / output / "untrained" / "text" / "products")
         batches = list(reader.batches())
-        assert [i for batch in batches for i in batch.ids.to_pylist()] == table.column("product_id").to_pylist()
-        assert np.allclose(np.concatenate([batch.vectors for batch in batches]), expected["text"], atol=2e-3)
+        assert [i for batch in batches for i in batch.ids.to_pylist()] == table.column(
+            "product_id"
+        ).to_pylist()
+        assert np.allclose(
+            np.concatenate([batch.vectors for batch in batches]), expected["text"], atol=2e-3
+        )
         queries = EmbeddingReader(tmp_path / output / "untrained" / "text" / "queries")
         kinds = {kind for batch in queries.batches() for kind in batch.kinds.to_pylist()}
         assert kinds == {"text", "fused", "product:text"}  # photos and attributes have no text
@@ -261,5 +290,8 @@ def test_a_run_shows_its_best_model_beside_search_without_training(
 
 
 def test_a_run_without_the_table(tiny_catalogue: Path, tmp_path: Path) -> None:
-    assert fit(tiny_catalogue, tmp_path / "run", *TEXT_ONLY, "--trainer.max_epochs=1", "--floor=false") == 0
+    assert (
+        fit(tiny_catalogue, tmp_path / "run", *TEXT_ONLY, "--trainer.max_epochs=1", "--floor=false")
+        == 0
+    )
     assert not (tmp_path / "run" / "floor.json").exists()

@@ -24,18 +24,18 @@ from living import (
     vectors,
 )
 
-from retrieval import storage, versions
-from retrieval.build import Recipe, build_index
-from retrieval.bulk import bulk_search
-from retrieval.catalogue import PreparedCatalogue
-from retrieval.embeddings import EmbeddingReader, EmbeddingWriter
-from retrieval.evaluate import Options, evaluate
-from retrieval.exact import exact_search
-from retrieval.filtering.attributes import ATTRIBUTES_FILE, AttributeTable
-from retrieval.filtering.filters import parse
-from retrieval.index import ProductIndex
-from retrieval.storage import ArtefactError
-from retrieval.update import Embedded, read_ids_to_delete, update_index
+from tritower.artefacts import storage, versions
+from tritower.artefacts.storage import ArtefactError
+from tritower.retrieval.building.build import Recipe, build_index
+from tritower.retrieval.bulk import bulk_search
+from tritower.retrieval.evaluating.evaluate import Options, evaluate
+from tritower.retrieval.evaluating.exact import exact_search
+from tritower.retrieval.filtering.filters import parse
+from tritower.retrieval.index import ProductIndex
+from tritower.retrieval.products.attribute_table import ATTRIBUTES_FILE, AttributeTable
+from tritower.retrieval.products.catalogue import PreparedCatalogue
+from tritower.retrieval.updating.update import Embedded, read_ids_to_delete, update_index
+from tritower.retrieval.vectors.embeddings import EmbeddingReader, EmbeddingWriter
 
 DIM = 16
 FACTORY = "IVF16,PQ8x4fsr,Refine(SQ8)"
@@ -73,8 +73,19 @@ def test_products_come_change_and_go(built, tmp_path):
     new = vectors(50, seed=5)
     upsert = embed(tmp_path / "u", new, [f"p{i}" for i in range(20)] + [f"n{i}" for i in range(30)])
     report = update_index(root, upsert=upsert, delete=["p100", "p101", "nobody"])
-    assert (report.given, report.added, report.replaced, report.unchanged, report.deleted) == (50, 30, 20, 0, 2)
-    assert (report.unknown, report.count, report.rows, report.version) == (["nobody"], 828, 850, "000002")
+    assert (report.given, report.added, report.replaced, report.unchanged, report.deleted) == (
+        50,
+        30,
+        20,
+        0,
+        2,
+    )
+    assert (report.unknown, report.count, report.rows, report.version) == (
+        ["nobody"],
+        828,
+        850,
+        "000002",
+    )
     index = ProductIndex.open(root)
     assert len(index) == 828 and index.engine.count == 850 and len(index.all_ids()) == 850
     ids, _ = found(root, new, 1, **WIDE)
@@ -107,7 +118,10 @@ def test_deleting_one_product_changes_no_other_result(built):
     for query in range(20):
         kept = before[query] != "p500"
         assert after[query][: kept.sum()].tolist() == before[query][kept].tolist()
-        assert hits_after.scores[query][: kept.sum()].tolist() == hits_before.scores[query][kept].tolist()
+        assert (
+            hits_after.scores[query][: kept.sum()].tolist()
+            == hits_before.scores[query][kept].tolist()
+        )
     index = ProductIndex.open(root)
     assert all(index.row_of(f"p{i}") == i for i in range(800) if i != 500)
 
@@ -115,7 +129,12 @@ def test_deleting_one_product_changes_no_other_result(built):
 def test_what_is_there_as_it_is_is_left_alone(built, tmp_path):
     root, reader = built
     report = update_index(root, upsert=reader)
-    assert (report.version, report.given, report.unchanged, report.verdict) == (None, 800, 800, None)
+    assert (report.version, report.given, report.unchanged, report.verdict) == (
+        None,
+        800,
+        800,
+        None,
+    )
     assert update_index(root, delete=["nobody"]).version is None
     assert update_index(root).version is None
     assert names(root / "versions") == ["000001"] and names(tmp_path) == ["i"]
@@ -150,7 +169,9 @@ def test_few_empty_rows_are_closed_up_when_asked_for(built):
         ([], ["p1", "p1"], "ids to delete: 'p1' appears more than once"),
     ],
 )
-def test_contradictions_are_refused_before_anything_is_written(built, tmp_path, ids, delete, problem):
+def test_contradictions_are_refused_before_anything_is_written(
+    built, tmp_path, ids, delete, problem
+):
     root, _ = built
     upsert = embed(tmp_path / "u", vectors(len(ids), 3), ids) if ids else None
     with pytest.raises(ValueError, match=problem):
@@ -163,7 +184,9 @@ def test_contradictions_are_refused_before_anything_is_written(built, tmp_path, 
 def of_unknown_model(tmp_path):
     """An index of embeddings that do not say who made them."""
     embed(tmp_path / "e", vectors(100), [f"p{i}" for i in range(100)], model=None)
-    build_index(EmbeddingReader(tmp_path / "e"), tmp_path / "i", Recipe("IVF4,PQ8x4fsr,Refine(SQ8)"))
+    build_index(
+        EmbeddingReader(tmp_path / "e"), tmp_path / "i", Recipe("IVF4,PQ8x4fsr,Refine(SQ8)")
+    )
     return tmp_path / "i"
 
 
@@ -178,10 +201,15 @@ def test_faulty_vectors_refuse_the_whole_update(of_unknown_model, tmp_path):
 
 def test_other_models_metrics_and_dimensions_and_unknown_ids_are_refused(built, tmp_path):
     root, _ = built
-    with pytest.raises(ArtefactError, match=r"is of model model-b, but .* was built from embeddings of model-a"):
+    with pytest.raises(
+        ArtefactError, match=r"is of model model-b, but .* was built from embeddings of model-a"
+    ):
         update_index(root, upsert=embed(tmp_path / "b", vectors(3), "xyz", model="model-b"))
     unknown = embed(tmp_path / "unknown", vectors(3), "xyz", model=None)
-    with pytest.raises(ArtefactError, match=r"unknown does not say which model made it, and .*/i is of model model-a"):
+    with pytest.raises(
+        ArtefactError,
+        match=r"unknown does not say which model made it, and .*/i is of model model-a",
+    ):
         update_index(root, upsert=unknown)
     with pytest.raises(ValueError, match=r"has dimension 8, .* has 16"):
         update_index(root, upsert=embed(tmp_path / "d", unit(np.ones((3, 8))), "xyz"))
@@ -203,14 +231,17 @@ def test_an_index_that_cannot_be_updated_says_so(origin, tmp_path):
     with pytest.raises(ArtefactError, match=r"is IVF8,SQ8, which cannot be updated: build it anew"):
         update_index(tmp_path / "i", delete=["p1"])
     first = Path(__file__).parent / "artefacts" / "first_ivf"
-    with pytest.raises(ArtefactError, match="an index of the first release: name the place of its versions, or build"):
+    with pytest.raises(
+        ArtefactError,
+        match="an index of the first release: name the place of its versions, or build",
+    ):
         update_index(first, delete=["p1"])
     with pytest.raises(ArtefactError, match="is one version"):
         update_index(versions.current(origin / "i"), delete=["p1"])
 
 
 def test_too_little_memory_or_disk_is_told_before(built, tmp_path, monkeypatch):
-    from retrieval.building import resources
+    from tritower.retrieval.building import resources
 
     root, _ = built
     monkeypatch.setattr(resources, "available_memory", lambda: 1 << 20)
@@ -220,23 +251,31 @@ def test_too_little_memory_or_disk_is_told_before(built, tmp_path, monkeypatch):
 
 
 def test_two_updates_at_once_do_not_mix(built, tmp_path, monkeypatch):
-    from retrieval.updating import next_version
+    from tritower.retrieval.updating import next_version
 
     root, reader = built
     write = next_version.write_mapped
 
     def meanwhile(*arguments, **options):
         monkeypatch.undo()
-        with pytest.raises(ArtefactError, match=r"another run is updating .*/i \(in .*/i\.updating\)"):
+        with pytest.raises(
+            ArtefactError, match=r"another run is updating .*/i \(in .*/i\.updating\)"
+        ):
             update_index(root, delete=["p1"])
         build_index(reader, root, Recipe("IVF4,PQ8x4fs"), overwrite=True)
         return write(*arguments, **options)
 
     monkeypatch.setattr(next_version, "write_mapped", meanwhile)
-    with pytest.raises(ArtefactError, match=r"conflict at .*: this run started from 000001, but 000002 is in use"):
+    with pytest.raises(
+        ArtefactError, match=r"conflict at .*: this run started from 000001, but 000002 is in use"
+    ):
         update_index(root, delete=["p2"])
     index = ProductIndex.open(root)
-    assert len(index) == 800 and index.row_of("p2") == 2 and index.manifest.meta["factory"] == "IVF4,PQ8x4fs"
+    assert (
+        len(index) == 800
+        and index.row_of("p2") == 2
+        and index.manifest.meta["factory"] == "IVF4,PQ8x4fs"
+    )
 
 
 def test_what_was_compared_with_an_older_version_is_not_published(built):
@@ -251,7 +290,9 @@ def test_what_was_compared_with_an_older_version_is_not_published(built):
             build_index(reader, root, Recipe("IVF4,PQ8x4fs"), overwrite=True)
             return Embedded(None, pa.chunked_array([["p1"]]))
 
-    with pytest.raises(ArtefactError, match=r"conflict at .*: this run started from 000001, but 000002 is in use"):
+    with pytest.raises(
+        ArtefactError, match=r"conflict at .*: this run started from 000001, but 000002 is in use"
+    ):
         update_index(root, upsert=Slow(), delete=["p2"])
     assert ProductIndex.open(root).row_of("p2") == 2
 
@@ -272,8 +313,8 @@ def test_an_update_killed_for_real_is_done_by_the_same_call(built, tmp_path):
     script = f"""
         import os, signal
         from retrieval import update
-        from retrieval.updating import next_version
-        from retrieval.embeddings import EmbeddingReader
+        from tritower.retrieval.updating import next_version
+        from tritower.retrieval.vectors.embeddings import EmbeddingReader
         real = next_version.write_mapped
         def half(*arguments, **options):
             real(*arguments, **options)
@@ -281,17 +322,22 @@ def test_an_update_killed_for_real_is_done_by_the_same_call(built, tmp_path):
         next_version.write_mapped = half
         update.update_index({str(root)!r}, upsert=EmbeddingReader({str(tmp_path / "u")!r}))
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], cwd=Path(__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], cwd=Path(__file__).parents[1]
+    )
     assert done.returncode == -9
-    assert len(ProductIndex.open(root)) == 800 and names(tmp_path / "i.updating") == ["begun.json", "encoded"]
+    assert len(ProductIndex.open(root)) == 800 and names(tmp_path / "i.updating") == [
+        "begun.json",
+        "encoded",
+    ]
     report = update_index(root, upsert=EmbeddingReader(tmp_path / "u"))
     assert (report.added, report.count) == (40, 840)
     assert names(root / "versions") == ["000001", "000002"] and names(tmp_path) == ["i", "u"]
 
 
 def test_what_a_killed_update_has_encoded_is_not_encoded_again(built, tmp_path, monkeypatch):
-    from retrieval.building.mapped import Trained
-    from retrieval.updating import next_version, plan
+    from tritower.retrieval.ivf.ivf_pq import Trained
+    from tritower.retrieval.updating import next_version, plan
 
     root, _ = built
     for module in (next_version, plan):
@@ -308,7 +354,9 @@ def test_what_a_killed_update_has_encoded_is_not_encoded_again(built, tmp_path, 
     monkeypatch.setattr(Trained, "encode", counted)
     with pytest.raises(KeyboardInterrupt):
         update_index(root, upsert=upsert)
-    monkeypatch.setattr(Trained, "encode", lambda self, some: blocks.append(len(some)) or encode(self, some))
+    monkeypatch.setattr(
+        Trained, "encode", lambda self, some: blocks.append(len(some)) or encode(self, some)
+    )
     assert update_index(root, upsert=upsert).added == 40
     assert blocks == [10, 10, 10, 10]
     ids, _ = found(root, vectors(40, 7), 1, **WIDE)
@@ -331,14 +379,18 @@ def test_other_things_where_an_update_would_work_are_left_alone(built, tmp_path)
     root, _ = built
     (tmp_path / "i.updating").mkdir()
     (tmp_path / "i.updating" / "thesis.tex").write_text("mine")
-    with pytest.raises(ArtefactError, match=r"i\.updating is where this update would work, but holds .*thesis\.tex"):
+    with pytest.raises(
+        ArtefactError, match=r"i\.updating is where this update would work, but holds .*thesis\.tex"
+    ):
         update_index(root, delete=["p1"])
     assert names(tmp_path / "i.updating") == ["thesis.tex"]
 
 
 def test_whatever_fails_the_old_version_or_the_new_one_is_there(built, tmp_path):
     root, _ = built
-    upsert = embed(tmp_path / "u", vectors(30, 7), [f"p{i}" for i in range(10)] + [f"n{i}" for i in range(20)])
+    upsert = embed(
+        tmp_path / "u", vectors(30, 7), [f"p{i}" for i in range(10)] + [f"n{i}" for i in range(20)]
+    )
     shutil.copytree(root, tmp_path / "kept")
     seen = Watched()
     with using(seen):
@@ -359,7 +411,9 @@ def test_whatever_fails_the_old_version_or_the_new_one_is_there(built, tmp_path)
 
 def test_digests_tell_what_has_changed(tmp_path):
     rows, ids = vectors(700), [f"p{i}" for i in range(700)]
-    build_index(embed(tmp_path / "e", rows, ids, contents=range(700)), tmp_path / "i", Recipe(FACTORY))
+    build_index(
+        embed(tmp_path / "e", rows, ids, contents=range(700)), tmp_path / "i", Recipe(FACTORY)
+    )
     digests = [-1 if i < 5 else i for i in range(700)]
     report = update_index(tmp_path / "i", upsert=embed(tmp_path / "u", rows, ids, contents=digests))
     assert (report.replaced, report.unchanged) == (5, 695)
@@ -396,7 +450,9 @@ def test_where_an_index_does_not_know_what_was_embedded_all_has_changed(built, t
     root, _ = built
     without_contents(root)
     assert ProductIndex.open(root).contents().null_count == 800
-    zeros = embed(tmp_path / "u", vectors(800)[:10], [f"p{i}" for i in range(10)], contents=[0] * 10)
+    zeros = embed(
+        tmp_path / "u", vectors(800)[:10], [f"p{i}" for i in range(10)], contents=[0] * 10
+    )
     assert update_index(root, upsert=zeros).replaced == 10
     assert update_index(root, upsert=zeros).unchanged == 10
     assert ProductIndex.open(root).contents().null_count == 800, "ten rows are empty, ten are new"
@@ -420,7 +476,8 @@ def test_searches_of_every_kind_never_see_what_was_deleted(built, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "recipe", [Recipe("IVF16,PQ8x4fs"), Recipe("IVF16,PQ4x4fsr,Refine(SQfp16)", spill=True), Recipe("Flat")]
+    "recipe",
+    [Recipe("IVF16,PQ8x4fs"), Recipe("IVF16,PQ4x4fsr,Refine(SQfp16)", spill=True), Recipe("Flat")],
 )
 def test_every_kind_of_index_that_can_be_updated(origin, tmp_path, recipe):
     root = tmp_path / "i"
@@ -430,11 +487,15 @@ def test_every_kind_of_index_that_can_be_updated(origin, tmp_path, recipe):
     wide = {} if recipe.factory == "Flat" else {"nprobe": 16}
     assert (report.count, report.rows) == (804, 804 if recipe.factory == "Flat" else 805)
     ids, _ = found(root, new, 804, **wide)
-    assert {tuple(sorted(row)) for row in ids} == {tuple(sorted([*(f"p{i}" for i in range(1, 800)), *"abcde"]))}
+    assert {tuple(sorted(row)) for row in ids} == {
+        tuple(sorted([*(f"p{i}" for i in range(1, 800)), *"abcde"]))
+    }
     if recipe.factory != "IVF16,PQ8x4fs":
         assert found(root, new, 1, **wide)[0][:, 0].tolist() == list("abcde")
     assert update_index(root, compact=True).compacted is (recipe.factory != "Flat")
-    assert {tuple(sorted(row)) for row in found(root, new, 804, **wide)[0]} == {tuple(sorted(ids[0]))}
+    assert {tuple(sorted(row)) for row in found(root, new, 804, **wide)[0]} == {
+        tuple(sorted(ids[0]))
+    }
 
 
 def test_ids_to_delete_are_verbatim(tmp_path):
@@ -452,38 +513,65 @@ def attributes_of(root):
     table = AttributeTable(index.version / ATTRIBUTES_FILE)
     assert table.count == index.engine.count
     rows = np.arange(table.count)
-    values = zip(table.decoded("price", rows).to_pylist(), table.decoded("brand", rows).to_pylist(), strict=True)
+    values = zip(
+        table.decoded("price", rows).to_pylist(),
+        table.decoded("brand", rows).to_pylist(),
+        strict=True,
+    )
     return dict(zip(index.all_ids().to_pylist(), values, strict=True))
 
 
 def test_attributes_go_with_the_products(origin, tmp_path):
     root = tmp_path / "i"
-    prices = {"product_id": [f"p{i}" for i in range(800)], "price": np.arange(800.0), "brand": ["a", "b"] * 400}
+    prices = {
+        "product_id": [f"p{i}" for i in range(800)],
+        "price": np.arange(800.0),
+        "brand": ["a", "b"] * 400,
+    }
     pq.write_table(pa.table(prices), tmp_path / "prices.parquet")
-    build_index(EmbeddingReader(origin / "e"), root, Recipe(FACTORY), attributes=tmp_path / "prices.parquet")
+    build_index(
+        EmbeddingReader(origin / "e"), root, Recipe(FACTORY), attributes=tmp_path / "prices.parquet"
+    )
     upsert = embed(tmp_path / "u", vectors(2, 5), ["p1", "new"])
     update_index(root, upsert=upsert, delete=["p0"])
     expected = {f"p{i}": (float(i), "ab"[i % 2]) for i in range(1, 800)}
-    assert attributes_of(root) == {None: (None, None), "new": (None, None), **expected}, "p1 keeps what it had"
+    assert attributes_of(root) == {None: (None, None), "new": (None, None), **expected}, (
+        "p1 keeps what it had"
+    )
     some = {"product_id": ["new", "p2"], "price": [5.0, 6.0], "brand": ["c", "c"]}
     pq.write_table(pa.table(some), tmp_path / "some.parquet")
     report = update_index(root, attributes=tmp_path / "some.parquet", compact=True)
     assert (report.version, report.rows) == ("000003", 800)
     assert attributes_of(root) == {**expected, "new": (5.0, "c"), "p2": (6.0, "c")}
     kinds = {"price": "number", "brand": "category"}
-    assert ProductIndex.open(root).manifest.meta["attributes"] == {"kinds": kinds, "rows_without": 0}
+    assert ProductIndex.open(root).manifest.meta["attributes"] == {
+        "kinds": kinds,
+        "rows_without": 0,
+    }
 
 
-@pytest.mark.parametrize("filter", ["price >= 0", "price is missing", "not (price < 790)", "brand != a"])
+@pytest.mark.parametrize(
+    "filter", ["price >= 0", "price is missing", "not (price < 790)", "brand != a"]
+)
 @pytest.mark.parametrize("factory", [FACTORY, "Flat"])
 def test_filters_see_what_is_there_now_and_nothing_else(origin, tmp_path, filter, factory):
     root = tmp_path / "i"
-    prices = {"product_id": [f"p{i}" for i in range(800)], "price": np.arange(800.0), "brand": ["a", "b"] * 400}
+    prices = {
+        "product_id": [f"p{i}" for i in range(800)],
+        "price": np.arange(800.0),
+        "brand": ["a", "b"] * 400,
+    }
     pq.write_table(pa.table(prices), tmp_path / "prices.parquet")
-    build_index(EmbeddingReader(origin / "e"), root, Recipe(factory), attributes=tmp_path / "prices.parquet")
-    upsert = embed(tmp_path / "u", vectors(30, 5), [f"p{i}" for i in range(20)] + [f"n{i}" for i in range(10)])
+    build_index(
+        EmbeddingReader(origin / "e"), root, Recipe(factory), attributes=tmp_path / "prices.parquet"
+    )
+    upsert = embed(
+        tmp_path / "u", vectors(30, 5), [f"p{i}" for i in range(20)] + [f"n{i}" for i in range(10)]
+    )
     update_index(root, upsert=upsert, delete=[f"p{i}" for i in range(780, 798)])
-    price = {f"p{i}": i for i in range(800) if not 780 <= i < 798} | {f"n{i}": None for i in range(10)}
+    price = {f"p{i}": i for i in range(800) if not 780 <= i < 798} | {
+        f"n{i}": None for i in range(10)
+    }
     matches = {
         "price >= 0": lambda i: price[i] is not None,
         "price is missing": lambda i: price[i] is None,
@@ -500,7 +588,9 @@ def test_filters_see_what_is_there_now_and_nothing_else(origin, tmp_path, filter
 
 def test_an_index_without_attributes_takes_those_it_is_given(built, tmp_path):
     root, _ = built
-    pq.write_table(pa.table({"product_id": ["p1"], "price": [5.0], "brand": ["c"]}), tmp_path / "some.parquet")
+    pq.write_table(
+        pa.table({"product_id": ["p1"], "price": [5.0], "brand": ["c"]}), tmp_path / "some.parquet"
+    )
     update_index(root, attributes=tmp_path / "some.parquet")
     known = attributes_of(root)
     assert known.pop("p1") == (5.0, "c") and set(known.values()) == {(None, None)}
@@ -508,32 +598,44 @@ def test_an_index_without_attributes_takes_those_it_is_given(built, tmp_path):
 
 def edited(catalogue, folder, edit):
     """A copy of a prepared catalogue with `edit` applied to its rows of products."""
-    with storage.new_folder(folder, kind="catalogue", meta=storage.read_manifest(catalogue).meta) as new:
-        shutil.copytree(catalogue, new, dirs_exist_ok=True, ignore=shutil.ignore_patterns("manifest.json"))
+    with storage.new_folder(
+        folder, kind="catalogue", meta=storage.read_manifest(catalogue).meta
+    ) as new:
+        shutil.copytree(
+            catalogue, new, dirs_exist_ok=True, ignore=shutil.ignore_patterns("manifest.json")
+        )
         for shard in sorted((new / "products").glob("*.parquet")):
             table = pq.read_table(shard)
-            pq.write_table(pa.Table.from_pylist(edit(table.to_pylist()), schema=table.schema), shard)
+            pq.write_table(
+                pa.Table.from_pylist(edit(table.to_pylist()), schema=table.schema), shard
+            )
     return folder
 
 
 @pytest.fixture(scope="module")
 def of_catalogue(tiny_run, tiny_catalogue, tmp_path_factory):
     """An index of the tiny catalogue as the tiny model sees it."""
-    from towers.embed import embed as embed_catalogue
+    from tritower.towers.embed import embed as embed_catalogue
 
     folder = tmp_path_factory.mktemp("of-catalogue")
     embed_catalogue(tiny_run / "model", tiny_catalogue, folder / "e", accelerator="cpu")
-    build_index(EmbeddingReader(folder / "e" / "products"), folder / "i", Recipe("IVF4,PQ4x4fsr,Refine(SQfp16)"))
+    build_index(
+        EmbeddingReader(folder / "e" / "products"),
+        folder / "i",
+        Recipe("IVF4,PQ4x4fsr,Refine(SQfp16)"),
+    )
     return folder / "i"
 
 
 @pytest.fixture
 def asked(monkeypatch):
     """The rows that are encoded, as the model is asked for them."""
-    from towers.embed import ProductTable
+    from tritower.towers.embed import ProductTable
 
     rows, original = [], ProductTable.__getitem__
-    monkeypatch.setattr(ProductTable, "__getitem__", lambda self, some: rows.extend(some) or original(self, some))
+    monkeypatch.setattr(
+        ProductTable, "__getitem__", lambda self, some: rows.extend(some) or original(self, some)
+    )
     return rows
 
 
@@ -544,28 +646,40 @@ def change_three(rows):
             row["text"]["title"] = "a wholly new title"
         if row["product_id"] == "044-1":
             row["attributes"]["price"] = 1.5
-    return [*rows, rows[0] | {"product_id": "new", "images": []}] if rows[0]["product_id"] == "000-0" else rows
+    return (
+        [*rows, rows[0] | {"product_id": "new", "images": []}]
+        if rows[0]["product_id"] == "000-0"
+        else rows
+    )
 
 
 def test_of_a_catalogue_only_what_has_changed_is_embedded(
     of_catalogue, tiny_run, tiny_catalogue, tmp_path, capsys, asked
 ):
-    import index as commands
-    from towers.embed import embed as embed_catalogue
+    from tritower.commands import index as commands
+    from tritower.towers.embed import embed as embed_catalogue
 
     root = tmp_path / "i"
     shutil.copytree(of_catalogue, root)
     capsys.readouterr()
 
     def run(catalogue, *more):
-        code = commands.main(["update", "--index", str(root), "--upsert", str(catalogue), "--json", *more])
+        code = commands.main(
+            ["update", "--index", str(root), "--upsert", str(catalogue), "--json", *more]
+        )
         printed = capsys.readouterr()
         return json.loads(printed.out) if code == 0 else printed.err
 
-    assert (run(tiny_catalogue)["unchanged"], run(tiny_catalogue)["version"], asked) == (120, None, [])
+    assert (run(tiny_catalogue)["unchanged"], run(tiny_catalogue)["version"], asked) == (
+        120,
+        None,
+        [],
+    )
     changed = edited(tiny_catalogue, tmp_path / "changed", change_three)
     (tmp_path / "gone.txt").write_text("005-0\n", encoding="utf-8")
-    assert "'005-0' is both to change and to delete" in run(changed, "--delete", str(tmp_path / "gone.txt"))
+    assert "'005-0' is both to change and to delete" in run(
+        changed, "--delete", str(tmp_path / "gone.txt")
+    )
     asked.clear()
     report = run(changed)
     assert (report["added"], report["replaced"], report["unchanged"], len(asked)) == (1, 2, 118, 3)
@@ -576,12 +690,17 @@ def test_of_a_catalogue_only_what_has_changed_is_embedded(
             assert index.vector_of(product) @ vector > 0.9999
     assert index.manifest.meta["catalogue"] == storage.fingerprint(changed)
     assert index.manifest.meta["hints"]["catalogue"] == str(changed)
-    assert attributes_of(root)["044-1"][0] == 1.5 and attributes_of(root)["new"] == attributes_of(root)["000-0"]
+    assert (
+        attributes_of(root)["044-1"][0] == 1.5
+        and attributes_of(root)["new"] == attributes_of(root)["000-0"]
+    )
     assert not [name for name in names(tmp_path) if "updating" in name]
 
 
-def test_a_part_of_a_catalogue_does_not_take_the_place_of_the_whole(of_catalogue, tiny_run, tiny_catalogue, tmp_path):
-    from towers.changes import ChangedProducts
+def test_a_part_of_a_catalogue_does_not_take_the_place_of_the_whole(
+    of_catalogue, tiny_run, tiny_catalogue, tmp_path
+):
+    from tritower.towers.changed_products import ChangedProducts
 
     root = tmp_path / "i"
     shutil.copytree(of_catalogue, root)
@@ -592,12 +711,16 @@ def test_a_part_of_a_catalogue_does_not_take_the_place_of_the_whole(of_catalogue
     assert meta["catalogue"] == storage.fingerprint(tiny_catalogue)
     assert meta["hints"]["catalogue"] == str(tiny_catalogue)
     before, after = attributes_of(of_catalogue), attributes_of(root)
-    assert after.pop(None) == (None, None) and after == before, "whatever the part does not know stays"
+    assert after.pop(None) == (None, None) and after == before, (
+        "whatever the part does not know stays"
+    )
 
 
-def test_a_killed_update_embeds_no_shard_twice(of_catalogue, tiny_run, tiny_catalogue, tmp_path, asked, monkeypatch):
-    from retrieval.embeddings import EmbeddingWriter
-    from towers.changes import ChangedProducts
+def test_a_killed_update_embeds_no_shard_twice(
+    of_catalogue, tiny_run, tiny_catalogue, tmp_path, asked, monkeypatch
+):
+    from tritower.retrieval.vectors.embeddings import EmbeddingWriter
+    from tritower.towers.changed_products import ChangedProducts
 
     root = tmp_path / "i"
     shutil.copytree(of_catalogue, root)
@@ -617,15 +740,20 @@ def test_a_killed_update_embeds_no_shard_twice(of_catalogue, tiny_run, tiny_cata
     monkeypatch.setattr(EmbeddingWriter, "write", write)
     asked.clear()
     report = update_index(root, upsert=ChangedProducts(tiny_run / "model", changed))
-    assert (report.added, report.replaced, len(asked)) == (1, 2, 1), "two rows of the first shard were done"
+    assert (report.added, report.replaced, len(asked)) == (1, 2, 1), (
+        "two rows of the first shard were done"
+    )
     assert names(tmp_path) == ["changed", "i"]
 
 
 def test_a_catalogue_needs_the_model_of_the_index(of_catalogue, tiny_catalogue, tiny_run, tmp_path):
-    from towers.changes import ChangedProducts
+    from tritower.towers.changed_products import ChangedProducts
 
     build_index(embed(tmp_path / "e", vectors(20), [f"p{i}" for i in range(20)]), tmp_path / "i")
-    with pytest.raises(ArtefactError, match=r"the catalogue's model is of model .* built from embeddings of model-a"):
+    with pytest.raises(
+        ArtefactError,
+        match=r"the catalogue's model is of model .* built from embeddings of model-a",
+    ):
         update_index(tmp_path / "i", upsert=ChangedProducts(tiny_run / "model", tiny_catalogue))
 
 
@@ -641,19 +769,26 @@ def test_an_updated_index_is_evaluated_as_one_built_anew(tiny_catalogue, tmp_pat
     live = embed(tmp_path / "live", rows[kept], [ids[row] for row in kept])
     build_index(live, tmp_path / "anew", recipe)
     assert update_index(tmp_path / "updated", delete=gone, measure=False).rows == 120
-    queries, catalogue = EmbeddingReader(tmp_path / "e" / "queries"), PreparedCatalogue(tiny_catalogue)
+    queries, catalogue = (
+        EmbeddingReader(tmp_path / "e" / "queries"),
+        PreparedCatalogue(tiny_catalogue),
+    )
     options = Options(split=None, latency_queries=0)
     reports = [
-        evaluate(ProductIndex.open(tmp_path / name), live, queries, catalogue=catalogue, options=options).report
+        evaluate(
+            ProductIndex.open(tmp_path / name), live, queries, catalogue=catalogue, options=options
+        ).report
         for name in ("updated", "anew")
     ]
-    assert reports[0]["judged_products_not_in_index"] == reports[1]["judged_products_not_in_index"] > 0
+    assert (
+        reports[0]["judged_products_not_in_index"] == reports[1]["judged_products_not_in_index"] > 0
+    )
     assert reports[0]["tasks"]["exact"] == reports[1]["tasks"]["exact"]
     assert reports[0]["baselines"] == reports[1]["baselines"]
 
 
 def test_the_command_updates_and_says_what_it_did(built, tmp_path, capsys):
-    import index as commands
+    from tritower.commands import index as commands
 
     root, _ = built
     embed(tmp_path / "u", vectors(3, 5), ["x", "y", "z"])
@@ -663,11 +798,15 @@ def test_the_command_updates_and_says_what_it_did(built, tmp_path, capsys):
     report = json.loads(capsys.readouterr().out)
     assert (report["added"], report["deleted"], report["count"]) == (3, 1, 802)
     assert report["verdict"] == "no need to build anew"
-    assert commands.main(["update", "--index", str(root), "--delete", str(tmp_path / "gone.txt")]) == 0
+    assert (
+        commands.main(["update", "--index", str(root), "--delete", str(tmp_path / "gone.txt")]) == 0
+    )
     printed = capsys.readouterr().out
     assert "nothing to do" in printed and "to delete, but not there: p5, no[/]body" in printed
     (tmp_path / "gone.txt").write_text("p6\n", encoding="utf-8")
-    assert commands.main(["update", "--index", str(root), "--delete", str(tmp_path / "gone.txt")]) == 0
+    assert (
+        commands.main(["update", "--index", str(root), "--delete", str(tmp_path / "gone.txt")]) == 0
+    )
     printed = capsys.readouterr().out
     assert "version 000003" in printed and "recall@10 on products asked" in printed
     assert "no need to build anew" in printed
@@ -676,7 +815,11 @@ def test_the_command_updates_and_says_what_it_did(built, tmp_path, capsys):
 
 
 few = settings(
-    max_examples=5, stateful_step_count=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+    max_examples=5,
+    stateful_step_count=8,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
 )
 TestLivingIndex = LivingIndex.TestCase
 TestLivingSpilledIndex = LivingSpilledIndex.TestCase

@@ -1,4 +1,7 @@
-"""Prices, lists and HTML: what can be read in one way only is read, everything else is refused with its code."""
+"""Prices, lists and HTML:
+
+what can be read in one way only is read, everything else is refused with its code.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from datamodules.preparing.values import (
+from tritower.datamodules.prepare.values import (
     BadValue,
     Number,
     clean_html,
@@ -86,7 +89,21 @@ def test_prices_out_of_range(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "free", "10-20", "12 cm", "1,60,0", "1,600,00", "12.", "--5", "١٢", "1 2", "12,99/kg", "$"]
+    "text",
+    [
+        "",
+        "free",
+        "10-20",
+        "12 cm",
+        "1,60,0",
+        "1,600,00",
+        "12.",
+        "--5",
+        "١٢",
+        "1 2",
+        "12,99/kg",
+        "$",
+    ],
 )
 def test_what_is_no_number(text: str) -> None:
     with pytest.raises(BadValue, match="NUMBER_UNPARSEABLE"):
@@ -152,7 +169,9 @@ def test_a_megabyte_of_tags_that_are_never_closed_stays_as_it_is(piece: str) -> 
 
 
 @pytest.mark.parametrize(("piece", "left"), [("<script>", ""), ("<script></script", "</script")])
-def test_of_a_megabyte_of_scripts_without_an_end_their_beginnings_are_removed(piece: str, left: str) -> None:
+def test_of_a_megabyte_of_scripts_without_an_end_their_beginnings_are_removed(
+    piece: str, left: str
+) -> None:
     times = 1_000_000 // len(piece)
     assert clean_html(piece * times).split() == [left] * times * bool(left)
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from faults import Disk, Failing, PowerCut, Watched, using
 
-from retrieval import files, storage, temporaries, versions
-from retrieval.storage import ArtefactError
+from tritower.artefacts import files, storage, temporaries, versions
+from tritower.artefacts.storage import ArtefactError
 
 ARTEFACTS = Path(__file__).parent / "artefacts"
 
@@ -75,7 +75,10 @@ def test_a_published_version_is_in_use_and_the_one_before_is_kept(tmp_path):
 def test_an_exception_leaves_the_old_version_in_use_and_no_temporary(tmp_path):
     root = put(tmp_path / "i", b"1")
     before = everything(root)
-    with pytest.raises(RuntimeError, match="stop"), versions.publish(root, kind="thing", meta={}) as folder:
+    with (
+        pytest.raises(RuntimeError, match="stop"),
+        versions.publish(root, kind="thing", meta={}) as folder,
+    ):
         (folder / "x").touch()
         raise RuntimeError("stop")
     assert everything(root) == before and served(root) == b"1"
@@ -83,7 +86,9 @@ def test_an_exception_leaves_the_old_version_in_use_and_no_temporary(tmp_path):
 
 def test_of_two_publishers_one_wins_and_the_other_is_told(tmp_path):
     root = put(tmp_path / "i", b"1")
-    with pytest.raises(ArtefactError, match=r"conflict at .*i: this run started from 000001, but 000002 is in use"):
+    with pytest.raises(
+        ArtefactError, match=r"conflict at .*i: this run started from 000001, but 000002 is in use"
+    ):
         with versions.publish(root, kind="thing", meta={}) as late:
             (late / "x").write_bytes(b"late")
             put(root, b"early")
@@ -96,12 +101,16 @@ def test_work_that_started_from_an_older_version_is_not_published(tmp_path):
     with pytest.raises(ArtefactError, match="this run started from 000001, but 000002 is in use"):
         put(root, b"3", base="000001")
     put(root, b"3", base="000002")
-    with pytest.raises(ArtefactError, match="this run started from 000001, but no version is in use"):
+    with pytest.raises(
+        ArtefactError, match="this run started from 000001, but no version is in use"
+    ):
         put(tmp_path / "new", b"1", base="000001")
 
 
 def test_two_first_publishers_end_with_one_version(tmp_path):
-    with pytest.raises(ArtefactError, match="this run started from no version, but 000001 is in use"):
+    with pytest.raises(
+        ArtefactError, match="this run started from no version, but 000001 is in use"
+    ):
         with versions.publish(tmp_path / "i", kind="thing", meta={}) as late:
             (late / "x").touch()
             put(tmp_path / "i", b"early")
@@ -217,7 +226,9 @@ POINTERS = {
 
 
 @pytest.mark.parametrize("damage", POINTERS, ids=repr)
-def test_a_damaged_pointer_says_what_to_do_and_falls_back_to_the_newest_version(tmp_path, damage, caplog):
+def test_a_damaged_pointer_says_what_to_do_and_falls_back_to_the_newest_version(
+    tmp_path, damage, caplog
+):
     root = put(put(tmp_path / "i", b"1"), b"2")
     damaged_pointer(root, damage)
     with pytest.raises(ArtefactError, match=POINTERS[damage]):
@@ -243,7 +254,9 @@ def test_a_damaged_version_falls_back_to_the_newest_older_one_that_reads_well(tm
     (root / "versions" / "000002" / "x").unlink()
     assert served(root, fall_back=True) == b"1"
     (root / "versions" / "000001" / "manifest.json").write_bytes(b"")
-    with pytest.raises(ArtefactError, match=r"000003/x is damaged.*000002/x is missing.*no older version is good"):
+    with pytest.raises(
+        ArtefactError, match=r"000003/x is damaged.*000002/x is missing.*no older version is good"
+    ):
         served(root, fall_back=True)
 
 
@@ -265,17 +278,23 @@ def test_a_place_without_versions_says_so(tmp_path, prepare):
         (root / "thesis.tex").touch()
     with pytest.raises(ArtefactError, match=message):
         served(root, fall_back=True)
-    with pytest.raises(ArtefactError, match=r"i: no such folder: build it|i has no CURRENT: build it"):
+    with pytest.raises(
+        ArtefactError, match=r"i: no such folder: build it|i has no CURRENT: build it"
+    ):
         versions.current(root)
 
 
-@pytest.mark.parametrize("other", ["thesis.tex", "CURRENT", "versions/beta/x", "versions/000001/x", "versions/000001"])
+@pytest.mark.parametrize(
+    "other", ["thesis.tex", "CURRENT", "versions/beta/x", "versions/000001/x", "versions/000001"]
+)
 def test_a_place_with_other_things_is_refused_and_left_as_it_is(tmp_path, other):
     root = tmp_path / "i"
     (root / other).parent.mkdir(parents=True)
     (root / other).write_text("MANIFEST-000001\n")  # such a CURRENT is LevelDB's
     before = everything(root)
-    with pytest.raises(ArtefactError, match=rf"i holds other things \({'/'.join(other.split('/')[:2])}\)"):
+    with pytest.raises(
+        ArtefactError, match=rf"i holds other things \({'/'.join(other.split('/')[:2])}\)"
+    ):
         put(root, b"1", upgrade=True)
     assert everything(root) == before
 
@@ -298,7 +317,9 @@ def test_a_file_and_another_kind_are_refused(tmp_path):
         (folder / "x").touch()
     with pytest.raises(ArtefactError, match="of kind 'model', not 'thing'"):
         put(tmp_path / "i", b"1")
-    with pytest.raises(ArtefactError, match=r"000001 is one version, which never changes: name .*i$"):
+    with pytest.raises(
+        ArtefactError, match=r"000001 is one version, which never changes: name .*i$"
+    ):
         with versions.publish(tmp_path / "i" / "versions" / "000001", kind="model", meta={}):
             pass
 
@@ -325,9 +346,13 @@ def first_release(root):
 def test_a_folder_of_the_first_release_is_replaced_only_when_asked_and_stays_as_a_version(tmp_path):
     root = first_release(tmp_path / "i")
     before = everything(root)
-    with pytest.raises(ArtefactError, match=r"i is a folder of the first release, without versions \(thing\)"):
+    with pytest.raises(
+        ArtefactError, match=r"i is a folder of the first release, without versions \(thing\)"
+    ):
         put(root, b"new")
-    assert everything(root) == before and versions.occupied(root) and not versions.occupied(tmp_path)
+    assert (
+        everything(root) == before and versions.occupied(root) and not versions.occupied(tmp_path)
+    )
     opened = versions.open_version(root, read)
     put(root, b"new", upgrade=True)
     assert served(root) == b"new" and names(root) == ["000001", "000002"]
@@ -341,7 +366,11 @@ def test_a_damaged_folder_of_the_first_release_is_not_kept(tmp_path, caplog):
     root = first_release(tmp_path / "i")
     (root / "x").write_bytes(b"!")
     put(root, b"new", upgrade=True)
-    assert names(root) == ["000001"] and served(root) == b"new" and "not kept as an old version" in caplog.text
+    assert (
+        names(root) == ["000001"]
+        and served(root) == b"new"
+        and "not kept as an old version" in caplog.text
+    )
 
 
 def test_publishing_needs_no_locks(tmp_path, monkeypatch):
@@ -349,7 +378,11 @@ def test_publishing_needs_no_locks(tmp_path, monkeypatch):
     root = tmp_path / "i"
     for content in (b"1", b"2", b"3"):
         assert served(put(root, content)) == content
-    assert names(root) == ["000001", "000002", "000003"]  # nobody knows who reads: nothing is removed
+    assert names(root) == [
+        "000001",
+        "000002",
+        "000003",
+    ]  # nobody knows who reads: nothing is removed
 
 
 START = {
@@ -360,7 +393,11 @@ START = {
 
 
 def allowed(start):
-    return {"nothing": (None, b"new"), "version": (b"old", b"new"), "first release": (b"first", b"new")}[start]
+    return {
+        "nothing": (None, b"new"),
+        "version": (b"old", b"new"),
+        "first release": (b"first", b"new"),
+    }[start]
 
 
 def now(root):
@@ -376,7 +413,9 @@ def publish_new(root):
 
 @pytest.mark.parametrize("lasting", [False, True], ids=["once", "from then on"])
 @pytest.mark.parametrize("start", START)
-def test_whichever_file_operation_fails_the_old_version_or_the_new_one_is_served(tmp_path, start, lasting, caplog):
+def test_whichever_file_operation_fails_the_old_version_or_the_new_one_is_served(
+    tmp_path, start, lasting, caplog
+):
     with using(counted := Watched()):
         START[start](tmp_path / "0" / "i")
         counted.calls.clear()
@@ -384,7 +423,11 @@ def test_whichever_file_operation_fails_the_old_version_or_the_new_one_is_served
     for step in range(1, len(counted.calls) + 1):
         root = tmp_path / str(step) / "i"
         START[start](root)
-        with using(Failing(step, (errno.EIO, errno.ENOSPC)[step % 2 if not lasting else 1], lasting=lasting)):
+        with using(
+            Failing(
+                step, (errno.EIO, errno.ENOSPC)[step % 2 if not lasting else 1], lasting=lasting
+            )
+        ):
             try:
                 publish_new(root)
             except (ArtefactError, OSError) as error:
@@ -397,7 +440,10 @@ def test_whichever_file_operation_fails_the_old_version_or_the_new_one_is_served
             "CURRENT",
             "versions",
             versions.current(root).relative_to(root).as_posix(),
-            *(f"{versions.current(root).relative_to(root).as_posix()}/{name}" for name in ("x", "manifest.json")),
+            *(
+                f"{versions.current(root).relative_to(root).as_posix()}/{name}"
+                for name in ("x", "manifest.json")
+            ),
         }
 
 
@@ -437,7 +483,10 @@ def test_a_loss_of_power_leaves_the_old_version_or_the_new_one(tmp_path, start, 
     for cut_at in [*range(1, steps + 1), None]:
         for seed in range(2):
             chance = random.Random(f"{cut_at} {seed}")
-            assert survives(tmp_path, START[start], publish_new, check, cut_at, chance), (cut_at, seed)
+            assert survives(tmp_path, START[start], publish_new, check, cut_at, chance), (
+                cut_at,
+                seed,
+            )
 
 
 def new_folder(path):
@@ -474,12 +523,18 @@ def good(*contents):
     return check
 
 
-# What is done from what to what, how the result is judged, and the flushes (name, how many-th of it) that only another
-# case needs: of a folder that is sealed in place ("seal"), or of names that are flushed once more later.
+# What is done from what to what, how the result is judged, and the flushes (name, how many-th of
+# it) that only another case needs: of a folder that is sealed in place ("seal"), or of names that
+# are flushed once more later.
 TEMPORARY = "i/versions/.version.tmp"
 FLUSHES = {
     "publish": (START["version"], publish_new, good(b"old", b"new"), {(TEMPORARY, 1)}),
-    "first publish": (START["nothing"], publish_new, good(None, b"new"), {("i", 1), (TEMPORARY, 1)}),
+    "first publish": (
+        START["nothing"],
+        publish_new,
+        good(None, b"new"),
+        {("i", 1), (TEMPORARY, 1)},
+    ),
     "first release": (
         START["first release"],
         publish_new,
@@ -494,10 +549,15 @@ FLUSHES = {
 
 @pytest.mark.parametrize("what", FLUSHES)
 def test_without_any_one_fsync_a_loss_of_power_is_noticed(tmp_path, what, caplog):
-    """The check of the checks: each fsync forgotten, some loss of power loses or breaks something."""
+    """The check of the checks:
+
+    each fsync forgotten, some loss of power loses or breaks something.
+    """
     start, act, check, spare = FLUSHES[what]
     disk = operations(tmp_path, start, act)
-    flushed = [plain(path.relative_to(disk.root)) for operation, path in disk.calls if operation == "fsync"]
+    flushed = [
+        plain(path.relative_to(disk.root)) for operation, path in disk.calls if operation == "fsync"
+    ]
 
     def noticed(forgotten):
         for seed in range(30):
@@ -512,7 +572,9 @@ def test_without_any_one_fsync_a_loss_of_power_is_noticed(tmp_path, what, caplog
 
     nth = [(name, flushed[:number].count(name) + 1) for number, name in enumerate(flushed)]
     assert len(nth) >= 4 and spare <= {*nth}
-    assert [each for number, each in enumerate(nth, 1) if each not in spare and not noticed(number)] == []
+    assert [
+        each for number, each in enumerate(nth, 1) if each not in spare and not noticed(number)
+    ] == []
 
 
 def plain(path):
@@ -531,13 +593,17 @@ def test_a_version_loses_its_name_on_disk_before_its_files_go(tmp_path):
 
 
 @pytest.mark.parametrize("make", [publish_new, new_folder])
-def test_what_a_disk_gives_back_otherwise_than_it_was_given_is_not_published(tmp_path, make, monkeypatch):
+def test_what_a_disk_gives_back_otherwise_than_it_was_given_is_not_published(
+    tmp_path, make, monkeypatch
+):
     def lossy_seal(folder, **options):
         seal(folder, **options)
         (folder / "x").write_bytes(b"???")
 
     root, seal = (
-        (put if make is publish_new else lambda path, _: first_release(path))(tmp_path / "i", b"old"),
+        (put if make is publish_new else lambda path, _: first_release(path))(
+            tmp_path / "i", b"old"
+        ),
         storage.seal,
     )
     before = everything(root)
@@ -558,7 +624,9 @@ def test_publishers_killed_at_any_moment_leave_a_version_in_use_and_nothing_else
     )
     chance = random.Random(0)
     for _ in range(12):
-        process = subprocess.Popen([sys.executable, "-c", program, str(root)], stdout=subprocess.PIPE)
+        process = subprocess.Popen(
+            [sys.executable, "-c", program, str(root)], stdout=subprocess.PIPE
+        )
         assert process.stdout.readline() == b"start\n"
         time.sleep(chance.uniform(0, 0.03))
         process.kill()
@@ -569,7 +637,9 @@ def test_publishers_killed_at_any_moment_leave_a_version_in_use_and_nothing_else
     assert not [name for name in everything(root) if name.endswith(".tmp")]
 
 
-def test_a_failing_run_that_removes_the_folders_it_made_does_not_disturb_another(tmp_path, monkeypatch):
+def test_a_failing_run_that_removes_the_folders_it_made_does_not_disturb_another(
+    tmp_path, monkeypatch
+):
     removed = []
 
     def made_and_removed(path):

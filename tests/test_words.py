@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from datamodules.batch import Item
-from datamodules.preprocess import stable_hash
-from datamodules.schema import Schema
-from towers.encoder import Encoder
-from towers.text import BiLSTM
-from towers.words import HashedNgrams
+from tritower.datamodules.batch import Item
+from tritower.datamodules.preprocess import stable_hash
+from tritower.datamodules.schema import Schema
+from tritower.towers.encoder import Encoder
+from tritower.towers.lexical import HashedNgrams
+from tritower.towers.text import BiLSTM
 
 DESCRIPTION = Item({"title": "Mug", "description": "A red mug, a RED lid"})
 
@@ -24,7 +24,16 @@ def features(tower: HashedNgrams, *texts: str) -> torch.Tensor:
 
 def test_each_different_ngram_is_hashed_once() -> None:
     tower = HashedNgrams("{description}")
-    ngrams = ["a", "red", "mug", "lid", "a red", "red mug", "mug a", "red lid"]  # "a red" stands there twice
+    ngrams = [
+        "a",
+        "red",
+        "mug",
+        "lid",
+        "a red",
+        "red mug",
+        "mug a",
+        "red lid",
+    ]  # "a red" stands there twice
     assert tower.preprocess.render(DESCRIPTION, "product") == "A red mug, a RED lid"
     hashes = tower.preprocess(["A red mug, a RED lid", "", "mug"])
     assert hashes.shape == (3, len(ngrams)) and hashes.dtype == torch.int64
@@ -37,7 +46,12 @@ def test_the_longest_ngram_and_the_number_of_words_are_limited() -> None:
     def count(**limits: int) -> int:
         return HashedNgrams(**limits).preprocess(["one two three four"]).shape[1]
 
-    assert (count(max_ngram=1), count(max_ngram=2), count(max_ngram=3), count(max_ngram=9)) == (4, 7, 9, 10)
+    assert (count(max_ngram=1), count(max_ngram=2), count(max_ngram=3), count(max_ngram=9)) == (
+        4,
+        7,
+        9,
+        10,
+    )
     assert count(max_length=2) == 3
 
 
@@ -47,7 +61,9 @@ def test_features_are_signed_counts_of_unit_length() -> None:
     for word in ("red", "mug", "lid"):
         expected[(stable_hash(word) >> 1) % 5] += 1 if stable_hash(word) & 1 else -1
     got = features(tower, "red mug lid red")[0]
-    torch.testing.assert_close(got, torch.tensor(expected / np.linalg.norm(expected), dtype=torch.float32))
+    torch.testing.assert_close(
+        got, torch.tensor(expected / np.linalg.norm(expected), dtype=torch.float32)
+    )
     assert features(tower, "").tolist() == [[0] * 5]
 
 
@@ -55,7 +71,10 @@ def test_the_cosine_is_the_share_of_ngrams_in_common() -> None:
     """Words of two texts: 30 and 30 of which 10 are the same, so the cosine is a third, but for collisions."""
     words = [f"w{i}" for i in range(50)]
     one, other, third = features(
-        HashedNgrams(out_dim=1 << 20, max_ngram=1), " ".join(words[:30]), " ".join(words[20:]), " ".join(words[40:])
+        HashedNgrams(out_dim=1 << 20, max_ngram=1),
+        " ".join(words[:30]),
+        " ".join(words[20:]),
+        " ".join(words[40:]),
     )
     assert float(one @ other) == pytest.approx(1 / 3, abs=1e-6)
     assert float(one @ third) == 0
@@ -63,7 +82,10 @@ def test_the_cosine_is_the_share_of_ngrams_in_common() -> None:
 
 
 def test_collisions_are_noise_around_zero() -> None:
-    """500 pairs of texts without a word in common, in 64 places: the mean of 500 cosines of deviation 1/8."""
+    """500 pairs of texts without a word in common, in 64 places:
+
+    the mean of 500 cosines of deviation 1/8.
+    """
     tower = HashedNgrams(out_dim=64, max_ngram=1)
     one = features(tower, *(" ".join(f"a{i}x{j}" for j in range(40)) for i in range(500)))
     other = features(tower, *(" ".join(f"b{i}x{j}" for j in range(40)) for i in range(500)))
@@ -73,8 +95,14 @@ def test_collisions_are_noise_around_zero() -> None:
 
 
 def test_a_typed_query_has_no_words_but_its_text() -> None:
-    encoder = Encoder(8, text=BiLSTM(num_buckets=64, word_dim=4, hidden_dim=4), words=HashedNgrams("{description}"))
-    items = encoder.preprocess("query")([Item({"query": "red mug"}), DESCRIPTION, Item({"title": "Mug"}), Item()])
+    encoder = Encoder(
+        8,
+        text=BiLSTM(num_buckets=64, word_dim=4, hidden_dim=4),
+        words=HashedNgrams("{description}"),
+    )
+    items = encoder.preprocess("query")(
+        [Item({"query": "red mug"}), DESCRIPTION, Item({"title": "Mug"}), Item()]
+    )
     text, _, _, words = items.present.T.tolist()
     assert text == [True, True, True, False]
     assert words == [False, True, False, False]
@@ -84,14 +112,20 @@ def test_typed_queries_are_read_where_it_is_said_so() -> None:
     encoder = Encoder(8, words=HashedNgrams("{description}", typed=True))
     items = encoder.preprocess("query")([Item({"query": "red mug"}), DESCRIPTION])
     assert items.present[:, 3].tolist() == [True, True]
-    assert sorted(items.words[0].tolist())[-3:] == sorted(map(stable_hash, ["red", "mug", "red mug"]))
+    assert sorted(items.words[0].tolist())[-3:] == sorted(
+        map(stable_hash, ["red", "mug", "red mug"])
+    )
     assert set(items.words[0].tolist()) - {0} <= set(items.words[1].tolist())
 
 
 def test_a_product_without_a_description_is_as_if_there_was_no_such_tower() -> None:
     """Its embedding has no part of the words of others in the batch."""
     torch.manual_seed(0)
-    encoder = Encoder(8, text=BiLSTM(num_buckets=64, word_dim=4, hidden_dim=4), words=HashedNgrams("{description}"))
+    encoder = Encoder(
+        8,
+        text=BiLSTM(num_buckets=64, word_dim=4, hidden_dim=4),
+        words=HashedNgrams("{description}"),
+    )
     encoder.eval()
     embed = encoder.preprocess("product")
     plain = Item({"title": "lamp"})

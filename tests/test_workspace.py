@@ -9,15 +9,15 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from retrieval import build as build_module
-from retrieval.build import Recipe, build_index
-from retrieval.building import workspace
-from retrieval.building.mapped import Trained
-from retrieval.building.points import Target
-from retrieval.building.workspace import Workspace
-from retrieval.embeddings import EmbeddingReader, EmbeddingWriter
-from retrieval.index import ProductIndex
-from retrieval.storage import ArtefactError
+from tritower.artefacts.storage import ArtefactError
+from tritower.retrieval.building import build as build_module
+from tritower.retrieval.building import workspace
+from tritower.retrieval.building.build import Recipe, build_index
+from tritower.retrieval.building.workspace import Workspace
+from tritower.retrieval.index import ProductIndex
+from tritower.retrieval.ivf.ivf_pq import Trained
+from tritower.retrieval.ivf.operating_points import Target
+from tritower.retrieval.vectors.embeddings import EmbeddingReader, EmbeddingWriter
 
 COUNT, DIM, BLOCK = 3000, 16, 300  # 12 blocks: three shards of 1,000 rows as 300 + 300 + 300 + 100
 RECIPE = Recipe("IVF32,PQ4x4fsr,Refine(SQ8)")
@@ -31,7 +31,9 @@ def unit(count, seed=0):
 def embed(folder, seed=0):
     writer = EmbeddingWriter(folder, dim=DIM)
     for shard in range(3):
-        writer.write(f"s{shard}", [f"p{shard}-{i}" for i in range(1000)], unit(1000, 10 * seed + shard))
+        writer.write(
+            f"s{shard}", [f"p{shard}-{i}" for i in range(1000)], unit(1000, 10 * seed + shard)
+        )
     writer.finish([f"s{shard}" for shard in range(3)])
     return EmbeddingReader(folder)
 
@@ -106,7 +108,9 @@ def test_a_build_has_these_blocks(watch, reader, tmp_path):
 
 
 @pytest.mark.parametrize("done", [0, 1, 5, 11])
-def test_an_interrupted_build_goes_on_and_makes_the_same_index(tmp_path, reader, whole, watch, done):
+def test_an_interrupted_build_goes_on_and_makes_the_same_index(
+    tmp_path, reader, whole, watch, done
+):
     interrupt(watch, reader, tmp_path / "i", done)
     assert sorted(os.listdir(tmp_path)) == ["i.building"]
     there = sorted(file.name for file in (tmp_path / "i.building").iterdir())
@@ -127,10 +131,10 @@ def test_an_interrupted_build_goes_on_and_makes_the_same_index(tmp_path, reader,
 def test_a_killed_build_goes_on_and_makes_the_same_index(tmp_path, reader, whole, watch, kill_at):
     program = f"""
         import os, signal
-        from retrieval.building import workspace
-        from retrieval.build import Recipe, build_index
-        from retrieval.embeddings import EmbeddingReader
-        from retrieval.building.mapped import Trained
+        from tritower.retrieval.building import workspace
+        from tritower.retrieval.building.build import Recipe, build_index
+        from tritower.retrieval.vectors.embeddings import EmbeddingReader
+        from tritower.retrieval.ivf.ivf_pq import Trained
         workspace.BLOCK_ROWS = {BLOCK}
         encode, done = Trained.encode, []
         def encode_or_die(self, vectors):
@@ -141,7 +145,9 @@ def test_a_killed_build_goes_on_and_makes_the_same_index(tmp_path, reader, whole
         Trained.encode = encode_or_die
         build_index(EmbeddingReader({str(reader.source)!r}), {str(tmp_path / "i")!r}, Recipe({RECIPE.factory!r}))
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True
+    )
     assert done.returncode == -9, done.stderr
     assert len(list((tmp_path / "i" / "versions").iterdir())) == 1  # a temporary name
     build_index(reader, tmp_path / "i", RECIPE)
@@ -154,7 +160,9 @@ def test_a_killed_build_goes_on_and_makes_the_same_index(tmp_path, reader, whole
 
 def test_a_block_that_was_cut_off_is_made_again(tmp_path, reader, whole, watch, monkeypatch):
     """Killed while a block is being written: only its temporary name is there."""
-    monkeypatch.setattr(pq, "write_table", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(
+        pq, "write_table", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     with pytest.raises(KeyboardInterrupt):
         build_index(reader, tmp_path / "i", RECIPE)
     monkeypatch.undo()
@@ -227,7 +235,10 @@ def test_two_builders_of_one_place_are_told(tmp_path, reader, watch, whole):
 
     def meanwhile(self, vectors):
         if watch.blocks == 3:
-            with pytest.raises(ArtefactError, match=r"another run is building .*/i \(in .*/i\.building\): wait for it"):
+            with pytest.raises(
+                ArtefactError,
+                match=r"another run is building .*/i \(in .*/i\.building\): wait for it",
+            ):
                 build_index(reader, place, RECIPE)
             refused.append(sorted(os.listdir(tmp_path)))
         return encode(self, vectors)
@@ -275,7 +286,12 @@ def test_what_an_unfinished_build_says_of_itself(tmp_path, reader, watch):
     interrupt(watch, reader, tmp_path / "i", 1)
     begun = json.loads((tmp_path / "i.building" / "begun.json").read_text())
     assert begun["embeddings"] == reader.fingerprint
-    assert (begun["factory"], begun["seed"], begun["sample"], begun["spill"]) == (RECIPE.factory, 0, COUNT, False)
+    assert (begun["factory"], begun["seed"], begun["sample"], begun["spill"]) == (
+        RECIPE.factory,
+        0,
+        COUNT,
+        False,
+    )
     assert (begun["metric"], begun["normalize"]) == ("cosine", False)
 
 

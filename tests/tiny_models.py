@@ -17,7 +17,16 @@ def write_bert(folder: Path, seed: int = 0) -> Path:
 
     folder.mkdir(parents=True)
     letters = [chr(c) for c in range(ord("a"), ord("z") + 1)] + list("0123456789.:,")
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, *letters, *(f"##{c}" for c in letters)]
+    vocabulary = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *WORDS,
+        *letters,
+        *(f"##{c}" for c in letters),
+    ]
     (folder / "vocab.txt").write_text("\n".join(dict.fromkeys(vocabulary)), encoding="utf-8")
     BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
     torch.manual_seed(seed)
@@ -33,7 +42,9 @@ def write_bert(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def write_open_clip(folder: Path, seed: int = 0, context_length: int = 16, tokenizer: Path | None = None) -> Path:
+def write_open_clip(
+    folder: Path, seed: int = 0, context_length: int = 16, tokenizer: Path | None = None
+) -> Path:
     """A CLIP of one layer on each side for open_clip's `local-dir:`; with open_clip's own tokenizer, or with another.
 
     Args:
@@ -45,7 +56,13 @@ def write_open_clip(folder: Path, seed: int = 0, context_length: int = 16, token
     import open_clip
 
     folder.mkdir(parents=True)
-    text = {"context_length": context_length, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
+    text = {
+        "context_length": context_length,
+        "vocab_size": 49408,
+        "width": 16,
+        "heads": 2,
+        "layers": 1,
+    }
     if tokenizer is not None:
         from transformers import AutoTokenizer
 
@@ -54,7 +71,13 @@ def write_open_clip(folder: Path, seed: int = 0, context_length: int = 16, token
     config = {
         "model_cfg": {
             "embed_dim": 12,
-            "vision_cfg": {"image_size": 32, "patch_size": 16, "width": 32, "head_width": 16, "layers": 1},
+            "vision_cfg": {
+                "image_size": 32,
+                "patch_size": 16,
+                "width": 32,
+                "head_width": 16,
+                "layers": 1,
+            },
             "text_cfg": text,
             "custom_text": True,
         },
@@ -85,7 +108,9 @@ def write_timm(path: Path, seed: int = 0) -> torch.nn.Module:
 
     torch.manual_seed(seed)
     model = timm.create_model(TIMM, num_classes=7, **TIMM_ARGS).eval()
-    for parameter in model.parameters():  # layer scales start near zero, which would hide differences
+    for (
+        parameter
+    ) in model.parameters():  # layer scales start near zero, which would hide differences
         parameter.data += 0.05 * torch.randn_like(parameter)
     if path.suffix == ".safetensors":
         save_file(model.state_dict(), path)
@@ -102,7 +127,17 @@ def write_timm_hub(cache: Path, repo: str, seed: int = 0) -> None:
     (folder / "refs").mkdir()
     (folder / "refs" / "main").write_text("1", encoding="utf-8")
     write_timm(snapshot / "model.safetensors", seed)
-    own = {"input_size": [3, 32, 32], "interpolation": "bilinear", "mean": [0.1, 0.2, 0.3], "std": [0.5, 0.6, 0.7]}
+    own = {
+        "input_size": [3, 32, 32],
+        "interpolation": "bilinear",
+        "mean": [0.1, 0.2, 0.3],
+        "std": [0.5, 0.6, 0.7],
+    }
     own |= {"classifier": "head.fc", "first_conv": "stem.0"}
-    config = {"architecture": TIMM, "num_classes": 7, "model_args": TIMM_ARGS, "pretrained_cfg": own}
+    config = {
+        "architecture": TIMM,
+        "num_classes": 7,
+        "model_args": TIMM_ARGS,
+        "pretrained_cfg": own,
+    }
     (snapshot / "config.json").write_text(json.dumps(config), encoding="utf-8")

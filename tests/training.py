@@ -13,7 +13,7 @@ from typing import Any
 
 import lightning as L
 
-import train
+from tritower.towers import cli as train
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "tiny.yaml"
@@ -24,7 +24,14 @@ TEXT_ONLY = ("--model.product.image=null", "--model.product.attribute=null")
 
 def fit_arguments(catalogue: Path, run: Path, *arguments: str) -> list[str]:
     """Those of `train.py fit` with the tiny configuration."""
-    return ["fit", "--config", str(CONFIG), f"--data.catalogue={catalogue}", f"--run={run}", *arguments]
+    return [
+        "fit",
+        "--config",
+        str(CONFIG),
+        f"--data.catalogue={catalogue}",
+        f"--run={run}",
+        *arguments,
+    ]
 
 
 def fit(catalogue: Path, run: Path, *arguments: str) -> int:
@@ -33,7 +40,9 @@ def fit(catalogue: Path, run: Path, *arguments: str) -> int:
 
 
 class Diary(L.Callback):
-    """Writes a line for every step: the products it saw, the learning rates, the loss with all its bits.
+    """Writes a line for every step:
+
+    the products it saw, the learning rates, the loss with all its bits.
 
     Args:
         path: of the file, which grows.
@@ -45,7 +54,12 @@ class Diary(L.Callback):
         self.path, self.kill_at, self.fail_at = Path(path), kill_at, fail_at
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self,
+        trainer: L.Trainer,
+        module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
     ) -> None:
         line = {
             "step": trainer.global_step,
@@ -78,7 +92,9 @@ def entries(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def run_program(script: str, *arguments: str, timeout_s: float = 150) -> subprocess.CompletedProcess[str]:
+def run_program(
+    script: str, *arguments: str, timeout_s: float = 150
+) -> subprocess.CompletedProcess[str]:
     """`python SCRIPT ...` with all the processes it starts; they are killed when it takes too long."""
     process = subprocess.Popen(
         [sys.executable, str(ROOT / script), *arguments],
@@ -99,6 +115,8 @@ def run_program(script: str, *arguments: str, timeout_s: float = 150) -> subproc
 
 def logged(run: Path, name: str) -> list[float]:
     """The values of a column of the run's newest log, in the order of the steps."""
-    newest = max((run / "logs").iterdir(), key=lambda folder: int(folder.name.removeprefix("version_")))
+    newest = max(
+        (run / "logs").iterdir(), key=lambda folder: int(folder.name.removeprefix("version_"))
+    )
     with (newest / "metrics.csv").open(encoding="utf-8") as file:
         return [float(row[name]) for row in csv.DictReader(file) if row.get(name)]

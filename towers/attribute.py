@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from datamodules.batch import AttributeTensors
-from datamodules.preprocess import stable_hash
-from datamodules.schema import Attribute, Schema
-from towers.tower import Tower
+from tritower.datamodules.batch import AttributeTensors
+from tritower.datamodules.preprocess import stable_hash
+from tritower.datamodules.schema import Attribute, Schema
+from tritower.towers.tower import Tower
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,9 @@ def value_hash(name: str, value: str) -> int:
 
 
 def levels(attribute: Attribute, value: Value) -> list[str]:
-    """The values that stand for an attribute: for a path one for each level, so that relatives share the upper ones.
+    """The values that stand for an attribute.
+
+    For a path one for each level, so that relatives share the upper ones.
 
     A size may be 38 or 38.0, and is "38" in both cases. Empty values stand for nothing.
     """
@@ -49,7 +51,10 @@ def levels(attribute: Attribute, value: Value) -> list[str]:
 
 @dataclass(frozen=True)
 class AttributePreprocess:
-    """Attributes to raw numbers and hashes of values. Attributes that the schema does not know are left out."""
+    """Attributes to raw numbers and hashes of values.
+
+    Attributes that the schema does not know are left out.
+    """
 
     schema: Schema
 
@@ -63,7 +68,13 @@ class AttributePreprocess:
                 number[row, column] = as_number(attribute.name, facts.get(attribute.name))
             for column, attribute in enumerate(categories):
                 if (value := facts.get(attribute.name)) is not None:
-                    hashes.append((row, column, [value_hash(attribute.name, v) for v in levels(attribute, value)]))
+                    hashes.append(
+                        (
+                            row,
+                            column,
+                            [value_hash(attribute.name, v) for v in levels(attribute, value)],
+                        )
+                    )
         width = max([1, *(len(values) for _, _, values in hashes)])
         category = np.zeros((len(attributes), len(categories), width), np.int64)
         for row, column, values in hashes:
@@ -72,7 +83,10 @@ class AttributePreprocess:
 
 
 def as_number(name: str, value: Value | None) -> float:
-    """A finite number, or NaN for what is none: text where numbers were learned is a missing value, not a zero."""
+    """A finite number, or NaN for what is none.
+
+    Text where numbers were learned is a missing value, not a zero.
+    """
     if isinstance(value, (int, float)) and math.isfinite(value):
         return max(-LARGEST, min(LARGEST, float(value)))
     if value and not isinstance(value, float):
@@ -83,16 +97,19 @@ def as_number(name: str, value: Value | None) -> float:
 @lru_cache
 def warn_of_text(name: str) -> None:
     """Once for each attribute."""
-    logger.warning("The attribute %r is a number for this model: what is given as text counts as missing", name)
+    logger.warning(
+        "The attribute %r is a number for this model: what is given as text counts as missing", name
+    )
 
 
 class AttributeTower(Tower):
     """Attributes as features: one learned vector for each attribute, joined by a small network.
 
-    Numbers are standardised by the statistics of the catalogue (after a logarithm where they are skewed) and take
-    periodic embeddings (PLR, arXiv:2203.05556). Values of categories share one table of hash embeddings
-    (arXiv:1709.03933), so that values never seen in training work; a path is the mean over its levels, a set the mean
-    over its members. Each attribute has a learned vector for "missing".
+    Numbers are standardised by the statistics of the catalogue (after a logarithm where they are
+    skewed) and take periodic embeddings (PLR, arXiv:2203.05556). Values of categories share one
+    table of hash embeddings (arXiv:1709.03933), so that values never seen in training work; a path
+    is the mean over its levels, a set the mean over its members. Each attribute has a learned
+    vector for "missing".
 
     Args:
         out_dim: size of the features.
@@ -100,9 +117,10 @@ class AttributeTower(Tower):
         num_buckets: rows of the table of hash embeddings, a power of two.
         num_hashes: rows of the table that are summed for one value.
         num_frequencies: of the periodic embeddings of a number.
-        frequency_scale: standard deviation of the initial frequencies; higher tells closer numbers apart.
-        exact_numbers: whether a number has a hash embedding of its exact value, too: that two prices are the same to
-            the cent says more than that they are close.
+        frequency_scale: standard deviation of the initial frequencies; higher tells closer numbers
+            apart.
+        exact_numbers: whether a number has a hash embedding of its exact value, too: that two
+            prices are the same to the cent says more than that they are close.
         dropout: of the vectors of attributes, 0 to 1.
     """
 
@@ -143,21 +161,31 @@ class AttributeTower(Tower):
             ValueError: the catalogue has no attributes.
         """
         if not schema.attributes:
-            raise ValueError("The catalogue has no attributes: leave the attribute tower out (attribute: null).")
+            raise ValueError(
+                "The catalogue has no attributes: leave the attribute tower out (attribute: null)."
+            )
         self.schema = schema
         numbers, dim = schema.numbers, self.value_dim
-        self.register_buffer("log", torch.tensor([a.log for a in numbers], dtype=torch.bool), persistent=False)
+        self.register_buffer(
+            "log", torch.tensor([a.log for a in numbers], dtype=torch.bool), persistent=False
+        )
         self.register_buffer("mean", torch.tensor([a.mean for a in numbers]), persistent=False)
         self.register_buffer("std", torch.tensor([a.std for a in numbers]), persistent=False)
         # No buffer: averaged over steps, it would name others.
         self.names = torch.tensor([stable_hash(a.name) for a in numbers], dtype=torch.int64)
         frequencies = 2 * self.num_frequencies
-        self.frequency = nn.Parameter(torch.randn(len(numbers), self.num_frequencies) * self.frequency_scale)
-        self.number_weight = nn.Parameter(torch.randn(len(numbers), frequencies, dim) / math.sqrt(frequencies))
+        self.frequency = nn.Parameter(
+            torch.randn(len(numbers), self.num_frequencies) * self.frequency_scale
+        )
+        self.number_weight = nn.Parameter(
+            torch.randn(len(numbers), frequencies, dim) / math.sqrt(frequencies)
+        )
         self.number_bias = nn.Parameter(torch.zeros(len(numbers), dim))
         self.buckets = nn.Embedding(self.num_buckets, dim)
         nn.init.normal_(self.buckets.weight, std=1 / math.sqrt(self.num_hashes))
-        self.missing = nn.Parameter(torch.zeros(len(schema.attributes), dim))  # two gaps are no likeness at first
+        self.missing = nn.Parameter(
+            torch.zeros(len(schema.attributes), dim)
+        )  # two gaps are no likeness at first
         joined = dim * (len(schema.attributes) + (len(numbers) if self.exact_numbers else 0))
         self.join = nn.Sequential(nn.LayerNorm(joined), nn.Linear(joined, self.out_dim))
         self.refine = nn.Sequential(nn.GELU(), nn.Linear(self.out_dim, self.out_dim))
@@ -168,7 +196,9 @@ class AttributeTower(Tower):
         """The attributes of B items -> (B, F)."""
         number, category = attributes
         missing = torch.cat([number.isnan(), (category == 0).all(-1)], 1).unsqueeze(-1)  # (B, A, 1)
-        values = torch.cat([self.number_vectors(number), self.category_vectors(category)], 1)  # (B, A, d)
+        values = torch.cat(
+            [self.number_vectors(number), self.category_vectors(category)], 1
+        )  # (B, A, d)
         values = torch.where(missing, self.missing, values)
         if self.exact_numbers:
             values = torch.cat([values, self.exact_vectors(number)], 1)
@@ -179,10 +209,14 @@ class AttributeTower(Tower):
         """(B, A) raw values -> (B, A, d); those of NaN are arbitrary but finite."""
         value = number.nan_to_num(0.0)
         value = torch.where(self.log, value.clamp(min=0).log1p(), value)
-        value = ((value - self.mean) / self.std).clamp(-8, 8)  # far outside of what was learned is "far outside"
+        value = ((value - self.mean) / self.std).clamp(
+            -8, 8
+        )  # far outside of what was learned is "far outside"
         angle = 2 * math.pi * self.frequency * value.unsqueeze(-1)  # (B, A, k)
         periodic = torch.cat([angle.sin(), angle.cos()], -1)
-        return torch.einsum("baf,afd->bad", periodic, self.number_weight).add(self.number_bias).relu()
+        return (
+            torch.einsum("baf,afd->bad", periodic, self.number_weight).add(self.number_bias).relu()
+        )
 
     def exact_vectors(self, number: Tensor) -> Tensor:
         """(B, A) raw values -> (B, A, d) hash embeddings of them, zeros for NaN."""
@@ -199,7 +233,9 @@ class AttributeTower(Tower):
 
     def hash_vectors(self, hashes: Tensor) -> Tensor:
         """(...) hashes -> (..., d)."""
-        rows = torch.stack([bucket(hashes, i, self.num_buckets) for i in range(self.num_hashes)], -1)
+        rows = torch.stack(
+            [bucket(hashes, i, self.num_buckets) for i in range(self.num_hashes)], -1
+        )
         return self.buckets(rows).sum(-2)
 
     def architecture(self) -> dict[str, Any]:
@@ -224,6 +260,9 @@ MULTIPLIERS = (0x1E3779B97F4A7C15, 0x3C6EF372FE94F82B, 0x5A5A6B2D1F3C9E77, 0x7F4
 
 
 def bucket(value: Tensor, number: int, num_buckets: int) -> Tensor:
-    """The row that hash function `number` gives a 63-bit value: multiply-shift, with overflow wanted."""
+    """The row that hash function `number` gives a 63-bit value.
+
+    Multiply-shift, with overflow wanted.
+    """
     bits = num_buckets.bit_length() - 1
     return (value * MULTIPLIERS[number] >> (62 - bits)) & (num_buckets - 1)

@@ -1,4 +1,7 @@
-"""The command line of training: configuration, one folder per run, logs, checkpoints, resuming, export."""
+"""The command line of training.
+
+Configuration, one folder per run, logs, checkpoints, resuming, export.
+"""
 
 from __future__ import annotations
 
@@ -20,24 +23,24 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from rich.table import Table
 
-import configs
-from datamodules.batch import Side
-from datamodules.products import ProductDataModule
-from retrieval.comparison_table import TABLE_WIDTH, below_floor, terminal_table
-from retrieval.storage import ArtefactError, write_json
-from towers.floor import floor_report
-from towers.global_loss import GlobalInfoNCE
-from towers.label_loss import CoSENT, PairLoss
-from towers.loss import InfoNCE, Loss, SigmoidLoss
-from towers.memory_loss import MemoryInfoNCE
-from towers.mining import HardNegatives
-from towers.model_folder import save_model
-from towers.quiet import quiet_lightning
-from towers.step_times import StepTimes
-from towers.tower import Tower
-from towers.tracking import wandb_logger
-from towers.two_tower import TwoTower
-from towers.untrained import untrained_towers
+from tritower import configs
+from tritower.artefacts.storage import ArtefactError, write_json
+from tritower.datamodules.batch import Side
+from tritower.datamodules.products import ProductDataModule
+from tritower.retrieval.evaluating.comparison_table import TABLE_WIDTH, below_floor, terminal_table
+from tritower.towers.floor import floor_report
+from tritower.towers.losses.cross_batch_memory import MemoryInfoNCE
+from tritower.towers.losses.loss import InfoNCE, Loss, SigmoidLoss
+from tritower.towers.losses.pairs import CoSENT, PairLoss
+from tritower.towers.losses.sogclr import GlobalInfoNCE
+from tritower.towers.mining import HardNegatives
+from tritower.towers.model_folder import save_model
+from tritower.towers.quiet import quiet_lightning
+from tritower.towers.step_times import StepTimes
+from tritower.towers.tower import Tower
+from tritower.towers.tracking import wandb_logger
+from tritower.towers.two_tower import TwoTower
+from tritower.towers.untrained import untrained_towers
 
 logger = logging.getLogger(__name__)
 
@@ -45,12 +48,26 @@ PARSER = {"allow_abbrev": False}
 USAGE = "%(prog)s [--config FILE] [--OPTION VALUE ...]"
 """In front of an error; the list of all options would bury it."""
 
-LOSSES: tuple[type[Loss], ...] = (InfoNCE, SigmoidLoss, MemoryInfoNCE, GlobalInfoNCE, CoSENT, PairLoss)
+LOSSES: tuple[type[Loss], ...] = (
+    InfoNCE,
+    SigmoidLoss,
+    MemoryInfoNCE,
+    GlobalInfoNCE,
+    CoSENT,
+    PairLoss,
+)
 """What a configuration may name without its module."""
 
 VAL_FIGURE = r"val/((product|other)_queries/)?(hit@1|hit@10|recall@10|mrr@10|ndcg@10)"
 
-USER_ERRORS = (OSError, ValueError, ArtefactError, FloatingPointError, ImportError, MisconfigurationException)
+USER_ERRORS = (
+    OSError,
+    ValueError,
+    ArtefactError,
+    FloatingPointError,
+    ImportError,
+    MisconfigurationException,
+)
 
 
 class RunCheckpoint(ModelCheckpoint):
@@ -63,16 +80,28 @@ class RunCheckpoint(ModelCheckpoint):
         def moved(value: Any) -> Any:
             if isinstance(value, dict):
                 return {moved(path): score for path, score in value.items()}
-            return new + value.removeprefix(old) if isinstance(value, str) and value.startswith(old) else value
+            return (
+                new + value.removeprefix(old)
+                if isinstance(value, str) and value.startswith(old)
+                else value
+            )
 
         super().load_state_dict({name: moved(value) for name, value in state_dict.items()})
 
 
 class WithinEpochs(RunCheckpoint):
-    """Saves every few steps, but not before a validation: a run that went on from there would leave it out."""
+    """Saves every few steps, but not before a validation.
+
+    A run that went on from there would leave it out.
+    """
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
     ) -> None:
         """As ModelCheckpoint; after a validation the other checkpoint saves."""
         if not _validation_follows(trainer, batch_idx):
@@ -93,11 +122,16 @@ class TrainingCLI(LightningCLI):
 
     @classmethod
     def launch(cls, args: list[str] | None = None) -> int:
-        """Run a command; returns the exit code. Errors of the user are one line, without a traceback."""
+        """Run a command; returns the exit code.
+
+        Errors of the user are one line, without a traceback.
+        """
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
         quiet_lightning()
         if args is None:
-            sys.argv[1:] = configs.resolve(sys.argv[1:])  # where the processes of other devices find them, too
+            sys.argv[1:] = configs.resolve(
+                sys.argv[1:]
+            )  # where the processes of other devices find them, too
         else:
             args = configs.resolve(args)
         try:
@@ -125,7 +159,10 @@ class TrainingCLI(LightningCLI):
             },
             save_config_kwargs={"overwrite": True},
             auto_configure_optimizers=False,
-            parser_kwargs={**PARSER, **{command: {**PARSER, "usage": USAGE} for command in cls.subcommands()}},
+            parser_kwargs={
+                **PARSER,
+                **{command: {**PARSER, "usage": USAGE} for command in cls.subcommands()},
+            },
         )
 
     @staticmethod
@@ -141,11 +178,22 @@ class TrainingCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """What a run needs beside trainer, model and data."""
         parser.add_argument(
-            "--run", type=Path, default=Path("runs/default"), help="Folder of checkpoints, logs and the exported model."
+            "--run",
+            type=Path,
+            default=Path("runs/default"),
+            help="Folder of checkpoints, logs and the exported model.",
         )
-        parser.add_argument("--resume", type=bool, default=False, help="Go on from the run's newest valid checkpoint.")
         parser.add_argument(
-            "--replan", type=bool, default=False, help="A resumed run may have another number of steps than planned."
+            "--resume",
+            type=bool,
+            default=False,
+            help="Go on from the run's newest valid checkpoint.",
+        )
+        parser.add_argument(
+            "--replan",
+            type=bool,
+            default=False,
+            help="A resumed run may have another number of steps than planned.",
         )
         parser.add_argument(
             "--checkpoint_every_steps",
@@ -154,7 +202,10 @@ class TrainingCLI(LightningCLI):
             help="Save a checkpoint to resume from after as many steps too, not only at each validation.",
         )
         parser.add_argument(
-            "--then_test", type=bool, default=False, help="After fit: the best model's figures on the test split."
+            "--then_test",
+            type=bool,
+            default=False,
+            help="After fit: the best model's figures on the test split.",
         )
         parser.add_argument(
             "--floor",
@@ -164,9 +215,14 @@ class TrainingCLI(LightningCLI):
             "sum), for each kind of query of the val split.",
         )
         parser.add_argument(
-            "--wandb", type=Literal["off", "online", "offline"], default="off", help="Log to Weights & Biases too."
+            "--wandb",
+            type=Literal["off", "online", "offline"],
+            default="off",
+            help="Log to Weights & Biases too.",
         )
-        parser.add_argument("--wandb_project", type=str, default="tritower", help="Project in Weights & Biases.")
+        parser.add_argument(
+            "--wandb_project", type=str, default="tritower", help="Project in Weights & Biases."
+        )
         parser.add_lightning_class_args(EarlyStopping, "early_stopping")
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.add_lightning_class_args(HardNegatives, "hard_negatives")
@@ -193,11 +249,15 @@ class TrainingCLI(LightningCLI):
             project = self._get(self.config_init, "wandb_project")
             loggers += wandb_logger(self.run_folder, project, offline=mode == "offline")
         self._check_monitors()
-        trainer = super().instantiate_trainer(logger=loggers, default_root_dir=self.run_folder, **kwargs)
+        trainer = super().instantiate_trainer(
+            logger=loggers, default_root_dir=self.run_folder, **kwargs
+        )
         best = trainer.checkpoint_callback
         assert isinstance(best, ModelCheckpoint)
         best.dirpath = str(self.checkpoints.resolve())
-        trainer.callbacks += self._last_checkpoints()  # the first one is `trainer.checkpoint_callback`
+        trainer.callbacks += (
+            self._last_checkpoints()
+        )  # the first one is `trainer.checkpoint_callback`
         trainer.callbacks.insert(0, LearningRateMonitor("step"))
         return trainer
 
@@ -223,7 +283,12 @@ class TrainingCLI(LightningCLI):
 
     def _last_checkpoints(self) -> list[RunCheckpoint]:
         every = self._get(self.config_init, "checkpoint_every_steps")
-        two = {"dirpath": self.checkpoints.resolve(), "save_top_k": 2, "monitor": "step", "mode": "max"}  # to fall back
+        two = {
+            "dirpath": self.checkpoints.resolve(),
+            "save_top_k": 2,
+            "monitor": "step",
+            "mode": "max",
+        }  # to fall back
         last = RunCheckpoint(filename="last-{step}", **two)
         if every is None:
             return [last]
@@ -233,16 +298,25 @@ class TrainingCLI(LightningCLI):
         """Train, then export the best model and, if asked, measure it."""
         path = self._checkpoint_to_resume()
         self.model.replan = self._get(self.config_init, "replan")
-        # Under max_steps Lightning takes a finished epoch for one to be gone on with, and leaves its validation out.
+        # Under max_steps Lightning takes a finished epoch for one to be gone on with, and leaves
+        # its validation out.
         self.trainer.fit_loop._iteration_based_training = lambda: False  # type: ignore[method-assign]
         untrained = self._untrained_towers()
         self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=path, weights_only=True)
         self._export(untrained)
-        if self._get(self.config_init, "floor") and self.trainer.limit_val_batches != 0 and self.trainer.is_global_zero:
+        if (
+            self._get(self.config_init, "floor")
+            and self.trainer.limit_val_batches != 0
+            and self.trainer.is_global_zero
+        ):
             self._show_floor(untrained)
         if self._get(self.config_init, "then_test"):
             self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
-            figures = {n: float(v) for n, v in self.trainer.callback_metrics.items() if n.startswith("test/")}
+            figures = {
+                n: float(v)
+                for n, v in self.trainer.callback_metrics.items()
+                if n.startswith("test/")
+            }
             write_json(self.run_folder / "test.json", figures)
             show_figures(figures)
 
@@ -250,7 +324,10 @@ class TrainingCLI(LightningCLI):
         """The pretrained towers of each side as they are before training."""
         product = untrained_towers(self.model.product)
         own_query = self.model.own_query
-        return {"product": product, "query": product if own_query is None else untrained_towers(own_query)}
+        return {
+            "product": product,
+            "query": product if own_query is None else untrained_towers(own_query),
+        }
 
     def _show_floor(self, untrained: dict[Side, dict[str, Tower]]) -> None:
         """Write floor.json and show the model beside the best search without training."""
@@ -262,16 +339,22 @@ class TrainingCLI(LightningCLI):
 
     def validate(self, **kwargs: Any) -> None:
         """Held-out queries of the validation split, by the run's best checkpoint or `--ckpt_path`."""
-        self.trainer.validate(**{**kwargs, "ckpt_path": self._checkpoint_to_measure(kwargs)}, weights_only=True)
+        self.trainer.validate(
+            **{**kwargs, "ckpt_path": self._checkpoint_to_measure(kwargs)}, weights_only=True
+        )
 
     def test(self, **kwargs: Any) -> None:
         """Held-out queries of the test split, by the run's best checkpoint or `--ckpt_path`."""
-        self.trainer.test(**{**kwargs, "ckpt_path": self._checkpoint_to_measure(kwargs)}, weights_only=True)
+        self.trainer.test(
+            **{**kwargs, "ckpt_path": self._checkpoint_to_measure(kwargs)}, weights_only=True
+        )
 
     def _checkpoint_to_measure(self, kwargs: dict[str, Any]) -> Path:
         path = Path(kwargs["ckpt_path"] or self.checkpoints / "best.ckpt")
         if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such checkpoint. Name the run (--run) or a checkpoint (--ckpt_path).")
+            raise FileNotFoundError(
+                f"{path}: no such checkpoint. Name the run (--run) or a checkpoint (--ckpt_path)."
+            )
         newest_valid_checkpoint([path])
         return path
 
@@ -297,13 +380,27 @@ class TrainingCLI(LightningCLI):
         best = self.trainer.checkpoint_callback
         assert isinstance(best, ModelCheckpoint)
         if not best.best_model_path:
-            logger.warning("No validation was run, so no best model is known: exporting the last weights.")
+            logger.warning(
+                "No validation was run, so no best model is known: exporting the last weights."
+            )
         else:
-            state = torch.load(best.best_model_path, weights_only=True, map_location="cpu")["state_dict"]
+            state = torch.load(best.best_model_path, weights_only=True, map_location="cpu")[
+                "state_dict"
+            ]
             self.model.load_state_dict(state)
         if self.trainer.is_global_zero:
-            meta = {} if best.best_model_score is None else {str(best.monitor): float(best.best_model_score)}
-            save_model(self.model, self.run_folder / "model", untrained=untrained, meta=meta, overwrite=True)
+            meta = (
+                {}
+                if best.best_model_score is None
+                else {str(best.monitor): float(best.best_model_score)}
+            )
+            save_model(
+                self.model,
+                self.run_folder / "model",
+                untrained=untrained,
+                meta=meta,
+                overwrite=True,
+            )
             logger.info("exported the best model to %s", self.run_folder / "model")
 
 
@@ -327,12 +424,25 @@ def newest_valid_checkpoint(paths: list[Path]) -> Path | None:
             with zipfile.ZipFile(path) as file:  # torch writes digests, and never compares them
                 if damaged := file.testzip():
                     raise ValueError(f"{damaged} is damaged")
-            steps[path] = int(torch.load(path, weights_only=True, map_location="cpu", mmap=True)["global_step"])
+            steps[path] = int(
+                torch.load(path, weights_only=True, map_location="cpu", mmap=True)["global_step"]
+            )
         except Exception as error:  # a torn file raises whatever its first wrong byte leads to
             logger.warning(
-                "skipped %s: it cannot be read (%s)", path, str(error).splitlines()[0] if str(error) else error
+                "skipped %s: it cannot be read (%s)",
+                path,
+                str(error).splitlines()[0] if str(error) else error,
             )
     if paths and not steps:
         raise ValueError(f"None of the checkpoints can be read: {', '.join(map(str, paths))}.")
     # Of one step, the checkpoint after its validation goes before the one within an epoch.
-    return max(steps, key=lambda path: (steps[path], not path.name.startswith("within"), path.name), default=None)
+    return max(
+        steps,
+        key=lambda path: (steps[path], not path.name.startswith("within"), path.name),
+        default=None,
+    )
+
+
+def main(args: list[str] | None = None) -> int:
+    """Entry point of `tritower-train`; returns the exit code."""
+    return TrainingCLI.launch(args)

@@ -1,4 +1,7 @@
-"""Embed a prepared catalogue with a model folder: products, queries and queries to tune by; resumable per shard."""
+"""Embed a prepared catalogue with a model folder.
+
+Products, queries and queries to tune by; resumable per shard.
+"""
 
 from __future__ import annotations
 
@@ -14,19 +17,19 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from datamodules.batch import Item, NumberedItems, Side
-from datamodules.examples import index_in
-from datamodules.parquet import Table, product_digests, product_item, query_item
-from datamodules.preprocess import ItemPreprocess
-from datamodules.tuning import TuningQueries
-from retrieval import storage
-from retrieval.embeddings import EmbeddingWriter
-from towers.cache import cached
-from towers.metric import compared
-from towers.model_folder import load_model, load_untrained
-from towers.quiet import quiet_lightning
-from towers.two_tower import TwoTower
-from towers.untrained import UntrainedTowers, as_modules, untrained_features
+from tritower.artefacts import storage
+from tritower.datamodules.batch import Item, NumberedItems, Side
+from tritower.datamodules.catalogue import Table, product_digests, product_item, query_item
+from tritower.datamodules.examples import index_in
+from tritower.datamodules.preprocess import ItemPreprocess
+from tritower.datamodules.tuning_queries import TuningQueries
+from tritower.retrieval.vectors.embeddings import EmbeddingWriter
+from tritower.towers.feature_cache import cached
+from tritower.towers.metric import compared
+from tritower.towers.model_folder import load_model, load_untrained
+from tritower.towers.quiet import quiet_lightning
+from tritower.towers.two_tower import TwoTower
+from tritower.towers.untrained import UntrainedTowers, as_modules, untrained_features
 
 logger = logging.getLogger(__name__)
 
@@ -72,11 +75,13 @@ def embed(
 ) -> None:
     """Write `output/products`, `output/queries` where the catalogue has queries, and `output/tuning`.
 
-    The last holds queries to tune an index by, made of some products (`datamodules.tuning`). Where the catalogue has
-    queries, features of the model's pretrained towers before training are written, too, as
-    `output/untrained/TOWER/products` and `.../queries`: an evaluation shows what they find by themselves.
+    The last holds queries to tune an index by, made of some products
+    (`tritower.datamodules.tuning_queries`). Where the catalogue has queries, features of the
+    model's pretrained towers before training are written, too, as `output/untrained/TOWER/products`
+    and `.../queries`: an evaluation shows what they find by themselves.
 
-    Shards that are finished are skipped; folders that were begun with another model or catalogue are refused.
+    Shards that are finished are skipped; folders that were begun with another model or catalogue
+    are refused.
 
     Args:
         model: model folder.
@@ -95,15 +100,25 @@ def embed(
     options = Options(batch_size, num_workers, accelerator, devices, precision)
     two_tower = load_model(model)
     storage.read_manifest(catalogue, kind="catalogue")
-    tables = {side: Table(catalogue / side) for side in ("products", "queries") if (catalogue / side).is_dir()}
+    tables = {
+        side: Table(catalogue / side)
+        for side in ("products", "queries")
+        if (catalogue / side).is_dir()
+    }
     products, queries = tables["products"], tables.get("queries")
     tuning = TuningQueries(products, queries)
-    towers = load_untrained(model, two_tower) if untrained and queries is not None else {"product": {}, "query": {}}
+    towers = (
+        load_untrained(model, two_tower)
+        if untrained and queries is not None
+        else {"product": {}, "query": {}}
+    )
     preprocess = two_tower.preprocess
     if feature_cache is not None:
         items = partial(all_items, tables, tuning)
         encoders, device = (two_tower.product, two_tower.query), two_tower.device
-        preprocess = cached(preprocess, *encoders, items, feature_cache, every_view=False, device=device)
+        preprocess = cached(
+            preprocess, *encoders, items, feature_cache, every_view=False, device=device
+        )
 
     def write(name: str, data: Dataset[NumberedItems], table: Table, rows: np.ndarray) -> None:
         folder = output / name
@@ -111,24 +126,43 @@ def embed(
             storage.verify(folder, kind="embeddings")
         id_column = "product_id" if name == "products" else "query_id"
         about = {"model": storage.fingerprint(model), "catalogue": storage.fingerprint(catalogue)}
-        writer = EmbeddingWriter(folder, dim=two_tower.embed_dim, metric=two_tower.metric, id_column=id_column, **about)
-        own_towers = {} if name == "tuning" else towers["product" if name == "products" else "query"]
+        writer = EmbeddingWriter(
+            folder, dim=two_tower.embed_dim, metric=two_tower.metric, id_column=id_column, **about
+        )
+        own_towers = (
+            {} if name == "tuning" else towers["product" if name == "products" else "query"]
+        )
         untrained_writers = {
             tower_name: EmbeddingWriter(
-                output / "untrained" / tower_name / name, dim=tower.out_dim, id_column=id_column, **about
+                output / "untrained" / tower_name / name,
+                dim=tower.out_dim,
+                id_column=id_column,
+                **about,
             )
             for tower_name, tower in own_towers.items()
         }
         hints = {"model": str(model.resolve()), "catalogue": str(catalogue.resolve())}
         before = Untrained(own_towers, untrained_writers)
-        embed_rows(data, two_tower, table, rows_by_shard(table, rows), writer, hints, options, before)
+        embed_rows(
+            data, two_tower, table, rows_by_shard(table, rows), writer, hints, options, before
+        )
 
-    write("products", ProductTable(products, preprocess.product, product_view), products, np.arange(len(products)))
+    write(
+        "products",
+        ProductTable(products, preprocess.product, product_view),
+        products,
+        np.arange(len(products)),
+    )
     if queries is not None:
         asked = QueryTable(queries, products, preprocess.query, query_view)
         write("queries", asked, queries, np.arange(len(queries)))
     if len(tuning.rows):
-        write("tuning", TuningTable(tuning, products, preprocess.query, query_view), products, tuning.rows)
+        write(
+            "tuning",
+            TuningTable(tuning, products, preprocess.query, query_view),
+            products,
+            tuning.rows,
+        )
 
 
 def rows_by_shard(table: Table, rows: np.ndarray) -> dict[int, np.ndarray]:
@@ -176,7 +210,11 @@ def embed_rows(
     untrained = untrained or Untrained()
     writers = [writer, *untrained.writers.values()]
     names = {shard: table.shards[shard].stem for shard in rows}
-    missing = {shard: some for shard, some in rows.items() if not all(w.done(names[shard]) for w in writers)}
+    missing = {
+        shard: some
+        for shard, some in rows.items()
+        if not all(w.done(names[shard]) for w in writers)
+    }
     side: Side = "product" if writer.id_column == "product_id" else "query"
     logger.info("%s: %d of %d shards to embed", writer.path.name, len(missing), len(rows))
     trainer = L.Trainer(
@@ -233,8 +271,15 @@ class ProductTable(Dataset[NumberedItems]):
 class QueryTable(Dataset[NumberedItems]):
     """Queries by row number, once for each kind that the row can be asked as; numbered row * kinds + kind."""
 
-    def __init__(self, queries: Table, products: Table, preprocess: ItemPreprocess, view: ItemView) -> None:
-        self.queries, self.products, self.preprocess, self.view = queries, products, preprocess, view
+    def __init__(
+        self, queries: Table, products: Table, preprocess: ItemPreprocess, view: ItemView
+    ) -> None:
+        self.queries, self.products, self.preprocess, self.view = (
+            queries,
+            products,
+            preprocess,
+            view,
+        )
         self.source = index_in(queries.column("source_product_id"), products.column("product_id"))
 
     def __getitem__(self, rows: np.ndarray) -> NumberedItems:
@@ -244,7 +289,10 @@ class QueryTable(Dataset[NumberedItems]):
         """The kinds that a query can be asked as, and what each shows."""
         if self.source[row] < 0:
             item = query_item(self.queries.row(row))
-            yield ("fused" if item.text and item.images else "image" if item.images else "text"), item
+            yield (
+                ("fused" if item.text and item.images else "image" if item.images else "text"),
+                item,
+            )
             return
         yield from asked_as(product_item(self.products.row(int(self.source[row]))))
 
@@ -252,7 +300,9 @@ class QueryTable(Dataset[NumberedItems]):
 class TuningTable(Dataset[NumberedItems]):
     """Products by row number as queries to tune by; numbered as those of `QueryTable`."""
 
-    def __init__(self, tuning: TuningQueries, products: Table, preprocess: ItemPreprocess, view: ItemView) -> None:
+    def __init__(
+        self, tuning: TuningQueries, products: Table, preprocess: ItemPreprocess, view: ItemView
+    ) -> None:
         self.tuning, self.products, self.preprocess, self.view = tuning, products, preprocess, view
 
     def __getitem__(self, rows: np.ndarray) -> NumberedItems:
@@ -268,10 +318,17 @@ class TuningTable(Dataset[NumberedItems]):
 
 
 def numbered_by_kind(
-    rows: np.ndarray, kinds: Callable[[int], Iterable[tuple[str, Item]]], preprocess: ItemPreprocess, view: ItemView
+    rows: np.ndarray,
+    kinds: Callable[[int], Iterable[tuple[str, Item]]],
+    preprocess: ItemPreprocess,
+    view: ItemView,
 ) -> NumberedItems:
     """Rows once for each kind that they are asked as, numbered row * kinds + kind."""
-    asked = [(int(row) * len(KINDS) + KINDS.index(kind), item) for row in rows for kind, item in kinds(int(row))]
+    asked = [
+        (int(row) * len(KINDS) + KINDS.index(kind), item)
+        for row in rows
+        for kind, item in kinds(int(row))
+    ]
     tensors = preprocess([view(item) for _, item in asked])
     return NumberedItems(tensors, torch.tensor([number for number, _ in asked], dtype=torch.int64))
 
@@ -280,7 +337,11 @@ class ShardBatches(Sampler[np.ndarray]):
     """Row numbers in batches that never cross shards."""
 
     def __init__(self, rows: Iterable[np.ndarray], batch_size: int) -> None:
-        self.batches = [some[start : start + batch_size] for some in rows for start in range(0, len(some), batch_size)]
+        self.batches = [
+            some[start : start + batch_size]
+            for some in rows
+            for start in range(0, len(some), batch_size)
+        ]
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -293,10 +354,16 @@ class ShardLoaders(L.LightningDataModule):
     """Each process embeds shards of its own."""
 
     def __init__(
-        self, data: Dataset[NumberedItems], rows: Mapping[int, np.ndarray], batch_size: int, num_workers: int
+        self,
+        data: Dataset[NumberedItems],
+        rows: Mapping[int, np.ndarray],
+        batch_size: int,
+        num_workers: int,
     ) -> None:
         super().__init__()
-        self.allow_zero_length_dataloader_with_multiple_devices = True  # fewer shards than processes
+        self.allow_zero_length_dataloader_with_multiple_devices = (
+            True  # fewer shards than processes
+        )
         self.data, self.rows = data, rows
         self.batch_size, self.num_workers = batch_size, num_workers
 
@@ -320,7 +387,8 @@ class Prediction(NamedTuple):
         row: (B,) int64.
         embedding: (B, D) float32.
         known: (B,) bool: the model reads something of the item.
-        untrained: name of a pretrained tower -> (B, F) float32 unit vectors, zeros where an item lacks the modality.
+        untrained: name of a pretrained tower -> (B, F) float32 unit vectors, zeros where an item
+            lacks the modality.
     """
 
     row: np.ndarray
@@ -343,7 +411,9 @@ class _Encode(L.LightningModule):
         items, untrained = untrained_features(self.encoder, self.towers, batch.items)
         embedding = compared(self.encoder(items).embedding.float(), self.side, self.metric)
         features = {name: vectors.cpu().numpy() for name, vectors in untrained.items()}
-        return Prediction(batch.row.cpu().numpy(), embedding.cpu().numpy(), known.cpu().numpy(), features)
+        return Prediction(
+            batch.row.cpu().numpy(), embedding.cpu().numpy(), known.cpu().numpy(), features
+        )
 
 
 class ShardWriter(L.Callback):
@@ -362,7 +432,13 @@ class ShardWriter(L.Callback):
         self.unknown = 0
 
     def on_predict_batch_end(
-        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, _: int = 0
+        self,
+        trainer: L.Trainer,
+        module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        _: int = 0,
     ) -> None:
         """Collect; write what is complete."""
         self.pending.append(outputs)
@@ -373,23 +449,35 @@ class ShardWriter(L.Callback):
             self.write(shard, is_query)
 
     def write(self, shard: int, is_query: bool) -> None:
-        """Write what was collected as a shard. Queries of which the model reads nothing are left out."""
+        """Write what was collected as a shard.
+
+        Queries of which the model reads nothing are left out.
+        """
         row = np.concatenate([part.row for part in self.pending])
         embedding = np.concatenate([part.embedding for part in self.pending])
         known = np.concatenate([part.known for part in self.pending])
-        features = {name: np.concatenate([part.untrained[name] for part in self.pending]) for name in self.untrained}
+        features = {
+            name: np.concatenate([part.untrained[name] for part in self.pending])
+            for name in self.untrained
+        }
         self.pending = []
         self.unknown += int((~known).sum())
         start, stop = self.table.shard_starts[shard : shard + 2]
         wanted = len(self.rows[shard])
         if len(seen := np.unique(row // (len(KINDS) if is_query else 1))) != wanted:
-            raise RuntimeError(f"{len(seen)} of {wanted} rows of shard {shard} were encoded: nothing is written.")
-        id_column = "product_id" if "product_id" in self.table.names else "query_id"  # products that ask keep their ids
+            raise RuntimeError(
+                f"{len(seen)} of {wanted} rows of shard {shard} were encoded: nothing is written."
+            )
+        id_column = (
+            "product_id" if "product_id" in self.table.names else "query_id"
+        )  # products that ask keep their ids
         ids = self.table.column(id_column)[start:stop].to_pylist()
         name = self.table.shards[shard].stem
         numbers = row // (len(KINDS) if is_query else 1) - start
         own_ids = np.array([ids[number] for number in numbers], object)
-        kinds = np.array([KINDS[number % len(KINDS)] for number in row], object) if is_query else None
+        kinds = (
+            np.array([KINDS[number % len(KINDS)] for number in row], object) if is_query else None
+        )
         contents = None if is_query else product_digests(self.table.shards[shard])[row - start]
 
         def write_rows(writer: EmbeddingWriter, vectors: np.ndarray, some: np.ndarray) -> None:
@@ -405,6 +493,11 @@ class ShardWriter(L.Callback):
     def on_predict_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Say what the model could not read."""
         if self.unknown and self.writer.id_column == "query_id":
-            logger.info("%d queries show nothing that this model reads and were left out", self.unknown)
+            logger.info(
+                "%d queries show nothing that this model reads and were left out", self.unknown
+            )
         elif self.unknown:
-            logger.warning("%d products have nothing that this model reads; they share one embedding", self.unknown)
+            logger.warning(
+                "%d products have nothing that this model reads; they share one embedding",
+                self.unknown,
+            )

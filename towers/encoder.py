@@ -8,15 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from datamodules.batch import MODALITIES, Items, Side
-from datamodules.preprocess import ItemPreprocess
-from datamodules.schema import Schema
-from towers.attribute import AttributeTower
-from towers.fusion import FUSIONS, FusionName
-from towers.image import ImageTower
-from towers.text import TextTower
-from towers.tower import Tower
-from towers.words import HashedNgrams
+from tritower.datamodules.batch import MODALITIES, Items, Side
+from tritower.datamodules.preprocess import ItemPreprocess
+from tritower.datamodules.schema import Schema
+from tritower.towers.attribute import AttributeTower
+from tritower.towers.fusion import FUSIONS, FusionName
+from tritower.towers.image import ImageTower
+from tritower.towers.lexical import HashedNgrams
+from tritower.towers.text import TextTower
+from tritower.towers.tower import Tower
 
 
 class Encoded(NamedTuple):
@@ -24,10 +24,12 @@ class Encoded(NamedTuple):
 
     Attributes:
         embedding: (B, D), rows of unit length.
-        shares: (B, M) share of each of the encoder's modalities in the embedding; a row adds up to 1.
-        part: (B, D), rows of unit length: the embeddings of `Items.part`, the same towers' features fused again; equal
-            to `embedding` where no parts were drawn.
-        alone: (B, M, D), unit vectors of each modality by itself; the absent token where it is not there.
+        shares: (B, M) share of each of the encoder's modalities in the embedding; a row adds up to
+            1.
+        part: (B, D), rows of unit length: the embeddings of `Items.part`, the same towers' features
+            fused again; equal to `embedding` where no parts were drawn.
+        alone: (B, M, D), unit vectors of each modality by itself; the absent token where it is not
+            there.
         present: (B, M) bool.
     """
 
@@ -46,11 +48,12 @@ class Encoder(nn.Module):
         text: tower of titles, descriptions and typed queries; null leaves text out.
         image: tower of pictures; null leaves pictures out.
         attribute: tower of brand, category, price and the like; null leaves attributes out.
-        words: tower of texts by their exact words, beside or in place of `text`; for descriptions, which say what sets
-            one product apart in words that a text tower blurs. Null leaves it out.
+        words: tower of texts by their exact words, beside or in place of `text`; for descriptions,
+            which say what sets one product apart in words that a text tower blurs. Null leaves it
+            out.
         fusion: `gated` (default), `mean`, or `transformer` (one layer).
-        feature_dropout: chance, 0 to 1, that training leaves out a feature of a tower; where there are few products,
-            their features are soon known by heart.
+        feature_dropout: chance, 0 to 1, that training leaves out a feature of a tower; where there
+            are few products, their features are soon known by heart.
     """
 
     def __init__(
@@ -64,10 +67,19 @@ class Encoder(nn.Module):
         feature_dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        towers: dict[str, Tower | None] = {"text": text, "image": image, "attribute": attribute, "words": words}
-        self.towers = nn.ModuleDict({name: tower for name in MODALITIES if (tower := towers[name]) is not None})
+        towers: dict[str, Tower | None] = {
+            "text": text,
+            "image": image,
+            "attribute": attribute,
+            "words": words,
+        }
+        self.towers = nn.ModuleDict(
+            {name: tower for name in MODALITIES if (tower := towers[name]) is not None}
+        )
         if not self.towers:
-            raise ValueError("An encoder needs at least one tower: text, image, attribute or words.")
+            raise ValueError(
+                "An encoder needs at least one tower: text, image, attribute or words."
+            )
         if embed_dim < 1:
             raise ValueError(f"embed_dim={embed_dim}: choose at least 1.")
         if fusion not in FUSIONS:
@@ -90,7 +102,9 @@ class Encoder(nn.Module):
 
     def preprocess(self, side: Side) -> ItemPreprocess:
         """The towers' own preprocessing, for queries or for products."""
-        return ItemPreprocess(side, **{name: tower.preprocess for name, tower in self.towers.items()})
+        return ItemPreprocess(
+            side, **{name: tower.preprocess for name, tower in self.towers.items()}
+        )
 
     def forward(self, items: Items) -> Encoded:
         """B items as tensors -> their embeddings."""
@@ -103,7 +117,9 @@ class Encoder(nn.Module):
 
     def fuse(self, z: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
         """(B, M, D) vectors of modalities, (B, M) bool -> (B, D) unit vectors, (B, M) shares."""
-        fused, shares = self.fusion(torch.where(present.unsqueeze(-1), z, self.absent.to(z.dtype)), present)
+        fused, shares = self.fusion(
+            torch.where(present.unsqueeze(-1), z, self.absent.to(z.dtype)), present
+        )
         return F.normalize(fused.float(), dim=-1), shares.float()
 
     def view(self, encoded: Encoded, name: str) -> tuple[Tensor, Tensor]:
@@ -133,9 +149,14 @@ def features_of(tower: nn.Module, inputs: Tensor | tuple[Tensor, ...]) -> Tensor
 
 
 def mean_by_row(features: Tensor, row: Tensor, num_rows: int) -> Tensor:
-    """(N, F), (N,) -> (num_rows, F): the mean over the pictures of each item, zeros where it has none."""
+    """(N, F), (N,) -> (num_rows, F).
+
+    The mean over the pictures of each item, zeros where it has none.
+    """
     total = features.new_zeros(num_rows, features.shape[1]).index_add_(0, row, features)
-    count = features.new_zeros(num_rows).index_add_(0, row, torch.ones_like(row, dtype=features.dtype))
+    count = features.new_zeros(num_rows).index_add_(
+        0, row, torch.ones_like(row, dtype=features.dtype)
+    )
     return total / count.clamp(min=1).unsqueeze(-1)
 
 

@@ -9,18 +9,24 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from datamodules.batch import Item, Side
-from datamodules.heldout import QueryRows
-from datamodules.parquet import product_item
-from datamodules.preprocess import ItemPreprocess
-from datamodules.products import ProductDataModule
-from retrieval.comparison import DEPTH, Asked, measure, search_untrained, untrained_report
-from retrieval.lexical.records import Record, record_of, record_of_kind, typed_record
-from retrieval.questions import Questions
-from retrieval.untrained import Untrained, number_features
-from towers.metric import compared
-from towers.two_tower import TwoTower, exact_search, to_device
-from towers.untrained import UntrainedTowers, untrained_features
+from tritower.datamodules.batch import Item, Side
+from tritower.datamodules.catalogue import product_item
+from tritower.datamodules.held_out import QueryRows
+from tritower.datamodules.preprocess import ItemPreprocess
+from tritower.datamodules.products import ProductDataModule
+from tritower.retrieval.evaluating.comparison import (
+    DEPTH,
+    Asked,
+    measure,
+    search_untrained,
+    untrained_report,
+)
+from tritower.retrieval.evaluating.evaluation_queries import Questions
+from tritower.retrieval.evaluating.untrained import Untrained, number_features
+from tritower.retrieval.lexical.records import Record, record_of, record_of_kind, typed_record
+from tritower.towers.metric import compared
+from tritower.towers.two_tower import TwoTower, exact_search, to_device
+from tritower.towers.untrained import UntrainedTowers, untrained_features
 
 ENCODED_AT_ONCE = 256
 
@@ -30,7 +36,7 @@ class Query(NamedTuple):
 
     Attributes:
         number: of the held-out query.
-        kind: see `retrieval.questions.KINDS`.
+        kind: see `tritower.retrieval.evaluating.evaluation_queries.KINDS`.
         item: what is shown.
     """
 
@@ -53,7 +59,8 @@ def floor_report(
         towers: the pretrained towers of each side before training.
 
     Returns:
-        A report as of `retrieval.evaluate`: queries, tasks (exact alone), baselines, differences, chosen.
+        A report as of `tritower.retrieval.evaluating.evaluate`: queries, tasks (exact alone),
+        baselines, differences, chosen.
     """
     held_out = data.held_out[split]
     assert data.preprocess is not None
@@ -61,10 +68,14 @@ def floor_report(
     items = [product_item(data.products.row(row)) for row in held_out.gallery.tolist()]
     products = _encode(model, "product", data.preprocess.product, items, towers["product"])
     records, numbers = _records(items, data)
-    inputs = Untrained(records, products.features | ({"numbers": number_features(numbers)} if numbers.size else {}))
+    inputs = Untrained(
+        records, products.features | ({"numbers": number_features(numbers)} if numbers.size else {})
+    )
 
     asked = list(_queries(QueryRows(data.products, data.queries, held_out, data.preprocess.query)))
-    queries = _encode(model, "query", data.preprocess.query, [query.item for query in asked], towers["query"])
+    queries = _encode(
+        model, "query", data.preprocess.query, [query.item for query in asked], towers["query"]
+    )
     read = queries.embedding.any(axis=1)  # of the others the model reads nothing
     asked = [query for query, is_read in zip(asked, read, strict=True) if is_read]
     features = {name: values[read] for name, values in queries.features.items()}
@@ -79,7 +90,9 @@ def floor_report(
         source=own,
         relevant=held_out.relevant[number],
         judged=held_out.judged[number],
-        grades=np.where(held_out.judged[number] >= 0, held_out.grade[number], 0.0).astype(np.float64),
+        grades=np.where(held_out.judged[number] >= 0, held_out.grade[number], 0.0).astype(
+            np.float64
+        ),
         threshold=held_out.threshold,
     )
     shown = _shown(asked, own, inputs, features)
@@ -105,7 +118,11 @@ class _Encoded(NamedTuple):
 
 @torch.inference_mode()
 def _encode(
-    model: TwoTower, side: Side, preprocess: ItemPreprocess, items: Sequence[Item], towers: UntrainedTowers
+    model: TwoTower,
+    side: Side,
+    preprocess: ItemPreprocess,
+    items: Sequence[Item],
+    towers: UntrainedTowers,
 ) -> _Encoded:
     """Embeddings of items, and features of pretrained towers before training."""
     encoder = model.query if side == "query" else model.product
@@ -118,12 +135,15 @@ def _encode(
         tensors = to_device(preprocess(batch), model.device)
         tensors, untrained = untrained_features(encoder, towers, tensors)
         encoded = encoder(tensors)
-        vectors = compared(encoded.embedding.float(), side, model.metric) * encoded.present.any(1, keepdim=True)
+        vectors = compared(encoded.embedding.float(), side, model.metric) * encoded.present.any(
+            1, keepdim=True
+        )
         embeddings.append(vectors.cpu().numpy())
         for name, found in untrained.items():
             features[name].append(found.cpu().numpy())
     return _Encoded(
-        np.concatenate(embeddings), {name: np.concatenate(parts) for name, parts in features.items() if parts}
+        np.concatenate(embeddings),
+        {name: np.concatenate(parts) for name, parts in features.items() if parts},
     )
 
 
@@ -160,9 +180,15 @@ def _shown(
     records: list[Record] = []
     for query, source in zip(asked, own.tolist(), strict=True):
         text = next(iter(query.item.text.values()), "")
-        records.append(record_of_kind(products.records[source], query.kind) if source >= 0 else typed_record(text))
+        records.append(
+            record_of_kind(products.records[source], query.kind)
+            if source >= 0
+            else typed_record(text)
+        )
     shown = dict(features)
     if "numbers" in products.features:
-        shows_numbers = (own >= 0) & np.isin([query.kind for query in asked], ("fused", "product:attribute"))
+        shows_numbers = (own >= 0) & np.isin(
+            [query.kind for query in asked], ("fused", "product:attribute")
+        )
         shown["numbers"] = np.where(shows_numbers[:, None], products.features["numbers"][own], 0)
     return Untrained(records, shown)

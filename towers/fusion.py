@@ -1,8 +1,8 @@
 """Fusion: one vector for each modality, and which of them are there, to one embedding.
 
-All take z (B, M, D) and present (B, M) and return the fused (B, D) and the share (B, M) that each modality had in it;
-shares of a row add up to 1. A modality that is absent is replaced by a learned token before fusion (see
-`towers.encoder`), so what stood in its place never matters.
+All take z (B, M, D) and present (B, M) and return the fused (B, D) and the share (B, M) that each
+modality had in it; shares of a row add up to 1. A modality that is absent is replaced by a learned
+token before fusion (see `tritower.towers.encoder`), so what stood in its place never matters.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class MeanFusion(nn.Module):
 class GatedFusion(nn.Module):
     """A weighted mean of the modalities that are there, plus what only their combination tells.
 
-    The gates see all vectors and the mask; the residual is a small network over the concatenation. Both start as
-    nothing, so training starts from the mean.
+    The gates see all vectors and the mask; the residual is a small network over the concatenation.
+    Both start as nothing, so training starts from the mean.
     """
 
     def __init__(self, num_modalities: int, dim: int) -> None:
@@ -61,11 +61,15 @@ class TransformerFusion(nn.Module):
         heads = max(h for h in (1, 2, 4, 8) if dim % h == 0)
         self.norm = nn.LayerNorm(dim)
         self.attention = nn.MultiheadAttention(dim, heads, batch_first=True)
-        self.mlp = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(dim), nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim)
+        )
 
     def forward(self, z: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
         """(B, M, D), (B, M) bool -> (B, D), (B, M)."""
-        tokens = torch.cat([self.token.expand(len(z), 1, -1), z], 1) + self.position  # (B, 1 + M, D)
+        tokens = (
+            torch.cat([self.token.expand(len(z), 1, -1), z], 1) + self.position
+        )  # (B, 1 + M, D)
         normed = self.norm(tokens)
         attended, weights = self.attention(normed[:, :1], normed, normed)
         fused = tokens[:, 0] + attended[:, 0] + z.mean(1)
@@ -73,4 +77,8 @@ class TransformerFusion(nn.Module):
         return fused + self.mlp(fused), shares / shares.sum(1, keepdim=True)
 
 
-FUSIONS: dict[str, type[nn.Module]] = {"gated": GatedFusion, "mean": MeanFusion, "transformer": TransformerFusion}
+FUSIONS: dict[str, type[nn.Module]] = {
+    "gated": GatedFusion,
+    "mean": MeanFusion,
+    "transformer": TransformerFusion,
+}

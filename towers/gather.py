@@ -19,7 +19,9 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        gradient = gradient.clone(memory_format=torch.contiguous_format)  # autograd may use the original elsewhere
+        gradient = gradient.clone(
+            memory_format=torch.contiguous_format
+        )  # autograd may use the original elsewhere
         dist.all_reduce(gradient)  # every process has a share of the loss on these rows
         return gradient[ctx.rank * ctx.num_rows : (ctx.rank + 1) * ctx.num_rows]
 
@@ -32,7 +34,8 @@ def num_processes() -> int:
 def gather_rows(rows: Tensor) -> Tensor:
     """(n, ...) of each process -> (n * processes, ...), in the order of the ranks; gradients flow back to each.
 
-    All processes must have the same n. Summed over processes, the gradient is that of one process with all rows.
+    All processes must have the same n. Summed over processes, the gradient is that of one process
+    with all rows.
     """
     if num_processes() == 1:
         return rows

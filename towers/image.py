@@ -15,11 +15,14 @@ from timm.layers import PatchDropout
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from datamodules.images import decode
-from towers.tower import Tower
+from tritower.datamodules.images import decode
+from tritower.towers.tower import Tower
 
 WHOLE_PICTURES = 0.9
-"""From this share of the training on, patches are no longer dropped: so a model is used to whole pictures."""
+"""From this share of the training on, patches are no longer dropped:
+
+so a model is used to whole pictures.
+"""
 
 Resize = Literal["pad", "crop", "squash"]
 FILTERS = {
@@ -36,10 +39,11 @@ class PicturePreprocess:
 
     Attributes:
         size: S, pixels of a side.
-        resize: `pad` keeps the whole picture on white, `crop` takes the middle, `squash` changes the aspect ratio.
+        resize: `pad` keeps the whole picture on white, `crop` takes the middle, `squash` changes
+            the aspect ratio.
         interpolation: `nearest`, `bilinear`, `bicubic` or `lanczos`.
-        augment: in training, take a random part of 70 to 100 % of the area, mirrored half of the time. Colour stays: it
-            is a fact about the product.
+        augment: in training, take a random part of 70 to 100 % of the area, mirrored half of the
+            time. Colour stays: it is a fact about the product.
     """
 
     size: int
@@ -47,20 +51,27 @@ class PicturePreprocess:
     interpolation: str = "bicubic"
     augment: bool = False
 
-    def __call__(self, images: Sequence[bytes], rngs: Sequence[np.random.Generator] | None = None) -> Tensor:
+    def __call__(
+        self, images: Sequence[bytes], rngs: Sequence[np.random.Generator] | None = None
+    ) -> Tensor:
         """(N, 3, S, S) uint8; varied where `rngs` are given."""
         vary = rngs if rngs is not None and self.augment else [None] * len(images)
         pictures = (
             decode(data, draft=2 * self.size) for data in images
         )  # many pixels more than S are not even decoded
-        return torch.stack([self.square(picture, rng) for picture, rng in zip(pictures, vary, strict=True)])
+        return torch.stack(
+            [self.square(picture, rng) for picture, rng in zip(pictures, vary, strict=True)]
+        )
 
     def square(self, picture: Image.Image, rng: np.random.Generator | None) -> Tensor:
         """An RGB picture as (3, S, S) uint8."""
         pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
         mirror = False
         if rng is not None:
-            pixels, mirror = part_of(pixels, float(rng.uniform(0.7, 1.0)), rng), bool(rng.random() < 0.5)
+            pixels, mirror = (
+                part_of(pixels, float(rng.uniform(0.7, 1.0)), rng),
+                bool(rng.random() < 0.5),
+            )
         height, width = pixels.shape[1:]
         if self.resize == "crop":
             side = min(width, height)
@@ -68,7 +79,9 @@ class PicturePreprocess:
             pixels = pixels[:, top : top + side, left : left + side]
         if self.resize == "pad" and width != height:
             scale = self.size / max(width, height)
-            inner = self._resized(pixels, max(1, round(height * scale)), max(1, round(width * scale)))
+            inner = self._resized(
+                pixels, max(1, round(height * scale)), max(1, round(width * scale))
+            )
             top, left = (self.size - inner.shape[1]) // 2, (self.size - inner.shape[2]) // 2
             pixels = torch.full((3, self.size, self.size), 255, dtype=torch.uint8)
             pixels[:, top : top + inner.shape[1], left : left + inner.shape[2]] = inner
@@ -82,16 +95,21 @@ class PicturePreprocess:
             return pixels
         if self.interpolation in ("bilinear", "bicubic"):
             size = (height, width)
-            return F.interpolate(pixels[None], size=size, mode=self.interpolation, antialias=True)[0]
+            return F.interpolate(pixels[None], size=size, mode=self.interpolation, antialias=True)[
+                0
+            ]
         picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
-        return torch.from_numpy(np.array(picture.resize((width, height), FILTERS[self.interpolation]))).permute(2, 0, 1)
+        return torch.from_numpy(
+            np.array(picture.resize((width, height), FILTERS[self.interpolation]))
+        ).permute(2, 0, 1)
 
 
 def part_of(pixels: Tensor, area: float, rng: np.random.Generator) -> Tensor:
     """A random part of a picture (3, H, W) with this share of its area and its aspect ratio."""
     height, width = (max(1, round(side * area**0.5)) for side in pixels.shape[1:])
     top, left = (
-        int(rng.integers(0, all_ - part + 1)) for all_, part in zip(pixels.shape[1:], (height, width), strict=True)
+        int(rng.integers(0, all_ - part + 1))
+        for all_, part in zip(pixels.shape[1:], (height, width), strict=True)
     )
     return pixels[:, top : top + height, left : left + width]
 
@@ -108,7 +126,9 @@ class ImageTower(Tower):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, preprocess: PicturePreprocess, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(
+        self, preprocess: PicturePreprocess, mean: Sequence[float], std: Sequence[float]
+    ) -> None:
         super().__init__()
         self.preprocess = preprocess
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
@@ -126,19 +146,26 @@ class ImageTower(Tower):
             ValueError: share out of range, or a model whose pictures are not cut into patches.
         """
         if not 0 <= share < 1:
-            raise ValueError(f"patch_dropout={share} is a share of the patches: choose 0 to below 1.")
+            raise ValueError(
+                f"patch_dropout={share} is a share of the patches: choose 0 to below 1."
+            )
         self.patch_dropout = share
         if share == 0:
             return
         found = False
         for module in list(self.modules()):
-            for name in ("patch_drop", "patch_dropout"):  # timm's and open_clip's, where nothing is dropped so far
+            for name in (
+                "patch_drop",
+                "patch_dropout",
+            ):  # timm's and open_clip's, where nothing is dropped so far
                 if isinstance(getattr(module, name, None), nn.Module):
                     prefix = getattr(module, "num_prefix_tokens", 1)
                     setattr(module, name, PatchDropout(share, num_prefix_tokens=prefix))
                     found = True
         if not found:
-            raise ValueError(f"patch_dropout={share}: this model does not cut pictures into patches (a ViT does).")
+            raise ValueError(
+                f"patch_dropout={share}: this model does not cut pictures into patches (a ViT does)."
+            )
 
     def at(self, progress: float) -> None:
         """See `Tower.at`: whole pictures in the last tenth."""
@@ -149,7 +176,8 @@ class ImageTower(Tower):
     def normalise(self, pixels: Tensor) -> Tensor:
         """(N, 3, S, S) uint8 -> float32 with the model's mean and standard deviation; done where the pixels are.
 
-        Channels lie last in memory: convolutions keep that up and are faster with it (EfficientNet on a CPU: 1.4 times,
+        Channels lie last in memory: convolutions keep that up and are faster with it (EfficientNet
+          on a CPU: 1.4 times,
         forth and back); a ViT sees no difference.
         """
         normal = (pixels.to(self.mean.dtype) / 255 - self.mean) / self.std
@@ -160,17 +188,21 @@ class TimmImage(ImageTower):
     """Any backbone of the timm library.
 
     Args:
-        model: name in timm, e.g. `vit_base_patch16_224` or `tf_efficientnet_lite0`, or `hf-hub:org/repo`.
-        pretrained: true loads timm's weights by the model's name; a path loads a local weights file.
+        model: name in timm, e.g. `vit_base_patch16_224` or `tf_efficientnet_lite0`, or
+            `hf-hub:org/repo`.
+        pretrained: true loads timm's weights by the model's name; a path loads a local weights
+            file.
         model_args: further arguments of the timm model, e.g. `{depths: [1, 1, 2, 1]}`.
         image_size: pixels of a side; null takes the model's own.
-        resize: `pad` keeps the whole picture on white, `crop` takes the middle, `squash` changes the aspect ratio.
+        resize: `pad` keeps the whole picture on white, `crop` takes the middle, `squash` changes
+            the aspect ratio.
         interpolation: `nearest`, `bilinear`, `bicubic` or `lanczos`; null takes the model's own.
         mean: of each colour channel, 0 to 1; null takes the model's own.
         std: of each colour channel; null takes the model's own.
         augment: vary the pictures in training (crops of 70 to 100 %, mirrored at random).
         freeze: keep the weights as they are; their features can then be cached.
-        freeze_lower: share of the blocks, from the input on, whose weights are kept; 0.5 takes about half of the time.
+        freeze_lower: share of the blocks, from the input on, whose weights are kept; 0.5 takes
+            about half of the time.
         patch_dropout: share of a ViT's patches that training leaves out, in all but its last tenth.
     """
 
@@ -192,7 +224,9 @@ class TimmImage(ImageTower):
         if isinstance(pretrained, Path) and not pretrained.is_file():
             raise FileNotFoundError(f"pretrained={pretrained}: no such weights file.")
         if interpolation is not None and interpolation not in FILTERS:
-            raise ValueError(f"interpolation={interpolation!r}: choose one of {', '.join(FILTERS)}.")
+            raise ValueError(
+                f"interpolation={interpolation!r}: choose one of {', '.join(FILTERS)}."
+            )
         overlay = {"file": str(pretrained)} if isinstance(pretrained, Path) else None
         backbone = timm.create_model(
             model,
@@ -204,10 +238,16 @@ class TimmImage(ImageTower):
         own = timm.data.resolve_model_data_config(backbone)
         size = image_size if image_size is not None else own["input_size"][-1]
         mean, std = (list(given or own[name]) for name, given in (("mean", mean), ("std", std)))
-        super().__init__(PicturePreprocess(size, resize, interpolation or own["interpolation"], augment), mean, std)
+        super().__init__(
+            PicturePreprocess(size, resize, interpolation or own["interpolation"], augment),
+            mean,
+            std,
+        )
         self.name, self.model_args = model, dict(model_args or {})
         if model.startswith("hf-hub:"):  # the model folder must not need the hub again
-            _, self.name, hub_args = timm.models.load_model_config_from_hf(model.removeprefix("hf-hub:"))
+            _, self.name, hub_args = timm.models.load_model_config_from_hf(
+                model.removeprefix("hf-hub:")
+            )
             self.model_args = {**hub_args, **self.model_args}
         self.model = backbone
         self.pretrained = bool(pretrained)

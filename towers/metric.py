@@ -7,13 +7,13 @@ from typing import Literal
 
 from torch import Tensor
 
-from datamodules.batch import Side
+from tritower.datamodules.batch import Side
 
 Metric = Literal["cosine", "kl"]
 """cosine: unit embeddings as they are.
-kl: logits are sqrt(D) times the embedding, so that they vary by about 1, and a query lies next to the products whose
-    softmax has the least Kullback-Leibler divergence from its own. That is not symmetric: a product may be near to a
-    query that is far from it.
+kl: logits are sqrt(D) times the embedding, so that they vary by about 1, and a query lies next to
+    the products whose softmax has the least Kullback-Leibler divergence from its own. That is not
+    symmetric: a product may be near to a query that is far from it.
 """
 
 
@@ -26,8 +26,9 @@ def compared(embedding: Tensor, side: Side, metric: Metric) -> Tensor:
         metric: what they are compared by.
 
     Returns:
-        (B, D): the same under cosine. Under kl float32: probabilities p of queries, log q + log D of products; then the
-        score p (log q + log D) is log D minus the entropy of p, which all products share, minus KL(p || q).
+        (B, D): the same under cosine. Under kl float32: probabilities p of queries, log q + log D
+        of products; then the score p (log q + log D) is log D minus the entropy of p, which all
+        products share, minus KL(p || q).
     """
     if metric == "cosine":
         return embedding

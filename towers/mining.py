@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from datamodules.batch import NO_KEY, RELATIONS, Relation
-from datamodules.heldout import ProductRows, RowBatches
-from datamodules.negatives import Negatives
-from datamodules.parquet import product_keys
-from towers.two_tower import TwoTower, to_device
+from tritower.datamodules.batch import NO_KEY, RELATIONS, Relation
+from tritower.datamodules.catalogue import product_keys
+from tritower.datamodules.held_out import ProductRows, RowBatches
+from tritower.datamodules.negatives import Negatives
+from tritower.towers.two_tower import TwoTower, to_device
 
 logger = logging.getLogger(__name__)
 
@@ -29,20 +29,22 @@ SHARD = 131_072
 class HardNegatives(L.Callback):
     """Every few epochs, embeds the products that are trained on, indexes them, and gives each one its hard negatives.
 
-    What is as near as an answer may be one that nobody marked. So candidates begin at a rank, end at another, and have
-    to be less similar to the product than its own mates are (as NV-Retriever, arXiv:2407.15831); whatever has an equal
-    key is none. At the first times a part of the negatives is still drawn at random (as Etsy, arXiv:2306.04833).
+    What is as near as an answer may be one that nobody marked. So candidates begin at a rank, end
+    at another, and have to be less similar to the product than its own mates are (as NV-Retriever,
+    arXiv:2407.15831); whatever has an equal key is none. At the first times a part of the negatives
+    is still drawn at random (as Etsy, arXiv:2306.04833).
 
     Args:
         every_n_epochs: 0 mines nothing.
         per_example: extra negatives per example of a batch.
         first_rank: of the candidates among a product's neighbours, from 1.
         last_rank: likewise; as many neighbours are searched.
-        max_similarity: candidates more similar than this share of the similarity to the least similar mate (to itself:
-            1, where it has none) are suspected to be answers, and left out.
+        max_similarity: candidates more similar than this share of the similarity to the least
+            similar mate (to itself: 1, where it has none) are suspected to be answers, and left
+            out.
         related: products with an equal key of these relations are no candidates.
-        ramp: times of mining until the mined ones make up all extra negatives: 3 takes a third after the first, two
-            thirds after the second.
+        ramp: times of mining until the mined ones make up all extra negatives: 3 takes a third
+            after the first, two thirds after the second.
     """
 
     def __init__(
@@ -61,7 +63,9 @@ class HardNegatives(L.Callback):
                 "negative, and per_example is at least 1."
             )
         if not 1 <= first_rank <= last_rank:
-            raise ValueError(f"first_rank={first_rank}, last_rank={last_rank}: choose 1 <= first_rank <= last_rank.")
+            raise ValueError(
+                f"first_rank={first_rank}, last_rank={last_rank}: choose 1 <= first_rank <= last_rank."
+            )
         self.every_n_epochs, self.per_example, self.ramp = every_n_epochs, per_example, ramp
         self.first_rank, self.last_rank, self.max_similarity = first_rank, last_rank, max_similarity
         self.related: list[Relation] = (
@@ -69,9 +73,17 @@ class HardNegatives(L.Callback):
         )
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
     ) -> None:
-        """After the last step of an epoch, mine for the next one: before any checkpoint that the run may go on from."""
+        """After the last step of an epoch, mine for the next one.
+
+        Before any checkpoint that the run may go on from.
+        """
         epoch = trainer.current_epoch + 1
         if not self.every_n_epochs or batch_idx + 1 < trainer.num_training_batches:
             return
@@ -90,16 +102,18 @@ class HardNegatives(L.Callback):
 
     def _mine(self, data: Any, work: Path, file: Path) -> float:
         """Write the candidates of every embedded product; returns the share of suspected answers among them."""
-        from retrieval.build import build_index  # training itself needs no FAISS
-        from retrieval.embeddings import EmbeddingReader
-        from retrieval.index import ProductIndex
+        from tritower.retrieval.building.build import build_index
+        from tritower.retrieval.index import ProductIndex
+        from tritower.retrieval.vectors.embeddings import EmbeddingReader
 
         rows: Rows = data.train_rows
         build_index(EmbeddingReader(work / "embeddings"), work / "index")
         index = ProductIndex.open(work / "index")
         keys = np.array([product_keys(data.products.row(int(row))) for row in rows])
         keys = keys[:, [RELATIONS.index(relation) for relation in self.related]]
-        table = np.lib.format.open_memmap(file, "w+", np.int32, (len(data.products), self.last_rank))
+        table = np.lib.format.open_memmap(
+            file, "w+", np.int32, (len(data.products), self.last_rank)
+        )
         table[:] = -1
         searched = suspected = first = 0
         for batch in EmbeddingReader(work / "embeddings").batches(BLOCK):
@@ -113,10 +127,16 @@ class HardNegatives(L.Callback):
         table.flush()
         shutil.rmtree(work)
         share = suspected / max(1, searched)
-        logger.info("mined %s: %.1f %% of the candidates may be answers and were left out", file.name, 100 * share)
+        logger.info(
+            "mined %s: %.1f %% of the candidates may be answers and were left out",
+            file.name,
+            100 * share,
+        )
         return share
 
-    def choose(self, own: Rows, found: Rows, scores: NDArray[np.float32], keys: Rows) -> tuple[Rows, int]:
+    def choose(
+        self, own: Rows, found: Rows, scores: NDArray[np.float32], keys: Rows
+    ) -> tuple[Rows, int]:
         """The hard negatives among the neighbours of some products.
 
         Args:
@@ -126,7 +146,8 @@ class HardNegatives(L.Callback):
             keys: (N, R) of all products.
 
         Returns:
-            (B, K - 1) rows, nearest first, -1 where there are fewer; how many were left out as too similar.
+            (B, K - 1) rows, nearest first, -1 where there are fewer; how many were left out as too
+            similar.
         """
         there = (found >= 0) & (found != own[:, None])
         mine, theirs = keys[own][:, None, :], keys[found]
@@ -144,7 +165,7 @@ class HardNegatives(L.Callback):
 @torch.inference_mode()
 def _embed(trainer: L.Trainer, model: TwoTower, folder: Path) -> None:
     """Write the embeddings of the products that are trained on, each process some of the shards."""
-    from retrieval.embeddings import EmbeddingWriter
+    from tritower.retrieval.vectors.embeddings import EmbeddingWriter
 
     data, rows = trainer.datamodule, trainer.datamodule.train_rows
     if trainer.is_global_zero:

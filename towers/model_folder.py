@@ -1,11 +1,13 @@
-"""The model folder: what everything but training reads. Weights, architecture, tokenizers and schema; no code.
+"""The model folder: what everything but training reads.
+
+Weights, architecture, tokenizers and schema; no code.
 
 model.safetensors   all weights
-untrained.safetensors   weights that pretrained towers had before they were tuned; only where some were
-config.json         class names and plain constructor arguments of towers; looked up among our own, never imported
-schema.json         of the catalogue it was trained on
-product/text/ ...   files that a tower needs beside its weights, e.g. of its tokenizer
-manifest.json       size and digest of every file, and the fingerprint that an index stores
+untrained.safetensors   weights that pretrained towers had before they were tuned; only where some
+were config.json         class names and plain constructor arguments of towers; looked up among our
+own, never imported schema.json         of the catalogue it was trained on product/text/ ...   files
+that a tower needs beside its weights, e.g. of its tokenizer manifest.json       size and digest of
+every file, and the fingerprint that an index stores
 """
 
 from __future__ import annotations
@@ -18,25 +20,36 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from datamodules.batch import Side
-from datamodules.schema import Schema
-from retrieval.storage import ArtefactError, new_folder, verify
-from towers.attribute import AttributeTower
-from towers.encoder import Encoder
-from towers.hugging_face import HuggingFaceText
-from towers.image import TimmImage
-from towers.open_clip_models import OpenClipImage, OpenClipText
-from towers.text import BiLSTM
-from towers.tower import Tower
-from towers.two_tower import TwoTower
-from towers.untrained import UntrainedTowers, copied
-from towers.words import HashedNgrams
+from tritower.artefacts.storage import ArtefactError, new_folder, verify
+from tritower.datamodules.batch import Side
+from tritower.datamodules.schema import Schema
+from tritower.towers.attribute import AttributeTower
+from tritower.towers.encoder import Encoder
+from tritower.towers.hugging_face import HuggingFaceText
+from tritower.towers.image import TimmImage
+from tritower.towers.lexical import HashedNgrams
+from tritower.towers.open_clip_models import OpenClipImage, OpenClipText
+from tritower.towers.text import BiLSTM
+from tritower.towers.tower import Tower
+from tritower.towers.two_tower import TwoTower
+from tritower.towers.untrained import UntrainedTowers, copied
 
 FORMAT = 2
-"""2: of a metric that is not cosine. Models of cosine are written as 1, which older releases read."""
+"""2: of a metric that is not cosine.
+
+Models of cosine are written as 1, which older releases read.
+"""
 TOWERS: dict[str, type[Tower]] = {
     tower.__name__: tower
-    for tower in (BiLSTM, HuggingFaceText, OpenClipText, TimmImage, OpenClipImage, AttributeTower, HashedNgrams)
+    for tower in (
+        BiLSTM,
+        HuggingFaceText,
+        OpenClipText,
+        TimmImage,
+        OpenClipImage,
+        AttributeTower,
+        HashedNgrams,
+    )
 }
 
 
@@ -53,7 +66,7 @@ def save_model(
     Args:
         model: with a schema.
         folder: to be made.
-        untrained: the pretrained towers of each side before training (`towers.untrained`).
+        untrained: the pretrained towers of each side before training (`tritower.towers.untrained`).
         meta: more plain data for the manifest, e.g. where the model comes from.
         overwrite: replace a model folder that is there.
 
@@ -65,22 +78,34 @@ def save_model(
         raise ValueError("The model has no schema: train it first, or call set_schema.")
     about = {"metric": model.metric, "embed_dim": model.embed_dim, **(meta or {})}
     with new_folder(folder, kind="model", meta=about, overwrite=overwrite) as new:
-        encoders = {"product": model.product} | ({} if model.own_query is None else {"query": model.own_query})
+        encoders = {"product": model.product} | (
+            {} if model.own_query is None else {"query": model.own_query}
+        )
         config = {
             "format": 1 if model.metric == "cosine" else FORMAT,
             "metric": model.metric,
-            "encoders": {side: _describe(encoder, new / side) for side, encoder in encoders.items()},
+            "encoders": {
+                side: _describe(encoder, new / side) for side, encoder in encoders.items()
+            },
         }
-        (new / "config.json").write_text(json.dumps(config, indent=1, ensure_ascii=False), encoding="utf-8")
+        (new / "config.json").write_text(
+            json.dumps(config, indent=1, ensure_ascii=False), encoding="utf-8"
+        )
         model.schema.save(new / "schema.json")
-        weights = {f"{s}.{k}": v.cpu().contiguous() for s, e in encoders.items() for k, v in e.state_dict().items()}
+        weights = {
+            f"{s}.{k}": v.cpu().contiguous()
+            for s, e in encoders.items()
+            for k, v in e.state_dict().items()
+        }
         save_file(weights, new / "model.safetensors")
         if before := _tuned_weights(model, untrained or {}):
             save_file(before, new / "untrained.safetensors")
 
 
 def load_model(folder: Path | str) -> TwoTower:
-    """A model from its folder, ready to encode: needs neither the catalogue nor pretrained weights nor a network.
+    """A model from its folder, ready to encode.
+
+    Needs neither the catalogue nor pretrained weights nor a network.
 
     Raises:
         ArtefactError: no model folder, a damaged one, or one of a newer release.
@@ -93,12 +118,18 @@ def load_model(folder: Path | str) -> TwoTower:
             f"{folder} has model format {config['format']}; this release reads up to {FORMAT}: upgrade."
         )
     schema = Schema.load(folder / "schema.json")
-    encoders = {side: _rebuild(parts, folder / side, folder) for side, parts in config["encoders"].items()}
-    model = TwoTower(encoders["product"], encoders.get("query"), metric=config.get("metric", "cosine"))
+    encoders = {
+        side: _rebuild(parts, folder / side, folder) for side, parts in config["encoders"].items()
+    }
+    model = TwoTower(
+        encoders["product"], encoders.get("query"), metric=config.get("metric", "cosine")
+    )
     model.set_schema(schema)
     weights = load_file(folder / "model.safetensors")
     for side, encoder in encoders.items():
-        own = {k.removeprefix(f"{side}."): v for k, v in weights.items() if k.startswith(f"{side}.")}
+        own = {
+            k.removeprefix(f"{side}."): v for k, v in weights.items() if k.startswith(f"{side}.")
+        }
         encoder.load_state_dict(own)
     return model.eval()
 
@@ -112,7 +143,11 @@ def load_untrained(folder: Path | str, model: TwoTower) -> dict[Side, dict[str, 
     """
     folder = Path(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    tuned = load_file(folder / "untrained.safetensors") if (folder / "untrained.safetensors").is_file() else {}
+    tuned = (
+        load_file(folder / "untrained.safetensors")
+        if (folder / "untrained.safetensors").is_file()
+        else {}
+    )
     encoders: dict[Side, Encoder] = {"product": model.product, "query": model.query}
     result: dict[Side, dict[str, Tower]] = {}
     for side, encoder in encoders.items():
@@ -120,7 +155,11 @@ def load_untrained(folder: Path | str, model: TwoTower) -> dict[Side, dict[str, 
         result[side] = {}
         for name, tower in encoder.towers.items():
             prefix = f"{stored}.{name}."
-            weights = {key.removeprefix(prefix): value for key, value in tuned.items() if key.startswith(prefix)}
+            weights = {
+                key.removeprefix(prefix): value
+                for key, value in tuned.items()
+                if key.startswith(prefix)
+            }
             if weights:
                 result[side][name] = copied(tower)
                 result[side][name].load_state_dict(weights)
@@ -130,7 +169,10 @@ def load_untrained(folder: Path | str, model: TwoTower) -> dict[Side, dict[str, 
 
 
 def _tuned_weights(model: TwoTower, untrained: Mapping[Side, UntrainedTowers]) -> dict[str, Tensor]:
-    """Weights before training of the towers that were tuned: those that are not the model's own any more."""
+    """Weights before training of the towers that were tuned.
+
+    Those that are not the model's own any more.
+    """
     own = set(model.modules())
     return {
         f"{side}.{name}.{key}": value.cpu().contiguous().clone()
@@ -147,7 +189,9 @@ def _describe(encoder: Encoder, folder: Path) -> dict[str, Any]:
     for name, tower in encoder.towers.items():
         kind = type(tower).__name__
         if TOWERS.get(kind) is not type(tower):
-            raise ValueError(f"A model folder cannot hold a {kind} tower. It can hold: {', '.join(TOWERS)}.")
+            raise ValueError(
+                f"A model folder cannot hold a {kind} tower. It can hold: {', '.join(TOWERS)}."
+            )
         (folder / name).mkdir(parents=True)
         tower.save_assets(folder / name)
         arguments = tower.architecture()

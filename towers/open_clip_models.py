@@ -11,9 +11,9 @@ from typing import Any
 import open_clip
 from torch import Tensor, nn
 
-from towers.hugging_face import HuggingFaceTokenizer
-from towers.image import ImageTower, PicturePreprocess
-from towers.text import Template, TextPreprocess, TextTower
+from tritower.towers.hugging_face import HuggingFaceTokenizer
+from tritower.towers.image import ImageTower, PicturePreprocess
+from tritower.towers.text import Template, TextPreprocess, TextTower
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,11 @@ class OpenClipTokenizer:
         if inner is not None:
             return HuggingFaceTokenizer(inner, length).lengths_and_fallbacks(text)
         ids = self.tokenizer.encode(text)
-        # ids below 512 are the 256 bytes, alone and at the end of a word; ASCII letters are words of their own
-        unknown = sum(i < 512 and not self.tokenizer.decoder[i].removesuffix("</w>").isascii() for i in ids)
+        # ids below 512 are the 256 bytes, alone and at the end of a word; ASCII letters are words
+        # of their own
+        unknown = sum(
+            i < 512 and not self.tokenizer.decoder[i].removesuffix("</w>").isascii() for i in ids
+        )
         return len(ids) + 2, min(len(ids) + 2, length), unknown
 
 
@@ -51,12 +54,16 @@ def open_clip_config(model: str) -> dict[str, Any]:
         path = Path(model.removeprefix("local-dir:")) / "open_clip_config.json"
         return dict(json.loads(path.read_text(encoding="utf-8")))
     if model.startswith("hf-hub:"):
-        from open_clip.factory import _get_hf_config  # open_clip offers no public way to the raw configuration
+        from open_clip.factory import (
+            _get_hf_config,  # open_clip offers no public way to the raw configuration
+        )
 
         return dict(_get_hf_config(model.removeprefix("hf-hub:")))
     config = open_clip.get_model_config(model)
     if config is None:
-        raise ValueError(f"open_clip has no model {model!r}. Its names: {', '.join(open_clip.list_models()[:8])}, ...")
+        raise ValueError(
+            f"open_clip has no model {model!r}. Its names: {', '.join(open_clip.list_models()[:8])}, ..."
+        )
     return {"model_cfg": config, "preprocess_cfg": {}}
 
 
@@ -81,13 +88,15 @@ class OpenClipText(TextTower):
 
     Args:
         model: a built-in name (`ViT-B-16`), `hf-hub:org/repo`, or `local-dir:/path`.
-        pretrained: tag of open_clip's weights (`laion2b_s34b_b88k`) or a weights file; null trains from scratch.
-        template: how text fields are joined, e.g. `"{title}. {description}"`; fields that a product lacks are left out.
-            Null joins all fields of the catalogue.
+        pretrained: tag of open_clip's weights (`laion2b_s34b_b88k`) or a weights file; null trains
+            from scratch.
+        template: how text fields are joined, e.g. `"{title}. {description}"`; fields that a product
+            lacks are left out. Null joins all fields of the catalogue.
         query_prefix: put in front of queries.
         product_prefix: put in front of products.
         freeze: keep the weights as they are; their features can then be cached.
-        freeze_lower: share of the blocks, from the input on, whose weights are kept; 0.5 takes about half of the time.
+        freeze_lower: share of the blocks, from the input on, whose weights are kept; 0.5 takes
+            about half of the time.
         load_weights: false builds the architecture alone, untrained.
     """
 
@@ -104,7 +113,9 @@ class OpenClipText(TextTower):
     ) -> None:
         self.config = open_clip_config(model)
         tokenizer = OpenClipTokenizer(open_clip.get_tokenizer(model))
-        super().__init__(TextPreprocess(tokenizer, Template(template), query_prefix, product_prefix))
+        super().__init__(
+            TextPreprocess(tokenizer, Template(template), query_prefix, product_prefix)
+        )
         self.model = create_open_clip(model, pretrained, load_weights).text
         self.pretrained = load_weights and is_pretrained(model, pretrained)
         self.out_dim = self.config["model_cfg"]["embed_dim"]
@@ -141,10 +152,12 @@ class OpenClipImage(ImageTower):
 
     Args:
         model: a built-in name (`ViT-B-16`), `hf-hub:org/repo`, or `local-dir:/path`.
-        pretrained: tag of open_clip's weights (`laion2b_s34b_b88k`) or a weights file; null trains from scratch.
+        pretrained: tag of open_clip's weights (`laion2b_s34b_b88k`) or a weights file; null trains
+            from scratch.
         augment: vary the pictures in training (crops of 70 to 100 %, mirrored at random).
         freeze: keep the weights as they are; their features can then be cached.
-        freeze_lower: share of the blocks, from the input on, whose weights are kept; 0.5 takes about half of the time.
+        freeze_lower: share of the blocks, from the input on, whose weights are kept; 0.5 takes
+            about half of the time.
         patch_dropout: share of a ViT's patches that training leaves out, in all but its last tenth.
         load_weights: false builds the architecture alone, untrained.
     """

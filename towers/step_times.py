@@ -20,8 +20,8 @@ FIRST = 5
 class StepTimes(L.Callback):
     """Logs `train/seconds_data` and its like, means since the last time, and warns once where data is the limit.
 
-    The model looks at the loss and at the gradients of every step, so that a GPU has finished what a part began before
-    its time is taken.
+    The model looks at the loss and at the gradients of every step, so that a GPU has finished what
+    a part began before its time is taken.
 
     Args:
         warn_above: share of a step, 0 to 1, that waiting for data may take.
@@ -30,7 +30,9 @@ class StepTimes(L.Callback):
 
     def __init__(self, warn_above: float = 0.3, steps: int = 50) -> None:
         if not 0 < warn_above <= 1 or steps < 1:
-            raise ValueError(f"warn_above={warn_above}, steps={steps}: choose a share above 0, and at least one step.")
+            raise ValueError(
+                f"warn_above={warn_above}, steps={steps}: choose a share above 0, and at least one step."
+            )
         self.warn_above, self.steps = warn_above, steps
         self._last = 0.0
         self._seen = 0
@@ -56,7 +58,9 @@ class StepTimes(L.Callback):
         if self._seen == FIRST:
             self._all = dict.fromkeys(PARTS, 0.0)
 
-    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
+    def on_before_backward(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor
+    ) -> None:
         """The loss is there."""
         self._take("forward")
 
@@ -67,13 +71,21 @@ class StepTimes(L.Callback):
         self._take("backward")
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
     ) -> None:
         """The step is over."""
         self._take("optimiser")
         self._seen += 1
         if trainer.log_every_n_steps and self._seen % trainer.log_every_n_steps == 0:
-            means = {f"train/seconds_{part}": value / trainer.log_every_n_steps for part, value in self._now.items()}
+            means = {
+                f"train/seconds_{part}": value / trainer.log_every_n_steps
+                for part, value in self._now.items()
+            }
             pl_module.log_dict(means, rank_zero_only=True)
             self._now = dict.fromkeys(PARTS, 0.0)
         if self._seen == FIRST + self.steps:

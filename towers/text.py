@@ -12,21 +12,23 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from datamodules.batch import Item, Side
-from datamodules.preprocess import stable_hash
-from datamodules.schema import Schema
-from retrieval.lexical.tokenizer import tokenize
-from towers.tower import Tower
+from tritower.datamodules.batch import Item, Side
+from tritower.datamodules.preprocess import stable_hash
+from tritower.datamodules.schema import Schema
+from tritower.retrieval.lexical.tokenizer import tokenize
+from tritower.towers.tower import Tower
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Template:
-    """How the text fields of an item become one text: `"{title}. {description}"`; None joins all fields like that.
+    """How the text fields of an item become one text.
 
-    A field that an item lacks takes the characters in front of it with it. A typed query (`{"query": ...}`) stands for
-    itself, whatever the template says.
+    `"{title}. {description}"`; None joins all fields like that.
+
+    A field that an item lacks takes the characters in front of it with it. A typed query
+    (`{"query": ...}`) stands for itself, whatever the template says.
     """
 
     template: str | None = None
@@ -39,12 +41,18 @@ class Template:
         except ValueError as error:
             raise ValueError(f"template={self.template!r} is not a template: {error}.") from None
         if not fields or "" in fields:
-            raise ValueError(f"template={self.template!r} names no field. Example: '{{title}}. {{description}}'")
+            raise ValueError(
+                f"template={self.template!r} names no field. Example: '{{title}}. {{description}}'"
+            )
 
     @property
     def fields(self) -> list[str]:
         """The fields that the template names."""
-        return [field for _, field, _, _ in string.Formatter().parse(self.template or "") if field is not None]
+        return [
+            field
+            for _, field, _, _ in string.Formatter().parse(self.template or "")
+            if field is not None
+        ]
 
     def check(self, schema: Schema) -> None:
         """Refuse a template that would leave every product without text.
@@ -95,7 +103,9 @@ class TextPreprocess:
     def render(self, item: Item, side: Side) -> str:
         """The text of an item with the prefix of its side; empty where it has none."""
         text = self.template.render(item)
-        return (self.query_prefix if side == "query" else self.product_prefix) + text if text else ""
+        return (
+            (self.query_prefix if side == "query" else self.product_prefix) + text if text else ""
+        )
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """(B, L) int64 token ids."""
@@ -115,7 +125,11 @@ class TextPreprocess:
                 len(texts),
             )
         if cut > 0:
-            logger.info("%.1f %% of %d texts are longer than the text tower reads and are cut", 100 * cut, len(texts))
+            logger.info(
+                "%.1f %% of %d texts are longer than the text tower reads and are cut",
+                100 * cut,
+                len(texts),
+            )
         return {"cut": cut, "fallback": fallback}
 
 
@@ -149,7 +163,10 @@ class TextTower(Tower):
 
 
 def split_words(text: str) -> list[str]:
-    """Lower-case words (`retrieval.lexical.tokenizer`). A text without a letter or digit is one word."""
+    """Lower-case words (`tritower.retrieval.lexical.tokenizer`).
+
+    A text without a letter or digit is one word.
+    """
     return tokenize(text) or [text.lower()]
 
 
@@ -171,7 +188,9 @@ class HashedWords:
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """(B, L) int64 token ids, 0 = padding; at least one column."""
         words = (split_words(text)[: self.max_length] for text in texts)
-        return padded([[1 + stable_hash(word) % (self.num_buckets - 1) for word in row] for row in words])
+        return padded(
+            [[1 + stable_hash(word) % (self.num_buckets - 1) for word in row] for row in words]
+        )
 
     def lengths_and_fallbacks(self, text: str) -> tuple[int, int, int]:
         """No word is unknown."""
@@ -183,8 +202,8 @@ class BiLSTM(TextTower):
     """A small bidirectional LSTM over hashed words: the baseline, trained from scratch.
 
     Args:
-        template: how text fields are joined, e.g. `"{title}. {description}"`; fields that a product lacks are left out.
-            Null joins all fields of the catalogue.
+        template: how text fields are joined, e.g. `"{title}. {description}"`; fields that a product
+            lacks are left out. Null joins all fields of the catalogue.
         num_buckets: rows of the word table.
         word_dim: size of a word's embedding.
         hidden_dim: size of the LSTM's state in each direction; features have twice that.
@@ -206,7 +225,9 @@ class BiLSTM(TextTower):
         product_prefix: str = "",
     ) -> None:
         tokenizer = HashedWords(num_buckets, max_length)
-        super().__init__(TextPreprocess(tokenizer, Template(template), query_prefix, product_prefix))
+        super().__init__(
+            TextPreprocess(tokenizer, Template(template), query_prefix, product_prefix)
+        )
         self.word_dim, self.hidden_dim = word_dim, hidden_dim
         self.out_dim = 2 * hidden_dim
         self.words = nn.Embedding(num_buckets, word_dim, padding_idx=0)

@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from torch import nn
 
-from datamodules.schema import Schema
+from tritower.datamodules.schema import Schema
 
 NORMS_WITH_RUNNING_STATISTICS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
@@ -15,13 +15,15 @@ NORMS_WITH_RUNNING_STATISTICS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d,
 class Tower(nn.Module):
     """Base of the towers of all modalities.
 
-    Batch norms always use their running statistics: with those of the batch, a product's features would depend on its
+    Batch norms always use their running statistics: with those of the batch, a product's features
+      would depend on its
     neighbours, and chunked encoding would not equal the whole batch.
 
     Attributes:
         out_dim: F, the size of the features.
         pretrained: its weights come from an earlier training and deserve the low learning rate.
-        frozen: its weights are not trained; features of the same input never change, so they can be cached.
+        frozen: its weights are not trained; features of the same input never change, so they can be
+            cached.
     """
 
     out_dim: int
@@ -35,13 +37,17 @@ class Tower(nn.Module):
         self.train(False)
 
     def freeze_lower(self, share: float) -> None:
-        """Stop training the lower part of a pretrained backbone: its embeddings, stem and first blocks.
+        """Stop training the lower part of a pretrained backbone.
 
-        Nothing is kept for their backward pass, which saves most of the memory and time that training takes there. The
-        blocks are the children of the largest `nn.Sequential` or `nn.ModuleList`.
+        Its embeddings, stem and first blocks.
+
+        Nothing is kept for their backward pass, which saves most of the memory and time that
+        training takes there. The blocks are the children of the largest `nn.Sequential` or
+        `nn.ModuleList`.
 
         Args:
-            share: of the blocks, 0 (nothing is frozen) to 1 (all blocks; what comes after them is still trained).
+            share: of the blocks, 0 (nothing is frozen) to 1 (all blocks; what comes after them is
+                still trained).
 
         Raises:
             ValueError: share out of range, or a backbone without blocks.
@@ -50,17 +56,30 @@ class Tower(nn.Module):
             raise ValueError(f"freeze_lower={share} is a share of the blocks: choose 0 to 1.")
         if share == 0:
             return
-        stacks = [m for m in self.modules() if isinstance(m, nn.Sequential | nn.ModuleList) and len(m) > 1]
+        stacks = [
+            m for m in self.modules() if isinstance(m, nn.Sequential | nn.ModuleList) and len(m) > 1
+        ]
         if not stacks:
-            raise ValueError(f"{type(self).__name__} has no stack of blocks: freeze all of it, or nothing.")
+            raise ValueError(
+                f"{type(self).__name__} has no stack of blocks: freeze all of it, or nothing."
+            )
         blocks = max(stacks, key=lambda stack: sum(p.numel() for p in stack.parameters()))
         inside = {id(p) for p in blocks.parameters()}
-        upper = {id(p) for block in list(blocks)[round(share * len(blocks)) :] for p in block.parameters()}
+        upper = {
+            id(p)
+            for block in list(blocks)[round(share * len(blocks)) :]
+            for p in block.parameters()
+        }
         reached = False
-        for name, parameter in self.named_parameters():  # in the order in which they were made: input first
+        for (
+            name,
+            parameter,
+        ) in self.named_parameters():  # in the order in which they were made: input first
             reached |= id(parameter) in inside
             after = reached and id(parameter) not in inside
-            if not (after or id(parameter) in upper or "proj" in name.rsplit(".", 1)[-1]):  # open_clip makes proj first
+            if not (
+                after or id(parameter) in upper or "proj" in name.rsplit(".", 1)[-1]
+            ):  # open_clip makes proj first
                 parameter.requires_grad_(False)
 
     def train(self, mode: bool = True) -> Self:
@@ -82,7 +101,10 @@ class Tower(nn.Module):
         raise NotImplementedError
 
     def save_assets(self, folder: Path) -> None:
-        """Write what `rebuild` needs besides the arguments, e.g. tokenizer files, into an existing folder."""
+        """Write what `rebuild` needs besides the arguments, e.g.
+
+        tokenizer files, into an existing folder.
+        """
 
     @classmethod
     def rebuild(cls, architecture: dict[str, Any], assets: Path) -> Self:

@@ -44,7 +44,10 @@ class PatientWandbLogger(WandbLogger):
             function(*args)
         except Exception as error:  # whatever a tracker does, the run matters more
             self.broken = True
-            logger.warning("Weights & Biases failed (%s): training goes on, its log is in the run's folder.", error)
+            logger.warning(
+                "Weights & Biases failed (%s): training goes on, its log is in the run's folder.",
+                error,
+            )
 
 
 def wandb_logger(folder: Path, project: str, *, offline: bool) -> list[Logger]:
@@ -54,7 +57,9 @@ def wandb_logger(folder: Path, project: str, *, offline: bool) -> list[Logger]:
     """
     import wandb
 
-    os.environ.setdefault("WANDB_FINISH_TIMEOUT", str(FINISH_TIMEOUT_S))  # releases that do not know it ignore it so
+    os.environ.setdefault(
+        "WANDB_FINISH_TIMEOUT", str(FINISH_TIMEOUT_S)
+    )  # releases that do not know it ignore it so
     for mode in ("offline",) if offline else ("online", "offline"):
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -62,11 +67,15 @@ def wandb_logger(folder: Path, project: str, *, offline: bool) -> list[Logger]:
                 project=project,
                 dir=folder,
                 mode=mode,
-                settings=wandb.Settings(init_timeout=INIT_TIMEOUT_S, login_timeout=INIT_TIMEOUT_S, silent=True),
+                settings=wandb.Settings(
+                    init_timeout=INIT_TIMEOUT_S, login_timeout=INIT_TIMEOUT_S, silent=True
+                ),
             )
             return [PatientWandbLogger(experiment=run, save_dir=folder)]
         except Exception as error:  # no network, no key, a full disk: none may stop a training
             logger.warning(
-                "Weights & Biases cannot start %s: %s", mode, str(error).splitlines()[0] if str(error) else error
+                "Weights & Biases cannot start %s: %s",
+                mode,
+                str(error).splitlines()[0] if str(error) else error,
             )
     return []

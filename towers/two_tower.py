@@ -17,23 +17,26 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from datamodules.batch import Batch, Item, Items, NumberedItems, Side
-from datamodules.preprocess import Preprocess
-from datamodules.schema import Schema
-from retrieval.metrics import hit_at_k, mrr, ndcg_at_k, recall_at_k
-from towers.cache import cached
-from towers.encoder import Encoded, Encoder
-from towers.gather import num_processes
-from towers.loss import ContrastiveLoss, InfoNCE, Loss
-from towers.metric import Metric, compared
-from towers.text import TextTower
-from towers.tower import Tower
+from tritower.datamodules.batch import Batch, Item, Items, NumberedItems, Side
+from tritower.datamodules.preprocess import Preprocess
+from tritower.datamodules.schema import Schema
+from tritower.retrieval.ranking.metrics import hit_at_k, mrr, ndcg_at_k, recall_at_k
+from tritower.towers.encoder import Encoded, Encoder
+from tritower.towers.feature_cache import cached
+from tritower.towers.gather import num_processes
+from tritower.towers.losses.loss import ContrastiveLoss, InfoNCE, Loss
+from tritower.towers.metric import Metric, compared
+from tritower.towers.text import TextTower
+from tritower.towers.tower import Tower
 
 logger = logging.getLogger(__name__)
 
 
 View = Literal["whole", "part", "text", "image", "attribute", "words"]
-"""Which embeddings of items: of all their modalities, of a part of them drawn at random, of a single one."""
+"""Which embeddings of items:
+
+of all their modalities, of a part of them drawn at random, of a single one.
+"""
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,9 @@ class Comparison:
     loss: Loss | None = None
 
     def __str__(self) -> str:
-        return f"{self.query}-{self.product}" + ("" if self.loss is None else f"-{type(self.loss).__name__}")
+        return f"{self.query}-{self.product}" + (
+            "" if self.loss is None else f"-{type(self.loss).__name__}"
+        )
 
 
 class TwoTower(L.LightningModule):
@@ -63,18 +68,24 @@ class TwoTower(L.LightningModule):
         product: encoder of products.
         query: encoder of queries; null shares the product encoder's weights.
         loss: null takes InfoNCE.
-        compare: what the loss is the sum of; null compares whole queries with whole products. With parts, an embedding
-            learns to do with any of its modalities and loses nothing where all are there.
+        compare: what the loss is the sum of; null compares whole queries with whole products. With
+            parts, an embedding learns to do with any of its modalities and loses nothing where all
+            are there.
         lr: learning rate of new parts (projections, fusion, towers trained from scratch).
         pretrained_lr: learning rate of pretrained towers.
         weight_decay: of AdamW; norms, biases and the temperature have none.
-        warmup: share of all steps in which the learning rate rises, 0 to 1; then it falls as a cosine to zero.
-        chunk_size: items that are encoded at once; null encodes the whole batch. Smaller needs less memory and more
-            time: each chunk's forward pass runs again in the backward pass (as GradCache, arXiv:2101.06983).
-        feature_cache: folder where features of frozen towers are kept; null runs frozen towers every time.
-        compile_backend: of torch.compile, for all towers that are trained, e.g. `inductor`; null does not compile them.
+        warmup: share of all steps in which the learning rate rises, 0 to 1; then it falls as a
+            cosine to zero.
+        chunk_size: items that are encoded at once; null encodes the whole batch. Smaller needs less
+            memory and more time: each chunk's forward pass runs again in the backward pass (as
+            GradCache, arXiv:2101.06983).
+        feature_cache: folder where features of frozen towers are kept; null runs frozen towers
+            every time.
+        compile_backend: of torch.compile, for all towers that are trained, e.g. `inductor`; null
+            does not compile them.
         seed: of dropout; with it every step follows from its number, also after resuming.
-        metric: what embeddings are compared by, here and in an index. `kl` suits contrastive losses alone.
+        metric: what embeddings are compared by, here and in an index. `kl` suits contrastive losses
+            alone.
     """
 
     def __init__(
@@ -102,12 +113,16 @@ class TwoTower(L.LightningModule):
         if not 0 <= warmup < 1:
             raise ValueError(f"warmup={warmup} is a share of all steps: choose 0 <= warmup < 1.")
         if chunk_size is not None and chunk_size < 1:
-            raise ValueError(f"chunk_size={chunk_size}: choose at least 1, or null for the whole batch.")
+            raise ValueError(
+                f"chunk_size={chunk_size}: choose at least 1, or null for the whole batch."
+            )
         self.product = product
         self.own_query = query
         self.compare = compare if compare is not None else [Comparison()]
         if not self.compare:
-            raise ValueError("compare=[] leaves nothing to learn from: leave it out to compare whole with whole.")
+            raise ValueError(
+                "compare=[] leaves nothing to learn from: leave it out to compare whole with whole."
+            )
         given, own = loss if loss is not None else InfoNCE(), list[Loss]()
         for comparison in self.compare:
             own.append(comparison.loss or (copy.deepcopy(given) if given in own else given))
@@ -115,19 +130,36 @@ class TwoTower(L.LightningModule):
         self.losses = nn.ModuleList(own)
         for one in own:
             one.set_dim(product.embed_dim)
-            if metric == "kl" and (not isinstance(one, ContrastiveLoss) or getattr(one, "same_side", False)):
+            if metric == "kl" and (
+                not isinstance(one, ContrastiveLoss) or getattr(one, "same_side", False)
+            ):
                 raise ValueError(
                     f"metric=kl compares queries with products; {type(one).__name__} asks for the cosine of a pair or "
                     "compares within a side: choose metric=cosine, or InfoNCE or SigmoidLoss without same_side."
                 )
         self.metric = metric
         for name in (name for c in self.compare for name in (c.query, c.product)):
-            if name not in ("whole", "part") and not all(name in e.towers for e in (product, query or product)):
-                raise ValueError(f"compare names {name!r}, but an encoder has no such tower: leave it out.")
-        self.lr, self.pretrained_lr, self.weight_decay, self.warmup = lr, pretrained_lr, weight_decay, warmup
+            if name not in ("whole", "part") and not all(
+                name in e.towers for e in (product, query or product)
+            ):
+                raise ValueError(
+                    f"compare names {name!r}, but an encoder has no such tower: leave it out."
+                )
+        self.lr, self.pretrained_lr, self.weight_decay, self.warmup = (
+            lr,
+            pretrained_lr,
+            weight_decay,
+            warmup,
+        )
         if compile_backend not in (None, *(known := torch.compiler.list_backends(exclude_tags=()))):
-            raise ValueError(f"compile_backend={compile_backend!r}: choose one of {', '.join(known)}.")
-        self.chunk_size, self.feature_cache, self.compile_backend = chunk_size, feature_cache, compile_backend
+            raise ValueError(
+                f"compile_backend={compile_backend!r}: choose one of {', '.join(known)}."
+            )
+        self.chunk_size, self.feature_cache, self.compile_backend = (
+            chunk_size,
+            feature_cache,
+            compile_backend,
+        )
         self.seed = seed
         self.schema: Schema | None = None
         self.planned_steps: int | None = None
@@ -162,7 +194,10 @@ class TwoTower(L.LightningModule):
         count = len(items.present)
         if self.chunk_size is None or count <= self.chunk_size:
             return encoder(items)
-        chunks = [items.rows(start, min(start + self.chunk_size, count)) for start in range(0, count, self.chunk_size)]
+        chunks = [
+            items.rows(start, min(start + self.chunk_size, count))
+            for start in range(0, count, self.chunk_size)
+        ]
         if torch.is_grad_enabled():
             parts = [checkpoint(encoder, chunk, use_reentrant=False) for chunk in chunks]
         else:
@@ -178,8 +213,8 @@ class TwoTower(L.LightningModule):
             side: `query` or `product`.
 
         Returns:
-            (B, D) float32, rows of unit length; under kl probabilities of queries, log-probabilities of products
-            (`towers.metric.compared`).
+            (B, D) float32, rows of unit length; under kl probabilities of queries,
+            log-probabilities of products (`tritower.towers.metric.compared`).
 
         Raises:
             ValueError: an item of which this model knows no modality.
@@ -200,7 +235,9 @@ class TwoTower(L.LightningModule):
     def configure_model(self) -> None:
         """The parameters that need the catalogue's schema; callbacks that copy the model call this before `setup`."""
         if self.schema is None:
-            torch.manual_seed(torch.initial_seed() + 1)  # several processes have drawn other numbers so far than one
+            torch.manual_seed(
+                torch.initial_seed() + 1
+            )  # several processes have drawn other numbers so far than one
             self.set_schema(self.trainer.datamodule.schema)
 
     def setup(self, stage: str) -> None:
@@ -208,7 +245,9 @@ class TwoTower(L.LightningModule):
         data = self.trainer.datamodule
         self.configure_model()
         if self.schema != data.schema:
-            raise ValueError(f"This model was made for another catalogue than {data.catalogue}: their schemas differ.")
+            raise ValueError(
+                f"This model was made for another catalogue than {data.catalogue}: their schemas differ."
+            )
         data.preprocess = self.preprocess
         if stage == "fit":
             self._check_texts(data)
@@ -219,7 +258,9 @@ class TwoTower(L.LightningModule):
         tower = self.product.towers["text"] if "text" in self.product.towers else None
         if isinstance(tower, TextTower):
             items = (item for item, _ in zip(data.all_items(), range(1000), strict=False))
-            tower.preprocess.check([text for item in items if (text := tower.preprocess.render(item, "product"))])
+            tower.preprocess.check(
+                [text for item in items if (text := tower.preprocess.render(item, "product"))]
+            )
 
     def _cached_preprocess(self, data: Any) -> Preprocess:
         assert self.feature_cache is not None
@@ -229,9 +270,13 @@ class TwoTower(L.LightningModule):
         def own_items() -> Iterator[Item]:
             return islice(data.all_items(), trainer.global_rank, None, trainer.world_size)
 
-        cached(*encoders, own_items, self.feature_cache, **make)  # each process makes some of the features
+        cached(
+            *encoders, own_items, self.feature_cache, **make
+        )  # each process makes some of the features
         trainer.strategy.barrier()
-        return cached(*encoders, data.all_items, self.feature_cache, write=False, **make)  # and reads all
+        return cached(
+            *encoders, data.all_items, self.feature_cache, write=False, **make
+        )  # and reads all
 
     def on_fit_start(self) -> None:
         """Compile what is trained; weights and their names stay as they are."""
@@ -254,7 +299,11 @@ class TwoTower(L.LightningModule):
                 )
 
     def _towers(self) -> list[Tower]:
-        return [tower for encoder in dict.fromkeys((self.product, self.query)) for tower in encoder.towers.values()]
+        return [
+            tower
+            for encoder in dict.fromkeys((self.product, self.query))
+            for tower in encoder.towers.values()
+        ]
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """What a batch does follows from its number and the weights, so a resumed run equals one that never stopped."""
@@ -262,7 +311,9 @@ class TwoTower(L.LightningModule):
             loss.clamp()
         for tower in self._towers():
             tower.at(self.global_step / max(1, self.planned_steps or 1))
-        number = self.trainer.fit_loop.epoch_loop.total_batch_idx  # several batches make a step where gradients add up
+        number = (
+            self.trainer.fit_loop.epoch_loop.total_batch_idx
+        )  # several batches make a step where gradients add up
         torch.manual_seed((self.seed * 1_000_003 + number) * 1_000 + self.global_rank)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -271,7 +322,8 @@ class TwoTower(L.LightningModule):
         product = self.encode_chunks(self.product, batch.product)
         with torch.autocast(self.device.type, enabled=False):
             losses = [
-                self._compared(*pair, query, product, batch) for pair in zip(self.compare, self.losses, strict=True)
+                self._compared(*pair, query, product, batch)
+                for pair in zip(self.compare, self.losses, strict=True)
             ]
             loss = torch.stack(losses).sum()
         if not torch.isfinite(loss):
@@ -281,16 +333,26 @@ class TwoTower(L.LightningModule):
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch.weight), sync_dist=True)
         if len(losses) > 1:
             for comparison, value in zip(self.compare, losses, strict=True):
-                self.log(f"train/loss_{comparison}", value, batch_size=len(batch.weight), sync_dist=True)
+                self.log(
+                    f"train/loss_{comparison}", value, batch_size=len(batch.weight), sync_dist=True
+                )
         if isinstance(self.loss, ContrastiveLoss):
             self.log("train/temperature", 1 / self.loss.scale, batch_size=len(batch.weight))
-        for side, encoder, encoded in (("query", self.query, query), ("product", self.product, product)):
+        for side, encoder, encoded in (
+            ("query", self.query, query),
+            ("product", self.product, product),
+        ):
             for name, share in zip(encoder.towers, encoded.shares.detach().mean(0), strict=True):
                 self.log(f"train/{side}_share_{name}", share, batch_size=len(batch.weight))
         return loss
 
     def _compared(
-        self, comparison: Comparison, loss: nn.Module, query: Encoded, product: Encoded, batch: Batch
+        self,
+        comparison: Comparison,
+        loss: nn.Module,
+        query: Encoded,
+        product: Encoded,
+        batch: Batch,
     ) -> Tensor:
         """The weighted loss of one comparison."""
         asked, asks = self.query.view(query, comparison.query)
@@ -307,7 +369,10 @@ class TwoTower(L.LightningModule):
         return value
 
     def _idle(self, batch: Batch) -> Tensor:
-        """Zero, with a gradient for the weights that this batch has no use for: other processes wait for theirs."""
+        """Zero, with a gradient for the weights that this batch has no use for.
+
+        Other processes wait for theirs.
+        """
         return sum(
             (
                 0.0 * parameter.sum()
@@ -330,8 +395,12 @@ class TwoTower(L.LightningModule):
             raise self._not_finite(f"The norm of the gradient is {norm.item()}")
 
     def _not_finite(self, what: str, batch: Batch | None = None) -> FloatingPointError:
-        products = "" if batch is None else ", ".join(self.trainer.datamodule.product_ids(batch)[:8])
-        temperature = (1 / self.loss.scale).item() if isinstance(self.loss, ContrastiveLoss) else math.nan
+        products = (
+            "" if batch is None else ", ".join(self.trainer.datamodule.product_ids(batch)[:8])
+        )
+        temperature = (
+            (1 / self.loss.scale).item() if isinstance(self.loss, ContrastiveLoss) else math.nan
+        )
         return FloatingPointError(
             f"{what} at step {self.global_step} (temperature {temperature:.4f}"
             + (f", products {products}" if products else "")
@@ -358,13 +427,18 @@ class TwoTower(L.LightningModule):
         def factor(step: int) -> float:
             if step < warmup:
                 return (step + 1) / warmup
-            return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))
+            return 0.5 * (
+                1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup)))
+            )
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Trained parameters by learning rate and decay: matrices decay; vectors and scalars do not."""
+        """Trained parameters by learning rate and decay.
+
+        Matrices decay; vectors and scalars do not.
+        """
         pretrained = {
             id(parameter)
             for encoder in (self.product, self.query)
@@ -376,9 +450,14 @@ class TwoTower(L.LightningModule):
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
                 lr = self.pretrained_lr if id(parameter) in pretrained else self.lr
-                decay = self.weight_decay if parameter.ndim > 1 and not name.endswith("bias") else 0.0
+                decay = (
+                    self.weight_decay if parameter.ndim > 1 and not name.endswith("bias") else 0.0
+                )
                 groups.setdefault((lr, decay), []).append(parameter)
-        return [{"params": params, "lr": lr, "weight_decay": decay} for (lr, decay), params in groups.items()]
+        return [
+            {"params": params, "lr": lr, "weight_decay": decay}
+            for (lr, decay), params in groups.items()
+        ]
 
     # ------------------------------------------------------------------ held-out queries
 
@@ -386,7 +465,9 @@ class TwoTower(L.LightningModule):
         """Forget the embeddings of the last validation."""
         self.held_out: tuple[list[Any], list[Any]] = ([], [])
 
-    def validation_step(self, batch: NumberedItems, batch_idx: int, dataloader_idx: int = 0) -> None:
+    def validation_step(
+        self, batch: NumberedItems, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
         """Encode held-out queries (loader 0) and the products they are searched among (loader 1)."""
         side: Side = "query" if dataloader_idx == 0 else "product"
         encoded = self.encode_chunks(self.query if side == "query" else self.product, batch.items)
@@ -436,11 +517,18 @@ class TwoTower(L.LightningModule):
             )
         retrieved = exact_search(query[searched], product, asked.own[searched], k=10)
         retrieved[unread] = -1
-        relevant, judged, grade = asked.relevant[searched], asked.judged[searched], asked.grade[searched]
+        relevant, judged, grade = (
+            asked.relevant[searched],
+            asked.judged[searched],
+            asked.grade[searched],
+        )
         asks_product = asked.own[searched] >= 0
         parts = {name: np.full(len(retrieved), True)}
         if asks_product.any() and not asks_product.all():
-            parts |= {f"{name}/product_queries": asks_product, f"{name}/other_queries": ~asks_product}
+            parts |= {
+                f"{name}/product_queries": asks_product,
+                f"{name}/other_queries": ~asks_product,
+            }
         figures: dict[str, float] = {}
         for part, of in parts.items():
             figures |= ranking_figures(part, retrieved[of], relevant[of], judged[of], grade[of])
@@ -466,7 +554,9 @@ class TwoTower(L.LightningModule):
         checkpoint["schema"] = asdict(self.schema)
         checkpoint["planned_steps"] = self.planned_steps
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
         """As Module's; weights of another model are a ValueError."""
         try:
             return super().load_state_dict(state_dict, strict, assign)
@@ -484,13 +574,15 @@ class TwoTower(L.LightningModule):
         if self.schema is None:
             self.set_schema(schema)
         elif self.schema != schema:
-            raise ValueError("The checkpoint was trained on another catalogue: its schema differs from this one's.")
+            raise ValueError(
+                "The checkpoint was trained on another catalogue: its schema differs from this one's."
+            )
 
 
 def ranking_figures(
     name: str, retrieved: np.ndarray, relevant: np.ndarray, judged: np.ndarray, grade: np.ndarray
 ) -> dict[str, float]:
-    """hit@1, hit@10, recall@10, MRR and nDCG of the first 10 results, by name; arguments as in `retrieval.metrics`."""
+    """hit@1, hit@10, recall@10, MRR and nDCG of the first 10 results, by name; arguments as in `tritower.retrieval.ranking.metrics`."""
     return {
         f"{name}/hit@1": hit_at_k(retrieved, relevant, 1),
         f"{name}/hit@10": hit_at_k(retrieved, relevant, 10),
@@ -500,7 +592,9 @@ def ranking_figures(
     }
 
 
-def exact_search(query: np.ndarray, product: np.ndarray, own: np.ndarray, k: int, block: int = 1024) -> np.ndarray:
+def exact_search(
+    query: np.ndarray, product: np.ndarray, own: np.ndarray, k: int, block: int = 1024
+) -> np.ndarray:
     """The k products with the highest inner product, best first, never the query's own product.
 
     Args:
@@ -535,4 +629,6 @@ def to_device(items: Items, device: torch.device) -> Items:
 
 
 def _outline(item: Item) -> str:
-    return f"text {list(item.text)}, {len(item.images)} pictures, attributes {list(item.attributes)}"
+    return (
+        f"text {list(item.text)}, {len(item.images)} pictures, attributes {list(item.attributes)}"
+    )

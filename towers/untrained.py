@@ -1,4 +1,7 @@
-"""Pretrained towers as they are before training: their features are part of the floor that training has to beat."""
+"""Pretrained towers as they are before training.
+
+Their features are part of the floor that training has to beat.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,11 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from datamodules.batch import Items
-from towers.encoder import Encoder, features_of, mean_by_row
-from towers.image import ImageTower
-from towers.text import TextTower
-from towers.tower import Tower
+from tritower.datamodules.batch import Items
+from tritower.towers.encoder import Encoder, features_of, mean_by_row
+from tritower.towers.image import ImageTower
+from tritower.towers.text import TextTower
+from tritower.towers.tower import Tower
 
 UntrainedTowers = Mapping[str, Tower]
 """Name of a tower of an encoder -> the pretrained tower; the encoder's own one where it is frozen."""
@@ -34,7 +37,9 @@ def copied(tower: Tower) -> Tower:
     return copy_of_tower
 
 
-def untrained_features(encoder: Encoder, towers: UntrainedTowers, items: Items) -> tuple[Items, dict[str, Tensor]]:
+def untrained_features(
+    encoder: Encoder, towers: UntrainedTowers, items: Items
+) -> tuple[Items, dict[str, Tensor]]:
     """Features of pretrained towers, and the items for the encoder.
 
     A frozen tower runs once: its features take the place of its inputs in the items.
@@ -45,13 +50,16 @@ def untrained_features(encoder: Encoder, towers: UntrainedTowers, items: Items) 
         items: B items.
 
     Returns:
-        The items, and name of a tower -> (B, F) float32 unit vectors, zeros where an item lacks the modality.
+        The items, and name of a tower -> (B, F) float32 unit vectors, zeros where an item lacks the
+        modality.
     """
     found: dict[str, Tensor] = {}
     for name, tower in towers.items():
         inputs = getattr(items, name)
         if inputs is None:
-            found[name] = items.present.new_zeros(len(items.present), tower.out_dim, dtype=encoder.absent.dtype)
+            found[name] = items.present.new_zeros(
+                len(items.present), tower.out_dim, dtype=encoder.absent.dtype
+            )
             continue
         features = features_of(tower, inputs)
         if tower is encoder.towers[name]:

@@ -1,4 +1,7 @@
-"""What else our index does: searches among some rows, and updates; on the index of the default recipe."""
+"""What else our index does.
+
+Searches among some rows, and updates; on the index of the default recipe.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,11 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from retrieval import metrics
-from retrieval.embeddings import EmbeddingReader, EmbeddingWriter
-from retrieval.filtering.selection import SelectiveSearch
-from retrieval.index import ProductIndex
-from retrieval.update import update_index
+from tritower.retrieval.filtering.selection import SelectiveSearch
+from tritower.retrieval.index import ProductIndex
+from tritower.retrieval.ranking import metrics
+from tritower.retrieval.updating.update import update_index
+from tritower.retrieval.vectors.embeddings import EmbeddingReader, EmbeddingWriter
 
 SELECTIVITIES = (0.0001, 0.001, 0.01, 0.1, 0.5)
 ASKED = 500
@@ -28,12 +31,14 @@ Vectors = NDArray[np.float32]
 def measure_filters(index: ProductIndex, data: Path, k: int) -> list[dict[str, Any]]:
     """Recall@k and latency of searches among some rows, beside searches among all; one thread, batch of one.
 
-    Rows are drawn at random ("random"), or are those nearest to a direction ("near one direction": a filter that has to
-    do with the vectors; most queries are far from all of them). The truth is exact search over the rows that pass. The
-    selection is made once and then kept, as a repeated filter is; `first_ms` is what making it takes.
+    Rows are drawn at random ("random"), or are those nearest to a direction ("near one direction":
+    a filter that has to do with the vectors; most queries are far from all of them). The truth is
+    exact search over the rows that pass. The selection is made once and then kept, as a repeated
+    filter is; `first_ms` is what making it takes.
 
     Returns:
-        For each kind and selectivity: rows, recall, p50_ms, p99_ms, first_ms, and ratio to the unfiltered p50.
+        For each kind and selectivity: rows, recall, p50_ms, p99_ms, first_ms, and ratio to the
+          unfiltered p50.
     """
     vectors = np.load(data / "vectors.npy", mmap_mode="r")
     queries = np.load(data / "queries.npy")[:ASKED]
@@ -42,7 +47,9 @@ def measure_filters(index: ProductIndex, data: Path, k: int) -> list[dict[str, A
     selective = SelectiveSearch(index.engine)
     generator = np.random.default_rng(0)
     direction = np.asarray(vectors[generator.integers(len(vectors))])
-    closeness = np.concatenate([part @ direction for part in np.array_split(vectors, max(1, len(vectors) // 100_000))])
+    closeness = np.concatenate(
+        [part @ direction for part in np.array_split(vectors, max(1, len(vectors) // 100_000))]
+    )
     report = []
     for kind, order in (
         ("random", generator.permutation(len(vectors))),
@@ -55,7 +62,9 @@ def measure_filters(index: ProductIndex, data: Path, k: int) -> list[dict[str, A
             selection = selective.select(mask)
             selective.search(queries[:1], k, settings, selection)
             first = time.perf_counter() - started
-            p50, p99 = _latency(lambda query, of=selection: selective.search(query, k, settings, of), queries)
+            p50, p99 = _latency(
+                lambda query, of=selection: selective.search(query, k, settings, of), queries
+            )
             rows = np.flatnonzero(mask)
             found = selective.search(queries, k, settings, selection)[1]
             report.append(
@@ -63,7 +72,9 @@ def measure_filters(index: ProductIndex, data: Path, k: int) -> list[dict[str, A
                     "filter": kind,
                     "share": share,
                     "rows": len(rows),
-                    "recall": round(metrics.recall_at_k(found, _truth(vectors, rows, queries, k), k), 4),
+                    "recall": round(
+                        metrics.recall_at_k(found, _truth(vectors, rows, queries, k), k), 4
+                    ),
                     "p50_ms": round(p50, 4),
                     "p99_ms": round(p99, 4),
                     "first_ms": round(first * 1000, 1),
@@ -80,7 +91,9 @@ def measure_updates(index: ProductIndex, data: Path, work: Path) -> dict[str, An
     shutil.copytree(index.path, root)
     vectors = np.load(data / "vectors.npy", mmap_mode="r")
     ids = index.ids(np.arange(2 * count)).tolist()
-    fresh = np.array(vectors[-2 * count :]) + 0.05 * np.random.default_rng(0).standard_normal((2 * count, index.dim))
+    fresh = np.array(vectors[-2 * count :]) + 0.05 * np.random.default_rng(0).standard_normal(
+        (2 * count, index.dim)
+    )
     rows = (fresh / np.linalg.norm(fresh, axis=1, keepdims=True)).astype(np.float32)
     shutil.rmtree(work / "upsert", ignore_errors=True)
     writer = EmbeddingWriter(work / "upsert", dim=index.dim)
@@ -113,7 +126,9 @@ def _latency(search: Any, queries: Vectors) -> tuple[float, float]:
     return float(p50), float(p99)
 
 
-def _truth(vectors: Vectors, rows: NDArray[np.int64], queries: Vectors, k: int) -> NDArray[np.int64]:
+def _truth(
+    vectors: Vectors, rows: NDArray[np.int64], queries: Vectors, k: int
+) -> NDArray[np.int64]:
     """(Q, k) nearest of some rows, by comparing with each."""
     best = faiss.ResultHeap(len(queries), k, keep_max=True)
     for part in np.array_split(rows, max(1, len(rows) // 100_000)):

@@ -1,4 +1,7 @@
-"""The arithmetic of the index benchmark: figures at equal recall, ratios, growth. Knows no files and no libraries."""
+"""The arithmetic of the index benchmark.
+
+Figures at equal recall, ratios, growth. Knows no files and no libraries.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,9 @@ Point = Mapping[str, Any]
 
 
 def at_recall(points: Sequence[Point], level: float, name: str) -> float | None:
-    """A figure at a recall, between the two points around it: its logarithm is linear in recall there.
+    """A figure at a recall, between the two points around it.
+
+    Its logarithm is linear in recall there.
 
     Args:
         points: each with `recall` and `name`, in the order of recall.
@@ -18,7 +23,8 @@ def at_recall(points: Sequence[Point], level: float, name: str) -> float | None:
         name: "qps", "p50_ms", "lists_share", ...; above 0.
 
     Returns:
-        Where all points have more recall than the level: the figure of the lowest one, nothing is extrapolated. Where
+        Where all points have more recall than the level: the figure of the lowest one, nothing is
+          extrapolated. Where
         none has as much: None.
     """
     there = [(point["recall"], point[name]) for point in points if point.get(name)]
@@ -43,11 +49,18 @@ def ratio(mine: float | None, theirs: float | None) -> float | None:
 
 
 def train_add(arm: Mapping[str, Any]) -> float | None:
-    """Seconds of a build up to where it could be searched: without writing, digests and publishing; None for none."""
+    """Seconds of a build up to where it could be searched.
+
+    Without writing, digests and publishing; None for none.
+    """
     build = arm["build"]
     if "train_add_s" in build:
         return float(build["train_add_s"])
-    seconds = sum(value for name, value in build["seconds"].items() if name in ("train", "add", "build", "read"))
+    seconds = sum(
+        value
+        for name, value in build["seconds"].items()
+        if name in ("train", "add", "build", "read")
+    )
     return seconds or None
 
 

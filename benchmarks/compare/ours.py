@@ -1,4 +1,6 @@
-"""The arms of the comparison that are this project's own: as benchmarks/compare/peers.py, in a process of its own too.
+"""The arms of the comparison that are this project's own.
+
+As benchmarks/compare/peers.py, in a process of its own too.
 
 python -m benchmarks.compare.ours TASK.json
 """
@@ -21,7 +23,7 @@ from unittest import mock
 import faiss
 import numpy as np
 
-import retrieval.build
+import tritower.retrieval.building.build
 from benchmarks.compare.extras import measure_filters, measure_updates
 from benchmarks.compare.peers import (
     K_FACTORS,
@@ -37,14 +39,14 @@ from benchmarks.compare.peers import (
     load_faiss,
     main,
 )
-from retrieval.build import Recipe, build_index
-from retrieval.building import resources
-from retrieval.building.encoded import GROUPING_BYTES
-from retrieval.building.factory import choose_factory, default_nprobe, num_lists, parse_mapped
-from retrieval.building.points import Target
-from retrieval.building.workspace import BLOCK_ROWS, Workspace
-from retrieval.embeddings import EmbeddingReader
-from retrieval.index import ProductIndex
+from tritower.retrieval.building import resources
+from tritower.retrieval.building.build import Recipe, build_index
+from tritower.retrieval.building.workspace import BLOCK_ROWS, Workspace
+from tritower.retrieval.index import ProductIndex
+from tritower.retrieval.ivf.encoded import GROUPING_BYTES
+from tritower.retrieval.ivf.operating_points import Target
+from tritower.retrieval.ivf.spec import choose_factory, default_nprobe, num_lists, parse_mapped
+from tritower.retrieval.vectors.embeddings import EmbeddingReader
 
 COLD = (0.95, 0.99)
 """Recall whose points are searched again with an empty page cache."""
@@ -81,14 +83,23 @@ class Ours(Arm):
             )  # exact search is an arm of its own
         started = time.perf_counter()
         with stages_of_build() as stages:
-            manifest = build_index(reader, folder / "index", recipe, target=self._target, queries=queries)
-        stages["publish"] = time.perf_counter() - started - sum(stages.values())  # files, digests, reading back
+            manifest = build_index(
+                reader, folder / "index", recipe, target=self._target, queries=queries
+            )
+        stages["publish"] = (
+            time.perf_counter() - started - sum(stages.values())
+        )  # files, digests, reading back
         design = parse_mapped(manifest.meta["factory"])
         told: dict[str, Any] = {}
         if design is not None:
             spill = manifest.meta["spill"]
             need = resources.predict(
-                reader.count, reader.dim, design, spill=spill, block=BLOCK_ROWS, grouping=GROUPING_BYTES
+                reader.count,
+                reader.dim,
+                design,
+                spill=spill,
+                block=BLOCK_ROWS,
+                grouping=GROUPING_BYTES,
             )
             told = {"predicted": asdict(need)}
         return {
@@ -128,7 +139,11 @@ class Ours(Arm):
 
     def usual(self) -> Point:
         """See `Arm`."""
-        return {name: value for name, value in self.index.settings._asdict().items() if self.lists is not None}
+        return {
+            name: value
+            for name, value in self.index.settings._asdict().items()
+            if self.lists is not None
+        }
 
     def threads(self, count: int) -> None:
         """See `Arm`."""
@@ -136,13 +151,18 @@ class Ours(Arm):
 
     def search(self, queries: Vectors, k: int, point: Point) -> Rows:
         """See `Arm`."""
-        return self.index.search(queries, k, nprobe=point.get("nprobe"), k_factor=point.get("k_factor")).rows
+        return self.index.search(
+            queries, k, nprobe=point.get("nprobe"), k_factor=point.get("k_factor")
+        ).rows
 
     def extra(self) -> dict[str, Any]:
         """What the index is searched with by default, and how many queries that rests on."""
         if self.index.tuning is None:
             return {}
-        return {"tuned_for": self.index.settings._asdict(), "tuned_by": dict(self.index.tuning.queries)}
+        return {
+            "tuned_for": self.index.settings._asdict(),
+            "tuned_by": dict(self.index.tuning.queries),
+        }
 
 
 @contextmanager
@@ -166,28 +186,31 @@ def stages_of_build() -> Iterator[Stages]:
         return call
 
     places: list[tuple[Any, str, str]] = [
-        (retrieval.build, "uniform_sample", "sample"),
-        (retrieval.build, "take", "sample"),
-        (retrieval.build, "find_centroids", "train"),
-        (retrieval.build, "Predictor", "choose"),
-        (retrieval.build, "choose", "choose"),
-        (retrieval.build, "train", "train"),
-        (retrieval.build, "_train", "train"),
-        (retrieval.build, "_measure", "measure"),
-        (retrieval.build, "write_mapped", "lists"),
+        (tritower.retrieval.building.build, "uniform_sample", "sample"),
+        (tritower.retrieval.building.build, "take", "sample"),
+        (tritower.retrieval.building.build, "find_centroids", "train"),
+        (tritower.retrieval.building.build, "Predictor", "choose"),
+        (tritower.retrieval.building.build, "choose", "choose"),
+        (tritower.retrieval.building.build, "train", "train"),
+        (tritower.retrieval.building.build, "_train", "train"),
+        (tritower.retrieval.building.build, "_measure", "measure"),
+        (tritower.retrieval.building.build, "write_mapped", "lists"),
         (Workspace, "encode", "encode"),
         (EmbeddingReader, "check_unique", "ids"),
     ]
     with ExitStack() as patches:
         for owner, name, stage in places:
-            patches.enter_context(mock.patch.object(owner, name, timed(stage, getattr(owner, name))))
+            patches.enter_context(
+                mock.patch.object(owner, name, timed(stage, getattr(owner, name)))
+            )
         yield stages
 
 
 def search_cold(task: Task) -> dict[str, Any]:
     """Latency of single queries where the page cache holds nothing of the index's files when the first one comes.
 
-    Pages are dropped after opening, which reads files to verify them, and before anything of the mapped parts is
+    Pages are dropped after opening, which reads files to verify them, and before anything of the
+    mapped parts is
     touched: pages that a process has touched would stay.
     """
     assert task.options is not None

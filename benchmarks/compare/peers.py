@@ -2,10 +2,11 @@
 
     python -I benchmarks/compare/peers.py TASK.json
 
-This script stands alone: it needs NumPy and the library that it measures, nothing of this project, so that each library
-runs in an environment of its own. TASK.json says what to do (`Task`); the answer is written to the file named there.
-Building and searching are two runs, so that the memory of one is not counted for the other. Linux only: memory is read
-from /proc.
+This script stands alone: it needs NumPy and the library that it measures, nothing of this project,
+  so that each library
+runs in an environment of its own. TASK.json says what to do (`Task`); the answer is written to the
+file named there. Building and searching are two runs, so that the memory of one is not counted for
+the other. Linux only: memory is read from /proc.
 """
 
 from __future__ import annotations
@@ -45,7 +46,10 @@ PROBES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 
 EFS = (10, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 K_FACTORS = (2.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0)
 PER_CENTROID = 64
-"""Training vectors per list, and per value of an 8-bit code, for FAISS's own arms: its default, 256, takes longer."""
+"""Training vectors per list, and per value of an 8-bit code, for FAISS's own arms:
+
+its default, 256, takes longer.
+"""
 
 BLOCK = 100_000
 Vectors = NDArray[np.float32]
@@ -66,7 +70,8 @@ class Task:
         threads: of the build and of batches.
         k: results per query.
         singles: timed queries of batch 1.
-        budget_s: seconds that the timing of one point may take for batches, and again for single queries.
+        budget_s: seconds that the timing of one point may take for batches, and again for single
+            queries.
         options: more, for an arm that knows what.
     """
 
@@ -93,7 +98,10 @@ class Task:
 
 
 class VectorFile:
-    """A .npy file of (N, D) float32, read in parts: mapped pages would count as memory of the build."""
+    """A .npy file of (N, D) float32, read in parts.
+
+    Mapped pages would count as memory of the build.
+    """
 
     def __init__(self, file: Path) -> None:
         self._file = file
@@ -106,7 +114,9 @@ class VectorFile:
     def rows(self, start: int, stop: int) -> Vectors:
         """(stop - start, D) vectors."""
         count = (min(stop, self.count) - start) * self.dim
-        read = np.fromfile(self._file, np.float32, count, offset=self._offset + start * self.dim * 4)
+        read = np.fromfile(
+            self._file, np.float32, count, offset=self._offset + start * self.dim * 4
+        )
         return read.reshape(-1, self.dim)
 
     def all(self) -> Vectors:
@@ -114,7 +124,10 @@ class VectorFile:
         return self.rows(0, self.count)
 
     def mapped(self) -> Vectors:
-        """All of them as a map of the file: whoever adds block by block to a growing array needs twice its memory."""
+        """All of them as a map of the file.
+
+        Whoever adds block by block to a growing array needs twice its memory.
+        """
         return np.load(self._file, mmap_mode="r")
 
     def blocks(self) -> Iterator[tuple[int, Vectors]]:
@@ -127,7 +140,10 @@ class VectorFile:
         if size >= self.count:
             return self.all()
         chosen = np.sort(np.random.default_rng(seed).permutation(self.count)[:size])
-        parts = [block[chosen[(chosen >= s) & (chosen < s + len(block))] - s] for s, block in self.blocks()]
+        parts = [
+            block[chosen[(chosen >= s) & (chosen < s + len(block))] - s]
+            for s, block in self.blocks()
+        ]
         return np.concatenate(parts)
 
 
@@ -137,7 +153,8 @@ class Arm:
     Attributes:
         packages: distributions whose versions matter.
         lists: number of lists where there are any, for the share of them that is probed.
-        pinned: so many settings at the head of the grid are an arm's own choice: they do not end the sweep.
+        pinned: so many settings at the head of the grid are an arm's own choice: they do not end
+            the sweep.
     """
 
     packages: tuple[str, ...] = ()
@@ -157,7 +174,10 @@ class Arm:
         raise NotImplementedError
 
     def grid(self) -> Sequence[Sequence[Point]]:
-        """Search settings to try: from cheap to expensive by the main parameter, and within that by the other one."""
+        """Search settings to try.
+
+        From cheap to expensive by the main parameter, and within that by the other one.
+        """
         raise NotImplementedError
 
     def usual(self) -> Point:
@@ -195,7 +215,9 @@ class _Stage:
         self._started = time.perf_counter()
 
     def __exit__(self, *_: object) -> None:
-        self._stages[self._name] = self._stages.get(self._name, 0.0) + time.perf_counter() - self._started
+        self._stages[self._name] = (
+            self._stages.get(self._name, 0.0) + time.perf_counter() - self._started
+        )
 
 
 class FaissArm(Arm):
@@ -207,7 +229,9 @@ class FaissArm(Arm):
 
     def __init__(self, factory: Callable[[int, int], str]) -> None:
         self._factory = factory
-        self.packages = (next((name for name in ("faiss-gpu", "faiss-cpu") if installed(name)), "faiss-cpu"),)
+        self.packages = (
+            next((name for name in ("faiss-gpu", "faiss-cpu") if installed(name)), "faiss-cpu"),
+        )
 
     def load(self) -> None:
         """See `Arm`."""
@@ -222,7 +246,9 @@ class FaissArm(Arm):
         index = faiss.index_factory(vectors.dim, factory, faiss.METRIC_INNER_PRODUCT)
         stages, said = Stages(), factory
         if not index.is_trained:
-            size = min(vectors.count, max(65_536, PER_CENTROID * int(_number(factory, r"IVF(\d+)"))))
+            size = min(
+                vectors.count, max(65_536, PER_CENTROID * int(_number(factory, r"IVF(\d+)")))
+            )
             said = f"{factory}, trained on {size:,}"
             if isinstance(index, faiss.IndexIVFPQ):
                 index.pq.cp.max_points_per_centroid = PER_CENTROID
@@ -258,7 +284,10 @@ class FaissArm(Arm):
         if self.lists is not None:
             probes = [p for p in PROBES if p < self.lists] + [self.lists]
             return [
-                [{"nprobe": p, "k_factor": f} for f in K_FACTORS] if self._refine else [{"nprobe": p}] for p in probes
+                [{"nprobe": p, "k_factor": f} for f in K_FACTORS]
+                if self._refine
+                else [{"nprobe": p}]
+                for p in probes
             ]
         return [[{"efSearch": ef}] for ef in EFS] if hasattr(self._index, "hnsw") else [[{}]]
 
@@ -288,7 +317,11 @@ class Exact(FaissArm):
 
     def build(self, vectors: VectorFile, folder: Path, task: Task) -> dict[str, Any]:
         """See `Arm`."""
-        return {"settings": "IndexFlatIP", "seconds": {}, "disk_bytes": (task.data / "vectors.npy").stat().st_size}
+        return {
+            "settings": "IndexFlatIP",
+            "seconds": {},
+            "disk_bytes": (task.data / "vectors.npy").stat().st_size,
+        }
 
     def open(self, folder: Path, task: Task) -> None:
         """See `Arm`."""
@@ -301,7 +334,10 @@ class Exact(FaissArm):
 
 
 class AutoFaiss(FaissArm):
-    """What autofaiss chooses: it is told the metric, the memory of the machine and the threads, nothing else."""
+    """What autofaiss chooses.
+
+    It is told the metric, the memory of the machine and the threads, nothing else.
+    """
 
     def __init__(self) -> None:
         super().__init__(lambda n, d: "")
@@ -370,10 +406,15 @@ class HnswLib(Arm):
         stages = Stages()
         with stages.timed("add"):
             for first, block in vectors.blocks():
-                index.add_items(block, np.arange(first, first + len(block)), num_threads=task.threads)
+                index.add_items(
+                    block, np.arange(first, first + len(block)), num_threads=task.threads
+                )
         with stages.timed("write"):
             index.save_index(str(folder / "index.bin"))
-        return {"settings": f"M {index.M}, ef_construction {index.ef_construction}", "seconds": stages}
+        return {
+            "settings": f"M {index.M}, ef_construction {index.ef_construction}",
+            "seconds": stages,
+        }
 
     def open(self, folder: Path, task: Task) -> None:
         """See `Arm`."""
@@ -402,7 +443,9 @@ class USearch(Arm):
 
     def build(self, vectors: VectorFile, folder: Path, task: Task) -> dict[str, Any]:
         """See `Arm`."""
-        index = importlib.import_module("usearch.index").Index(ndim=vectors.dim, metric="ip", dtype="f32")
+        index = importlib.import_module("usearch.index").Index(
+            ndim=vectors.dim, metric="ip", dtype="f32"
+        )
         stages = Stages()
         with stages.timed("add"):
             for first, block in vectors.blocks():
@@ -416,7 +459,9 @@ class USearch(Arm):
 
     def open(self, folder: Path, task: Task) -> None:
         """See `Arm`."""
-        self._index = importlib.import_module("usearch.index").Index.restore(str(folder / "index.usearch"))
+        self._index = importlib.import_module("usearch.index").Index.restore(
+            str(folder / "index.usearch")
+        )
 
     def grid(self) -> Sequence[Sequence[Point]]:
         """See `Arm`."""
@@ -434,7 +479,10 @@ class USearch(Arm):
 
 
 class ScaNN(Arm):
-    """ScaNN as its documentation advises: a tree of about 2 sqrt(N) leaves, anisotropic codes, re-ranking."""
+    """ScaNN as its documentation advises.
+
+    A tree of about 2 sqrt(N) leaves, anisotropic codes, re-ranking.
+    """
 
     packages = ("scann",)
 
@@ -446,8 +494,12 @@ class ScaNN(Arm):
         with stages.timed("read"):
             array = vectors.all()
         with stages.timed("build"):
-            builder = pybind.builder(array, task.k, "dot_product").set_n_training_threads(task.threads)
-            builder = builder.tree(num_leaves=leaves, num_leaves_to_search=32, training_sample_size=sample)
+            builder = pybind.builder(array, task.k, "dot_product").set_n_training_threads(
+                task.threads
+            )
+            builder = builder.tree(
+                num_leaves=leaves, num_leaves_to_search=32, training_sample_size=sample
+            )
             index = builder.score_ah(2, anisotropic_quantization_threshold=0.2).reorder(100).build()
         with stages.timed("write"):
             index.serialize(str(folder))
@@ -610,10 +662,16 @@ def _batch(arm: Arm, queries: Vectors, exact: Rows, settings: Point, task: Task)
     while spent + first < task.budget_s and spent < 4 * first + 0.2:
         seconds, _ = _timed(partial(arm.search, queries, task.k, settings))
         best, spent = min(best, seconds), spent + seconds
-    return {"settings": settings, "recall": round(recall_of(rows, exact), 5), "qps": round(len(queries) / best, 1)}
+    return {
+        "settings": settings,
+        "recall": round(recall_of(rows, exact), 5),
+        "qps": round(len(queries) / best, 1),
+    }
 
 
-def _singles(arm: Arm, queries: Vectors, k: int, settings: Point, count: int, budget_s: float) -> list[float]:
+def _singles(
+    arm: Arm, queries: Vectors, k: int, settings: Point, count: int, budget_s: float
+) -> list[float]:
     """Seconds of one query at a time, after a tenth to warm up; at least 20, at most what the budget allows."""
     rows = np.resize(np.arange(len(queries)), count)
     end = time.perf_counter() + budget_s / 5
@@ -670,17 +728,26 @@ class AnonymousPeak:
 
 def memory(name: str) -> int:
     """Bytes of a line of /proc/self/status: RssAnon, RssFile, VmHWM."""
-    return int(_number(Path("/proc/self/status").read_text(encoding="ascii"), rf"{name}:\s+(\d+)")) * 1024
+    return (
+        int(_number(Path("/proc/self/status").read_text(encoding="ascii"), rf"{name}:\s+(\d+)"))
+        * 1024
+    )
 
 
 def give_back() -> None:
-    """Hand free memory back to the system: an index that was put there would not count as growth."""
+    """Hand free memory back to the system.
+
+    An index that was put there would not count as growth.
+    """
     ctypes.CDLL(None).malloc_trim(0)
 
 
 def memory_available() -> int:
     """Bytes of memory that are free or would be freed."""
-    return int(_number(Path("/proc/meminfo").read_text(encoding="ascii"), r"MemAvailable:\s+(\d+)")) * 1024
+    return (
+        int(_number(Path("/proc/meminfo").read_text(encoding="ascii"), r"MemAvailable:\s+(\d+)"))
+        * 1024
+    )
 
 
 def _number(text: str, pattern: str) -> str:

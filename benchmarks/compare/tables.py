@@ -26,16 +26,32 @@ def show(report: dict[str, Any]) -> None:
     if isinstance(report.get("filters"), list):
         console.print(_filters(report["filters"]))
     if report.get("updates"):
-        console.print("update:", ", ".join(f"{name} {value}" for name, value in report["updates"].items()))
+        console.print(
+            "update:", ", ".join(f"{name} {value}" for name, value in report["updates"].items())
+        )
 
 
 def _filters(rows: Sequence[Mapping[str, Any]]) -> Table:
-    table = _table("searches among some rows, one at a time on one thread", "x: p50 over that of a search among all")
+    table = _table(
+        "searches among some rows, one at a time on one thread",
+        "x: p50 over that of a search among all",
+    )
     for name in ("rows", "share", "number", "recall@10", "p50 ms", "p99 ms", "x", "first ms"):
         table.add_column(name, justify="left" if name == "rows" else "right", no_wrap=True)
     for row in rows:
-        figures = (f"{row['recall']:.3f}", f"{row['p50_ms']:.3f}", f"{row['p99_ms']:.3f}", f"{row['ratio']:.2f}")
-        table.add_row(row["filter"], f"{row['share']:.2%}", f"{row['rows']:,}", *figures, f"{row['first_ms']:.1f}")
+        figures = (
+            f"{row['recall']:.3f}",
+            f"{row['p50_ms']:.3f}",
+            f"{row['p99_ms']:.3f}",
+            f"{row['ratio']:.2f}",
+        )
+        table.add_row(
+            row["filter"],
+            f"{row['share']:.2%}",
+            f"{row['rows']:,}",
+            *figures,
+            f"{row['first_ms']:.1f}",
+        )
     return table
 
 
@@ -47,7 +63,9 @@ def _builds(report: dict[str, Any]) -> Table:
         "peak: all pages, those of mapped files too",
     )
     for name in ("arm", *COLUMNS, "index"):
-        table.add_column(name, justify="left" if name in ("arm", "index") else "right", no_wrap=name != "index")
+        table.add_column(
+            name, justify="left" if name in ("arm", "index") else "right", no_wrap=name != "index"
+        )
     for name, arm in report["arms"].items():
         if arm["status"] != "ok":
             table.add_row(name, *["-"] * len(COLUMNS), arm["error"])
@@ -72,14 +90,20 @@ def _searches(report: dict[str, Any], level: str) -> Table:
         "faster, even its cheapest setting finds more; - : not reached",
     )
     for name in ("arm", *AT, *(f"{name} x" for name in mine), "settings"):
-        table.add_column(name, justify="left" if name in ("arm", "settings") else "right", no_wrap=name != "settings")
+        table.add_column(
+            name,
+            justify="left" if name in ("arm", "settings") else "right",
+            no_wrap=name != "settings",
+        )
     for name, arm in report["arms"].items():
         if arm["status"] != "ok":
             continue
         at = arm["at"].get(level)
         if at is None:
             best = max((point["recall"] for point in arm["search"]["points"]), default=0.0)
-            table.add_row(name, f"{best:.3f}", *["-"] * (len(AT) - 1 + len(mine)), "the most it reaches")
+            table.add_row(
+                name, f"{best:.3f}", *["-"] * (len(AT) - 1 + len(mine)), "the most it reaches"
+            )
             continue
         point = at["point"]
         share = point.get("lists_share")
@@ -93,8 +117,13 @@ def _searches(report: dict[str, Any], level: str) -> Table:
             _number(at.get("cold_p50_ms"), ".3f"),
             _number(at.get("cold_p99_ms"), ".3f"),
             _number(None if share is None else 100 * share, ".3f"),
-            *(("<=" if at.get("bound") and value else "") + _number(value, ".2f") for value in ratios),
-            ", ".join(str(v) if k == "parameters" else f"{k} {v:g}" for k, v in point["settings"].items()),
+            *(
+                ("<=" if at.get("bound") and value else "") + _number(value, ".2f")
+                for value in ratios
+            ),
+            ", ".join(
+                str(v) if k == "parameters" else f"{k} {v:g}" for k, v in point["settings"].items()
+            ),
         )
     return table
 
@@ -123,7 +152,9 @@ def draw(report: dict[str, Any], file: Path) -> Path:
     axes.set_yscale("log")
     axes.set_xlabel("recall@10 against exact search")
     axes.set_ylabel(f"queries a second, {report['machine']['threads']} threads")
-    axes.set_title(f"{report['data']['n']:,} vectors of {report['data']['dim']} dimensions", fontsize=10)
+    axes.set_title(
+        f"{report['data']['n']:,} vectors of {report['data']['dim']} dimensions", fontsize=10
+    )
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
@@ -172,11 +203,21 @@ def show_growth(reports: Sequence[dict[str, Any]], files: Sequence[Path]) -> int
     from matplotlib.lines import Line2D
 
     found = growth(reports)
-    table = _table("growth with the number of vectors", "exponent e of value ~ N^e, and times, from the row before")
+    table = _table(
+        "growth with the number of vectors",
+        "exponent e of value ~ N^e, and times, from the row before",
+    )
     for name in ("figure", "arm", "N", "value", "exponent", "times"):
-        table.add_column(name, justify="left" if name in ("figure", "arm") else "right", no_wrap=True)
-    figure, plots = pyplot.subplots(1, len(found), figsize=(4 * len(found), 3.6), dpi=110, layout="constrained")
-    colours = {arm: f"C{i}" for i, arm in enumerate(dict.fromkeys(arm for arms in found.values() for arm in arms))}
+        table.add_column(
+            name, justify="left" if name in ("figure", "arm") else "right", no_wrap=True
+        )
+    figure, plots = pyplot.subplots(
+        1, len(found), figsize=(4 * len(found), 3.6), dpi=110, layout="constrained"
+    )
+    colours = {
+        arm: f"C{i}"
+        for i, arm in enumerate(dict.fromkeys(arm for arms in found.values() for arm in arms))
+    }
     for axes, (what, arms) in zip(plots, found.items(), strict=True):
         for arm, rows in arms.items():
             for row in rows:
@@ -186,7 +227,10 @@ def show_growth(reports: Sequence[dict[str, Any]], files: Sequence[Path]) -> int
             axes.plot([row["n"] for row in rows], values, "o-", markersize=3, color=colours[arm])
         axes.set(xscale="log", yscale="log", xlabel="vectors", title=what)
         axes.grid(alpha=0.3)
-    lines = [Line2D([], [], color=colour, marker="o", markersize=3, label=arm) for arm, colour in colours.items()]
+    lines = [
+        Line2D([], [], color=colour, marker="o", markersize=3, label=arm)
+        for arm, colour in colours.items()
+    ]
     figure.legend(handles=lines, fontsize=7, frameon=False, loc="outside right upper")
     file = files[-1].with_name("growth.png")
     figure.savefig(file)

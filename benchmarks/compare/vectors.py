@@ -24,9 +24,9 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from retrieval import storage
-from retrieval.embeddings import EmbeddingReader, EmbeddingWriter
-from retrieval.progress import counted
+from tritower.artefacts import storage
+from tritower.retrieval.vectors.embeddings import EmbeddingReader, EmbeddingWriter
+from tritower.terminal.progress import counted
 
 DIM = 256
 LATENT = 10
@@ -47,7 +47,8 @@ class Source:
 
     Attributes:
         n: number of vectors.
-        real: an embeddings folder, or one with products/ and queries/ in it; None for FAISS's synthetic vectors.
+        real: an embeddings folder, or one with products/ and queries/ in it; None for FAISS's
+            synthetic vectors.
         noise: length of what is added to the copies of real vectors, relative to theirs.
         queries: number of queries, measured with and tuned by together.
         dim: of synthetic vectors.
@@ -70,7 +71,9 @@ class Source:
 
     def folder(self, work: Path) -> Path:
         """Its place in a work folder."""
-        digest = hashlib.sha256(json.dumps(self.describe(), sort_keys=True).encode()).hexdigest()[:8]
+        digest = hashlib.sha256(json.dumps(self.describe(), sort_keys=True).encode()).hexdigest()[
+            :8
+        ]
         return work / f"{'synthetic' if self.real is None else self.real.name}-{self.n}-{digest}"
 
 
@@ -83,7 +86,11 @@ def prepare(source: Source, folder: Path) -> dict[str, Any]:
         np.save(folder / "queries.npy", queries)
         np.save(folder / "exact.npy", exact)
         _write_embeddings(folder / "tuning", iter([tuning]), len(tuning), "query_id", "q")
-        said = source.describe() | {"dim": queries.shape[1], "measured": len(queries), "tuned_by": len(tuning)}
+        said = source.describe() | {
+            "dim": queries.shape[1],
+            "measured": len(queries),
+            "tuned_by": len(tuning),
+        }
         storage.write_json(folder / DATA_FILE, said | {"digest": digest})
     data: dict[str, Any] = json.loads((folder / DATA_FILE).read_text(encoding="utf-8"))
     return data
@@ -92,8 +99,9 @@ def prepare(source: Source, folder: Path) -> dict[str, Any]:
 def synthetic(source: Source) -> tuple[Iterator[Vectors], Vectors, Vectors]:
     """Blocks of vectors, queries and tuning queries of `faiss.contrib.datasets.SyntheticDataset`, of unit length.
 
-    The dataset draws the latent vectors of all rows before the map that stretches them. So the random numbers are run
-    through once for the map, and once more for the rows: the same vectors, with one block in memory.
+    The dataset draws the latent vectors of all rows before the map that stretches them. So the
+    random numbers are run through once for the map, and once more for the rows: the same vectors,
+    with one block in memory.
     """
     total = source.n + source.queries
     sizes = [min(BLOCK, total - start) for start in range(0, total, BLOCK)]
@@ -139,7 +147,9 @@ def jittered(source: Source) -> tuple[Iterator[Vectors], Vectors, Vectors]:
         asked = asked[np.random.default_rng(source.seed).permutation(len(asked))[: source.queries]]
     else:
         random = np.random.default_rng([source.seed, source.n])
-        asked = _with_noise(base[random.integers(0, len(base), source.queries)], source.noise, random)
+        asked = _with_noise(
+            base[random.integers(0, len(base), source.queries)], source.noise, random
+        )
 
     def blocks() -> Iterator[Vectors]:
         for start in range(0, source.n, BLOCK):
@@ -169,7 +179,9 @@ def unit(vectors: NDArray[Any]) -> Vectors:
     return scaled
 
 
-def _write(source: Source, folder: Path, blocks: Iterator[Vectors], queries: Vectors) -> tuple[NDArray[np.int64], str]:
+def _write(
+    source: Source, folder: Path, blocks: Iterator[Vectors], queries: Vectors
+) -> tuple[NDArray[np.int64], str]:
     """Write vectors.npy and embeddings/; returns the true neighbours of the queries and a digest of the vectors."""
     depth = min(DEPTH, source.n)
     best = faiss.ResultHeap(len(queries), depth, keep_max=True)
@@ -179,10 +191,14 @@ def _write(source: Source, folder: Path, blocks: Iterator[Vectors], queries: Vec
 
     def written() -> Iterator[Vectors]:
         first = 0
-        for block in counted(blocks, source.n, len, "vectors and their exact neighbours", "vectors"):
+        for block in counted(
+            blocks, source.n, len, "vectors and their exact neighbours", "vectors"
+        ):
             file[first : first + len(block)] = block
             digest.update(block.tobytes())
-            scores, rows = faiss.knn(queries, block, min(depth, len(block)), metric=faiss.METRIC_INNER_PRODUCT)
+            scores, rows = faiss.knn(
+                queries, block, min(depth, len(block)), metric=faiss.METRIC_INNER_PRODUCT
+            )
             best.add_result(scores, rows + first)
             first += len(block)
             yield block
@@ -193,7 +209,9 @@ def _write(source: Source, folder: Path, blocks: Iterator[Vectors], queries: Vec
     return best.I, digest.hexdigest()
 
 
-def _write_embeddings(folder: Path, blocks: Iterator[Vectors], count: int, column: str, letter: str) -> None:
+def _write_embeddings(
+    folder: Path, blocks: Iterator[Vectors], count: int, column: str, letter: str
+) -> None:
     """Write vectors as an embeddings folder; where it is complete, the blocks are only read past."""
     shards = [f"shard-{number:05d}" for number in range(-(-count // BLOCK))]
     writer: EmbeddingWriter | None = None
@@ -203,7 +221,9 @@ def _write_embeddings(folder: Path, blocks: Iterator[Vectors], count: int, colum
         if writer is None and not complete:
             writer = EmbeddingWriter(folder, dim=block.shape[1], id_column=column)
         if writer is not None and not writer.done(shard):
-            writer.write(shard, [f"{letter}{row}" for row in range(first, first + len(block))], block)
+            writer.write(
+                shard, [f"{letter}{row}" for row in range(first, first + len(block))], block
+            )
         first += len(block)
     if writer is not None:
         writer.finish(shards)

@@ -2,8 +2,9 @@
 
     python -m datamodules.samples --output DIR
 
-writes `products.csv`, `queries.csv`, `qrels.csv`, `images/` and `oracle.json`. What products are made of stands in
-`facts`, how well they can be told apart in `oracle`, both in words in docs/samples.md.
+writes `products.csv`, `queries.csv`, `qrels.csv`, `images/` and `oracle.json`. What products are
+made of stands in `facts`, how well they can be told apart in `oracle`, both in words in
+docs/samples.md.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from datamodules.samples.facts import HUES, KINDS, PATTERNS, Thing, colourway
-from datamodules.samples.listings import Listing, draw_listings, evidence
-from datamodules.samples.oracle import oracle
-from datamodules.samples.pictures import photograph
-from datamodules.samples.queries import Query, draw_queries
-from datamodules.samples.text import STYLES
+from tritower.datamodules.samples.facts import HUES, KINDS, PATTERNS, Thing, colourway
+from tritower.datamodules.samples.listings import Listing, draw_listings, evidence
+from tritower.datamodules.samples.oracle import oracle
+from tritower.datamodules.samples.pictures import photograph
+from tritower.datamodules.samples.queries import Query, draw_queries
+from tritower.datamodules.samples.text import STYLES
 
 K = 10
 """The oracle tells recall@K."""
@@ -55,25 +56,34 @@ def write_samples(
         overwrite: replace a sample catalogue that stands there.
 
     Returns:
-        Subset of modalities, e.g. `text+image` -> the oracle's recall@10 on the product queries of the test split.
+        Subset of modalities, e.g. `text+image` -> the oracle's recall@10 on the product queries of
+        the test split.
 
     Raises:
         ValueError: `products` or `image_size` is too small.
         FileExistsError: `output` is there already and is not to be overwritten.
     """
-    for name, value, least in (("products", products, 100), ("seed", seed, 0), ("image_size", image_size, 16)):
+    for name, value, least in (
+        ("products", products, 100),
+        ("seed", seed, 0),
+        ("image_size", image_size, 16),
+    ):
         if value < least:
             raise ValueError(f"{name}={value} is too small: at least {least}.")
     output = output.absolute()
     _refuse(output, overwrite)
     listings = draw_listings(products, seed)
     queries = draw_queries(listings, seed)
-    report = oracle_report(listings, queries, {"products": products, "seed": seed, "image_size": image_size})
+    report = oracle_report(
+        listings, queries, {"products": products, "seed": seed, "image_size": image_size}
+    )
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         _write(partial, listings, queries, report)
-        draw_pictures(_pictures(listings, queries, partial / "images", image_size, seed), num_workers)
+        draw_pictures(
+            _pictures(listings, queries, partial / "images", image_size, seed), num_workers
+        )
         shutil.rmtree(output, ignore_errors=True)
         partial.rename(output)
     finally:
@@ -81,10 +91,14 @@ def write_samples(
     return report[f"recall@{K}"]
 
 
-def _write(folder: Path, listings: Sequence[Listing], queries: Sequence[Query], report: Mapping[str, Any]) -> None:
+def _write(
+    folder: Path, listings: Sequence[Listing], queries: Sequence[Query], report: Mapping[str, Any]
+) -> None:
     (folder / "images").mkdir(parents=True)
     _write_csv(folder / "products.csv", PRODUCT_COLUMNS, map(product_row, listings))
-    _write_csv(folder / "queries.csv", QUERY_COLUMNS, (query_row(query, listings) for query in queries))
+    _write_csv(
+        folder / "queries.csv", QUERY_COLUMNS, (query_row(query, listings) for query in queries)
+    )
     _write_csv(folder / "qrels.csv", QREL_COLUMNS, qrel_rows(queries, listings))
     (folder / "oracle.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
 
@@ -94,9 +108,13 @@ def _refuse(output: Path, overwrite: bool) -> None:
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     if not overwrite:
-        raise FileExistsError(f"{output} is there already. Choose another --output, or add --overwrite.")
+        raise FileExistsError(
+            f"{output} is there already. Choose another --output, or add --overwrite."
+        )
     if not (output / "oracle.json").is_file():
-        raise FileExistsError(f"{output} is not a sample catalogue (it has no oracle.json): it is not overwritten.")
+        raise FileExistsError(
+            f"{output} is not a sample catalogue (it has no oracle.json): it is not overwritten."
+        )
 
 
 PRODUCT_COLUMNS = (
@@ -181,7 +199,9 @@ def _pictures(
     ]
     photos = [query for query in queries if query.type == "image"]
     return pictures + [
-        Picture(folder / f"{query.query_id}.jpg", listings[query.source].thing, size, (seed, 3, number))
+        Picture(
+            folder / f"{query.query_id}.jpg", listings[query.source].thing, size, (seed, 3, number)
+        )
         for number, query in enumerate(photos)
     ]
 
@@ -195,7 +215,9 @@ def draw_pictures(pictures: Sequence[Picture], num_workers: int) -> None:
 
 
 def _watch(drawn: Iterable[None], total: int) -> None:
-    for _ in track(drawn, "drawing pictures", total=total, console=Console(stderr=True), transient=True):
+    for _ in track(
+        drawn, "drawing pictures", total=total, console=Console(stderr=True), transient=True
+    ):
         pass
 
 
@@ -214,9 +236,13 @@ def draw_picture(picture: Picture) -> None:
     picture.path.write_bytes(data)
 
 
-def oracle_report(listings: Sequence[Listing], queries: Sequence[Query], settings: Mapping[str, int]) -> dict[str, Any]:
+def oracle_report(
+    listings: Sequence[Listing], queries: Sequence[Query], settings: Mapping[str, int]
+) -> dict[str, Any]:
     """What `oracle.json` holds: the oracle's recall on the product queries of the test split."""
-    asked = np.array([q.source for q in queries if q.type == "product" and q.split == "test"], np.int64)
+    asked = np.array(
+        [q.source for q in queries if q.type == "product" and q.split == "test"], np.int64
+    )
     recall = oracle(evidence(listings), np.array([listing.group for listing in listings]), asked, K)
     return {
         "task": "one listing of a thing is asked; relevant are its other listings (grade 3), among the whole catalogue",
@@ -229,13 +255,17 @@ def oracle_report(listings: Sequence[Listing], queries: Sequence[Query], setting
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    parser = ArgumentParser(prog="python -m datamodules.samples", description=__doc__, allow_abbrev=False)
+    parser = ArgumentParser(
+        prog="python -m datamodules.samples", description=__doc__, allow_abbrev=False
+    )
     parser.add_argument("--output", type=Path, required=True, help="a new folder")
     parser.add_argument("--products", type=int, default=3000, help="number of listings")
     parser.add_argument("--seed", type=int, default=0, help="of everything random")
     parser.add_argument("--image-size", type=int, default=64, help="side of the pictures in pixels")
     parser.add_argument("--num-workers", type=int, default=2, help="processes that draw pictures")
-    parser.add_argument("--overwrite", action="store_true", help="replace a sample catalogue that stands there")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a sample catalogue that stands there"
+    )
     options = parser.parse_args(argv)
     start = time.perf_counter()
     try:
@@ -243,9 +273,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    table = Table("modalities", f"recall@{K}", title="What an oracle finds: other listings of the same thing")
+    table = Table(
+        "modalities", f"recall@{K}", title="What an oracle finds: other listings of the same thing"
+    )
     for subset, value in recall.items():
         table.add_row(subset, f"{value:.3f}")
     Console().print(table)
-    print(f"wrote {options.products} products to {options.output} in {time.perf_counter() - start:.1f} s")
+    print(
+        f"wrote {options.products} products to {options.output} in {time.perf_counter() - start:.1f} s"
+    )
     return 0

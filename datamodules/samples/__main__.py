@@ -2,7 +2,7 @@
 
 import sys
 
-from datamodules.samples import main
+from tritower.datamodules.samples import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,13 +1,16 @@
-"""The small world of the sample catalogue: which facts a product has, and where each of them can be seen.
+"""The small world of the sample catalogue.
 
-A *thing* is what somebody makes; a *listing* is one seller's offer of it, one row of the catalogue. Every fact of a
-thing stands in one modality only, but for its kind, which all three show::
+Which facts a product has, and where each of them can be seen.
+
+A *thing* is what somebody makes; a *listing* is one seller's offer of it, one row of the catalogue.
+Every fact of a thing stands in one modality only, but for its kind, which all three show::
 
     picture     shape, colourway (a hue with a pattern)
     text        material, size
     attributes  use (the last level of the category), brand (a long tail), price (noisy)
 
-So one modality leaves hundreds of candidates, two leave dozens, and three leave a handful (`oracle`).
+So one modality leaves hundreds of candidates, two leave dozens, and three leave a handful
+(`oracle`).
 """
 
 from __future__ import annotations
@@ -19,7 +22,10 @@ from typing import NamedTuple
 import numpy as np
 
 SPLITS = ("train",) * 7 + ("val",) + ("test",) * 2
-"""The split of a family is `SPLITS[family % 10]`: things of val and test are combinations that training never saw."""
+"""The split of a family is `SPLITS[family % 10]`:
+
+things of val and test are combinations that training never saw.
+"""
 
 
 class Words(NamedTuple):
@@ -57,7 +63,11 @@ KINDS = (
         path=("Kitchen", "Drinkware"),
         shapes=("handled", "bowl", "tumbler"),
         materials=("ceramic", "glass", "steel"),
-        uses=(Words("coffee", "espresso", "咖啡"), Words("tea", "herbal", "茶"), Words("camping", "hiking", "露营")),
+        uses=(
+            Words("coffee", "espresso", "咖啡"),
+            Words("tea", "herbal", "茶"),
+            Words("camping", "hiking", "露营"),
+        ),
         price=18.0,
     ),
     Kind(
@@ -77,7 +87,11 @@ KINDS = (
         path=("Fashion", "Luggage"),
         shapes=("tote", "backpack", "crescent"),
         materials=("leather", "canvas", "felt"),
-        uses=(Words("work", "business", "通勤"), Words("beach", "summer", "海滩"), Words("school", "student", "上学")),
+        uses=(
+            Words("work", "business", "通勤"),
+            Words("beach", "summer", "海滩"),
+            Words("school", "student", "上学"),
+        ),
         price=70.0,
     ),
     Kind(
@@ -85,7 +99,11 @@ KINDS = (
         path=("Home", "Seating"),
         shapes=("upright", "armchair", "swivel"),
         materials=("wood", "steel", "rattan"),
-        uses=(Words("dining", "supper", "餐厅"), Words("office", "desk", "办公"), Words("garden", "patio", "花园")),
+        uses=(
+            Words("dining", "supper", "餐厅"),
+            Words("office", "desk", "办公"),
+            Words("garden", "patio", "花园"),
+        ),
         price=120.0,
     ),
 )
@@ -103,7 +121,11 @@ MATERIALS = {
     "rattan": Words("rattan", "wicker", "藤编"),
 }
 
-SIZES = (Words("small", "compact", "小号"), Words("medium", "midsize", "中号"), Words("large", "oversized", "大号"))
+SIZES = (
+    Words("small", "compact", "小号"),
+    Words("medium", "midsize", "中号"),
+    Words("large", "oversized", "大号"),
+)
 
 HUES = (
     Words("red", "crimson", "红色"),
@@ -143,10 +165,15 @@ FEATURES = {
 }
 
 CHOICES = 3
-"""Shapes, materials and uses of a kind, colourways of a shape, sizes: three of each, all equally frequent."""
+"""Shapes, materials and uses of a kind, colourways of a shape, sizes:
+
+three of each, all equally frequent.
+"""
 
 BRANDS_PER_USE = 5
-BRAND_SHARES = np.arange(1, BRANDS_PER_USE + 1) ** -2.0 / (np.arange(1, BRANDS_PER_USE + 1) ** -2.0).sum()
+BRAND_SHARES = (
+    np.arange(1, BRANDS_PER_USE + 1) ** -2.0 / (np.arange(1, BRANDS_PER_USE + 1) ** -2.0).sum()
+)
 """(5,) float64: a few brands make most things and many make few (Zipf)."""
 
 PRICE_SPREAD = 0.2
@@ -157,7 +184,10 @@ PRICE_NOISE = 0.2
 
 
 def colourway(kind: int, shape: int, code: int) -> tuple[int, int]:
-    """Hue and pattern (positions in `HUES`, `PATTERNS`) of a shape's colourway: the first is plain, all hues differ."""
+    """Hue and pattern (positions in `HUES`, `PATTERNS`) of a shape's colourway.
+
+    The first is plain, all hues differ.
+    """
     silhouette = 3 * kind + shape
     hue = (3 * silhouette + (0, 3, 5)[code]) % len(HUES)
     return hue, 0 if code == 0 else 1 + (silhouette + 2 * code) % (len(PATTERNS) - 1)

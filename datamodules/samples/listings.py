@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from datamodules.samples.facts import (
+from tritower.datamodules.samples.facts import (
     BRAND_SHARES,
     BRANDS_PER_USE,
     CHOICES,
@@ -18,8 +18,8 @@ from datamodules.samples.facts import (
     Thing,
     brand_name,
 )
-from datamodules.samples.oracle import SHARES, UNKNOWN, Evidence
-from datamodules.samples.text import STYLES, Text, write_text
+from tritower.datamodules.samples.oracle import SHARES, UNKNOWN, Evidence
+from tritower.datamodules.samples.text import STYLES, Text, write_text
 
 SELLERS_PER_THING = {1: 0.08, 2: 0.42, 3: 0.33, 4: 0.17}
 """How many listings a thing has, and how often."""
@@ -79,7 +79,10 @@ def draw_listings(products: int, seed: int) -> list[Listing]:
     while len(offers) < products:
         for thing in draw_family(family, rng):
             sellers = rng.choice(list(SELLERS_PER_THING), p=list(SELLERS_PER_THING.values()))
-            offers += [Offer(group, thing, int(seller)) for seller in rng.permutation(len(STYLES))[:sellers]]
+            offers += [
+                Offer(group, thing, int(seller))
+                for seller in rng.permutation(len(STYLES))[:sellers]
+            ]
             group += 1
         family += 1
     order = rng.permutation(products)
@@ -88,7 +91,9 @@ def draw_listings(products: int, seed: int) -> list[Listing]:
 
 def draw_family(family: int, rng: np.random.Generator) -> list[Thing]:
     """One to three variants of one style: they differ in colourway, or in size, and in price."""
-    kind, shape, material, use = (int(rng.integers(count)) for count in (len(KINDS), CHOICES, CHOICES, CHOICES))
+    kind, shape, material, use = (
+        int(rng.integers(count)) for count in (len(KINDS), CHOICES, CHOICES, CHOICES)
+    )
     brand = int(rng.choice(BRANDS_PER_USE, p=BRAND_SHARES))
     colourways, sizes = rng.permutation(CHOICES).tolist(), rng.permutation(CHOICES).tolist()
     if rng.random() < 0.6:
@@ -109,7 +114,10 @@ def _listing(product_id: str, offer: Offer, rng: np.random.Generator) -> Listing
     thing = offer.thing
     missing = {field for field, share in MISSING.items() if rng.random() < share}
     use = KINDS[thing.kind].uses[thing.use].word
-    pictures = [f"{product_id}.jpg", *([f"{product_id}_2.jpg"] if rng.random() < SECOND_VIEW else [])]
+    pictures = [
+        f"{product_id}.jpg",
+        *([f"{product_id}_2.jpg"] if rng.random() < SECOND_VIEW else []),
+    ]
     price = round(float(np.exp(thing.log_price + PRICE_NOISE * rng.standard_normal())), 2)
     features = rng.permutation(FEATURES[use])[: rng.integers(1, 3)].tolist()
     return Listing(
@@ -127,11 +135,17 @@ def _listing(product_id: str, offer: Offer, rng: np.random.Generator) -> Listing
 
 def evidence(listings: Sequence[Listing]) -> dict[str, Evidence]:
     """Modality -> what each listing shows there, as the oracle reads it."""
-    truth = {fact: np.array([getattr(listing.thing, fact) for listing in listings], np.int64) for fact in SHARES}
+    truth = {
+        fact: np.array([getattr(listing.thing, fact) for listing in listings], np.int64)
+        for fact in SHARES
+    }
     everywhere = np.ones(len(listings), bool)
     pictured = np.array([bool(listing.pictures) for listing in listings])
     branded = np.array([listing.brand is not None for listing in listings])
-    written = {fact: np.array([fact in listing.text.shown for listing in listings]) for fact in ("material", "size")}
+    written = {
+        fact: np.array([fact in listing.text.shown for listing in listings])
+        for fact in ("material", "size")
+    }
     shown = {
         "text": {"kind": everywhere, **written},
         "image": {"kind": pictured, "shape": pictured, "colourway": pictured},
@@ -151,7 +165,9 @@ def _prices(listings: Sequence[Listing]) -> np.ndarray:
     spread = np.hypot(PRICE_SPREAD, PRICE_NOISE)
     return np.array(
         [
-            np.nan if listing.price is None else np.log(listing.price / KINDS[listing.thing.kind].price) / spread
+            np.nan
+            if listing.price is None
+            else np.log(listing.price / KINDS[listing.thing.kind].price) / spread
             for listing in listings
         ]
     )

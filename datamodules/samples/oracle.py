@@ -1,14 +1,19 @@
-"""How well anybody could do on the sample catalogue: the recall of a ranking that knows how it was made.
+"""How well anybody could do on the sample catalogue.
 
-For one listing, the oracle ranks all others by the likelihood ratio of "the same thing" against "two things drawn
-independently", given the facts that both listings show in some modalities. A fact shown by only one of them says
-nothing. One that both show says `-log share` where they agree, the share being how many things of that kind have the
-value, and rules the pair out where they differ. Two log prices x, y of one kind are jointly normal with correlation
-r = spread² / (spread² + noise²) if the thing is the same, and independent if not::
+The recall of a ranking that knows how it was made.
 
-    log ratio = -log(1 - r²) / 2 - (r² x² - 2 r x y + r² y²) / (2 (1 - r²))          (x, y standardised)
+For one listing, the oracle ranks all others by the likelihood ratio of "the same thing" against
+"two things drawn independently", given the facts that both listings show in some modalities. A fact
+shown by only one of them says nothing. One that both show says `-log share` where they agree, the
+share being how many things of that kind have the value, and rules the pair out where they differ.
+Two log prices x, y of one kind are jointly normal with correlation r = spread² / (spread² + noise²)
+if the thing is the same, and independent if not::
 
-Listings with equal ratios stand in random order, so recall is an expectation, and it is exact: of T equal listings with
+    log ratio = -log(1 - r²) / 2 - (r² x² - 2 r x y + r² y²) / (2 (1 - r²))          (x, y
+    standardised)
+
+Listings with equal ratios stand in random order, so recall is an expectation, and it is exact: of T
+  equal listings with
 A above them, each is among the first k with chance min(1, max(0, (k - A) / T)).
 """
 
@@ -20,14 +25,25 @@ from itertools import combinations
 
 import numpy as np
 
-from datamodules.samples.facts import BRAND_SHARES, CHOICES, KINDS, PRICE_NOISE, PRICE_SPREAD
+from tritower.datamodules.samples.facts import (
+    BRAND_SHARES,
+    CHOICES,
+    KINDS,
+    PRICE_NOISE,
+    PRICE_SPREAD,
+)
 
-SUBSETS = tuple(subset for size in (1, 2, 3) for subset in combinations(("text", "image", "attribute"), size))
+SUBSETS = tuple(
+    subset for size in (1, 2, 3) for subset in combinations(("text", "image", "attribute"), size)
+)
 """The seven ways to look at a listing."""
 
 SHARES = {
     "kind": np.full(len(KINDS), 1 / len(KINDS)),
-    **{fact: np.full(CHOICES, 1 / CHOICES) for fact in ("shape", "colourway", "material", "size", "use")},
+    **{
+        fact: np.full(CHOICES, 1 / CHOICES)
+        for fact in ("shape", "colourway", "material", "size", "use")
+    },
     "brand": BRAND_SHARES,
 }
 """Fact -> (V,) float64 share of things of a kind (of a use, for brands) that have each value."""
@@ -41,7 +57,8 @@ class Evidence:
 
     Attributes:
         codes: fact -> (N,) int64 value, `UNKNOWN` where it is not shown.
-        price: (N,) float64 log price, standardised among the listings of a kind; NaN where it is not shown.
+        price: (N,) float64 log price, standardised among the listings of a kind; NaN where it is
+            not shown.
     """
 
     codes: dict[str, np.ndarray]
@@ -65,7 +82,9 @@ def log_ratio(evidence: Evidence, query: np.ndarray) -> np.ndarray:
     for fact, shares in SHARES.items():
         asked, shown = evidence.codes[fact][query][:, None], evidence.codes[fact][None]
         score += np.where(
-            (asked == UNKNOWN) | (shown == UNKNOWN), 0.0, np.where(asked == shown, -np.log(shares[asked]), -np.inf)
+            (asked == UNKNOWN) | (shown == UNKNOWN),
+            0.0,
+            np.where(asked == shown, -np.log(shares[asked]), -np.inf),
         )
     return score
 
@@ -100,12 +119,14 @@ def oracle(
 ) -> dict[tuple[str, ...], float]:
     """Expected recall@k of finding the other listings of the same thing, for every subset of modalities.
 
-    Query and catalogue are seen in the same modalities; the whole catalogue is searched but for the query itself.
+    Query and catalogue are seen in the same modalities; the whole catalogue is searched but for the
+    query itself.
 
     Args:
         evidence: modality -> what N listings show there.
         group: (N,) int64 the thing of each listing.
-        query: (Q,) int64 positions of the listings that are asked; each thing is offered more than once.
+        query: (Q,) int64 positions of the listings that are asked; each thing is offered more than
+            once.
         k: how many hits are shown.
 
     Raises:

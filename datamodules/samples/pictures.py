@@ -1,8 +1,10 @@
-"""Pictures of the sample catalogue, drawn by code: a silhouette in a colourway, photographed somewhere.
+"""Pictures of the sample catalogue, drawn by code.
 
-A look (silhouette, hue, pattern) is drawn once, large, with transparent surroundings; every picture is that drawing
-moved, scaled, turned, lit and put on a background. The backgrounds are pale and grey, so no hue of a product is ever
-mistaken for one.
+A silhouette in a colourway, photographed somewhere.
+
+A look (silhouette, hue, pattern) is drawn once, large, with transparent surroundings; every picture
+is that drawing moved, scaled, turned, lit and put on a background. The backgrounds are pale and
+grey, so no hue of a product is ever mistaken for one.
 """
 
 from __future__ import annotations
@@ -38,7 +40,10 @@ GREY = (120, 122, 128)
 
 
 class Part(NamedTuple):
-    """One stroke of a silhouette: a method of `ImageDraw`, where in hundredths of the drawing, and its options."""
+    """One stroke of a silhouette.
+
+    A method of `ImageDraw`, where in hundredths of the drawing, and its options.
+    """
 
     method: str
     where: tuple[float, ...]
@@ -91,10 +96,12 @@ SILHOUETTES = {
         trim=(oval(4, 78, 92, 92), arc(-90, 90, 6, 72, 38, 98, 66), box(36, 74, 60, 84)),
     ),
     "tumbler": Silhouette(
-        body=(polygon(26, 22, 74, 22, 66, 94, 34, 94),), trim=(box(22, 14, 78, 24), box(54, 0, 60, 18))
+        body=(polygon(26, 22, 74, 22, 66, 94, 34, 94),),
+        trim=(box(22, 14, 78, 24), box(54, 0, 60, 18)),
     ),
     "table": Silhouette(
-        body=(polygon(34, 8, 66, 8, 88, 56, 12, 56),), metal=(box(46, 50, 54, 90), box(26, 86, 74, 95))
+        body=(polygon(34, 8, 66, 8, 88, 56, 12, 56),),
+        metal=(box(46, 50, 54, 90), box(26, 86, 74, 95)),
     ),
     "pendant": Silhouette(
         body=(pie(180, 360, 6, 38, 94, 126),),
@@ -103,15 +110,23 @@ SILHOUETTES = {
     ),
     "globe": Silhouette(
         body=(oval(20, 4, 80, 64),),
-        metal=(polygon(46, 58, 54, 58, 30, 98, 22, 98), polygon(46, 58, 54, 58, 78, 98, 70, 98), box(47, 58, 53, 98)),
+        metal=(
+            polygon(46, 58, 54, 58, 30, 98, 22, 98),
+            polygon(46, 58, 54, 58, 78, 98, 70, 98),
+            box(47, 58, 53, 98),
+        ),
     ),
-    "tote": Silhouette(body=(polygon(10, 42, 90, 42, 80, 94, 20, 94),), trim=(arc(180, 360, 6, 28, 8, 72, 80),)),
+    "tote": Silhouette(
+        body=(polygon(10, 42, 90, 42, 80, 94, 20, 94),), trim=(arc(180, 360, 6, 28, 8, 72, 80),)
+    ),
     "backpack": Silhouette(
         body=(box(22, 16, 78, 94), oval(22, 6, 78, 50)),
         trim=(arc(180, 360, 5, 38, -2, 62, 24), box(10, 44, 22, 84), box(78, 44, 90, 84)),
     ),
     "crescent": Silhouette(
-        body=(pie(0, 180, 4, 10, 96, 96),), trim=(arc(180, 360, 4, 12, 2, 88, 110),), metal=(box(4, 50, 96, 55),)
+        body=(pie(0, 180, 4, 10, 96, 96),),
+        trim=(arc(180, 360, 4, 12, 2, 88, 110),),
+        metal=(box(4, 50, 96, 55),),
     ),
     "upright": Silhouette(
         body=(box(24, 2, 74, 46), polygon(24, 54, 74, 54, 84, 68, 16, 68)),
@@ -168,7 +183,10 @@ def _body(colour: np.ndarray, texture: Texture) -> np.ndarray:
     dark = colour @ (0.299, 0.587, 0.114) < 165
     second = np.array(CREAM, float) if dark else 0.35 * colour
     y, x = (np.mgrid[:DRAWING, :DRAWING] + 0.5) / UNIT
-    return np.where(texture(x, y)[..., None], second, colour) * (1.08 - 0.3 * abs(x - 42) / 58)[..., None]
+    return (
+        np.where(texture(x, y)[..., None], second, colour)
+        * (1.08 - 0.3 * abs(x - 42) / 58)[..., None]
+    )
 
 
 def _mask(parts: tuple[Part, ...]) -> Image.Image:
@@ -182,7 +200,9 @@ def _mask(parts: tuple[Part, ...]) -> Image.Image:
 def photograph(
     shape: str, hue: str, pattern: str, *, size: int, rng: np.random.Generator, second: bool = False
 ) -> bytes:
-    """A picture of a look as JPEG bytes: position, scale, angle, light and background are the photographer's.
+    """A picture of a look as JPEG bytes.
+
+    Position, scale, angle, light and background are the photographer's.
 
     Args:
         shape: key of `SILHOUETTES`.
@@ -196,7 +216,9 @@ def photograph(
     look = drawing(shape, hue, pattern)
     scale = rng.uniform(0.74, 0.88) * (1.1 if second else 1.0)
     width = round(side * scale)
-    look = look.resize((width, width), Image.Resampling.BOX if width < DRAWING else Image.Resampling.BICUBIC)
+    look = look.resize(
+        (width, width), Image.Resampling.BOX if width < DRAWING else Image.Resampling.BICUBIC
+    )
     if second:
         look = look.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     look = look.rotate(rng.uniform(-6, 6), Image.Resampling.BILINEAR)
@@ -227,4 +249,8 @@ def _shadow(picture: Image.Image, left: int, top: int, width: int) -> None:
     """Darken the floor under the product, in place."""
     strength = Image.new("L", (width, width // 5))
     ImageDraw.Draw(strength).ellipse((0, 0, width - 1, width // 5 - 1), fill=60)
-    picture.paste((60, 60, 66), (left, top + width - width // 8), strength.filter(ImageFilter.BoxBlur(width // 40)))
+    picture.paste(
+        (60, 60, 66),
+        (left, top + width - width // 8),
+        strength.filter(ImageFilter.BoxBlur(width // 40)),
+    )

@@ -1,14 +1,15 @@
 """What customers of the sample catalogue ask, and which listings answer how well.
 
-A query asks for the facts that it shows, and its judgements cover the whole catalogue, also facts that a listing holds
-without saying so. Grade 3 is an answer in full:
+A query asks for the facts that it shows, and its judgements cover the whole catalogue, also facts
+that a listing holds without saying so. Grade 3 is an answer in full:
 
-* **text**: all asked facts hold. With five or six asked, 2 = all but one, 1 = all but two; the kind must hold.
+* **text**: all asked facts hold. With five or six asked, 2 = all but one, 1 = all but two; the kind
+  must hold.
 * **image**, a new photo: same shape and colourway; 2 = the shape alone.
 * **product**, one listing: the same thing from another seller; 2 = another variant of its style.
 
-A query belongs to the split of the thing that it was made from, and no two text queries have the same full answers:
-what test asks was never asked in training.
+A query belongs to the split of the thing that it was made from, and no two text queries have the
+same full answers: what test asks was never asked in training.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from datamodules.samples.listings import Listing
-from datamodules.samples.text import write_query
+from tritower.datamodules.samples.listings import Listing
+from tritower.datamodules.samples.text import write_query
 
 ASKED = {"hue": 0.3, "pattern": 0.2, "material": 0.2, "size": 0.15, "use": 0.15}
 """Facts that people ask for besides the kind, and how often they come to mind."""
@@ -75,7 +76,10 @@ def text_queries(listings: Sequence[Listing], count: int, rng: np.random.Generat
             break
         source = int(rng.integers(len(listings)))
         number = rng.choice(list(ASKED_COUNT), p=list(ASKED_COUNT.values()))
-        facts = ["kind", *rng.choice(list(ASKED), number, replace=False, p=list(ASKED.values())).tolist()]
+        facts = [
+            "kind",
+            *rng.choice(list(ASKED), number, replace=False, p=list(ASKED.values())).tolist(),
+        ]
         grades = text_grades({fact: truth[fact] == words[source][fact].word for fact in facts})
         answers = (grades == 3).tobytes()
         if answers in answered_before or (grades == 3).sum() > MOST_ANSWERS:
@@ -83,7 +87,16 @@ def text_queries(listings: Sequence[Listing], count: int, rng: np.random.Generat
         answered_before.add(answers)
         language = "zh" if rng.random() < CHINESE else "en"
         text = write_query({fact: words[source][fact] for fact in facts}, language, rng)
-        queries.append(Query(f"text-{len(queries):04d}", "text", listings[source].thing.split, source, text, grades))
+        queries.append(
+            Query(
+                f"text-{len(queries):04d}",
+                "text",
+                listings[source].thing.split,
+                source,
+                text,
+                grades,
+            )
+        )
     return queries
 
 
@@ -118,7 +131,11 @@ def product_queries(listings: Sequence[Listing]) -> list[Query]:
         grades[source] = 0
         if 3 in grades:
             listing = listings[source]
-            queries.append(Query(f"like-{listing.product_id}", "product", listing.thing.split, source, "", grades))
+            queries.append(
+                Query(
+                    f"like-{listing.product_id}", "product", listing.thing.split, source, "", grades
+                )
+            )
     return queries
 
 

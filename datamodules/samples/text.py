@@ -1,4 +1,7 @@
-"""How sellers and customers of the sample catalogue write: titles, descriptions and typed queries."""
+"""How sellers and customers of the sample catalogue write.
+
+Titles, descriptions and typed queries.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from datamodules.samples.facts import Words
+from tritower.datamodules.samples.facts import Words
 
 SYNONYM_SHARE = 0.3
 """How often an English writer takes the second word for a fact."""
@@ -47,7 +50,16 @@ STYLES = (
 """Sellers by number. They differ in nothing else."""
 
 EXTRAS = {
-    "en": ("gift idea", "new", "bestseller", "free shipping", "top quality", "limited offer", "handmade", "original"),
+    "en": (
+        "gift idea",
+        "new",
+        "bestseller",
+        "free shipping",
+        "top quality",
+        "limited offer",
+        "handmade",
+        "original",
+    ),
     "zh": ("新款", "热卖", "包邮", "优质", "限时", "爆款", "精选", "原创"),
 }
 MENTIONS: dict[str, dict[str, tuple[str, ...]]] = {
@@ -58,7 +70,12 @@ MENTIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "zh": {"material": ("材质：{}。", "选用{}制作。"), "size": ("尺寸：{}。", "规格为{}。")},
 }
 FILLERS = {
-    "en": ("Ships within two days.", "Thirty days to return it.", "Loved by our customers.", "Packed with care."),
+    "en": (
+        "Ships within two days.",
+        "Thirty days to return it.",
+        "Loved by our customers.",
+        "Packed with care.",
+    ),
     "zh": ("两天内发货。", "支持三十天退货。", "深受顾客喜爱。", "包装仔细。"),
 }
 
@@ -71,7 +88,9 @@ class Text(NamedTuple):
     shown: frozenset[str]
 
 
-def write_text(facts: Mapping[str, Words], seller: int, described: bool, rng: np.random.Generator) -> Text:
+def write_text(
+    facts: Mapping[str, Words], seller: int, described: bool, rng: np.random.Generator
+) -> Text:
     """Title and description by one seller; only facts of `IN_TITLE` are ever mentioned, and the kind always.
 
     Args:
@@ -88,11 +107,16 @@ def write_text(facts: Mapping[str, Words], seller: int, described: bool, rng: np
     language = style.language[:2]
     mentioned = [fact for fact, share in IN_DESCRIPTION.items() if rng.random() < share]
     sentences = [
-        str(rng.choice(MENTIONS[language][fact])).format(word_of(facts[fact], language, rng)) for fact in mentioned
+        str(rng.choice(MENTIONS[language][fact])).format(word_of(facts[fact], language, rng))
+        for fact in mentioned
     ]
     sentences.append(str(rng.choice(FILLERS[language])))
     rng.shuffle(sentences)
-    return Text(title, ("" if language == "zh" else " ").join(sentences), frozenset(in_title | set(mentioned)))
+    return Text(
+        title,
+        ("" if language == "zh" else " ").join(sentences),
+        frozenset(in_title | set(mentioned)),
+    )
 
 
 def _title(style: Style, facts: Mapping[str, Words], rng: np.random.Generator) -> str:
@@ -105,7 +129,9 @@ def _title(style: Style, facts: Mapping[str, Words], rng: np.random.Generator) -
     return title.upper() if style.capitals else title[:1].upper() + title[1:]
 
 
-def _in_order(order: Iterable[str], facts: Mapping[str, Words], language: str, rng: np.random.Generator) -> list[str]:
+def _in_order(
+    order: Iterable[str], facts: Mapping[str, Words], language: str, rng: np.random.Generator
+) -> list[str]:
     words = []
     for name in order:
         if name == "extra":
@@ -123,7 +149,10 @@ def word_of(words: Words, language: str, rng: np.random.Generator) -> str:
 
 
 def write_query(facts: Mapping[str, Words], language: str, rng: np.random.Generator) -> str:
-    """What somebody types who looks for something with these facts, e.g. `blue striped ceramic mug`."""
+    """What somebody types who looks for something with these facts, e.g.
+
+    `blue striped ceramic mug`.
+    """
     order = ("size", "hue", "pattern", "material", "use", "kind")
     if rng.random() < 0.25:
         order = ("kind", "material", "size", "hue", "pattern", "use")

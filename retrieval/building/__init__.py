@@ -1,1 +1,1 @@
-"""How an index is chosen, trained, filled and tuned."""
+"""Build an index: choose, train, encode and write it."""

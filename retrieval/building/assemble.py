@@ -1,4 +1,7 @@
-"""Write the files of an index: of one whose lists are mapped from encoded vectors; ids and attributes of any."""
+"""Write the files of an index.
+
+Of one whose lists are mapped from encoded vectors; ids and attributes of any.
+"""
 
 from __future__ import annotations
 
@@ -12,30 +15,25 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from retrieval import storage
-from retrieval.building.encoded import Source, grouped_lists
-from retrieval.building.lists import write_list
-from retrieval.building.mapped import Trained, write_fine_header
-from retrieval.filtering.attribute_sources import AttributeSource
-from retrieval.filtering.attribute_writer import write_attributes
-from retrieval.filtering.attributes import ATTRIBUTES_FILE
-from retrieval.progress import counted
+from tritower.artefacts import storage
+from tritower.retrieval.ivf.encoded import Source, grouped_lists
+from tritower.retrieval.ivf.inverted_lists import write_list
+from tritower.retrieval.ivf.ivf_pq import Trained, write_fine_header
+from tritower.retrieval.ivf.layout import FINE_FILE, IDS_FILE, INDEX_FILE, LISTS_FILE, SIZES_FILE
+from tritower.retrieval.products.attribute_providers import AttributeSource
+from tritower.retrieval.products.attribute_table import ATTRIBUTES_FILE
+from tritower.retrieval.products.attribute_writer import write_attributes
+from tritower.terminal.progress import counted
 
 logger = logging.getLogger(__name__)
-
-INDEX_FILE, LISTS_FILE, SIZES_FILE, FINE_FILE, IDS_FILE = (
-    "index.faiss",
-    "lists.bin",
-    "lists.npy",
-    "vectors.faiss",
-    "ids.arrow",
-)
 
 Placed = tuple[Source, NDArray[np.int64] | int]
 """Encoded vectors, and the new row of each of their rows (-1 to leave it out), or the first new row."""
 
 
-def write_mapped(folder: Path, trained: Trained, sources: Sequence[Placed], *, quiet: bool = False) -> None:
+def write_mapped(
+    folder: Path, trained: Trained, sources: Sequence[Placed], *, quiet: bool = False
+) -> None:
     """Write all files of the index but its settings.
 
     Args:
@@ -44,8 +42,13 @@ def write_mapped(folder: Path, trained: Trained, sources: Sequence[Placed], *, q
         sources: the vectors, in the order of their rows.
         quiet: show no progress.
     """
-    count = sum(source.count if isinstance(moved, int) else int((moved >= 0).sum()) for source, moved in sources)
-    write_products(folder / IDS_FILE, (part for source, moved in sources for part in _kept(source, moved)))
+    count = sum(
+        source.count if isinstance(moved, int) else int((moved >= 0).sum())
+        for source, moved in sources
+    )
+    write_products(
+        folder / IDS_FILE, (part for source, moved in sources for part in _kept(source, moved))
+    )
     if trained.finer is not None:
         with storage.create(folder / FINE_FILE) as file:
             write_fine_header(file, trained.finer, count)
@@ -59,7 +62,9 @@ def write_mapped(folder: Path, trained: Trained, sources: Sequence[Placed], *, q
     with storage.create(folder / LISTS_FILE) as file:
         lists = grouped_lists(sources, sizes, trained.index.code_size)
         if not quiet:
-            lists = counted(lists, int(sizes.sum()), lambda pair: len(pair[1]), "group by lists", "codes")
+            lists = counted(
+                lists, int(sizes.sum()), lambda pair: len(pair[1]), "group by lists", "codes"
+            )
         for codes, rows in lists:
             write_list(file, trained.index, codes, rows)
     with storage.create(folder / SIZES_FILE) as file:
@@ -86,12 +91,17 @@ def attach_attributes(folder: Path, sources: Sequence[AttributeSource]) -> dict[
     Raises:
         ValueError: see `write_attributes`.
     """
-    with pa.memory_map(str(folder / IDS_FILE)) as file, storage.create(folder / ATTRIBUTES_FILE) as stream:
+    with (
+        pa.memory_map(str(folder / IDS_FILE)) as file,
+        storage.create(folder / ATTRIBUTES_FILE) as stream,
+    ):
         ids = pa.ipc.open_file(file).read_all().column("product_id")
         report = write_attributes(stream, ids.chunks, sources, folder)
     if report["rows_without"]:
         names = " nor in ".join(source.name for source in sources)
-        logger.warning("%s of %s products are not in %s", f"{report['rows_without']:,}", f"{len(ids):,}", names)
+        logger.warning(
+            "%s of %s products are not in %s", f"{report['rows_without']:,}", f"{len(ids):,}", names
+        )
     for source in sources:
         for column, why in source.ignored.items():
             logger.info("no attribute: %s: %s", column, why)
@@ -101,7 +111,11 @@ def attach_attributes(folder: Path, sources: Sequence[AttributeSource]) -> dict[
 def _kept(source: Source, moved: NDArray[np.int64] | int) -> Iterable[pa.Table]:
     row = 0
     for part in source.products():
-        yield part if isinstance(moved, int) else part.filter(pa.array(moved[row : row + len(part)] >= 0))
+        yield (
+            part
+            if isinstance(moved, int)
+            else part.filter(pa.array(moved[row : row + len(part)] >= 0))
+        )
         row += len(part)
 
 

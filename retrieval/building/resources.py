@@ -9,9 +9,9 @@ from pathlib import Path
 
 from rich.filesize import decimal
 
-from retrieval.building.factory import Mapped, train_size
-from retrieval.building.lists import BLOCK
-from retrieval.building.mapped import TRAINED_CODES
+from tritower.retrieval.ivf.inverted_lists import BLOCK
+from tritower.retrieval.ivf.ivf_pq import TRAINED_CODES
+from tritower.retrieval.ivf.spec import Mapped, train_size
 
 try:
     import resource
@@ -38,7 +38,8 @@ class Need:
     Attributes:
         memory: at the peak of the build.
         disk: while building: the finished version and what is kept to go on after a kill.
-        hot: what searches touch, mapped or not: codes, rows and centres of lists; finer vectors are not counted.
+        hot: what searches touch, mapped or not: codes, rows and centres of lists; finer vectors are
+            not counted.
     """
 
     memory: int
@@ -47,7 +48,14 @@ class Need:
 
 
 def predict(
-    count: int, dim: int, design: Mapped, *, sample: int | None = None, spill: bool = False, block: int, grouping: int
+    count: int,
+    dim: int,
+    design: Mapped,
+    *,
+    sample: int | None = None,
+    spill: bool = False,
+    block: int,
+    grouping: int,
 ) -> Need:
     """The need of an index whose lists are mapped.
 
@@ -66,9 +74,13 @@ def predict(
     centres = design.lists * (vector + dim // 4 + 16)
     batch = min(count, block) * vector
     reading = 6 * batch  # one batch and the next one: as stored, as float32, of unit length
-    training = int(1.1 * sample * vector) + max(reading, 3 * min(sample, TRAINED_CODES) * vector + 2 * centres)
+    training = int(1.1 * sample * vector) + max(
+        reading, 3 * min(sample, TRAINED_CODES) * vector + 2 * centres
+    )
     encoding = reading + int(2.5 * batch) + 2 * centres
-    regrouping = 3 * min(grouping, count * copies * design.code_size) + 32 * count * copies + centres
+    regrouping = (
+        3 * min(grouping, count * copies * design.code_size) + 32 * count * copies + centres
+    )
     average = count * copies / design.lists
     padded = (average + BLOCK / 2) / average  # half a block of every list is empty
     lists = int(count * copies * (padded * design.code_size + 8))
@@ -118,27 +130,38 @@ def parse_bytes(text: str) -> int:
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?b?)\s*", text.lower())
     if match is None or not float(match[1]):
-        raise ValueError(f"size {text!r}; expected a number above 0 with a unit, such as 500MB or 1.5GiB")
+        raise ValueError(
+            f"size {text!r}; expected a number above 0 with a unit, such as 500MB or 1.5GiB"
+        )
     base = 1000 if match[3] == "b" else 1024
     return int(float(match[1]) * base ** " kmgt".index(match[2] or " "))
 
 
 def available_memory() -> int | None:
-    """Bytes that this process may still take: of the machine, of its container and of its own limit; None = unknown."""
+    """Bytes that this process may still take.
+
+    Of the machine, of its container and of its own limit; None = unknown.
+    """
     found = [
         _proc_available(),
         _cgroup_available(CGROUP, "memory.max", "memory.current", ""),
-        _cgroup_available(CGROUP / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),  # version 1
+        _cgroup_available(
+            CGROUP / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"
+        ),  # version 1
         None if resource is None else resource.getrlimit(resource.RLIMIT_AS)[0],
     ]
-    known = [number for number in found if number is not None and number >= 0]  # RLIM_INFINITY is negative
+    known = [
+        number for number in found if number is not None and number >= 0
+    ]  # RLIM_INFINITY is negative
     return min(known, default=None)
 
 
 def _proc_available() -> int | None:
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+        return 1024 * next(
+            int(line.split()[1]) for line in lines if line.startswith("MemAvailable")
+        )
     except (OSError, StopIteration):
         return None
 

@@ -4,8 +4,8 @@ index.building/
 begun.json                  what is built from what: another build starts anew
 trained.faiss               index with empty lists
 finer.faiss                 ranges of the finer vectors, where there are any
-training.json               what the manifest will say of training, and digests of these two; written last of the three
-000000-0000000000.parquet   encoded vectors, a block each
+training.json               what the manifest will say of training, and digests of these two;
+written last of the three 000000-0000000000.parquet   encoded vectors, a block each
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from typing import Any
 
 import faiss
 
-from retrieval import files, storage
-from retrieval.building.encoded import to_table
-from retrieval.building.mapped import Trained, centroids_of
-from retrieval.embeddings import EmbeddingBatch, EmbeddingReader
-from retrieval.progress import counted
-from retrieval.shards import ShardFolder
-from retrieval.storage import ArtefactError
-from retrieval.work_folder import WorkFolder, remove_work
+from tritower.artefacts import files, storage
+from tritower.artefacts.shards import ShardFolder
+from tritower.artefacts.storage import ArtefactError
+from tritower.artefacts.work_folder import WorkFolder, remove_work
+from tritower.retrieval.ivf.encoded import to_table
+from tritower.retrieval.ivf.ivf_pq import Trained, centroids_of
+from tritower.retrieval.vectors.embeddings import EmbeddingBatch, EmbeddingReader
+from tritower.terminal.progress import counted
 
 BLOCK_ROWS = 65_536
 TRAINED_FILE, FINER_FILE, TRAINING_FILE = "trained.faiss", "finer.faiss", "training.json"
@@ -38,14 +38,21 @@ class Workspace(WorkFolder):
     Args:
         output: the place of the index.
         reader: what is built from.
-        factory, seed, sample, spill: what is built; with other ones, or from other embeddings, the build starts anew.
+        factory, seed, sample, spill: what is built; with other ones, or from other embeddings, the
+          build starts anew.
 
     Raises:
         ArtefactError: another process is building there, or the folder holds other things.
     """
 
     def __init__(
-        self, output: Path, reader: EmbeddingReader, factory: str, seed: int, sample: int, spill: bool
+        self,
+        output: Path,
+        reader: EmbeddingReader,
+        factory: str,
+        seed: int,
+        sample: int,
+        spill: bool,
     ) -> None:
         identity = {
             "embeddings": reader.fingerprint or reader.stamp(),
@@ -57,7 +64,9 @@ class Workspace(WorkFolder):
             "normalize": reader.normalize,
             "faiss": faiss.__version__,
         }
-        ours = "|".join([*map(re.escape, (TRAINED_FILE, FINER_FILE, TRAINING_FILE)), r"\d{6}-\d{10}\.parquet"])
+        ours = "|".join(
+            [*map(re.escape, (TRAINED_FILE, FINER_FILE, TRAINING_FILE)), r"\d{6}-\d{10}\.parquet"]
+        )
         super().__init__(output, "build", identity, ours)
 
     def _begin(self) -> None:
@@ -73,7 +82,9 @@ class Workspace(WorkFolder):
         """Remove the workspace of a finished build, unless another run works there by now."""
         remove_work(output, "build")
 
-    def trained(self, train: Callable[[], tuple[Trained, dict[str, Any]]]) -> tuple[Trained, dict[str, Any]]:
+    def trained(
+        self, train: Callable[[], tuple[Trained, dict[str, Any]]]
+    ) -> tuple[Trained, dict[str, Any]]:
         """What an earlier run has learned, else what `train` learns; and what the manifest says of the training."""
         if self._learned() is None:
             for block in self.path.glob("*.parquet"):  # of another training
@@ -85,12 +96,21 @@ class Workspace(WorkFolder):
                     data = faiss.serialize_index(index).tobytes()
                     storage.write_bytes(self.path / name, data)
                     digests[name] = hashlib.sha256(data).hexdigest()
-            storage.write_json(self.path / TRAINING_FILE, {**about, "spill": trained.spill, "files": digests})
-        # Read back even what has just been learned: a build that was killed and one that was not do the same.
+            storage.write_json(
+                self.path / TRAINING_FILE, {**about, "spill": trained.spill, "files": digests}
+            )
+        # Read back even what has just been learned: a build that was killed and one that was not do
+        # the same.
         about = self._learned()
         if about is None:
-            raise ArtefactError(f"what was written to {self.path} is not what is there: is its disk damaged?")
-        finer = faiss.read_index(str(self.path / FINER_FILE)) if FINER_FILE in about.pop("files") else None
+            raise ArtefactError(
+                f"what was written to {self.path} is not what is there: is its disk damaged?"
+            )
+        finer = (
+            faiss.read_index(str(self.path / FINER_FILE))
+            if FINER_FILE in about.pop("files")
+            else None
+        )
         index = faiss.read_index(str(self.path / TRAINED_FILE))
         return Trained(index, finer, centroids_of(index), about.pop("spill")), about
 
@@ -100,8 +120,13 @@ class Workspace(WorkFolder):
         A folder that is being removed when its process is killed loses its files in any order.
         """
         try:
-            about: dict[str, Any] = json.loads((self.path / TRAINING_FILE).read_text(encoding="utf-8"))
-            digests = {name: hashlib.sha256((self.path / name).read_bytes()).hexdigest() for name in about["files"]}
+            about: dict[str, Any] = json.loads(
+                (self.path / TRAINING_FILE).read_text(encoding="utf-8")
+            )
+            digests = {
+                name: hashlib.sha256((self.path / name).read_bytes()).hexdigest()
+                for name in about["files"]
+            }
         except (FileNotFoundError, ValueError, KeyError):
             return None
         return about if digests == about["files"] else None
@@ -109,10 +134,14 @@ class Workspace(WorkFolder):
     def encode(self, reader: EmbeddingReader, trained: Trained) -> list[Path]:
         """Encode what earlier runs have not; returns the files of all blocks in the order of their rows."""
         names = []
-        for name, batch in counted(_named(reader), reader.count, lambda pair: len(pair[1].ids), "encode", "vectors"):
+        for name, batch in counted(
+            _named(reader), reader.count, lambda pair: len(pair[1].ids), "encode", "vectors"
+        ):
             names.append(name)
             if not self._blocks.done(name):
-                self._blocks.write(name, to_table(batch.ids, trained.encode(batch.vectors), batch.digests()))
+                self._blocks.write(
+                    name, to_table(batch.ids, trained.encode(batch.vectors), batch.digests())
+                )
         return [self.path / f"{name}.parquet" for name in names]
 
 

@@ -1,1 +1,1 @@
-"""What filters ask: attributes of products, filters as text, and search among what passes."""
+"""Searches restricted by filters, exclusions and grouping."""

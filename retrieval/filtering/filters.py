@@ -8,8 +8,9 @@ r"""Which products may be found: `price<50 and brand in (Acme, Zed) and category
                   | name ["not"] ( "under" | "has" ) value
                   | name "is" ["not"] ( "missing" | "known" )
 
-Names and values are words or stand in quotes, '...' or "...", where \\ \" \' \n \t \r are escapes. A number without
-quotes is a number. Keywords may be written in capitals; names and values are compared exactly.
+Names and values are words or stand in quotes, '...' or "...", where \\ \" \' \n \t \r are escapes.
+A number without quotes is a number. Keywords may be written in capitals; names and values are
+compared exactly.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from retrieval.filtering.attribute_cells import Kind
-from retrieval.filtering.attributes import AttributeTable, Mask
-from retrieval.filtering.filter_parser import fail, parse_term
-from retrieval.filtering.filter_terms import Term, matches, misfit, tests_of
+from tritower.retrieval.filtering.parser import fail, parse_term
+from tritower.retrieval.filtering.terms import Term, matches, misfit, tests_of
+from tritower.retrieval.products.attribute_cells import Kind
+from tritower.retrieval.products.attribute_table import AttributeTable, Mask
 
 MAX_CHARACTERS = 100_000
 
@@ -52,7 +53,8 @@ class Filter:
             kinds: attribute -> kind.
 
         Raises:
-            ValueError: an unknown attribute, or one that is compared with what it cannot be compared with.
+            ValueError: an unknown attribute, or one that is compared with what it cannot be
+                compared with.
         """
         for test in tests_of(self.term):
             if (problem := misfit(test, kinds)) is not None:

@@ -1,14 +1,16 @@
 """Which lists of an index hold rows of a selection, and which of them a query has to visit.
 
-A search among all rows that visits P lists sees rows of the P nearest ones. To find as much among some rows takes more:
+A search among all rows that visits P lists sees rows of the P nearest ones. To find as much among
+some rows takes more:
 
-* Where the selection has nothing to do with the vectors, a list of which the share s may be found counts as s^0.35 of
-  a list, and lists that sum up to P are visited. (P / s lists would hold as many such rows; fewer do, since the best of
-  fewer rows are further apart. With this power, a tenth of the rows is found as well as all of them.)
-* Where it has, a query may be far from all that may be found. It sees those rows at about the same distance, so that
-  its neighbours spread over many lists. Lists are visited too, then, that are not much further away than those where
-  the first rows were met. The further these are from where the query stands, the further it goes; the unit is the
-  distance that its own P nearest lists span.
+* Where the selection has nothing to do with the vectors, a list of which the share s may be found
+  counts as s^0.35 of a list, and lists that sum up to P are visited. (P / s lists would hold as
+  many such rows; fewer do, since the best of fewer rows are further apart. With this power, a tenth
+  of the rows is found as well as all of them.)
+* Where it has, a query may be far from all that may be found. It sees those rows at about the same
+  distance, so that its neighbours spread over many lists. Lists are visited too, then, that are not
+  much further away than those where the first rows were met. The further these are from where the
+  query stands, the further it goes; the unit is the distance that its own P nearest lists span.
 """
 
 from __future__ import annotations
@@ -21,14 +23,17 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from retrieval.building.mapped import quantizer_parameters
-from retrieval.engine import Engine
+from tritower.retrieval.ivf.engine import Engine
+from tritower.retrieval.ivf.ivf_pq import quantizer_parameters
 
 SHARE_EXPONENT = 0.35
 """What a list counts: its share of rows that may be found to this power."""
 
 NEAR, FAR = 0.5, 1.5
-"""How much further away lists are visited, in that unit: for a query among the rows that may be found, and at most."""
+"""How much further away lists are visited, in that unit:
+
+for a query among the rows that may be found, and at most.
+"""
 
 ANCHOR = 2
 """Rows met per result wanted before that distance begins."""
@@ -41,7 +46,10 @@ COMPARED = 6000
 """Lists that are all compared with a query sooner than looked up."""
 
 STEP = 1.25
-"""Numbers of lists are rounded up to powers of this: there are few different ones then, and parameters for each."""
+"""Numbers of lists are rounded up to powers of this:
+
+there are few different ones then, and parameters for each.
+"""
 
 NOTHING = -1e30
 """Scores below it mean that FAISS found no list."""
@@ -87,9 +95,14 @@ class SelectedLists:
         if self.unrelated:
             return _compact(*self._nearest(queries, stepped(nprobe / self._mean_weight)))
         few = len(self._held) <= COMPARED
-        found = self._nearest(queries, nprobe if few else max(nprobe, stepped(1.5 * nprobe / self._mean_weight)))
+        found = self._nearest(
+            queries, nprobe if few else max(nprobe, stepped(1.5 * nprobe / self._mean_weight))
+        )
         own = found[1][:, :nprobe]
-        best, span = own[:, :1], own[:, :1] - np.where(own > NOTHING, own, np.inf).min(axis=1, keepdims=True)
+        best, span = (
+            own[:, :1],
+            own[:, :1] - np.where(own > NOTHING, own, np.inf).min(axis=1, keepdims=True),
+        )
         done = np.zeros(len(queries), np.bool_)
         if not few:
             needed, done = self._needed(*found, best, span, nprobe, k)
@@ -97,7 +110,9 @@ class SelectedLists:
             return _compact(*found, needed)
         left = ~done
         lists, scores = self._ranked(queries[left])
-        further = _compact(lists, scores, self._needed(lists, scores, best[left], span[left], nprobe, k)[0])
+        further = _compact(
+            lists, scores, self._needed(lists, scores, best[left], span[left], nprobe, k)[0]
+        )
         if left.all():
             return further
         return _merged(done, _compact(found[0][done], found[1][done], needed[done]), further)
@@ -107,7 +122,13 @@ class SelectedLists:
         return self._ranked(queries)
 
     def _needed(
-        self, lists: NDArray[np.int64], scores: Vectors, best: Vectors, span: Vectors, nprobe: int, k: int
+        self,
+        lists: NDArray[np.int64],
+        scores: Vectors,
+        best: Vectors,
+        span: Vectors,
+        nprobe: int,
+        k: int,
     ) -> tuple[Mask, Mask]:
         """Which lists to visit, and for which queries they are enough.
 
@@ -142,7 +163,12 @@ class SelectedLists:
         held, dim = self._held, queries.shape[1]
         if len(queries) == 1:  # without a copy of their centres
             scores = np.empty((1, len(held)), np.float32)
-            pointers = faiss.swig_ptr(scores), faiss.swig_ptr(queries), self._centres.get_xb(), faiss.swig_ptr(held)
+            pointers = (
+                faiss.swig_ptr(scores),
+                faiss.swig_ptr(queries),
+                self._centres.get_xb(),
+                faiss.swig_ptr(held),
+            )
             faiss.fvec_inner_products_by_idx(*pointers, dim, 1, len(held))
         else:
             centres = faiss.rev_swig_ptr(self._centres.get_xb(), self._total * dim).reshape(-1, dim)
@@ -163,7 +189,9 @@ class SelectedLists:
 
 
 def lists_of_rows(engine: Engine) -> NDArray[Any]:
-    """(S, N) unsigned integers: the lists that each row stands in; L, the number of lists, for none.
+    """(S, N) unsigned integers.
+
+    The lists that each row stands in; L, the number of lists, for none.
 
     Args:
         engine: has L lists; a row stands in S of them at most.
@@ -191,7 +219,9 @@ def stepped(number: float) -> int:
 
 def _count(lists_of: Iterable[NDArray[Any]], total: int) -> NDArray[np.int64]:
     """(L,) how often each list occurs."""
-    counts: NDArray[np.int64] = sum(np.bincount(lists, minlength=total + 1)[:total] for lists in lists_of)
+    counts: NDArray[np.int64] = sum(
+        np.bincount(lists, minlength=total + 1)[:total] for lists in lists_of
+    )
     return counts
 
 
@@ -208,8 +238,13 @@ def _compact(lists: NDArray[np.int64], scores: Vectors, kept: Mask | None = None
     kept = lists >= 0 if kept is None else kept
     if kept.all() and kept.size:
         return lists, scores
-    width = min(lists.shape[1], stepped(int(kept.sum(axis=1).max(initial=1))))  # FAISS takes no more than there are
-    front, front_scores = np.full((len(lists), width), -1, np.int64), np.zeros((len(lists), width), np.float32)
+    width = min(
+        lists.shape[1], stepped(int(kept.sum(axis=1).max(initial=1)))
+    )  # FAISS takes no more than there are
+    front, front_scores = (
+        np.full((len(lists), width), -1, np.int64),
+        np.zeros((len(lists), width), np.float32),
+    )
     query, place = np.nonzero(kept)
     to = (np.cumsum(kept, axis=1) - 1)[query, place]
     front[query, to], front_scores[query, to] = lists[query, place], scores[query, place]
@@ -219,7 +254,10 @@ def _compact(lists: NDArray[np.int64], scores: Vectors, kept: Mask | None = None
 def _merged(first: Mask, some: Lists, others: Lists) -> Lists:
     """The lists of all queries, of which the first ones are those where (Q,) `first` is True."""
     width = max(some[0].shape[1], others[0].shape[1])
-    lists, scores = np.full((len(first), width), -1, np.int64), np.zeros((len(first), width), np.float32)
+    lists, scores = (
+        np.full((len(first), width), -1, np.int64),
+        np.zeros((len(first), width), np.float32),
+    )
     for which, (numbers, closeness) in ((first, some), (~first, others)):
         lists[which, : numbers.shape[1]], scores[which, : numbers.shape[1]] = numbers, closeness
     return lists, scores

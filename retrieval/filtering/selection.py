@@ -1,7 +1,8 @@
 """Search among some rows only, however few or many they are and wherever they lie.
 
     few rows     their vectors are gathered once and all compared: exact
-    many rows    lists are visited, as many as it takes (selected_lists.py), and scanned with a bitmap of the rows;
+    many rows    lists are visited, as many as it takes (selected_lists.py), and scanned with a
+    bitmap of the rows;
                  where that finds fewer than there are, all lists, and at last all rows
 
 So a selection of k rows or more always gives k results.
@@ -19,19 +20,24 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from retrieval.building.mapped import make
-from retrieval.engine import DUPLICATES, FEWEST, Engine, Settings, first_of_each
-from retrieval.filtering.selected_lists import Lists, SelectedLists, lists_of_rows
-from retrieval.hits import Hits
+from tritower.retrieval.filtering.selected_lists import Lists, SelectedLists, lists_of_rows
+from tritower.retrieval.ivf.engine import DUPLICATES, FEWEST, Engine, Settings, first_of_each
+from tritower.retrieval.ivf.ivf_pq import make
+from tritower.retrieval.ranking.hits import Hits
 
 FEW_BYTES = 3 << 20
-"""Vectors for re-ranking up to which all are compared: a quarter of a millisecond's work. They are copied and kept."""
+"""Vectors for re-ranking up to which all are compared:
+
+a quarter of a millisecond's work. They are copied and kept.
+"""
 
 BLOCK_BYTES = 32 << 20
 """What is held at a time of vectors that are decoded, and of lists to visit."""
 
 WIDER = 4
-"""Times as many candidates where a selection has to do with the vectors: codes hardly tell rows apart that are all far
+"""Times as many candidates where a selection has to do with the vectors:
+
+codes hardly tell rows apart that are all far
 away."""
 
 CACHED = 8
@@ -43,7 +49,9 @@ Mask = NDArray[np.bool_]
 
 
 class Selection:
-    """The rows that may be found, and what speeds up a search among them. Made by `SelectiveSearch`.
+    """The rows that may be found, and what speeds up a search among them.
+
+    Made by `SelectiveSearch`.
 
     Args:
         engine: what is searched.
@@ -102,8 +110,12 @@ class SelectiveSearch:
         """The selection of a (N,) mask, without empty rows; None for all rows."""
         mask = np.ones(self.engine.count, np.bool_) if mask is None else mask
         if mask.shape != (self.engine.count,):
-            raise ValueError(f"mask of shape {mask.shape}; expected ({self.engine.count},), one for each row")
-        return Selection(self.engine, lambda: self._lists_of, mask if self._alive is None else mask & self._alive)
+            raise ValueError(
+                f"mask of shape {mask.shape}; expected ({self.engine.count},), one for each row"
+            )
+        return Selection(
+            self.engine, lambda: self._lists_of, mask if self._alive is None else mask & self._alive
+        )
 
     def remembered(self, key: str, mask: Callable[[], Mask]) -> Selection:
         """The selection of a mask that has a name; the last few are kept.
@@ -129,7 +141,8 @@ class SelectiveSearch:
         Args:
             queries: (Q, D) float32, checked.
             k: at least 1.
-            settings: of a search among all rows with the recall wanted; a selective one goes further where it has to.
+            settings: of a search among all rows with the recall wanted; a selective one goes
+                further where it has to.
             selection: the rows that may be found.
 
         Returns:
@@ -143,7 +156,9 @@ class SelectiveSearch:
         if not wanted or not len(queries):
             return hits
         width = self._width(wanted, settings, selection)
-        held = max(4 * self.engine.index.d * width, 16 * (self.engine.lists or 0))  # vectors or lists of a query
+        held = max(
+            4 * self.engine.index.d * width, 16 * (self.engine.lists or 0)
+        )  # vectors or lists of a query
         block = max(1, BLOCK_BYTES // held)
         for start in range(0, len(queries), block):
             part = slice(start, start + block)
@@ -151,7 +166,9 @@ class SelectiveSearch:
             hits.scores[part, :wanted], hits.rows[part, :wanted] = found
         return hits
 
-    def _search(self, queries: Vectors, k: int, width: int, settings: Settings, selection: Selection) -> Hits:
+    def _search(
+        self, queries: Vectors, k: int, width: int, settings: Settings, selection: Selection
+    ) -> Hits:
         """(Q, k) of a block of queries, k at most the number of selected rows."""
         engine = self.engine
         if self._is_small(selection):
@@ -174,7 +191,10 @@ class SelectiveSearch:
 
     def _is_small(self, selection: Selection) -> bool:
         """Whether all rows are compared; without finer vectors there is no quick way to them."""
-        return self.engine.fine is not None and selection.count * self.engine.fine.sa_code_size() <= FEW_BYTES
+        return (
+            self.engine.fine is not None
+            and selection.count * self.engine.fine.sa_code_size() <= FEW_BYTES
+        )
 
     def _width(self, k: int, settings: Settings, selection: Selection) -> int:
         """Candidates of each query."""
@@ -186,8 +206,18 @@ class SelectiveSearch:
             width *= 2 if engine.fine is None else DUPLICATES
         return int(np.ceil(width))
 
-    def _scan(self, queries: Vectors, asked: Vectors, k: int, width: int, selection: Selection, lists: Lists) -> Hits:
-        """The best of the rows in some lists: candidates by their codes, then ranked by finer vectors.
+    def _scan(
+        self,
+        queries: Vectors,
+        asked: Vectors,
+        k: int,
+        width: int,
+        selection: Selection,
+        lists: Lists,
+    ) -> Hits:
+        """The best of the rows in some lists.
+
+        Candidates by their codes, then ranked by finer vectors.
 
         Args:
             queries: (Q, D).
@@ -198,16 +228,26 @@ class SelectiveSearch:
             lists: to scan.
         """
         engine, (numbers, closeness) = self.engine, lists
-        scores, rows = np.empty((len(queries), width), np.float32), np.empty((len(queries), width), np.int64)
+        scores, rows = (
+            np.empty((len(queries), width), np.float32),
+            np.empty((len(queries), width), np.int64),
+        )
         pointers = [faiss.swig_ptr(array) for array in (asked, numbers, closeness, scores, rows)]
         parameters = selection.parameters(numbers.shape[1])
-        engine.ivf.search_preassigned_c(len(asked), pointers[0], width, *pointers[1:], False, parameters)
+        engine.ivf.search_preassigned_c(
+            len(asked), pointers[0], width, *pointers[1:], False, parameters
+        )
         if engine.fine is not None:
-            vectors = engine.fine.sa_decode(codes_of(engine.fine)[rows.ravel()]).reshape(*rows.shape, -1)
+            vectors = engine.fine.sa_decode(codes_of(engine.fine)[rows.ravel()]).reshape(
+                *rows.shape, -1
+            )
             scores = (vectors @ queries[:, :, None])[:, :, 0]
             scores[rows < 0] = -np.inf
             order = np.argsort(-scores, axis=1, kind="stable")
-            scores, rows = np.take_along_axis(scores, order, axis=1), np.take_along_axis(rows, order, axis=1)
+            scores, rows = (
+                np.take_along_axis(scores, order, axis=1),
+                np.take_along_axis(rows, order, axis=1),
+            )
         scores[rows < 0] = -np.inf
         if engine.spill:
             return first_of_each(Hits(scores, rows), k, beside=engine.fine is not None)

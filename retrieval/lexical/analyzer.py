@@ -36,8 +36,8 @@ class Analyzer:
     Attributes:
         language: a key of `STOP_WORDS`; None where it is not known, then tokens stay as they are.
         stop_words: leave out the language's stop words.
-        stem: reduce words to their stem (Snowball, by the PyStemmer library): "dresses" becomes "dress". Tokens with a
-            digit, such as model codes and sizes, are never stemmed.
+        stem: reduce words to their stem (Snowball, by the PyStemmer library): "dresses" becomes
+            "dress". Tokens with a digit, such as model codes and sizes, are never stemmed.
     """
 
     language: str | None = None
@@ -64,9 +64,12 @@ def detect_language(counts: Mapping[str, int]) -> str | None:
         counts: token -> number of occurrences.
 
     Returns:
-        A key of `STOP_WORDS`; None where no language covers `MIN_STOP_WORD_SHARE` of the tokens, as in Chinese.
+        A key of `STOP_WORDS`; None where no language covers `MIN_STOP_WORD_SHARE` of the tokens, as
+        in Chinese.
     """
     total = sum(counts.values())
-    covered = {name: sum(counts.get(word, 0) for word in words) for name, words in STOP_WORDS.items()}
+    covered = {
+        name: sum(counts.get(word, 0) for word in words) for name, words in STOP_WORDS.items()
+    }
     best = max(covered, key=lambda name: covered[name])
     return best if covered[best] >= MIN_STOP_WORD_SHARE * max(total, 1) else None

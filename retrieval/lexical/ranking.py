@@ -1,7 +1,8 @@
 """BM25 and TF-IDF over the fields of product records.
 
-An index of words is built once. How fields are weighted and how counts become scores can then be changed at little
-cost, so that both can be chosen on held-out queries (`retrieval.lexical.tuning`).
+An index of words is built once. How fields are weighted and how counts become scores can then be
+changed at little cost, so that both can be chosen on held-out queries
+(`tritower.retrieval.lexical.tuning`).
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from retrieval.hits import Hits
-from retrieval.lexical.analyzer import Analyzer
-from retrieval.lexical.records import EXACT_FIELDS, FIELDS, QUERY, Record
-from retrieval.lexical.tokenizer import is_cjk
+from tritower.retrieval.lexical.analyzer import Analyzer
+from tritower.retrieval.lexical.records import EXACT_FIELDS, FIELDS, QUERY, Record
+from tritower.retrieval.lexical.tokenizer import is_cjk
+from tritower.retrieval.ranking.hits import Hits
 
 MAX_CELLS = 20_000_000
 """Scores that are held at a time: queries are searched in blocks."""
@@ -30,8 +31,9 @@ class Scoring:
     """How the counts of a product's terms become a score.
 
     Attributes:
-        model: `bm25` is BM25F (Zaragoza et al., TREC 2004) with Lucene's idf: counts are weighted and normalized by
-            length per field, added up over the fields, then saturated. `tfidf` is the cosine of (1 + log count) x idf.
+        model: `bm25` is BM25F (Zaragoza et al., TREC 2004) with Lucene's idf: counts are weighted
+            and normalized by length per field, added up over the fields, then saturated. `tfidf` is
+            the cosine of (1 + log count) x idf.
         k1: of BM25: the larger, the more a repeated term counts.
         b: of BM25: how much long fields are discounted, 0 to 1.
         weights: field -> weight of its counts; 0 leaves the field out.
@@ -40,7 +42,9 @@ class Scoring:
     model: Literal["bm25", "tfidf"] = "bm25"
     k1: float = 1.2
     b: float = 0.75
-    weights: Mapping[str, float] = field(default_factory=lambda: {**dict.fromkeys(FIELDS, 1.0), "texts": 0.25})
+    weights: Mapping[str, float] = field(
+        default_factory=lambda: {**dict.fromkeys(FIELDS, 1.0), "texts": 0.25}
+    )
 
     def __post_init__(self) -> None:
         """Refuse what is no score.
@@ -49,7 +53,9 @@ class Scoring:
             ValueError: a field that records do not have, or a number out of range.
         """
         if unknown := set(self.weights) - set(FIELDS):
-            raise ValueError(f"weights name the field {min(unknown)!r}; there are {', '.join(FIELDS)}")
+            raise ValueError(
+                f"weights name the field {min(unknown)!r}; there are {', '.join(FIELDS)}"
+            )
         if not (self.k1 > 0 and 0 <= self.b <= 1 and min(self.weights.values(), default=0) >= 0):
             raise ValueError(
                 f"k1={self.k1}, b={self.b}, weights={dict(self.weights)}: choose k1 above 0, b from 0 to 1 and weights "
@@ -66,7 +72,9 @@ class WordIndex:
         neighbors: pairs of neighboring words are terms, too.
     """
 
-    def __init__(self, records: Sequence[Record], analyzer: Analyzer, neighbors: bool = False) -> None:
+    def __init__(
+        self, records: Sequence[Record], analyzer: Analyzer, neighbors: bool = False
+    ) -> None:
         self.analyzer = analyzer
         self.neighbors = neighbors
         self.num_products = len(records)
@@ -76,7 +84,8 @@ class WordIndex:
         self._cjk: set[str] = set()  # terms that are a character
         self._last_queries: tuple[Sequence[Record], dict[str, sp.csr_array]] | None = None
 
-        # Postings: each (term, product) that occurs in any field once, with its count in every field.
+        # Postings: each (term, product) that occurs in any field once, with its count in every
+        # field.
         keys = [self._occurrences(records, name) for name in FIELDS]
         postings = np.sort(np.concatenate(keys))
         postings = postings[np.diff(postings, prepend=-1) > 0]  # (P,) ascending, so grouped by term
@@ -90,7 +99,9 @@ class WordIndex:
         self._document_frequency = np.diff(self._starts)
 
         # Length of each field, relative to the mean over all products.
-        lengths = np.array([[len(record.get(name, ())) for record in records] for name in FIELDS], np.float32)
+        lengths = np.array(
+            [[len(record.get(name, ())) for record in records] for name in FIELDS], np.float32
+        )
         mean = lengths.sum(axis=1, keepdims=True) / max(1, self._count)
         self._relative_length = lengths / mean.clip(1e-9)  # (F, N)
 
@@ -116,7 +127,9 @@ class WordIndex:
         blocks = [block.toarray() for _, block in self._score_blocks(queries, scoring)]
         return np.concatenate([np.zeros((0, self.num_products), np.float32), *blocks])
 
-    def _score_blocks(self, queries: Sequence[Record], scoring: Scoring) -> Iterator[tuple[int, sp.csr_array]]:
+    def _score_blocks(
+        self, queries: Sequence[Record], scoring: Scoring
+    ) -> Iterator[tuple[int, sp.csr_array]]:
         """The number of a block's first query, and its (B, N) scores above 0."""
         weights = self._product_weights(scoring)
         own_weights = self._query_weights(queries, scoring)
@@ -130,12 +143,16 @@ class WordIndex:
 
     def _product_weights(self, scoring: Scoring) -> sp.csr_array:
         """(V, N) float32 weights of the products' terms."""
-        counts = np.zeros(len(self._products), np.float32)  # (P,) weighted, added up over the fields
+        counts = np.zeros(
+            len(self._products), np.float32
+        )  # (P,) weighted, added up over the fields
         for row, name in enumerate(FIELDS):
             if weight := scoring.weights.get(name, 0.0):
                 of_field = weight * self._counts[row]
                 if scoring.model == "bm25":
-                    of_field /= (1 - scoring.b + scoring.b * self._relative_length[row])[self._products].clip(1e-6)
+                    of_field /= (1 - scoring.b + scoring.b * self._relative_length[row])[
+                        self._products
+                    ].clip(1e-6)
                 counts += of_field
         idf = np.repeat(self._idf(scoring), self._document_frequency)
         if scoring.model == "bm25":
@@ -154,7 +171,9 @@ class WordIndex:
             weights += counts * (1.0 if name == QUERY else scoring.weights.get(name, 0.0))
         weights.eliminate_zeros()
         if scoring.model == "bm25":
-            weights.data *= (scoring.k1 + 1) / (scoring.k1 + weights.data)  # 1 for a term that occurs once
+            weights.data *= (scoring.k1 + 1) / (
+                scoring.k1 + weights.data
+            )  # 1 for a term that occurs once
             return weights
         weights.data = _damped(weights.data) * self._idf(scoring)[weights.indices]
         length = np.sqrt(weights.multiply(weights).sum(axis=1)).clip(1e-12)
@@ -162,7 +181,10 @@ class WordIndex:
         return weights
 
     def _query_counts(self, queries: Sequence[Record]) -> dict[str, sp.csr_array]:
-        """Field -> (Q, V) float32 counts of known terms. Those of the last queries are kept, as tuning repeats them."""
+        """Field -> (Q, V) float32 counts of known terms.
+
+        Those of the last queries are kept, as tuning repeats them.
+        """
         if self._last_queries is None or self._last_queries[0] is not queries:
             counts = {}
             for name in (*FIELDS, QUERY):
@@ -189,7 +211,10 @@ class WordIndex:
     # ------------------------------------------------------------------ terms
 
     def _occurrences(self, records: Sequence[Record], name: str) -> NDArray[np.int64]:
-        """(O,) one number for each occurrence of a term in a field: column x N + product. Enters new terms."""
+        """(O,) one number for each occurrence of a term in a field.
+
+        Column x N + product. Enters new terms.
+        """
         columns = array("q")
         lengths = array("q")
         known = self._columns

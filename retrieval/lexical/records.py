@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
-from retrieval.lexical.tokenizer import tokenize
+from tritower.retrieval.lexical.tokenizer import tokenize
 
 Value = str | float | Sequence[str]
 
@@ -28,7 +28,9 @@ QUERY = "query"
 EXACT_FIELDS = frozenset({"facts", "numbers"})
 
 
-def record_of(text: Mapping[str, str | None], attributes: Mapping[str, Value | None], title: str) -> Record:
+def record_of(
+    text: Mapping[str, str | None], attributes: Mapping[str, Value | None], title: str
+) -> Record:
     """The record of a product.
 
     Args:
@@ -59,7 +61,10 @@ def record_of(text: Mapping[str, str | None], attributes: Mapping[str, Value | N
 
 @lru_cache(maxsize=1 << 16)
 def _of_value(value: str) -> tuple[list[str], str]:
-    """The words of an attribute's value, and the whole of it in lower case. Kept, because products share values."""
+    """The words of an attribute's value, and the whole of it in lower case.
+
+    Kept, because products share values.
+    """
     return tokenize(value), " ".join(value.lower().split())
 
 

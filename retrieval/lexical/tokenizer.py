@@ -1,4 +1,7 @@
-"""The one tokenizer of the project: text to lower-case words. Training, evaluation and hybrid search all use it."""
+"""The one tokenizer of the project.
+
+Text to lower-case words. Training, evaluation and hybrid search all use it.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +24,14 @@ def tokenize(text: str) -> list[str]:
     """Lower-case words in order.
 
     * Chinese, Japanese and Korean text is split into characters.
-    * Decimal numbers stay whole, with a unit that follows: "3.5" and "3,5" are both "3.5", "2.4ghz" is one word.
+    * Decimal numbers stay whole, with a unit that follows: "3.5" and "3,5" are both "3.5", "2.4ghz"
+      is one word.
     * Model codes stay whole beside their parts: "WH-1000XM4" gives "wh", "1000xm4", "wh1000xm4".
     * The possessive is dropped: "women's" gives "women".
     """
-    found = _TOKEN.findall((text if text.isascii() else unicodedata.normalize("NFKC", text)).lower())
+    found = _TOKEN.findall(
+        (text if text.isascii() else unicodedata.normalize("NFKC", text)).lower()
+    )
     tokens: list[str] = []
     for token in found:
         if token.isalnum():

@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from retrieval.lexical.analyzer import Analyzer, detect_language
-from retrieval.lexical.ranking import Scoring, WordIndex
-from retrieval.lexical.records import EXACT_FIELDS, FIELDS, Record
+from tritower.retrieval.lexical.analyzer import Analyzer, detect_language
+from tritower.retrieval.lexical.ranking import Scoring, WordIndex
+from tritower.retrieval.lexical.records import EXACT_FIELDS, FIELDS, Record
 
 WEIGHTS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
 """Weights of a field that are tried."""
@@ -63,11 +63,15 @@ class WordIndexes:
 def language_of(records: Sequence[Record]) -> str | None:
     """The language of most of the products' words."""
     word_fields = [name for name in FIELDS if name not in EXACT_FIELDS]
-    counts = Counter(token for record in records for name in word_fields for token in record.get(name, ()))
+    counts = Counter(
+        token for record in records for name in word_fields for token in record.get(name, ())
+    )
     return detect_language(counts)
 
 
-def choose_settings(start: WordSettings, measure: Callable[[WordSettings], float]) -> tuple[WordSettings, float]:
+def choose_settings(
+    start: WordSettings, measure: Callable[[WordSettings], float]
+) -> tuple[WordSettings, float]:
     """Change one setting at a time and keep what gains.
 
     Args:
@@ -82,7 +86,9 @@ def choose_settings(start: WordSettings, measure: Callable[[WordSettings], float
 
     # Weights of the fields, then how soon counts saturate and how much length matters.
     for name in ("texts", "numbers", "facts", "attributes", "title"):
-        best, figure = climb(partial(_with_weight, best, name), WEIGHTS, best.scoring.weights[name], figure, measure)
+        best, figure = climb(
+            partial(_with_weight, best, name), WEIGHTS, best.scoring.weights[name], figure, measure
+        )
     if start.scoring.model == "bm25":
         best, figure = climb(partial(_with_value, best, "k1"), K1, best.scoring.k1, figure, measure)
         best, figure = climb(partial(_with_value, best, "b"), B, best.scoring.b, figure, measure)
@@ -107,7 +113,8 @@ def climb(
 
     Args:
         make: value -> settings with it.
-        values: the grid; the start is one of them. The lowest is always tried: leaving a field out is no small step.
+        values: the grid; the start is one of them. The lowest is always tried: leaving a field out
+            is no small step.
         start: where to begin.
         figure: of the start.
         measure: settings -> figure to maximize.

@@ -1,1 +1,1 @@
-"""How the next version of an index comes from the one before, and when a new build is better."""
+"""The next version of an index from the previous one, and whether a rebuild would be better."""

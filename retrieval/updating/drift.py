@@ -1,7 +1,7 @@
 """Does an index still suit the products that it holds? It was trained on those of another day.
 
-Products are known as the index keeps them, by its finer vectors; where it keeps none, only the sizes of its lists and
-what is new can tell.
+Products are known as the index keeps them, by its finer vectors; where it keeps none, only the
+sizes of its lists and what is new can tell.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from retrieval import metrics
-from retrieval.building.clustering import Centroids
-from retrieval.building.mapped import centroids_of
-from retrieval.building.probes import without_own
-from retrieval.engine import Engine, Settings
-from retrieval.progress import counted
-from retrieval.updating.previous import fine_blocks
-from retrieval.vectors import Metric, as_queries
+from tritower.retrieval.building.tuning.tuning_queries import without_own
+from tritower.retrieval.ivf.clustering import Centroids
+from tritower.retrieval.ivf.engine import Engine, Settings
+from tritower.retrieval.ivf.ivf_pq import centroids_of
+from tritower.retrieval.ranking import metrics
+from tritower.retrieval.updating.previous import fine_blocks
+from tritower.retrieval.vectors.checks import Metric, as_queries
+from tritower.terminal.progress import counted
 
 SAMPLE = 2000
 """Products whose errors are averaged."""
@@ -45,18 +45,21 @@ GROWTH_LIMIT = 2.0
 class Drift:
     """The state of an index.
 
-    Errors are mean squared distances in shares of the mean squared length of the vectors; None where not known.
+    Errors are mean squared distances in shares of the mean squared length of the vectors; None
+    where not known.
 
     Attributes:
         count: products.
-        recall: recall@10 of products asked with the index's own settings, against comparing with every product.
-        imbalance: L x sum(size^2) / (sum of sizes)^2 of its lists: 1 where all are equal, and how many times longer
-            than that a search takes.
+        recall: recall@10 of products asked with the index's own settings, against comparing with
+            every product.
+        imbalance: L x sum(size^2) / (sum of sizes)^2 of its lists: 1 where all are equal, and how
+            many times longer than that a search takes.
         list_error: distance of products to the centre of the nearest list.
         code_error: distance of products to what their codes say.
         new_list_error: `list_error` of the products that the last update has brought.
         new_code_error: `code_error` of these.
-        new_fine_error: their distance to their finer vectors: ranges of these are those of products of another day.
+        new_fine_error: their distance to their finer vectors: ranges of these are those of products
+            of another day.
         dead: share of rows that are empty.
     """
 
@@ -94,7 +97,8 @@ def gauge(
         settings: how it is searched.
         alive: (N,) bool, rows that hold a product; at least one.
         metric: what vectors are compared by.
-        new: (B, D) vectors of products that the last update has brought, as they were given; None for none.
+        new: (B, D) vectors of products that the last update has brought, as they were given; None
+            for none.
     """
     centroids = centroids_of(engine.ivf)
     recall: float | None = None
@@ -108,7 +112,9 @@ def gauge(
     return Drift(
         count=int(alive.sum()),
         recall=recall,
-        imbalance=imbalance_of(np.array([engine.ivf.get_list_size(number) for number in range(engine.ivf.nlist)])),
+        imbalance=imbalance_of(
+            np.array([engine.ivf.get_list_size(number) for number in range(engine.ivf.nlist)])
+        ),
         list_error=errors.of_lists,
         code_error=errors.of_codes,
         new_list_error=new_errors.of_lists,
@@ -127,7 +133,8 @@ def imbalance_of(sizes: NDArray[np.int64]) -> float:
 def _drawn(engine: Engine, alive: NDArray[np.bool_]) -> NDArray[np.int64]:
     """Up to SAMPLE rows that hold a product, drawn by what the vectors are.
 
-    So the same products are asked before and after, wherever their rows are: chance does not look like a change.
+    So the same products are asked before and after, wherever their rows are: chance does not look
+      like a change.
     """
     rows = np.flatnonzero(alive)
     keys = np.concatenate([_keys(codes) for codes in fine_blocks(engine.fine)])[rows]
@@ -144,7 +151,11 @@ def _keys(codes: NDArray[np.uint8]) -> NDArray[np.uint64]:
 
 
 def _recall(
-    engine: Engine, settings: Settings, alive: NDArray[np.bool_], rows: NDArray[np.int64], metric: Metric
+    engine: Engine,
+    settings: Settings,
+    alive: NDArray[np.bool_],
+    rows: NDArray[np.int64],
+    metric: Metric,
 ) -> float:
     """Recall@10 of products by their rows; each is left out of its own results."""
     k = min(K, int(alive.sum()) - 1)
@@ -157,21 +168,29 @@ def _recall(
     return round(metrics.recall_at_k(found, truth, k), 4)
 
 
-def _nearest(engine: Engine, alive: NDArray[np.bool_], queries: NDArray[np.float32], k: int) -> NDArray[np.int64]:
+def _nearest(
+    engine: Engine, alive: NDArray[np.bool_], queries: NDArray[np.float32], k: int
+) -> NDArray[np.int64]:
     """(Q, k) nearest rows that hold a product, by comparing with all of them."""
     best = faiss.ResultHeap(len(queries), k, keep_max=True)
     for rows, vectors in _living(engine, alive):
-        scores, found = faiss.knn(queries, vectors, min(k, len(rows)), metric=faiss.METRIC_INNER_PRODUCT)
+        scores, found = faiss.knn(
+            queries, vectors, min(k, len(rows)), metric=faiss.METRIC_INNER_PRODUCT
+        )
         best.add_result(scores, rows[found])
     best.finalize()
     nearest: NDArray[np.int64] = best.I
     return nearest
 
 
-def _living(engine: Engine, alive: NDArray[np.bool_]) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+def _living(
+    engine: Engine, alive: NDArray[np.bool_]
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
     """(B,) rows that hold a product and their (B, D) vectors, block by block."""
     first = 0
-    for codes in counted(fine_blocks(engine.fine), len(alive), len, "compare products to measure by", "vectors"):
+    for codes in counted(
+        fine_blocks(engine.fine), len(alive), len, "compare products to measure by", "vectors"
+    ):
         there = np.flatnonzero(alive[first : first + len(codes)])
         if len(there):
             yield first + there, engine.fine.sa_decode(codes[there])
@@ -196,7 +215,11 @@ def _errors(engine: Engine, centroids: Centroids, vectors: NDArray[np.float32]) 
     square = float(np.square(vectors).sum(axis=1).mean())
 
     def error(kept: NDArray[np.float32] | None) -> float | None:
-        return None if kept is None else round(float(np.square(vectors - kept).sum(axis=1).mean()) / square, 6)
+        return (
+            None
+            if kept is None
+            else round(float(np.square(vectors - kept).sum(axis=1).mean()) / square, 6)
+        )
 
     return Errors(error(centres), error(coded), error(fine))
 
@@ -214,7 +237,11 @@ def verdict(built: Drift, now: Drift) -> str:
         now: its state now.
     """
     reasons = []
-    if built.recall is not None and now.recall is not None and built.recall - now.recall > RECALL_LIMIT:
+    if (
+        built.recall is not None
+        and now.recall is not None
+        and built.recall - now.recall > RECALL_LIMIT
+    ):
         fall = f"recall@{K} on products asked fell from {built.recall:.3f} to {now.recall:.3f}"
         reasons.append(f"{fall} (limit: {100 * RECALL_LIMIT:g} points)")
     if now.imbalance > IMBALANCE_LIMIT * built.imbalance:
@@ -235,5 +262,9 @@ def verdict(built: Drift, now: Drift) -> str:
         reasons.append(f"{grown} (limit: {GROWTH_LIMIT:g} times): more lists would be faster")
     if reasons:
         return f"build anew: {'; '.join(reasons)}"
-    unknown = "; without vectors to re-rank by, only the sizes of lists can tell" if now.recall is None else ""
+    unknown = (
+        "; without vectors to re-rank by, only the sizes of lists can tell"
+        if now.recall is None
+        else ""
+    )
     return f"no need to build anew{unknown}"

@@ -1,4 +1,7 @@
-"""The version of an index that follows another one: its lists are copied without what is gone and with what is new."""
+"""The version of an index that follows another one.
+
+Its lists are copied without what is gone and with what is new.
+"""
 
 from __future__ import annotations
 
@@ -12,23 +15,33 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from retrieval import storage, versions
-from retrieval.building import resources
-from retrieval.building.assemble import IDS_FILE, INDEX_FILE, Placed, attach_attributes, write_mapped, write_products
-from retrieval.building.encoded import GROUPING_BYTES, Blocks, to_table
-from retrieval.building.factory import parse_mapped
-from retrieval.building.mapped import Trained
-from retrieval.embeddings import EmbeddingReader
-from retrieval.engine import Engine
-from retrieval.filtering.attribute_sources import AttributeSource, known_source, open_source
-from retrieval.filtering.attributes import ATTRIBUTES_FILE, AttributeTable, TableSource
-from retrieval.index import FORMAT, KIND, SETTINGS_FILE, ProductIndex
-from retrieval.progress import counted
-from retrieval.shards import ShardFolder
-from retrieval.updating.drift import SAMPLE, Drift, gauge, verdict
-from retrieval.updating.plan import BLOCK, Plan
-from retrieval.updating.previous import Version, products_of, trained_of
-from retrieval.work_folder import WorkFolder
+from tritower.artefacts import storage, versions
+from tritower.artefacts.shards import ShardFolder
+from tritower.artefacts.work_folder import WorkFolder
+from tritower.retrieval.building import resources
+from tritower.retrieval.building.assemble import (
+    Placed,
+    attach_attributes,
+    write_mapped,
+    write_products,
+)
+from tritower.retrieval.index import FORMAT, KIND, SETTINGS_FILE, ProductIndex
+from tritower.retrieval.ivf.encoded import GROUPING_BYTES, Blocks, to_table
+from tritower.retrieval.ivf.engine import Engine
+from tritower.retrieval.ivf.ivf_pq import Trained
+from tritower.retrieval.ivf.layout import IDS_FILE, INDEX_FILE
+from tritower.retrieval.ivf.spec import parse_mapped
+from tritower.retrieval.products.attribute_providers import (
+    AttributeSource,
+    known_source,
+    open_source,
+)
+from tritower.retrieval.products.attribute_table import ATTRIBUTES_FILE, AttributeTable, TableSource
+from tritower.retrieval.updating.drift import SAMPLE, Drift, gauge, verdict
+from tritower.retrieval.updating.plan import BLOCK, Plan
+from tritower.retrieval.updating.previous import Version, products_of, trained_of
+from tritower.retrieval.vectors.embeddings import EmbeddingReader
+from tritower.terminal.progress import counted
 
 COMPACT_ABOVE = 0.2
 """Share of empty rows above which an update closes them up."""
@@ -64,20 +77,31 @@ class NextVersion:
         self.gone = plan.gone | ~self.alive
         self.count = int((~self.gone).sum()) + plan.new
         self.whole = plan.new + plan.unchanged == self.count
-        """Whether all products of the new version were given: whatever they are from describes all of them."""
+        """Whether all products of the new version were given:
+
+        whatever they are from describes all of them.
+        """
         self.compacted, self.rows = False, len(self.gone) + plan.new
         self.attributes: list[AttributeSource] = []
         self.needed = plan.changes
         self._sample: list[NDArray[np.float32]] = []
         if self.count == 0:
-            raise ValueError(f"{index.path}: no product would be left; remove the index itself if that is meant")
+            raise ValueError(
+                f"{index.path}: no product would be left; remove the index itself if that is meant"
+            )
 
     def choose(self, compact: bool, attributes: Path | None) -> None:
         """Decide whether rows are closed up, where attributes come from, and whether there is anything to do."""
         meta, table = self.index.manifest.meta, self.index.version / ATTRIBUTES_FILE
         new = known_source(self.meta) if attributes is None else open_source(attributes)
-        another = self.whole and new is not None and self.meta.get("catalogue") != meta.get("catalogue")
-        self.needed |= attributes is not None or (compact and not self.alive.all()) or (another and table.exists())
+        another = (
+            self.whole and new is not None and self.meta.get("catalogue") != meta.get("catalogue")
+        )
+        self.needed |= (
+            attributes is not None
+            or (compact and not self.alive.all())
+            or (another and table.exists())
+        )
         if self.needed:
             flat = isinstance(self.index.engine.index, faiss.IndexFlat)
             self.compacted = flat or compact or self.count < (1 - COMPACT_ABOVE) * self.rows
@@ -90,9 +114,18 @@ class NextVersion:
             self.attributes.append(new)  # else some products had attributes and most had none
 
     def publish(self, measure: bool) -> dict[str, Any]:
-        """Write it; returns what its manifest says. With `measure`, that tells the drift where lists are mapped."""
+        """Write it; returns what its manifest says.
+
+        With `measure`, that tells the drift where lists are mapped.
+        """
         index = self.index
-        meta = {**index.manifest.meta, "format": FORMAT, "count": self.count, "rows": self.rows, **self._about()}
+        meta = {
+            **index.manifest.meta,
+            "format": FORMAT,
+            "count": self.count,
+            "rows": self.rows,
+            **self._about(),
+        }
         with versions.publish(index.path, kind=KIND, meta=meta, base=index.version.name) as folder:
             if isinstance(index.engine.index, faiss.IndexFlat):
                 self._write_flat(folder)
@@ -101,8 +134,11 @@ class NextVersion:
                 self._write_mapped(folder)
             if self.attributes:
                 meta["attributes"] = attach_attributes(folder, self.attributes)
-            storage.write_bytes(folder / SETTINGS_FILE, (index.version / SETTINGS_FILE).read_bytes())
-            # Read back: whatever is lost on the way to a disk, no index is published that does not open.
+            storage.write_bytes(
+                folder / SETTINGS_FILE, (index.version / SETTINGS_FILE).read_bytes()
+            )
+            # Read back: whatever is lost on the way to a disk, no index is published that does not
+            # open.
             engine = Engine.open(folder, meta)
             if measure and engine.ivf is not None:
                 meta["drift"] = self._measure(engine)
@@ -135,7 +171,10 @@ class NextVersion:
         new = np.concatenate(self._sample) if self._sample else None
         after = gauge(engine, index.settings, alive, index.metric, new)
         states = {"built": built, "before": before, "after": after}
-        return {**{name: state.to_json() for name, state in states.items()}, "verdict": verdict(built, after)}
+        return {
+            **{name: state.to_json() for name, state in states.items()},
+            "verdict": verdict(built, after),
+        }
 
     def _write_mapped(self, folder: Path) -> None:
         trained = trained_of(self.index)
@@ -148,12 +187,16 @@ class NextVersion:
 
     def _encoded(self, trained: Trained) -> Blocks:
         """What is new, encoded; earlier runs may have done a part."""
-        folder = ShardFolder(self.work.path / "encoded", kind="encoded", identity=self.work.identity)
+        folder = ShardFolder(
+            self.work.path / "encoded", kind="encoded", identity=self.work.identity
+        )
         files = []
         for name, batch, kept in self._new():
             if not folder.done(name):
                 encoded = trained.encode(np.ascontiguousarray(batch.vectors[kept]))
-                folder.write(name, to_table(batch.ids.filter(pa.array(kept)), encoded, batch.digests()[kept]))
+                folder.write(
+                    name, to_table(batch.ids.filter(pa.array(kept)), encoded, batch.digests()[kept])
+                )
             files.append(folder.path / f"{name}.parquet")
         return Blocks(files)
 
@@ -181,7 +224,13 @@ class NextVersion:
         """Name, embeddings and (B,) bool mask of what is new of them, block by block; the same in every run."""
         if self.reader is None:
             return
-        batches = counted(self.reader.batches(BLOCK), self.reader.count, lambda batch: len(batch.ids), "add", "vectors")
+        batches = counted(
+            self.reader.batches(BLOCK),
+            self.reader.count,
+            lambda batch: len(batch.ids),
+            "add",
+            "vectors",
+        )
         self._sample = []
         chosen = np.random.default_rng(0).permutation(np.flatnonzero(self.plan.keep))[:SAMPLE]
         sampled = np.isin(np.arange(len(self.plan.keep)), chosen)
@@ -199,7 +248,13 @@ class NextVersion:
         design = parse_mapped(index.manifest.meta["factory"])
         assert design is not None
         need = resources.predict(
-            self.rows, index.dim, design, sample=1, spill=index.engine.spill, block=BLOCK, grouping=GROUPING_BYTES
+            self.rows,
+            index.dim,
+            design,
+            sample=1,
+            spill=index.engine.spill,
+            block=BLOCK,
+            grouping=GROUPING_BYTES,
         )
         there = sum(entry.bytes for entry in index.manifest.files.values()) / len(self.gone)
         resources.check(replace(need, disk=int(there * (self.rows + self.plan.new))), index.path)

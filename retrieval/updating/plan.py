@@ -1,4 +1,6 @@
-"""What an update has to do, found out before anything is written: what is new, changed, as it was, and to be taken out.
+"""What an update has to do, found out before anything is written.
+
+What is new, changed, as it was, and to be taken out.
 
 Products are matched by their ids, and content by its digest.
 """
@@ -13,8 +15,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from retrieval.embeddings import EmbeddingReader
-from retrieval.index import ProductIndex
+from tritower.retrieval.index import ProductIndex
+from tritower.retrieval.vectors.embeddings import EmbeddingReader
 
 BLOCK = 65_536
 """Embeddings read at a time."""
@@ -65,13 +67,15 @@ def make_plan(
 
     Args:
         index: what is updated.
-        upsert: embeddings of products that are new or may have changed; all of them are read and checked.
+        upsert: embeddings of products that are new or may have changed; all of them are read and
+            checked.
         delete: ids to take out.
         unchanged: ids of products that were compared before and are there as they are.
         strict: refuse ids to take out that are not there.
 
     Raises:
-        ValueError: an id twice, or both given and to be taken out; with `strict`, an unknown id; faulty vectors.
+        ValueError: an id twice, or both given and to be taken out; with `strict`, an unknown id;
+            faulty vectors.
     """
     leaving = pa.array(delete, pa.large_string())
     counts = pc.value_counts(leaving)
@@ -84,7 +88,9 @@ def make_plan(
     rows = index.rows_of(leaving)
     unknown = leaving.filter(pa.array(rows < 0)).to_pylist()
     if strict and unknown:
-        raise ValueError(f"{len(unknown)} ids to delete are not in {index.path} (strict): {', '.join(unknown[:5])}")
+        raise ValueError(
+            f"{len(unknown)} ids to delete are not in {index.path} (strict): {', '.join(unknown[:5])}"
+        )
     gone[rows[rows >= 0]] = True
     before = 0 if unchanged is None else len(unchanged)
     if upsert is None:
@@ -106,7 +112,9 @@ def make_plan(
     )
 
 
-def known_digests(index: ProductIndex, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+def known_digests(
+    index: ProductIndex, rows: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """(B,) int64 digests of what rows were embedded from, and (B,) bool whether that is known; -1 is no row."""
     contents = index.contents()
     digests = pc.fill_null(contents, 0).to_numpy()
@@ -114,7 +122,9 @@ def known_digests(index: ProductIndex, rows: NDArray[np.int64]) -> tuple[NDArray
     return digests[rows], known[rows] & (rows >= 0)
 
 
-def _same(index: ProductIndex, upsert: EmbeddingReader, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+def _same(
+    index: ProductIndex, upsert: EmbeddingReader, rows: NDArray[np.int64]
+) -> NDArray[np.bool_]:
     """(M,) bool: embeddings of the very content that the index holds."""
     digests, known = known_digests(index, rows)
     parts, first = [], 0
@@ -127,4 +137,6 @@ def _same(index: ProductIndex, upsert: EmbeddingReader, rows: NDArray[np.int64])
 
 def _check_not_both(given: pa.ChunkedArray, leaving: pa.Array) -> None:
     if both := given.filter(pc.is_in(given, value_set=leaving)).to_pylist():
-        raise ValueError(f"{both[0]!r} is both to change and to delete; {len(both)} ids are like this")
+        raise ValueError(
+            f"{both[0]!r} is both to change and to delete; {len(both)} ids are like this"
+        )

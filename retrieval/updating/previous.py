@@ -1,4 +1,7 @@
-"""A published version as a source of encoded vectors for the next one: read list by list, never as a whole."""
+"""A published version as a source of encoded vectors for the next one.
+
+Read list by list, never as a whole.
+"""
 
 from __future__ import annotations
 
@@ -11,23 +14,24 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from retrieval.building.assemble import INDEX_FILE, LISTS_FILE, SIZES_FILE
-from retrieval.building.encoded import Entries
-from retrieval.building.lists import read_lists, read_rows
-from retrieval.building.mapped import Trained, centroids_of
-from retrieval.filtering.selection import codes_of
-from retrieval.index import ProductIndex
+from tritower.retrieval.filtering.selection import codes_of
+from tritower.retrieval.index import ProductIndex
+from tritower.retrieval.ivf.encoded import Entries
+from tritower.retrieval.ivf.inverted_lists import read_lists, read_rows
+from tritower.retrieval.ivf.ivf_pq import Trained, centroids_of
+from tritower.retrieval.ivf.layout import INDEX_FILE, LISTS_FILE, SIZES_FILE
 
 BLOCK = 65_536
 """Rows read at a time."""
 
 
 class Version:
-    """The encoded vectors of an opened index whose lists are mapped (`retrieval.building.encoded.Source`).
+    """The encoded vectors of an opened index whose lists are mapped (`tritower.retrieval.ivf.encoded.Source`).
 
     Args:
         index: the version.
-        gone: (N,) bool, rows that are empty from now on: they leave the lists, and their ids are null.
+        gone: (N,) bool, rows that are empty from now on: they leave the lists, and their ids are
+            null.
     """
 
     def __init__(self, index: ProductIndex, gone: NDArray[np.bool_]) -> None:
@@ -49,7 +53,9 @@ class Version:
     def entries(self, first: int, end: int) -> Iterator[Entries]:
         """See `Source`."""
         ivf = self._index.engine.ivf
-        for number, (codes, rows) in enumerate(read_lists(self._file, ivf, self._sizes, first, end), first):
+        for number, (codes, rows) in enumerate(
+            read_lists(self._file, ivf, self._sizes, first, end), first
+        ):
             there = ~self._gone[rows]
             yield Entries(np.full(np.count_nonzero(there), number), rows[there], codes[there])
 
@@ -68,7 +74,9 @@ def products_of(index: ProductIndex, gone: NDArray[np.bool_]) -> Iterator[pa.Tab
     table = pa.table({"product_id": index.all_ids(), "content": index.contents()})
     for batch in table.to_batches(BLOCK):
         there = pa.array(~gone[row : row + len(batch)])
-        columns = [pc.if_else(there, column, pa.scalar(None, column.type)) for column in batch.columns]
+        columns = [
+            pc.if_else(there, column, pa.scalar(None, column.type)) for column in batch.columns
+        ]
         yield pa.table(columns, names=batch.schema.names)
         row += len(batch)
 
@@ -84,7 +92,9 @@ def trained_of(index: ProductIndex) -> Trained:
     """What encoded the vectors of an opened index whose lists are mapped."""
     engine = index.engine
     empty = faiss.read_index(str(index.version / INDEX_FILE))  # as it is stored: without lists
-    return Trained(empty, engine.fine and _without_vectors(engine.fine), centroids_of(empty), engine.spill)
+    return Trained(
+        empty, engine.fine and _without_vectors(engine.fine), centroids_of(empty), engine.spill
+    )
 
 
 def _without_vectors(fine: Any) -> Any:

@@ -37,7 +37,9 @@ def figures(pytestconfig: pytest.Config) -> Counter:
     return pytestconfig.stash.setdefault(FIGURES, Counter())
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatus: int, config: pytest.Config) -> None:
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, exitstatus: int, config: pytest.Config
+) -> None:
     figures = config.stash.setdefault(FIGURES, Counter())
     if not FULL or not figures:
         return
@@ -46,7 +48,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatu
     for name, number in figures.items():
         terminalreporter.write_line(f"{name:<{width}}  {number:>9,}")
     if target := os.environ.get("TRITOWER_RELIABILITY_REPORT"):
-        machine = {"system": platform.platform(), "cores": os.cpu_count(), "python": platform.python_version()}
+        machine = {
+            "system": platform.platform(),
+            "cores": os.cpu_count(),
+            "python": platform.python_version(),
+        }
         report = {
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "passed": int(exitstatus) == 0,

@@ -1,6 +1,9 @@
-"""Children of a process that has imported everything but used nothing: they start at once and may be killed.
+"""Children of a process that has imported everything but used nothing:
 
-Programs beside this one use it; tests run them, since a process that runs tests has threads and should not fork.
+they start at once and may be killed.
+
+Programs beside this one use it; tests run them, since a process that runs tests has threads and
+should not fork.
 """
 
 from __future__ import annotations

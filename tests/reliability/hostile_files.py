@@ -2,8 +2,8 @@
 
 python hostile_files.py INDEX FOLDER CASES MEMORY_MIB SECONDS
 
-Each case is a child of its own, with limits on memory and time. It may refuse, answer, or be ended: this process must
-go on, and a child that answers names only products of the index.
+Each case is a child of its own, with limits on memory and time. It may refuse, answer, or be ended:
+this process must go on, and a child that answers names only products of the index.
 """
 
 from __future__ import annotations
@@ -21,12 +21,41 @@ import numpy as np
 from forks import forked
 from small import unit_vectors
 
-from retrieval import storage
-from retrieval.index import ProductIndex
-from retrieval.storage import ArtefactError
+from tritower.artefacts import storage
+from tritower.artefacts.storage import ArtefactError
+from tritower.retrieval.index import ProductIndex
 
-NUMBERS = [0, 1, 2, 31, 32, 255, 2**15, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**62, 2**63 - 1, 2**63, 2**64 - 1]
-NAMES = [b"IxFI", b"IxF2", b"IwPf", b"IwPQ", b"IwFl", b"IxSQ", b"IxRF", b"IxPT", b"IHNf", b"IxMp", b"IBxF", b"null"]
+NUMBERS = [
+    0,
+    1,
+    2,
+    31,
+    32,
+    255,
+    2**15,
+    2**31 - 1,
+    2**31,
+    2**32 - 1,
+    2**40,
+    2**62,
+    2**63 - 1,
+    2**63,
+    2**64 - 1,
+]
+NAMES = [
+    b"IxFI",
+    b"IxF2",
+    b"IwPf",
+    b"IwPQ",
+    b"IwFl",
+    b"IxSQ",
+    b"IxRF",
+    b"IxPT",
+    b"IHNf",
+    b"IxMp",
+    b"IBxF",
+    b"null",
+]
 TEXTS = ["NaN", "-1", "1e308", "0", "99999999999999999999", "null", '"x"', "[]", "{}", "true"]
 REFUSED, ANSWERED, INVENTED = 0, 1, 2
 """What a child ends with."""
@@ -44,8 +73,12 @@ def changed(name: str, data: bytes, chance: random.Random) -> bytes:
     way = chance.randrange(7)
     if way <= 2:
         size = chance.choice([4, 8])
-        place = chance.randrange(0, head, 4) if chance.random() < 0.7 else chance.randrange(len(data))
-        new[place : place + size] = (chance.choice(NUMBERS) % 2 ** (8 * size)).to_bytes(size, "little")
+        place = (
+            chance.randrange(0, head, 4) if chance.random() < 0.7 else chance.randrange(len(data))
+        )
+        new[place : place + size] = (chance.choice(NUMBERS) % 2 ** (8 * size)).to_bytes(
+            size, "little"
+        )
     elif way == 3:
         known = [i for i in range(len(data) - 4) if data[i : i + 2] in (b"Ix", b"Iw")] or [0]
         place = chance.choice(known)
@@ -66,7 +99,10 @@ def changed_array(data: bytes, chance: random.Random) -> bytes:
     if way == 0:
         return data.replace(b"<i8", chance.choice([b"<f8", b"|O8", b">i8", b"<u8"]))
     if way == 1:
-        return data[:end].replace(b"(8,)", chance.choice([b"(9,)", b"(0,)", b"()  ", b"(-1,)"])) + data[end:]
+        return (
+            data[:end].replace(b"(8,)", chance.choice([b"(9,)", b"(0,)", b"()  ", b"(-1,)"]))
+            + data[end:]
+        )
     sizes = np.frombuffer(data[end + 1 :], np.int64).copy()
     sizes[chance.randrange(len(sizes))] = chance.choice(NUMBERS) - 2**63
     if way == 3:
@@ -89,7 +125,9 @@ def opened(root: Path, memory: int, seconds: int, known: set[str] | None) -> int
         return REFUSED
     try:
         hits = index.search(unit_vectors(5, seed=99), 10)
-        found = {product for product in index.ids(hits.rows).ravel().tolist() if product is not None}
+        found = {
+            product for product in index.ids(hits.rows).ravel().tolist() if product is not None
+        }
     except Exception:  # FAISS checks some of what it meets
         return REFUSED
     return ANSWERED if known is None or found <= known else INVENTED
@@ -110,11 +148,15 @@ def main(source: Path, folder: Path, cases: int, memory: int, seconds: int) -> N
         (root / name).write_bytes(data)
         storage.seal(root, kind=manifest.kind, meta=manifest.meta)
         output = folder / "output.txt"
-        own = None if name == "ids.arrow" else known  # a table of ids that was changed says what it says
+        own = (
+            None if name == "ids.arrow" else known
+        )  # a table of ids that was changed says what it says
         child = forked(lambda root=root, own=own: opened(root, memory, seconds, own), output)
         _, status, usage = os.wait4(child, 0)
         code, most = os.waitstatus_to_exitcode(status), max(most, usage.ru_maxrss * 1024)
-        outcome = {REFUSED: "refused", ANSWERED: "answered"}.get(code, "ended" if code < 0 else "unexpected")
+        outcome = {REFUSED: "refused", ANSWERED: "answered"}.get(
+            code, "ended" if code < 0 else "unexpected"
+        )
         done[f"{outcome} {name}"] += 1
         done[outcome] += 1
         if outcome == "unexpected":
@@ -123,4 +165,10 @@ def main(source: Path, folder: Path, cases: int, memory: int, seconds: int) -> N
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]) << 20, int(sys.argv[5]))
+    main(
+        Path(sys.argv[1]),
+        Path(sys.argv[2]),
+        int(sys.argv[3]),
+        int(sys.argv[4]) << 20,
+        int(sys.argv[5]),
+    )

@@ -15,13 +15,12 @@ from pathlib import Path
 
 from forks import ended, forked, kill
 
-import index
-import retrieval.build
-import retrieval.building.tune
-import retrieval.embeddings
-import retrieval.present  # noqa: F401
-from retrieval import storage, versions
-from retrieval.building import mapped
+import tritower.retrieval.building.build
+import tritower.retrieval.building.tuning.choose
+import tritower.retrieval.showing.present  # noqa: F401
+from tritower.artefacts import storage, versions
+from tritower.commands import index
+from tritower.retrieval.ivf import ivf_pq as mapped
 
 
 def build(embeddings: str, root: Path, factory: str, log: Path) -> int:
@@ -32,7 +31,15 @@ def build(embeddings: str, root: Path, factory: str, log: Path) -> int:
         return encode(self, vectors)
 
     mapped.Trained.encode = noting
-    arguments = ["--embeddings", embeddings, "--output", str(root), "--factory", factory, "--overwrite"]
+    arguments = [
+        "--embeddings",
+        embeddings,
+        "--output",
+        str(root),
+        "--factory",
+        factory,
+        "--overwrite",
+    ]
     return index.main(["build", *arguments])
 
 
@@ -43,17 +50,28 @@ def checked(root: Path, had_version: bool) -> None:
 
 
 def digests(root: Path) -> dict[str, str]:
-    return {name: entry.sha256 for name, entry in storage.verify(versions.current(root)).files.items()}
+    return {
+        name: entry.sha256 for name, entry in storage.verify(versions.current(root)).files.items()
+    }
 
 
 def main(embeddings: str, folder: Path, kills: int, old: str, factory: str) -> None:
     chance, output = random.Random(0), folder / "output.txt"
     started = time.monotonic()
-    code = ended(forked(lambda: build(embeddings, folder / "whole", factory, folder / "whole.log"), output))
+    code = ended(
+        forked(lambda: build(embeddings, folder / "whole", factory, folder / "whole.log"), output)
+    )
     took = time.monotonic() - started
     assert code == 0, output.read_text()
     expected, blocks = digests(folder / "whole"), (folder / "whole.log").stat().st_size
-    done = {"kills": 0, "builds": 0, "equal": 0, "left": 0, "encoded too often": 0, "blocks": blocks}
+    done = {
+        "kills": 0,
+        "builds": 0,
+        "equal": 0,
+        "left": 0,
+        "encoded too often": 0,
+        "blocks": blocks,
+    }
     while done["kills"] < kills:
         place = folder / str(done["builds"])
         root, log = place / "index", place / "log"
@@ -81,7 +99,9 @@ def main(embeddings: str, folder: Path, kills: int, old: str, factory: str) -> N
         done["builds"] += 1
         done["equal"] += digests(root) == expected
         done["left"] += len([*place.rglob("*.tmp"), *place.glob("*.building")])
-        done["encoded too often"] += max(0, log.stat().st_size - blocks * _versions_made(root, had_version) - killed)
+        done["encoded too often"] += max(
+            0, log.stat().st_size - blocks * _versions_made(root, had_version) - killed
+        )
         if done["builds"] > 1:
             shutil.rmtree(place)
     print(json.dumps(done))

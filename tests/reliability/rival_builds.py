@@ -13,11 +13,10 @@ from pathlib import Path
 
 from forks import ended, forked
 
-import index
-import retrieval.build
-import retrieval.building.tune
-import retrieval.embeddings
-import retrieval.present  # noqa: F401
+import tritower.retrieval.building.build
+import tritower.retrieval.building.tuning.choose
+import tritower.retrieval.showing.present  # noqa: F401
+from tritower.commands import index
 
 
 def main(embeddings: str, folder: Path, rounds: int, old: str, factory: str) -> None:
@@ -32,15 +31,33 @@ def main(embeddings: str, folder: Path, rounds: int, old: str, factory: str) -> 
         def build(seed, root=root, reading=reading, writing=writing):
             os.close(writing)
             os.read(reading, 1)  # ends when the starter closes its end
-            arguments = ["--embeddings", embeddings, "--output", str(root), "--factory", factory, "--seed", str(seed)]
+            arguments = [
+                "--embeddings",
+                embeddings,
+                "--output",
+                str(root),
+                "--factory",
+                factory,
+                "--seed",
+                str(seed),
+            ]
             return index.main(["build", *arguments, *(["--overwrite"] if old != "-" else [])])
 
         outputs = [root.with_name(f"output{seed}.txt") for seed in (0, 1)]
-        children = [forked(lambda seed=seed, build=build: build(seed), output) for seed, output in enumerate(outputs)]
+        children = [
+            forked(lambda seed=seed, build=build: build(seed), output)
+            for seed, output in enumerate(outputs)
+        ]
         os.close(writing)
         codes = [ended(child) for child in children]
         os.close(reading)
-        outcomes.append({"codes": codes, "outputs": [output.read_text() for output in outputs], "index": str(root)})
+        outcomes.append(
+            {
+                "codes": codes,
+                "outputs": [output.read_text() for output in outputs],
+                "index": str(root),
+            }
+        )
     print(json.dumps(outcomes))
 
 

@@ -1,4 +1,7 @@
-"""Small embeddings and indexes that the tests of reliability break, and how much of them: `FULL` or a selection."""
+"""Small embeddings and indexes that the tests of reliability break, and how much of them:
+
+`FULL` or a selection.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from retrieval import storage, versions
-from retrieval.build import Recipe, build_index
-from retrieval.embeddings import EmbeddingReader, EmbeddingWriter
-from retrieval.index import ProductIndex
-from retrieval.storage import ArtefactError
+from tritower.artefacts import storage, versions
+from tritower.artefacts.storage import ArtefactError
+from tritower.retrieval.building.build import Recipe, build_index
+from tritower.retrieval.index import ProductIndex
+from tritower.retrieval.vectors.embeddings import EmbeddingReader, EmbeddingWriter
 
 ROOT = Path(__file__).parents[2]
 FULL = os.environ.get("TRITOWER_RELIABILITY") == "full"
@@ -27,7 +30,9 @@ def unit_vectors(count: int, seed: int = 0, dim: int = DIM) -> np.ndarray:
     return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
 
 
-def embed(folder: Path, count: int, shards: int = 1, seed: int = 0, ids: Sequence[str] | None = None) -> Path:
+def embed(
+    folder: Path, count: int, shards: int = 1, seed: int = 0, ids: Sequence[str] | None = None
+) -> Path:
     """Embeddings of random vectors; the first id is of row 0, whatever the number of shards."""
     vectors, ids = unit_vectors(count, seed), ids or [f"product {row:05d}" for row in range(count)]
     writer = EmbeddingWriter(folder, dim=DIM)
@@ -41,13 +46,25 @@ def embed(folder: Path, count: int, shards: int = 1, seed: int = 0, ids: Sequenc
 def describe(embeddings: Path) -> Path:
     """A file beside embeddings with attributes of their products."""
     file = embeddings.with_name(f"{embeddings.name}.attributes.parquet")
-    ids = [product_id for batch in EmbeddingReader(embeddings).ids() for product_id in batch.to_pylist()]
+    ids = [
+        product_id
+        for batch in EmbeddingReader(embeddings).ids()
+        for product_id in batch.to_pylist()
+    ]
     brands, prices = (("Acme", "商品", None)[row % 3] for row in range(len(ids))), range(len(ids))
-    pq.write_table(pa.table({"product_id": ids, "brand": list(brands), "price": list(prices)}), file)
+    pq.write_table(
+        pa.table({"product_id": ids, "brand": list(brands), "price": list(prices)}), file
+    )
     return file
 
 
-def build(embeddings: Path, root: Path, factory: str = FACTORY, seed: int = 0, attributes: Path | None = None) -> Path:
+def build(
+    embeddings: Path,
+    root: Path,
+    factory: str = FACTORY,
+    seed: int = 0,
+    attributes: Path | None = None,
+) -> Path:
     """Build, or publish a new version."""
     recipe = Recipe(factory, seed=seed)
     build_index(EmbeddingReader(embeddings), root, recipe, attributes=attributes, overwrite=True)
@@ -76,11 +93,19 @@ def answers(root: Path, queries: int = 50, **options: bool) -> tuple[list, list]
 
 def leftovers(root: Path) -> list[str]:
     """Temporary names, and work that is unfinished, in and beside an index."""
-    inside = [path for path in root.parent.rglob("*") if path.name.startswith(".") and path.name.endswith(".tmp")]
+    inside = [
+        path
+        for path in root.parent.rglob("*")
+        if path.name.startswith(".") and path.name.endswith(".tmp")
+    ]
     beside = [path for path in root.parent.glob("*.building")]
     return [str(path) for path in inside + beside]
 
 
 def some(steps: Sequence[int], wanted: int) -> Sequence[int]:
     """All steps where the whole tier runs, else so many of them, spread evenly."""
-    return steps if FULL else [steps[i] for i in np.unique(np.linspace(0, len(steps) - 1, wanted).astype(int))]
+    return (
+        steps
+        if FULL
+        else [steps[i] for i in np.unique(np.linspace(0, len(steps) - 1, wanted).astype(int))]
+    )

@@ -1,4 +1,7 @@
-"""Files of an index that are damaged: noticed before anything is searched, and the version before is used instead."""
+"""Files of an index that are damaged:
+
+noticed before anything is searched, and the version before is used instead.
+"""
 
 import json
 import os
@@ -12,9 +15,9 @@ import numpy as np
 import pytest
 from small import FACTORY, FULL, ROOT, answers, build, describe, embed, unit_vectors
 
-from retrieval import storage, versions
-from retrieval.index import ProductIndex
-from retrieval.storage import ArtefactError
+from tritower.artefacts import storage, versions
+from tritower.artefacts.storage import ArtefactError
+from tritower.retrieval.index import ProductIndex
 
 FACTORIES = [FACTORY, "Flat"]
 FILES = {
@@ -43,7 +46,10 @@ def indexes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("one")
     embeddings = embed(folder / "e", 200)
     attributes = describe(embeddings)
-    return {factory: build(embeddings, folder / factory, factory, attributes=attributes) for factory in FACTORIES}
+    return {
+        factory: build(embeddings, folder / factory, factory, attributes=attributes)
+        for factory in FACTORIES
+    }
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +59,8 @@ def pairs(tmp_path_factory):
     embeddings = [embed(folder / f"e{seed}", 200, seed=seed) for seed in (5, 0)]
     attributes = [describe(each) for each in embeddings]
     roots = {
-        factory: build(embeddings[0], folder / factory, factory, attributes=attributes[0]) for factory in FACTORIES
+        factory: build(embeddings[0], folder / factory, factory, attributes=attributes[0])
+        for factory in FACTORIES
     }
     before = {factory: answers(root) for factory, root in roots.items()}
     for factory, root in roots.items():
@@ -88,7 +95,9 @@ def offsets(size):
 @pytest.mark.parametrize("factory", FACTORIES)
 def test_these_are_all_files_of_an_index(indexes, factory):
     folder = versions.current(indexes[factory])
-    assert sorted(path.name for path in folder.iterdir()) == sorted([*FILES[factory], "manifest.json"])
+    assert sorted(path.name for path in folder.iterdir()) == sorted(
+        [*FILES[factory], "manifest.json"]
+    )
 
 
 @pytest.mark.parametrize(("factory", "name"), CASES)
@@ -118,7 +127,10 @@ def test_every_cut_grown_emptied_or_missing_file_is_noticed(indexes, copy, facto
     (folder / name).write_bytes(bytes(len(good)))
     refused(root, "digest", name)
     (folder / name).unlink()
-    with pytest.raises(ArtefactError, match=rf"{name} is missing; the manifest lists it|000001, which has no {name}"):
+    with pytest.raises(
+        ArtefactError,
+        match=rf"{name} is missing; the manifest lists it|000001, which has no {name}",
+    ):
         ProductIndex.open(root)
     figures["T4 cut, grown, emptied, missing and exchanged files noticed"] += 9
 
@@ -136,7 +148,9 @@ def test_a_file_of_another_version_is_noticed(pairs, copy, factory, name, figure
 
 
 @pytest.mark.parametrize(
-    "damage", [b"", b"0", b"000002", b"000009\n", b"000001\n\n", b"../x\n", bytes(7), None], ids=repr
+    "damage",
+    [b"", b"0", b"000002", b"000009\n", b"000001\n\n", b"../x\n", bytes(7), None],
+    ids=repr,
 )
 def test_a_damaged_pointer_is_noticed(indexes, copy, damage, figures):
     root, _ = copy(indexes["Flat"])
@@ -166,7 +180,9 @@ def damage(file, way):
 def test_with_two_versions_the_good_one_answers(pairs, copy, factory, name, way, caplog, figures):
     root, folder = copy(pairs[factory][0])
     if (name, way) == ("manifest.json", "missing"):
-        pytest.skip("a folder without manifest is no version: CURRENT is what is wrong then, and tested so")
+        pytest.skip(
+            "a folder without manifest is no version: CURRENT is what is wrong then, and tested so"
+        )
     damage(folder / name, way)
     index = ProductIndex.open(root)
     assert index.version.name == "000001" and name in index.note and index.note in caplog.text
@@ -175,14 +191,20 @@ def test_with_two_versions_the_good_one_answers(pairs, copy, factory, name, way,
 
 
 def command(*arguments):
-    return subprocess.run([sys.executable, "index.py", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "index.py", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True
+    )
 
 
 @pytest.mark.parametrize("name", ["lists.bin", "ids.arrow", "manifest.json"])
 def test_verify_says_what_is_damaged_and_its_exit_code_too(pairs, copy, name):
     root, folder = copy(pairs[FACTORY][0])
     good = command("verify", "--index", root)
-    assert good.returncode == 0 and good.stdout.count(": good") == 2 and "in use: 000002" in good.stdout
+    assert (
+        good.returncode == 0
+        and good.stdout.count(": good") == 2
+        and "in use: 000002" in good.stdout
+    )
     damage(folder / name, "flipped")
     bad = command("verify", "--index", root)
     assert bad.returncode == 1 and f"error: {folder / name} is damaged" in bad.stderr
@@ -214,7 +236,9 @@ def test_a_service_starts_on_the_version_before_every_time(pairs, copy, tmp_path
         done = command("search", "--index", root, "--vector", tmp_path / "query.npy", "--json")
         assert done.returncode == 0, done.stderr
         assert f"version 000001 is used, since {folder / 'vectors.faiss'} is damaged" in done.stderr
-        assert [hit["product_id"] for hit in json.loads(done.stdout)["hits"]] == pairs[FACTORY][1][0][0]
+        assert [hit["product_id"] for hit in json.loads(done.stdout)["hits"]] == pairs[FACTORY][1][
+            0
+        ][0]
         figures["T6 starts on the version before"] += 1
     assert sorted(path.name for path in root.rglob("*")) == state
 
@@ -253,8 +277,22 @@ def test_a_damaged_index_of_the_first_release_is_refused(tmp_path, name, figures
 def test_nothing_of_this_depends_on_assertions():
     """The tests of damage and of ids once more, in a Python that skips `assert` in the code that is tested."""
     here = Path(__file__).parent
-    run = [sys.executable, "-O", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", "-k", "not starts_on"]
-    environment = {name: value for name, value in os.environ.items() if name != "TRITOWER_RELIABILITY"}
+    run = [
+        sys.executable,
+        "-O",
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-W",
+        "ignore",
+        "-k",
+        "not starts_on",
+    ]
+    environment = {
+        name: value for name, value in os.environ.items() if name != "TRITOWER_RELIABILITY"
+    }
     files = [str(here / name) for name in ("test_damage.py", "test_ids.py")]
     done = subprocess.run([*run, *files], cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout[-3000:]

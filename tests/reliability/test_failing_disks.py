@@ -14,8 +14,8 @@ import pytest
 from faults import Disk, Failing, PowerCut, Watched, using
 from small import FACTORY, ROOT, answers, build, describe, embed, leftovers, served, some
 
-from retrieval import files
-from retrieval.storage import ArtefactError
+from tritower.artefacts import files
+from tritower.artefacts.storage import ArtefactError
 
 ROWS = 200
 FACTORIES = [FACTORY, "Flat"]
@@ -43,7 +43,9 @@ def build_new(embeddings, root, factory=FACTORY):
 def expected(tmp_path_factory, embeddings):
     """Factory -> the digests of its undisturbed build."""
     folder = tmp_path_factory.mktemp("expected")
-    return {factory: served(build_new(embeddings, folder / factory, factory)) for factory in FACTORIES}
+    return {
+        factory: served(build_new(embeddings, folder / factory, factory)) for factory in FACTORIES
+    }
 
 
 def fresh(folder, old):
@@ -77,7 +79,9 @@ def test_whichever_operation_fails_the_old_index_is_served_or_the_new_one(
             try:
                 build_new(embeddings, root, factory)
             except (ArtefactError, OSError) as problem:
-                assert str(tmp_path / "place") in str(problem), f"operation {step}: the message names no file"
+                assert str(tmp_path / "place") in str(problem), (
+                    f"operation {step}: the message names no file"
+                )
                 assert os.strerror(error) in str(problem)
         assert served(root) in (before, after), f"operation {step}"
         assert served(build_new(embeddings, root, factory)) == after
@@ -136,7 +140,10 @@ NAMES = [
 @pytest.mark.parametrize("name", [*NAMES, "CURRENT", "000000-0000000000.parquet", "trained.faiss"])
 def test_a_file_without_space_stops_the_build_by_name(tmp_path, old, embeddings, name, figures):
     root = fresh(tmp_path / "place", old)
-    with using(Full(name)), pytest.raises(ArtefactError, match=f"{name}.* could not be written: No space left"):
+    with (
+        using(Full(name)),
+        pytest.raises(ArtefactError, match=f"{name}.* could not be written: No space left"),
+    ):
         build_new(embeddings, root)
     assert served(root) == served(old)
     build_new(embeddings, root)
@@ -145,9 +152,21 @@ def test_a_file_without_space_stops_the_build_by_name(tmp_path, old, embeddings,
 
 
 @pytest.mark.parametrize("limit", [100, 1_000, 2_000, 3_000, 1 << 20])
-def test_a_limit_on_the_size_of_files_leaves_the_old_index(tmp_path, old, embeddings, expected, limit, figures):
+def test_a_limit_on_the_size_of_files_leaves_the_old_index(
+    tmp_path, old, embeddings, expected, limit, figures
+):
     root = fresh(tmp_path / "place", old)
-    command = ["index.py", "build", "--embeddings", embeddings, "--output", root, "--factory", FACTORY, "--overwrite"]
+    command = [
+        "index.py",
+        "build",
+        "--embeddings",
+        embeddings,
+        "--output",
+        root,
+        "--factory",
+        FACTORY,
+        "--overwrite",
+    ]
     done = subprocess.run(
         [sys.executable, *map(str, command)],
         cwd=ROOT,
@@ -157,7 +176,10 @@ def test_a_limit_on_the_size_of_files_leaves_the_old_index(tmp_path, old, embedd
     )
     if limit < 1 << 20:
         assert done.returncode == 1 and "Traceback" not in done.stderr
-        assert f"error: {tmp_path}" in done.stderr and "could not be written: File too large" in done.stderr
+        assert (
+            f"error: {tmp_path}" in done.stderr
+            and "could not be written: File too large" in done.stderr
+        )
         assert served(root) == served(old) and answers(root) == answers(old)
     else:
         assert done.returncode == 0, done.stderr

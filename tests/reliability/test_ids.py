@@ -7,11 +7,28 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small import DIM, FACTORY, FULL, answers, build, embed, unit_vectors
 
-from retrieval.bulk import bulk_search
-from retrieval.embeddings import EmbeddingReader, EmbeddingWriter
-from retrieval.index import ProductIndex
+from tritower.retrieval.bulk import bulk_search
+from tritower.retrieval.index import ProductIndex
+from tritower.retrieval.vectors.embeddings import EmbeddingReader, EmbeddingWriter
 
-ALIKE = ["7", "07", "007", "7.0", " 7", "7 ", "７", "é", "e\u0301", "E\u0301", "\0", "a\0", "a", "nan", "None", "null"]
+ALIKE = [
+    "7",
+    "07",
+    "007",
+    "7.0",
+    " 7",
+    "7 ",
+    "７",
+    "é",
+    "e\u0301",
+    "E\u0301",
+    "\0",
+    "a\0",
+    "a",
+    "nan",
+    "None",
+    "null",
+]
 ALIKE += [
     "-1",
     "9223372036854775813",
@@ -28,7 +45,8 @@ texts = st.text(
     st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40
 )  # lone surrogates are not Unicode text
 some_ids = st.lists(st.one_of(texts, st.sampled_from(ALIKE)), min_size=1, max_size=40, unique=True)
-# The examples are the same in every run: a test that fails now and then would be believed by nobody.
+# The examples are the same in every run: a test that fails now and then would be believed by
+# nobody.
 thorough = settings(
     max_examples=500 if FULL else 30,
     deadline=None,
@@ -41,7 +59,9 @@ thorough = settings(
 @given(ids=some_ids, shards=st.integers(1, 3))
 def test_any_text_comes_back_verbatim_at_its_own_vector(tmp_path_factory, figures, ids, shards):
     folder = tmp_path_factory.mktemp("ids")
-    root = build(embed(folder / "e", len(ids), min(shards, len(ids)), ids=ids), folder / "index", "Flat")
+    root = build(
+        embed(folder / "e", len(ids), min(shards, len(ids)), ids=ids), folder / "index", "Flat"
+    )
     index = ProductIndex.open(root)
     assert index.all_ids().to_pylist() == ids
     vectors = unit_vectors(len(ids)).astype(np.float16).astype(np.float32)
@@ -50,13 +70,17 @@ def test_any_text_comes_back_verbatim_at_its_own_vector(tmp_path_factory, figure
     assert [index.row_of(product_id) for product_id in ids] == list(range(len(ids)))
     bulk_search(index, EmbeddingReader(folder / "e"), folder / "hits.parquet", k=len(ids))
     hits = pq.read_table(folder / "hits.parquet").to_pydict()
-    assert sorted(zip(hits["query_id"], hits["product_id"], strict=True)) == sorted((q, p) for q in ids for p in ids)
+    assert sorted(zip(hits["query_id"], hits["product_id"], strict=True)) == sorted(
+        (q, p) for q in ids for p in ids
+    )
     figures["T14 ids returned verbatim"] += len(ids)
 
 
 def test_ids_that_look_alike_stay_apart_in_an_index_with_lists(tmp_path, figures):
     ids = [*ALIKE, *(f"{number:03d}" for number in range(200) if f"{number:03d}" not in ALIKE)]
-    index = ProductIndex.open(build(embed(tmp_path / "e", len(ids), 3, ids=ids), tmp_path / "index"))
+    index = ProductIndex.open(
+        build(embed(tmp_path / "e", len(ids), 3, ids=ids), tmp_path / "index")
+    )
     assert index.all_ids().to_pylist() == ids
     found = index.search(unit_vectors(len(ids)), 1, nprobe=8)
     assert index.ids(found.rows).ravel().tolist() == ids
@@ -69,12 +93,22 @@ def test_where_fewer_are_found_no_product_stands_in(tmp_path, factory):
     last = index.all_ids()[199].as_py()
     hits = index.search(unit_vectors(20, seed=3), 200, nprobe=1)
     missing = hits.rows < 0
-    assert missing.any(axis=1).all() and (hits.rows[missing] == -1).all() and (hits.scores[missing] == -np.inf).all()
+    assert (
+        missing.any(axis=1).all()
+        and (hits.rows[missing] == -1).all()
+        and (hits.scores[missing] == -np.inf).all()
+    )
     ids = index.ids(hits.rows)
     assert all(product_id is None for product_id in ids[missing])
     assert all(len(set(row[row >= 0])) == (row >= 0).sum() for row in hits.rows)
     assert (ids == last).sum() == (hits.rows == 199).sum()
-    bulk_search(index, EmbeddingReader(tmp_path / "e"), tmp_path / "hits.parquet", k=200, settings=index.resolve(1))
+    bulk_search(
+        index,
+        EmbeddingReader(tmp_path / "e"),
+        tmp_path / "hits.parquet",
+        k=200,
+        settings=index.resolve(1),
+    )
     written = pq.read_table(tmp_path / "hits.parquet")
     assert len(written) < 200 * 200 and written.column("product_id").null_count == 0
 

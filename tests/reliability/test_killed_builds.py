@@ -13,8 +13,8 @@ import pytest
 from faults import using
 from small import FACTORY, FULL, ROOT, answers, build, digests, embed, leftovers, served
 
-from retrieval import files, storage, versions
-from retrieval.index import ProductIndex
+from tritower.artefacts import files, storage, versions
+from tritower.retrieval.index import ProductIndex
 
 HERE = Path(__file__).parent
 FLAT = "Flat"
@@ -35,7 +35,9 @@ def old(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("factory", "share"), [("IVF64,PQ4x4fsr,Refine(SQ8)", 0.8), (FLAT, 0.2)])
-def test_a_build_killed_at_any_moment_goes_on_to_the_same_index(tmp_path, old, factory, share, figures):
+def test_a_build_killed_at_any_moment_goes_on_to_the_same_index(
+    tmp_path, old, factory, share, figures
+):
     rows, shards, kills = (20_000, 40, 500) if FULL else (4_000, 20, 10)
     embeddings = embed(tmp_path / "e", rows, shards)
     kills = round(kills * share)
@@ -53,13 +55,17 @@ def test_a_build_killed_at_any_moment_goes_on_to_the_same_index(tmp_path, old, f
     assert answers(tmp_path / "0" / "index") == answers(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("lost", ["trained.faiss", "finer.faiss", "training.json", "000000-0000000000.parquet"])
+@pytest.mark.parametrize(
+    "lost", ["trained.faiss", "finer.faiss", "training.json", "000000-0000000000.parquet"]
+)
 @pytest.mark.parametrize("way", ["missing", "damaged"])
-def test_a_build_whose_unfinished_work_was_removed_in_part_is_still_the_same(tmp_path, monkeypatch, lost, way):
+def test_a_build_whose_unfinished_work_was_removed_in_part_is_still_the_same(
+    tmp_path, monkeypatch, lost, way
+):
     embeddings = embed(tmp_path / "e", 300, 3)
     expected = digests_of_build(tmp_path / "whole", embeddings, FACTORY, 0)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("retrieval.build.write_mapped", interrupted)
+        patch.setattr("tritower.retrieval.building.build.write_mapped", interrupted)
         build(embeddings, tmp_path / "index")
     file = tmp_path / "index.building" / lost
     if way == "missing":
@@ -81,16 +87,26 @@ TOLD = r"another run is building|conflict at|already exists and holds an index"
 
 @pytest.mark.parametrize("first", [False, True], ids=["new version", "first version"])
 @pytest.mark.parametrize("factory", [FACTORY, FLAT])
-def test_of_two_builders_at_once_one_wins_and_the_other_is_told(tmp_path, old, factory, first, figures):
+def test_of_two_builders_at_once_one_wins_and_the_other_is_told(
+    tmp_path, old, factory, first, figures
+):
     embeddings, rounds = embed(tmp_path / "e", 600), 10 if FULL else 2
-    alone = [digests_of_build(tmp_path / f"alone{seed}", embeddings, factory, seed) for seed in (0, 1)]
-    for outcome in program("rival_builds.py", embeddings, tmp_path, rounds, "-" if first else old, factory):
+    alone = [
+        digests_of_build(tmp_path / f"alone{seed}", embeddings, factory, seed) for seed in (0, 1)
+    ]
+    for outcome in program(
+        "rival_builds.py", embeddings, tmp_path, rounds, "-" if first else old, factory
+    ):
         root = Path(outcome["index"])
         assert 0 in outcome["codes"], outcome
         for code, output in zip(outcome["codes"], outcome["outputs"], strict=True):
-            assert code == 0 or (code == 1 and re.search(rf"^error: .*({TOLD})", output, re.M)), output
+            assert code == 0 or (code == 1 and re.search(rf"^error: .*({TOLD})", output, re.M)), (
+                output
+            )
         assert served(root) in [alone[seed] for seed in (0, 1) if outcome["codes"][seed] == 0]
-        if leftovers(root):  # who is told only at the end keeps its work, and the next run goes on with it
+        if leftovers(
+            root
+        ):  # who is told only at the end keeps its work, and the next run goes on with it
             (told,) = [seed for seed in (0, 1) if "conflict at" in outcome["outputs"][seed]]
             build(embeddings, root, factory, told)
         assert leftovers(root) == []

@@ -1,0 +1,141 @@
+"""A folder filled shard after shard, over several runs if need be.
+
+A killed job goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tritower.artefacts import storage
+from tritower.artefacts.storage import JSON, ArtefactError, Manifest
+from tritower.artefacts.temporaries import is_temporary
+
+BEGUN = "begun.json"
+
+
+class ShardFolder:
+    """Writes Parquet shards into a folder, each complete or absent; `finish` makes it an artefact folder.
+
+    Opening a folder that an earlier run began goes on with it, provided that both make the same
+    thing.
+
+    Args:
+        path: the folder; made when missing.
+        kind: the kind of artefact folder it becomes.
+        identity: what decides the content (model, source, settings). A folder begun with another
+            one is refused.
+
+    Raises:
+        ArtefactError: the folder holds something else; the message shows both identities.
+    """
+
+    def __init__(self, path: Path | str, *, kind: str, identity: Mapping[str, JSON]) -> None:
+        self.path = Path(path)
+        self.kind = kind
+        self.identity = json.loads(json.dumps(identity))
+        self.finished = (self.path / storage.MANIFEST).exists()
+        if self.finished:
+            meta = storage.verify(self.path, kind).meta
+            self._check_same({name: meta.get(name) for name in self.identity})
+        elif (self.path / BEGUN).exists():
+            self._check_same(self._read_begun())
+        elif self.path.exists() and not all(
+            is_temporary(entry.name) for entry in self.path.iterdir()
+        ):
+            raise ArtefactError(
+                f"{self.path} exists and was not begun by this program: choose another place"
+            )
+        else:
+            storage.write_json(self.path / BEGUN, self.identity)
+
+    def done(self, shard: str) -> bool:
+        """Whether an earlier run, or this one, has written this shard."""
+        return self._file(shard).exists()
+
+    def write(self, shard: str, table: pa.Table, *, row_group_size: int = 16_384) -> None:
+        """Write one shard: after a crash at any moment it is there as a whole or not at all.
+
+        Only text is compressed: numbers of vectors hardly shrink and would be slow to read.
+        """
+        if self.finished:
+            raise ArtefactError(f"{self.path} is finished: {shard} cannot be added")
+        text = [field.name for field in table.schema if pa.types.is_string(field.type)]
+        compression = {name: "zstd" if name in text else "none" for name in _leaves(table.schema)}
+        with storage.write_file(self._file(shard)) as temporary, storage.create(temporary) as file:
+            pq.write_table(
+                table,
+                file,
+                row_group_size=row_group_size,
+                compression=compression,
+                use_dictionary=text,
+            )
+
+    def finish(self, shards: Sequence[str], meta: Mapping[str, JSON] | None = None) -> Manifest:
+        """Check that exactly these shards are there and write the manifest; harmless when it exists already.
+
+        Args:
+            shards: names of all shards.
+            meta: more facts for the manifest, beside the identity and `count`, the number of rows.
+
+        Raises:
+            ArtefactError: shards are missing or one too many is there, by name.
+        """
+        if self.finished:
+            return storage.read_manifest(self.path, self.kind)
+        wanted = {self._file(shard).name for shard in shards}
+        there = {file.name for file in self.path.glob("*.parquet")}
+        if missing := sorted(wanted - there):
+            raise ArtefactError(
+                f"{self.path} lacks {len(missing)} of {len(wanted)} shards: {', '.join(missing[:10])}"
+            )
+        if extra := sorted(there - wanted):
+            raise ArtefactError(
+                f"{self.path} holds shards of something else: {', '.join(extra[:10])}"
+            )
+        count = sum(pq.read_metadata(self.path / name).num_rows for name in wanted)
+        manifest = storage.seal(
+            self.path, kind=self.kind, meta={**(meta or {}), **self.identity, "count": count}
+        )
+        self.finished = True
+        return manifest
+
+    def _file(self, shard: str) -> Path:
+        return self.path / f"{shard}.parquet"
+
+    def _read_begun(self) -> Mapping[str, JSON]:
+        try:
+            begun = json.loads((self.path / BEGUN).read_text(encoding="utf-8"))
+        except ValueError:
+            begun = None
+        if not isinstance(begun, dict):
+            raise ArtefactError(f"{self.path / BEGUN} is damaged: delete {self.path} and run again")
+        return begun
+
+    def _check_same(self, begun: Mapping[str, JSON]) -> None:
+        differing = [
+            name
+            for name in {**begun, **self.identity}
+            if begun.get(name) != self.identity.get(name)
+        ]
+        if differing:
+            pairs = "; ".join(
+                f"{n}: there {begun.get(n)!r}, now {self.identity.get(n)!r}"
+                for n in sorted(differing)
+            )
+            raise ArtefactError(
+                f"{self.path} holds something else ({pairs}): delete it or choose another place"
+            )
+
+
+def _leaves(schema: pa.Schema) -> list[str]:
+    """Names of columns as Parquet knows them: that of a list goes on to its elements."""
+    return [
+        f"{field.name}.list.element" if pa.types.is_fixed_size_list(field.type) else field.name
+        for field in schema
+    ]

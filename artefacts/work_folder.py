@@ -1,0 +1,138 @@
+"""Folders for what is unfinished of an artefact: a killed run goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from tritower.artefacts import files, storage
+from tritower.artefacts.shards import BEGUN
+from tritower.artefacts.storage import ArtefactError
+from tritower.artefacts.temporaries import Lock, is_temporary, lock
+
+logger = logging.getLogger(__name__)
+
+Kind = Literal["build", "update"]
+
+
+class WorkFolder:
+    """A folder beside an artefact for what is unfinished of it. One process at a time works there.
+
+    What is finished stays when a run is killed, and the next run goes on with it, provided that it
+    makes the same.
+
+    Args:
+        output: the place of the artefact; the folder is called as it is, with .building or
+            .updating behind.
+        kind: of the work.
+        identity: what is made from what; with another one, all is removed that an earlier run has
+            left.
+        ours: pattern of the names that runs make there; a folder with others is refused.
+
+    Raises:
+        ArtefactError: another process works there, or the folder holds other things.
+    """
+
+    def __init__(self, output: Path, kind: Kind, identity: Mapping[str, Any], ours: str) -> None:
+        self.path, self._output, self._kind = _place(output, kind), output, kind
+        self.identity, self._ours = json.loads(json.dumps(identity)), ours
+        self._lock = self._take()
+        try:
+            self._begin()
+        except BaseException:  # nobody enters: the same process may try again
+            self._lock.close()
+            raise
+
+    def __enter__(self) -> Self:
+        """Nothing but itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Let other processes work here.
+
+        What is finished stays, unless that is nothing or the input was refused.
+        """
+        try:
+            if kind is not None and (issubclass(kind, ValueError) or not self.worth_keeping()):
+                files.remove(self.path)
+        finally:
+            self._lock.close()
+
+    def _begin(self) -> None:
+        """Make the folder ready for this work."""
+        self._keep_only_same()
+
+    def worth_keeping(self) -> bool:
+        """Whether there is something to go on with."""
+        return any(
+            file.name != BEGUN and not is_temporary(file.name) for file in self.path.iterdir()
+        )
+
+    def _take(self) -> Lock:
+        """Make the folder and lock it."""
+        while True:
+            files.make_folder(self.path)
+            held = lock(self.path)
+            if held is not None and held.held is False:
+                doing = f"{_doing(self._kind)} {self._output}"
+                raise ArtefactError(
+                    f"another run is {doing} (in {self.path}): wait for it, or stop it"
+                )
+            if held is not None and held.is_of(
+                self.path
+            ):  # else a finishing run has removed it meanwhile
+                return held
+
+    def _keep_only_same(self) -> None:
+        """Remove what earlier work on something else has left, and nothing that no run has made."""
+        own = re.compile(f"{self._ours}|{re.escape(BEGUN)}")
+        names = sorted(file.name for file in self.path.iterdir())
+        if others := [name for name in names if not (own.fullmatch(name) or is_temporary(name))]:
+            raise ArtefactError(
+                f"{self.path} is where this {self._kind} would work, but holds other things ({', '.join(others[:5])}): "
+                "move them, or choose another place"
+            )
+        begun = self.path / BEGUN
+        try:
+            same = json.loads(begun.read_text(encoding="utf-8")) == self.identity
+        except (FileNotFoundError, ValueError):
+            same = False
+        if same:
+            return
+        for name in names:
+            logger.info(
+                "removed from an unfinished %s of something else: %s", self._kind, self.path / name
+            )
+            remove = files.system.rmtree if (self.path / name).is_dir() else files.system.unlink
+            remove(self.path / name)
+        storage.write_json(begun, self.identity)
+
+
+def remove_work(output: Path, kind: Kind) -> None:
+    """Remove the folder of finished work, unless another run works there by now."""
+    path = _place(output, kind)
+    held = lock(path)
+    if held is None:
+        return
+    with held:
+        if held.held is not False:
+            files.remove(path)
+
+
+def _doing(kind: Kind) -> str:
+    return f"{kind.removesuffix('e')}ing"
+
+
+def _place(output: Path, kind: Kind) -> Path:
+    output = output.absolute()  # a place such as "." has no name
+    return output.with_name(f"{output.name}.{_doing(kind)}")

@@ -1,0 +1,1 @@
+"""Prepare a catalogue: files to records, records to rows, rows and pictures to shards."""

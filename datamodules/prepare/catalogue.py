@@ -1,0 +1,240 @@
+"""A row of the user's file becomes an item, or is rejected; every fact that cannot be used is a recorded problem.
+
+A bad field (a picture, a price) becomes missing and the row is kept. A row is rejected when it has
+no id or another row's, when it cannot be read, when nothing usable is left, or when it names a file
+outside the picture folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from tritower.datamodules.batch import Item
+from tritower.datamodules.prepare.columns import ATTRIBUTES, Column, Columns, Role
+from tritower.datamodules.prepare.pictures import PictureReader
+from tritower.datamodules.prepare.profile import SPLITS
+from tritower.datamodules.prepare.records import Record
+from tritower.datamodules.prepare.rows import Notebook, Row
+from tritower.datamodules.prepare.values import (
+    BadValue,
+    Cell,
+    Decimal,
+    clean_html,
+    excerpt,
+    parse_json,
+    parse_list,
+    parse_number,
+)
+from tritower.datamodules.schema import Attribute
+
+Value = str | float | list[str]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How cells are read.
+
+    Attributes:
+        pictures: reads the picture files.
+        decimal: the decimal sign of numbers written as text.
+        clean_html: remove HTML tags and entities from text.
+        strict: a bad field rejects its row.
+    """
+
+    pictures: PictureReader
+    decimal: Decimal = "auto"
+    clean_html: bool = True
+    strict: bool = False
+
+    def text(self, cell: Cell) -> str | None:
+        """A text without HTML and surrounding blanks; lines of a list are joined; None where nothing is left."""
+        if isinstance(cell, (bytes, Mapping)):
+            raise BadValue("NOT_A_TEXT", f"{excerpt(cell)} is not text")
+        if cell is not None and not isinstance(cell, str):
+            cell = "\n".join(parse_list(cell, "\n"))
+        return self._clean(cell) if cell else None
+
+    def attribute(self, kind: str, cell: Cell, columns: Columns) -> Value | None:
+        """The value of an attribute; None where it is missing."""
+        if kind in ("path", "set"):
+            separator = columns.path_separator if kind == "path" else columns.value_separator
+            parts = [clean for part in parse_list(cell, separator) if (clean := self._clean(part))]
+            return (parts if kind == "path" else list(dict.fromkeys(parts))) or None
+        if isinstance(cell, list) and len(cell) == 1:
+            cell = cell[0]
+        if cell is None or (isinstance(cell, str) and not cell.strip()):
+            return None
+        if not isinstance(cell, str):
+            raise BadValue("NOT_A_VALUE", f"{excerpt(cell)} is not one value")
+        if kind in ("number", "price"):
+            return parse_number(cell, self.decimal, "price" if kind == "price" else "number")
+        return self._clean(cell)
+
+    def _clean(self, text: str) -> str | None:
+        return (clean_html(text) if self.clean_html else text).strip() or None
+
+
+@dataclass(frozen=True)
+class ProductParser:
+    """Reads the products of a file; picklable, so that worker processes can do it.
+
+    Args:
+        file: name of the file, for problems.
+        columns: what is what.
+        reading: how cells are read.
+    """
+
+    file: str
+    columns: Columns
+    reading: Reading
+
+    def __call__(self, record: Record) -> Row:
+        """One product."""
+        id_column = self.columns.one("id")
+        assert id_column is not None
+        id = record.cells.get(id_column.column)
+        notebook = Notebook(self.file, record, id if isinstance(id, str) else "")
+        if record.fault is not None:
+            notebook.note("", record.fault)
+            return notebook.row(None)
+        if not notebook.id:
+            notebook.note(
+                id_column.name, BadValue("ID_MISSING", "a product needs an id" + _odd_id(id))
+            )
+            return notebook.row(None)
+        item = self._item(_Cells(record, self.columns, notebook), notebook)
+        group, family, split = (
+            self._fact(role, record, notebook) for role in ("group", "family", "split")
+        )
+        if not (item.text or item.images or item.attributes):
+            notebook.note(
+                "", BadValue("NOTHING_USABLE", "no text, no picture and no attribute is left")
+            )
+            return notebook.row(None)
+        if notebook.fails(self.reading.strict):
+            return notebook.row(None)
+        return notebook.row(item, group=group, family=family, split=split)
+
+    def _item(self, cells: _Cells, notebook: Notebook) -> Item:
+        text: dict[str, str] = {}
+        for column in self.columns.of("text"):
+            words = notebook.read(column.name, self.reading.text, cells.of(column))
+            if words:
+                text[column.name] = words
+        if not text and self.columns.of("text"):
+            notebook.note(
+                self.columns.of("text")[0].name, BadValue("TEXT_EMPTY", "the product has no text")
+            )
+        images: dict[bytes, None] = {}
+        for column in self.columns.of("image"):
+            pictures, problems = self.reading.pictures.read(cells.of(column))
+            images.update(dict.fromkeys(pictures))
+            for problem in problems:
+                notebook.note(column.name, problem)
+        attributes: dict[str, Value] = {}
+        for column in self.columns.of(*ATTRIBUTES):
+            value = notebook.read(
+                column.name, self.reading.attribute, column.role, cells.of(column), self.columns
+            )
+            if value is not None:
+                attributes[column.name] = value
+        return Item(text, tuple(images), attributes)
+
+    def _fact(self, role: Role, record: Record, notebook: Notebook) -> str | None:
+        """The group or family of a product, verbatim, or its split; None where the table has none."""
+        column = self.columns.one(role)
+        cell = None if column is None else record.cells.get(column.column)
+        if column is None or cell is None or cell == "":
+            return None
+        return (
+            read_split(notebook, column.name, cell)
+            if role == "split"
+            else notebook.read(column.name, _key, cell)
+        )
+
+
+def _key(cell: Cell) -> str:
+    if not isinstance(cell, str):
+        raise BadValue("NOT_A_VALUE", f"{excerpt(cell)} is not one value")
+    return cell
+
+
+def _odd_id(id: Cell) -> str:
+    return "" if id is None or isinstance(id, str) else f"; {excerpt(id)} is none"
+
+
+def read_split(notebook: Notebook, column: str, cell: Cell) -> str:
+    """The split of a cell: test and a recorded problem where it is unknown, so that a holdout is never trained on."""
+    return notebook.read(column, _split, cell) or "test"
+
+
+def _split(cell: Cell) -> str:
+    split = SPLITS.get(cell.strip().lower()) if isinstance(cell, str) else None
+    if split is None:
+        raise BadValue("SPLIT_UNKNOWN", f"{excerpt(cell)} is none of {', '.join(SPLITS)}")
+    return split
+
+
+class _Cells:
+    """The cells of a record, also those that stand in JSON objects."""
+
+    def __init__(self, record: Record, columns: Columns, notebook: Notebook) -> None:
+        self.cells = record.cells
+        self.objects: dict[str, Mapping[str, Cell]] = {}
+        for name in dict.fromkeys(
+            c.column for c in columns.columns if c.role == "json" or c.key is not None
+        ):
+            self.objects[name] = notebook.read(name, _object, self.cells.get(name)) or {}
+
+    def of(self, column: Column) -> Cell:
+        """The cell of a column, or of a key of its JSON object."""
+        if column.key is None:
+            return self.cells.get(column.column)
+        return self.objects[column.column].get(column.key)
+
+
+def _object(cell: Cell) -> Mapping[str, Cell]:
+    try:
+        value = parse_json(cell) if isinstance(cell, str) and cell.strip() else cell or {}
+    except ValueError as error:
+        raise BadValue("JSON_INVALID", f"{error}: {excerpt(cell)}") from None
+    if not isinstance(value, Mapping):
+        raise BadValue("JSON_INVALID", f"not a JSON object: {excerpt(cell)}")
+    return value
+
+
+def parse_attribute(
+    attribute: Attribute, text: str, decimal: Decimal = "auto"
+) -> float | str | list[str]:
+    """What a person types for an attribute: `59.9`, `Acme`, `Shoes > Boots`, `cotton|wool`.
+
+    Args:
+        attribute: of the catalogue's schema.
+        text: the value.
+        decimal: the decimal sign of numbers.
+
+    Raises:
+        ValueError: empty, or no number where the attribute is one; says what is expected.
+    """
+    if attribute.kind in ("path", "set"):
+        parts = parse_list(text, ">" if attribute.kind == "path" else "|")
+        if not parts:
+            raise ValueError(f"{attribute.name}={text!r}: no value")
+        return parts
+    if not text.strip():
+        raise ValueError(f"{attribute.name}={text!r}: no value")
+    if attribute.kind == "category":
+        return text.strip()
+    try:
+        value = parse_number(text, decimal)
+    except BadValue as error:
+        why = error.reason.partition(";")[0]  # the rest names an option of prepare
+        raise ValueError(
+            f"{attribute.name}={text!r}: {why}; a number such as 1600 or 59.9 is expected"
+        ) from None
+    if attribute.log and value < 0:
+        raise ValueError(
+            f"{attribute.name}={text!r}: must not be negative; the catalogue's smallest is 0 or more"
+        )
+    return value

@@ -1,0 +1,177 @@
+"""Judged answers to queries: pairs, or a file of judgements beside a file of queries."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from tritower.datamodules.bad_value import BadValue, excerpt
+from tritower.datamodules.batch import Item
+from tritower.datamodules.prepare.queries import Part, PartCells, QuerySet
+from tritower.datamodules.prepare.rows import Notebook, Row
+from tritower.datamodules.prepare.tables import Table
+from tritower.datamodules.prepare.values import Cell
+
+_WEIGHT = re.compile(r"\d+(?:\.\d+)?(?:[eE][-+]?\d+)?")
+
+
+class Judgements:
+    """Which product answers which query how well, as columns of numbers.
+
+    Attributes:
+        query: positions in a `QuerySet`.
+        product: numbers of products.
+        weight: graded relevance; 0 says that the product is no answer.
+        irrelevant: judgements of weight 0.
+        repeated: judgements that were there already; the highest weight counts.
+    """
+
+    def __init__(self) -> None:
+        self.query, self.product, self.weight = array("q"), array("q"), array("f")
+        self.irrelevant = 0
+        self.repeated = 0
+
+    def __len__(self) -> int:
+        return len(self.query)
+
+    def read(
+        self,
+        table: Table,
+        parts: Mapping[Part, str],
+        queries: QuerySet,
+        products: Mapping[str, int],
+        pairs: bool,
+    ) -> Iterator[Row]:
+        """Take in all judgements of a file; gives every row, with an item where it was accepted.
+
+        Args:
+            table: pairs or judgements.
+            parts: which column is what.
+            queries: all queries.
+            products: id -> number of every accepted product.
+            pairs: problems of the query itself are recorded already.
+        """
+        for record in table.records():
+            cells = PartCells(parts, record)
+            notebook = Notebook(table.path.name, record, "" if record.fault else cells.id())
+            if record.fault is not None or (pairs and not notebook.id):
+                if record.fault is not None and not pairs:
+                    notebook.note("", record.fault)
+                yield notebook.row(None)
+                continue
+            asked = (record.row, cells.asked()) if pairs else None
+            query = notebook.read(
+                parts.get("query_id", ""), self._query, notebook.id, queries, asked
+            )
+            product = notebook.read(parts["product"], self._product, cells["product"], products)
+            weight = (
+                notebook.read(parts["weight"], parse_weight, cells["weight"])
+                if "weight" in parts
+                else 1.0
+            )
+            if query is None or product is None or weight is None:
+                yield notebook.row(None)
+                continue
+            if queries.sources[query] == cells["product"]:
+                notebook.note("", BadValue("SELF_JUDGEMENT", "a product is no answer to itself"))
+                yield notebook.row(None)
+                continue
+            yield notebook.row(Item())
+            self.irrelevant += weight == 0
+            self.query.append(query)
+            self.product.append(product)
+            self.weight.append(weight)
+
+    @staticmethod
+    def _query(id: str, queries: QuerySet, asked: tuple[int, str] | None) -> int | None:
+        """The position of a query; `asked` is row number and digest of a pair."""
+        first = queries.first.get(id, asked)
+        if asked is not None and first is not None and first[1] != asked[1]:
+            raise BadValue(
+                "QUERY_CONFLICT", f"row {first[0]} asks something else under the id {excerpt(id)}"
+            )
+        if id not in queries.numbers:
+            if first == asked and asked is not None:
+                return None  # the first row of its query: why it was rejected is recorded already
+            raise BadValue("UNKNOWN_QUERY", f"no query was accepted with the id {excerpt(id)}")
+        return queries.numbers[id]
+
+    @staticmethod
+    def _product(cell: Cell, products: Mapping[str, int]) -> int:
+        if not isinstance(cell, str) or cell not in products:
+            raise BadValue(
+                "UNKNOWN_PRODUCT", f"no product was accepted with the id {excerpt(cell)}"
+            )
+        return products[cell]
+
+    def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Query, product and weight of every different judgement.
+
+        (J,) int64, int64, float32, ordered by query.
+        """
+        query = np.array(self.query, np.int64)
+        product = np.array(self.product, np.int64)
+        weight = np.array(self.weight, np.float32)
+        order = np.lexsort(
+            (-weight, product, query)
+        )  # of equal pairs, the highest weight comes first
+        new = np.ones(len(order), bool)
+        new[1:] = (np.diff(query[order]) != 0) | (np.diff(product[order]) != 0)
+        self.repeated = int(len(order) - new.sum())
+        keep = order[new]
+        keep = keep[np.lexsort((product[keep], -weight[keep], query[keep]))]
+        return query[keep], product[keep], weight[keep]
+
+
+def parse_weight(cell: Cell) -> float:
+    """A graded weight: 0 or more.
+
+    Raises:
+        BadValue: WEIGHT_INVALID.
+    """
+    text = cell.strip() if isinstance(cell, str) else ""
+    if not _WEIGHT.fullmatch(text) or not text.isascii() or float(text) > 1e9:
+        raise BadValue("WEIGHT_INVALID", f"{excerpt(cell)} is not a number from 0 to 1e9")
+    return float(text)
+
+
+def query_splits(
+    queries: QuerySet,
+    products: Mapping[str, int],
+    splits: Sequence[str],
+    judged: Sequence[np.ndarray],
+) -> list[str]:
+    """The split of every query.
+
+    That of its own row; else that of the product that it asks with; else that of one of its most
+    relevant products: the one whose hash with the query is smallest, so that a query with answers
+    in every split goes to each as often as its answers do. Without answers it goes to train, where
+    it does nothing.
+
+    Args:
+        queries: all queries.
+        products: id -> number, in the order of the numbers.
+        splits: of every product.
+        judged: query, product and weight of every judgement.
+    """
+    ids = list(products)
+    best: dict[int, tuple[float, str, int]] = {}
+    for query, product, weight in zip(*(column.tolist() for column in judged), strict=True):
+        if queries.splits[query] is None and queries.sources[query] is None:
+            key = hashlib.blake2b(
+                json.dumps([queries.ids[query], ids[product]]).encode("ascii")
+            ).hexdigest()
+            best[query] = min(best.get(query, (0.0, "", 0)), (-weight, key, product))
+    result = []
+    for number, (own, source) in enumerate(zip(queries.splits, queries.sources, strict=True)):
+        if own is None and source is not None:
+            own = splits[products[source]]
+        elif own is None:
+            own = splits[best[number][2]] if number in best else "train"
+        result.append(own)
+    return result

@@ -1,0 +1,208 @@
+"""Queries: a file of them, or the asking half of pairs. Pairs that ask the same are one query."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from tritower.datamodules.bad_value import BadValue, excerpt
+from tritower.datamodules.batch import Item
+from tritower.datamodules.prepare.catalogue import Reading, read_split
+from tritower.datamodules.prepare.guess import plain_name
+from tritower.datamodules.prepare.records import Record
+from tritower.datamodules.prepare.rows import Notebook, Row
+from tritower.datamodules.prepare.tables import CatalogueError, Table
+from tritower.datamodules.prepare.values import Cell
+
+Part = Literal["query_id", "type", "text", "image", "source", "split", "product", "weight"]
+
+NAMES: dict[Part, tuple[str, ...]] = {  # best first
+    "query_id": ("query_id", "qid"),
+    "type": ("type", "query_type"),
+    "text": ("query", "query_text", "text", "search_term", "search_query", "keywords"),
+    "image": ("query_image", "image", "photo", "picture"),
+    "source": ("source_product_id", "query_product_id", "source_id"),
+    "split": ("split", "query_split"),
+    "product": ("product_id", "item_id", "sku", "asin"),
+    "weight": ("weight", "relevance", "grade", "score", "gain"),
+}
+ASKED: tuple[Part, ...] = ("text", "image", "source")
+
+
+def find_parts(table: Table, *needed: Sequence[Part]) -> dict[Part, str]:
+    """Which column of a table is what.
+
+    Args:
+        table: pairs, queries or judgements.
+        needed: groups of parts; one of each group must be there.
+
+    Raises:
+        CatalogueError: COLUMN_MISSING.
+    """
+    plain = {plain_name(name): name for name in reversed(table.columns)}
+    parts: dict[Part, str] = {}
+    for part, names in NAMES.items():
+        found = [plain[name] for name in names if name in plain]
+        if found:
+            parts[part] = found[0]
+    for group in needed:
+        if not any(part in parts for part in group):
+            wanted = ", ".join(name for part in group for name in NAMES[part])
+            raise CatalogueError(
+                f"COLUMN_MISSING: {table} has none of {wanted}; its columns are {table.columns}"
+            )
+    return parts
+
+
+class PartCells:
+    """The cells of a record by what they are."""
+
+    def __init__(self, parts: Mapping[Part, str], record: Record) -> None:
+        self.parts = parts
+        self.cells = record.cells
+
+    def __getitem__(self, part: Part) -> Cell:
+        return self.cells.get(self.parts[part]) if part in self.parts else None
+
+    def asked(self) -> str:
+        """A digest of what is asked: equal for equal text, picture and product."""
+        cells = [self[part] or None for part in ("type", *ASKED)]
+        return hashlib.blake2b(
+            json.dumps(cells, default=bytes.hex).encode("ascii"), digest_size=12
+        ).hexdigest()
+
+    def id(self) -> str:
+        """The query's own id, verbatim; without such a column one made from what is asked; empty for none."""
+        if "query_id" in self.parts:
+            id = self["query_id"]
+            return id if isinstance(id, str) else ""
+        return f"q-{self.asked()}" if any(self[part] for part in ASKED) else ""
+
+
+@dataclass(frozen=True)
+class QueryParser:
+    """Reads the queries of a file; picklable.
+
+    Args:
+        file: name of the file, for problems.
+        parts: which column is what.
+        reading: how cells are read.
+    """
+
+    file: str
+    parts: Mapping[Part, str]
+    reading: Reading
+
+    def __call__(self, record: Record) -> Row:
+        """One query; the product that it asks with, if any, is the row's `source`."""
+        cells = PartCells(self.parts, record)
+        notebook = Notebook(self.file, record, "" if record.fault else cells.id())
+        if record.fault is not None:
+            notebook.note("", record.fault)
+            return notebook.row(None)
+        if not notebook.id:
+            missing = "a query needs an id" if "query_id" in self.parts else "nothing is asked"
+            notebook.note(self.parts.get("query_id", ""), BadValue("ID_MISSING", missing))
+            return notebook.row(None)
+        source = notebook.read(self.parts.get("source", ""), _one_id, cells["source"])
+        item = (
+            Item() if cells["type"] == "product" else self._item(cells, notebook)
+        )  # there, the rest are copies
+        split = (
+            read_split(notebook, self.parts["split"], cells["split"]) if cells["split"] else None
+        )
+        if not (item.text or item.images or source):
+            notebook.note(
+                "", BadValue("NOTHING_USABLE", "no text, no picture and no product to ask with")
+            )
+            return notebook.row(None)
+        if notebook.fails(self.reading.strict):
+            return notebook.row(None)
+        return notebook.row(item, source=source, split=split)
+
+    def _item(self, cells: PartCells, notebook: Notebook) -> Item:
+        text = notebook.read(self.parts.get("text", ""), self.reading.text, cells["text"])
+        pictures, problems = self.reading.pictures.read(cells["image"])
+        for problem in problems:
+            notebook.note(self.parts["image"], problem)
+        return Item({"query": text} if text else {}, pictures)
+
+
+def _one_id(cell: Cell) -> str | None:
+    """An id, verbatim; None where the cell is empty."""
+    if cell is None or cell == "":
+        return None
+    if not isinstance(cell, str):
+        raise BadValue("NOT_A_VALUE", f"{excerpt(cell)} is not one id")
+    return cell
+
+
+@dataclass
+class QuerySet:
+    """The accepted queries without their texts and pictures, in the order in which they came.
+
+    Attributes:
+        ids: of the queries, verbatim.
+        splits: that their rows name.
+        sources: the products that they ask with.
+        contents: digests of text, pictures and product.
+        numbers: id -> position in these lists.
+        first: of pairs, id -> row and digest of what is asked of the first row with this id.
+    """
+
+    ids: list[str] = field(default_factory=list)
+    splits: list[str | None] = field(default_factory=list)
+    sources: list[str | None] = field(default_factory=list)
+    contents: list[bytes] = field(default_factory=list)
+    numbers: dict[str, int] = field(default_factory=dict)
+    first: dict[str, tuple[int, str]] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def new_queries(self, records: Iterable[Record], parts: Mapping[Part, str]) -> Iterator[Record]:
+        """The records of a pairs file whose query was not there before."""
+        for record in records:
+            cells = PartCells(parts, record)
+            id = "" if record.fault else cells.id()
+            if not id:
+                yield record
+            elif id not in self.first:
+                self.first[id] = (record.row, cells.asked())
+                yield record
+
+    def add(self, row: Row, products: Mapping[str, int]) -> Row:
+        """Take a query in, or reject it.
+
+        Args:
+            row: as parsed.
+            products: id -> number of every accepted product.
+        """
+        if row.item is None:
+            return row
+        if row.id in self.numbers:
+            return row.rejected("ID_DUPLICATE", f"an earlier query has the id {excerpt(row.id)}")
+        source = row.source
+        if source is not None and source not in products:
+            unknown = row.rejected(
+                "UNKNOWN_PRODUCT", f"no product was accepted with the id {excerpt(source)}"
+            )
+            if not (row.item.text or row.item.images):
+                return unknown
+            row, source = unknown._replace(item=row.item), None
+        item = row.item
+        assert item is not None
+        content = hashlib.blake2b(
+            json.dumps([item.text.get("query"), source]).encode("ascii"), digest_size=16
+        )
+        for image in item.images:
+            content.update(hashlib.blake2b(image).digest())
+        self.numbers[row.id] = len(self)
+        self.ids.append(row.id)
+        self.splits.append(row.split)
+        self.sources.append(source)
+        self.contents.append(content.digest())
+        return row._replace(source=source)

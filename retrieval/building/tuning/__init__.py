@@ -1,0 +1,1 @@
+"""Choose an index by predicted and measured recall, memory and latency."""

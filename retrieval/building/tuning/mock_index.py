@@ -1,0 +1,65 @@
+"""What a search will cost, before there is an index.
+
+One of the full size, whose lists hold codes of other vectors.
+
+A small index would tell too little: its codes and vectors stay in the processor's caches, where
+  those of millions come
+from memory. A stand-in has the very lists of the index that is to be built, as long as they will
+be. All of them lie in the same 32 MiB, and all finer vectors in the same 128 MiB: more than caches
+hold, and written in a moment whatever the size of the index.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+
+from tritower.retrieval.ivf.engine import Engine
+from tritower.retrieval.ivf.inverted_lists import BLOCK, extents, file_bytes, map_lists, pack
+from tritower.retrieval.ivf.ivf_pq import Encoded, Trained, open_fine, write_fine_header
+
+SHARED_CODES, SHARED_VECTORS = 32 << 20, 128 << 20
+"""Bytes of codes and rows that all lists share, and of finer vectors."""
+
+
+def stand_in(folder: Path, trained: Trained, encoded: Encoded, count: int) -> Engine:
+    """An engine that costs what an index of `count` vectors would; what it finds means nothing.
+
+    Args:
+        folder: for its files.
+        trained: what the index would be made with.
+        encoded: some vectors, which all lists are filled with.
+        count: N.
+    """
+    index = faiss.clone_index(trained.index)
+    rows = (
+        count
+        if trained.finer is None
+        else min(count, max(1, SHARED_VECTORS // encoded.fine.shape[1]))
+    )
+    sizes = np.full(index.nlist, max(1, round(count * (1 + trained.spill) / index.nlist)))
+    distinct = max(1, min(index.nlist, SHARED_CODES // file_bytes(sizes[:1], index.code_size)))
+    table = extents(sizes[:distinct], index.code_size)
+    blocks, generator = pack(index, encoded.codes[0]), np.random.default_rng(0)
+    with (folder / "stand-in.bin").open("wb") as file:
+        for size, room, start in table.astype(np.int64):
+            file.seek(start)
+            file.write(
+                memoryview(blocks[generator.integers(len(blocks), size=room // BLOCK)]).cast("B")
+            )
+            file.write(memoryview(generator.integers(rows, size=size)).cast("B"))
+        file.truncate(file_bytes(sizes[:distinct], index.code_size))
+    places = table[np.arange(index.nlist) % distinct]
+    keep: tuple[Any, ...] = (index, map_lists(index, folder / "stand-in.bin", places))
+    index.ntotal = rows
+    if trained.finer is None:
+        return Engine(index, rows, spill=trained.spill, keep=keep)
+    with (folder / "stand-in.faiss").open("wb") as file:
+        write_fine_header(file, trained.finer, rows)
+        for start in range(0, rows, len(encoded.fine)):
+            file.write(memoryview(encoded.fine[: rows - start]).cast("B"))
+    fine = open_fine(folder / "stand-in.faiss", rows, index.d)
+    return Engine(faiss.IndexRefine(index, fine), rows, spill=trained.spill, keep=(*keep, fine))

@@ -1,0 +1,1 @@
+"""Measure what an index and a model find, beside search without training."""

@@ -1,0 +1,232 @@
+"""From the text of a filter to its terms; the grammar stands in retrieval/filtering/filters.py."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import NamedTuple, NoReturn, cast
+
+from tritower.retrieval.filtering.terms import (
+    KEYWORDS,
+    NUMBER,
+    WORD,
+    Operator,
+    Term,
+    Test,
+    Value,
+    all_of,
+    negated,
+    some_of,
+)
+
+MAX_DEPTH = 50
+"""Parentheses and `not` within each other."""
+
+TOKEN = re.compile(
+    rf"""\s*(?:
+        (?P<sign> <= | >= | != | == | [<>=(),] )
+      | (?P<quoted> "(?:[^"\\]|\\.)*" | '(?:[^'\\]|\\.)*' )
+      | (?P<number> {NUMBER} (?! {WORD} ) )
+      | (?P<word> {WORD} )
+      | (?P<end> $ )
+    )""",
+    re.VERBOSE | re.DOTALL,
+)
+ESCAPES = {"\\": "\\", '"': '"', "'": "'", "n": "\n", "t": "\t", "r": "\r"}
+LOOKALIKES = (
+    {"≤": "<=", "≥": ">=", "≠": "!="} | dict.fromkeys("“”„‟", '"') | dict.fromkeys("‘’‚‛`", "'")
+)
+
+
+def parse_term(text: str) -> Term:
+    """The terms of a filter.
+
+    Raises:
+        ValueError: see `tritower.retrieval.filtering.filters.parse`.
+    """
+    parser = _Parser(_tokens(text), text)
+    term = parser.any()
+    parser.expect_end()
+    return term
+
+
+def fail(problem: str, text: str, at: int) -> NoReturn:
+    """Raise a ValueError that shows where in the text the problem is, in one line."""
+    start, end = max(0, at - 30), at + 40
+    before, after = (_visible(part) for part in (text[start:at], text[at:end]))
+    excerpt = f"{'...' if start else ''}{before}^{after}{'...' if end < len(text) else ''}"
+    raise ValueError(f"filter: {problem}, at character {at + 1}: {excerpt}")
+
+
+def _visible(text: str) -> str:
+    return "".join(
+        sign if sign.isprintable() else " " if sign.isspace() else "\ufffd" for sign in text
+    )
+
+
+class _Token(NamedTuple):
+    kind: str
+    text: str
+    at: int
+
+    def is_word(self, word: str) -> bool:
+        return self.kind == "word" and self.text.lower() == word
+
+    def __str__(self) -> str:
+        return "the end" if self.kind == "end" else _visible(self.text)
+
+
+def _tokens(text: str) -> list[_Token]:
+    tokens: list[_Token] = []
+    at = 0
+    while not tokens or tokens[-1].kind != "end":
+        found = TOKEN.match(text, at)
+        if found is None:
+            at += len(text[at:]) - len(text[at:].lstrip())
+            sign = text[at]
+            if sign in LOOKALIKES:
+                fail(f"{sign} stands for nothing; write {LOOKALIKES[sign]}", text, at)
+            fail(
+                "a quote that is never closed"
+                if sign in "\"'"
+                else f"{_visible(sign)} must stand in quotes",
+                text,
+                at,
+            )
+        kind = cast(str, found.lastgroup)
+        tokens.append(_Token(kind, found[kind], found.start(kind)))
+        at = found.end()
+    return tokens
+
+
+class _Parser:
+    """Recursive descent over tokens; each method takes what the grammar above calls by its name."""
+
+    def __init__(self, tokens: list[_Token], text: str) -> None:
+        self._tokens, self._text = tokens, text
+        self._next = self._depth = 0
+
+    @property
+    def token(self) -> _Token:
+        return self._tokens[self._next]
+
+    def any(self) -> Term:
+        terms = [self.every()]
+        while self.take_word("or"):
+            terms.append(self.every())
+        return some_of(terms)
+
+    def every(self) -> Term:
+        terms = [self.one()]
+        while self.take_word("and"):
+            terms.append(self.one())
+        return all_of(terms)
+
+    def one(self) -> Term:
+        first = self.token
+        self._depth += 1
+        if self._depth > MAX_DEPTH:
+            fail(
+                f"more than {MAX_DEPTH} parentheses and not within each other", self._text, first.at
+            )
+        if self.take_word("not"):
+            term = negated(self.one())
+        elif self.take_sign("("):
+            term = self.any()
+            if not self.take_sign(")"):
+                self.unexpected("and, or or )")
+        else:
+            term = self.test()
+        self._depth -= 1
+        return term
+
+    def test(self) -> Term:
+        at, name = self.token.at, self.name()
+        if self.take_word("is"):
+            holds = not self.take_word("not")
+            known = self.take_word("known")
+            if not known and not self.take_word("missing"):
+                self.unexpected("missing or known")
+            test = Test(name, "known", (), at)
+            return test if known == holds else negated(test)
+        if self.take_sign("!="):
+            return negated(Test(name, "=", (self.value(),), at))
+        for sign in ("<=", "<", ">=", ">", "=", "=="):
+            if self.take_sign(sign):
+                return Test(
+                    name, cast(Operator, sign[:1] if sign == "==" else sign), (self.value(),), at
+                )
+        holds = not self.take_word("not")
+        if self.take_word("in"):
+            test = Test(name, "in", self.values(), at)
+        elif self.take_word("under"):
+            test = Test(name, "under", (self.value(),), at)
+        elif self.take_word("has"):
+            test = Test(name, "has", (self.value(),), at)
+        else:
+            self.unexpected(
+                "<, <=, >, >=, =, !=, in, under, has or is" if holds else "in, under or has"
+            )
+        return test if holds else negated(test)
+
+    def name(self) -> str:
+        if self.token.kind not in ("word", "quoted") or self.token.text.lower() in KEYWORDS:
+            self.unexpected("the name of an attribute")
+        return cast(str, self.value())
+
+    def values(self) -> tuple[Value, ...]:
+        if not self.take_sign("("):
+            self.unexpected("(")
+        values = [self.value()]
+        while self.take_sign(","):
+            values.append(self.value())
+        if not self.take_sign(")"):
+            self.unexpected(", or )")
+        return tuple(values)
+
+    def value(self) -> Value:
+        token = self.token
+        if token.kind not in ("word", "quoted", "number") or (
+            token.kind == "word" and token.text.lower() in KEYWORDS
+        ):
+            self.unexpected("a value")
+        self._next += 1
+        if token.kind == "number":
+            number = float(token.text)
+            if math.isinf(number):
+                fail(f"{token} is too large a number", self._text, token.at)
+            return number
+        return token.text if token.kind == "word" else self.unquoted(token)
+
+    def unquoted(self, token: _Token) -> str:
+        def escape(found: re.Match[str]) -> str:
+            if found[1] not in ESCAPES:
+                fail(
+                    f"unknown escape {_visible(found[0])}: write \\\\ for \\",
+                    self._text,
+                    token.at + 1 + found.start(),
+                )
+            return ESCAPES[found[1]]
+
+        return re.sub(r"\\(.)", escape, token.text[1:-1], flags=re.DOTALL)
+
+    def take_word(self, word: str) -> bool:
+        return self._take(self.token.is_word(word))
+
+    def take_sign(self, sign: str) -> bool:
+        return self._take(self.token.kind == "sign" and self.token.text == sign)
+
+    def _take(self, taken: bool) -> bool:
+        self._next += taken
+        return taken
+
+    def expect_end(self) -> None:
+        if self.token.kind != "end":
+            self.unexpected("and, or or the end")
+
+    def unexpected(self, wanted: str) -> NoReturn:
+        found = self.token
+        hint = (
+            "; put it in quotes" if found.kind == "word" and found.text.lower() in KEYWORDS else ""
+        )
+        fail(f"expected {wanted}, found {found}{hint}", self._text, found.at)

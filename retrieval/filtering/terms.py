@@ -1,0 +1,283 @@
+"""What a filter is made of, and which rows match it.
+
+    price < 50 and brand in (Acme, Zed)      All((Test("price", "<", (50.0,)), Test("brand", "in",
+    ("Acme", "Zed"))))
+
+Logic is that of SQL: what is unknown is matched neither by a test nor by its opposite. A product
+  without a price
+matches neither `price < 50` nor `not price < 50`, only `price is missing`. So rows are asked two
+questions: where a term surely holds and where it surely does not; `not` exchanges the two.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from difflib import SequenceMatcher
+from functools import reduce
+from typing import Any, Literal, cast
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from tritower.retrieval.products.attribute_cells import (
+    LEVEL_SEPARATOR,
+    TEXT,
+    VALUE_SEPARATOR,
+    Kind,
+    path_text,
+    value_text,
+)
+from tritower.retrieval.products.attribute_table import AttributeTable, Mask, Numbers, Texts
+
+Operator = Literal["<", "<=", ">", ">=", "=", "in", "under", "has", "known"]
+
+OPERATORS: dict[Kind, tuple[str, ...]] = {
+    "number": ("<", "<=", ">", ">=", "=", "in", "known"),
+    "category": ("=", "in", "known"),
+    "path": ("=", "in", "under", "has", "known"),
+    "set": ("has", "known"),
+}
+ADVICE: dict[Kind, str] = {
+    "number": "a number: compare it with <, <=, >, >=, =, != or in",
+    "category": "a category, which is one text without order: use =, != or in",
+    "path": 'a path without order: use under "A > B", has, =, != or in',
+    "set": "a set: use has, one for each value",
+}
+KEYWORDS = frozenset({"and", "or", "not", "in", "under", "has", "is"})
+NUMBER = r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"
+WORD = r"""[^\s()<>=!,"'`;|{}\[\]\\“”„‟‘’‚‛≤≥≠]+"""
+SHOWN = 12
+"""Names of attributes in a message at most."""
+
+COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+}
+OPPOSITES = {"<": ">=", "<=": ">", ">": "<=", ">=": "<"}
+
+Value = float | str
+
+
+@dataclass(frozen=True)
+class Test:
+    """One attribute compared with values.
+
+    Attributes:
+        attribute: its name.
+        operator: `=` and `in` for equal values, `under` for paths that begin so, `has` for sets and
+            levels of paths, `known` for any value.
+        values: one; several for `in`, none for `known`.
+        at: where it stands in the text, for messages.
+    """
+
+    __test__ = False  # pytest takes it for a test otherwise
+
+    attribute: str
+    operator: Operator
+    values: tuple[Value, ...] = ()
+    at: int = field(default=0, compare=False)
+
+    def __str__(self) -> str:
+        return self.text(True)
+
+    def text(self, holds: bool) -> str:
+        """As it is written; `holds` is False for its opposite."""
+        name = _quoted(self.attribute) if not _is_word(self.attribute) else self.attribute
+        no, values = "" if holds else "not ", ", ".join(map(_value_text, self.values))
+        if self.operator == "known":
+            return f"{name} is {'known' if holds else 'missing'}"
+        if self.operator == "in":
+            return f"{name} {no}in ({values})"
+        if self.operator == "=":
+            return f"{name} {'=' if holds else '!='} {values}"
+        return f"{no}{name} {self.operator} {values}"
+
+
+@dataclass(frozen=True)
+class Not:
+    """What does not match a term."""
+
+    term: Term
+
+    def __str__(self) -> str:
+        return self.term.text(False) if isinstance(self.term, Test) else f"not ({self.term})"
+
+
+@dataclass(frozen=True)
+class All:
+    """What matches every one of two or more terms."""
+
+    terms: tuple[Term, ...]
+
+    def __str__(self) -> str:
+        return " and ".join(
+            f"({term})" if isinstance(term, Some) else str(term) for term in self.terms
+        )
+
+
+@dataclass(frozen=True)
+class Some:
+    """What matches at least one of two or more terms."""
+
+    terms: tuple[Term, ...]
+
+    def __str__(self) -> str:
+        return " or ".join(map(str, self.terms))
+
+
+Term = Test | Not | All | Some
+
+
+def all_of(terms: list[Term]) -> Term:
+    """`All`, without another one inside."""
+    flat = [inner for term in terms for inner in (term.terms if isinstance(term, All) else (term,))]
+    return flat[0] if len(flat) == 1 else All(tuple(flat))
+
+
+def some_of(terms: list[Term]) -> Term:
+    """`Some`, without another one inside."""
+    flat = [
+        inner for term in terms for inner in (term.terms if isinstance(term, Some) else (term,))
+    ]
+    return flat[0] if len(flat) == 1 else Some(tuple(flat))
+
+
+def negated(term: Term) -> Term:
+    """`Not`, without another one inside."""
+    return term.term if isinstance(term, Not) else Not(term)
+
+
+def tests_of(term: Term) -> Iterator[Test]:
+    """All tests, in the order of the text."""
+    if isinstance(term, Test):
+        yield term
+    elif isinstance(term, Not):
+        yield from tests_of(term.term)
+    else:
+        for inner in term.terms:
+            yield from tests_of(inner)
+
+
+def misfit(test: Test, kinds: Mapping[str, Kind]) -> str | None:
+    """Why a test cannot be asked of a table with such attributes; None where it can.
+
+    Args:
+        test: of a filter.
+        kinds: attribute -> kind.
+    """
+    name, kind = test.attribute, kinds.get(test.attribute)
+    if kind is None:
+        nearest = sorted(
+            kinds, key=lambda known: -SequenceMatcher(None, name.lower(), known.lower()).ratio()
+        )
+        more = f" and {len(nearest) - SHOWN} more" if len(nearest) > SHOWN else ""
+        return (
+            f"no attribute {name!r}; there are {', '.join(nearest[:SHOWN])}{more}"
+            if kinds
+            else "no attributes"
+        )
+    if test.operator not in OPERATORS[kind]:
+        return f"{name} is {ADVICE[kind]}"
+    for value in test.values:
+        if (kind == "number") != isinstance(value, float):
+            if kind == "number":
+                return f"{name} is a number, {value!r} is text"
+            return f"{name} is a {kind}, {_value_text(value)} is a number: put it in quotes for the text"
+        if isinstance(value, str) and not value.strip():
+            return f"{name}: a blank text is stored as unknown: write {test.attribute} is missing"
+    return None
+
+
+def matches(term: Term, table: AttributeTable, holds: bool = True) -> Mask:
+    """(N,) rows for which a term surely holds, or surely does not.
+
+    Args:
+        term: its tests all fit the table.
+        table: of N rows.
+        holds: False for the rows for which it does not hold.
+    """
+    if isinstance(term, Not):
+        return matches(term.term, table, not holds)
+    if isinstance(term, Test):
+        column = table.column(term.attribute)
+        return (
+            _numbers_match(term, column, holds)
+            if isinstance(column, Numbers)
+            else _texts_match(term, column, table.kinds[term.attribute], holds)
+        )
+    join = np.logical_and if isinstance(term, All) == holds else np.logical_or
+    masks = (matches(inner, table, holds) for inner in term.terms)
+    return reduce(lambda one, other: join(one, other, out=one), masks)
+
+
+def _numbers_match(test: Test, column: Numbers, holds: bool) -> Mask:
+    values, asked = column.values, [float(value) for value in test.values]
+    if test.operator in COMPARISONS:  # NaN, the unknown, is neither below nor above anything
+        compare = COMPARISONS[test.operator if holds else OPPOSITES[test.operator]]
+        return cast(Mask, compare(values, asked[0]))
+    known = cast(Mask, values == values)
+    if test.operator == "known":
+        return known if holds else ~known
+    few = len(asked) <= 8  # compared one by one is faster then
+    equal: Mask = (
+        reduce(np.logical_or, [values == value for value in asked])
+        if few
+        else np.isin(values, asked)
+    )
+    return equal if holds else known & ~equal
+
+
+def _texts_match(test: Test, column: Texts, kind: Kind, holds: bool) -> Mask:
+    if test.operator == "known":
+        return column.codes >= 0 if holds else column.codes < 0
+    # The vocabulary is asked, and the rows look its answers up; the last one is for code -1.
+    answers = np.zeros(len(column.vocabulary) + 1, np.bool_)
+    answers[:-1] = _words_match(test, column.vocabulary, kind) == holds
+    return np.take(answers, column.codes, mode="wrap")
+
+
+def _words_match(test: Test, vocabulary: pa.Array, kind: Kind) -> NDArray[np.bool_]:
+    asked = [path_text(str(value)) if kind == "path" else str(value) for value in test.values]
+    if test.operator in ("=", "in"):
+        return _bools(pc.is_in(vocabulary, value_set=pa.array(asked, TEXT)))
+    if test.operator == "under":
+        within = pc.starts_with(vocabulary, asked[0] + LEVEL_SEPARATOR)
+        return _bools(pc.or_(pc.equal(vocabulary, pa.scalar(asked[0], TEXT)), within))
+    sign = pa.scalar(VALUE_SEPARATOR if kind == "set" else LEVEL_SEPARATOR, TEXT)
+    value = value_text(asked[0])
+    answers = _bools(pc.match_substring(vocabulary, value))
+    maybe = np.flatnonzero(answers)  # whether it is a whole value is asked of these only
+    enclosed = pc.binary_join_element_wise(
+        sign, vocabulary.take(pa.array(maybe)), sign, pa.scalar("", TEXT)
+    )
+    answers[maybe] = _bools(pc.match_substring(enclosed, f"{sign}{value}{sign}"))
+    return answers
+
+
+def _bools(array: pa.Array) -> NDArray[np.bool_]:
+    bools: NDArray[np.bool_] = array.to_numpy(zero_copy_only=False)
+    return bools
+
+
+def _value_text(value: Value) -> str:
+    if isinstance(value, str):
+        return value if _is_word(value) else _quoted(value)
+    return str(int(value)) if value.is_integer() and abs(value) < 1e15 else repr(value)
+
+
+def _is_word(text: str) -> bool:
+    if text.lower() in KEYWORDS or re.fullmatch(NUMBER, text):
+        return False
+    return re.fullmatch(WORD, text) is not None
+
+
+def _quoted(text: str) -> str:
+    signs: dict[str, Any] = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\t": "\\t", "\r": "\\r"}
+    return '"' + "".join(signs.get(sign, sign) for sign in text) + '"'

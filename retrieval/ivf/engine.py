@@ -1,0 +1,237 @@
+"""The FAISS side of an opened index.
+
+Rows and scores; knows neither product ids nor what a query means.
+
+FAISS is given only what has been checked: it takes a wrong dimension, NaN or k without a word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import faiss
+import numpy as np
+from numpy.typing import NDArray
+
+from tritower.artefacts.storage import ArtefactError
+from tritower.retrieval.ivf.inverted_lists import attach
+from tritower.retrieval.ivf.ivf_pq import make, open_fine, search_parameters
+from tritower.retrieval.ivf.layout import FINE_FILE, INDEX_FILE, LISTS_FILE, SIZES_FILE
+from tritower.retrieval.ranking.hits import Hits
+
+FEWEST = 10
+"""Results that searches for fewer re-rank as many candidates for."""
+
+DUPLICATES = 1.5
+"""Candidates to fetch per candidate wanted, where a vector may be met in two lists."""
+
+
+class Settings(NamedTuple):
+    """How an index is searched.
+
+    Attributes:
+        nprobe: lists visited; None for an index without lists.
+        k_factor: candidates re-ranked per result, where the index keeps finer vectors.
+    """
+
+    nprobe: int | None = None
+    k_factor: float = 8.0
+
+    def checked(self, lists: int | None) -> Settings:
+        """These settings, provided that they suit an index with so many lists (None: without).
+
+        Raises:
+            ValueError: nprobe out of range or for an index without lists, k_factor below 1.
+        """
+        if lists is None and self.nprobe is not None:
+            raise ValueError(f"nprobe={self.nprobe}, but this index has no lists to probe")
+        if lists is not None and not (is_whole(self.nprobe) and 1 <= self.nprobe <= lists):  # type: ignore[operator]
+            raise ValueError(
+                f"nprobe={self.nprobe!r}; expected an integer from 1 to {lists}, the number of lists"
+            )
+        if not self.k_factor >= 1:
+            raise ValueError(f"k_factor={self.k_factor}; expected a number of at least 1")
+        return self
+
+
+class Engine:
+    """An index as FAISS searches it. Several threads may do so at once.
+
+    Args:
+        index: what is searched.
+        count: number of rows.
+        spill: rows stand in two lists, so they may be found twice.
+        keep: what must live as long as the index: FAISS holds only pointers to its parts.
+
+    Attributes:
+        ivf: the part with lists, or None.
+        fine: the part with a vector for every row, for re-ranking and exact search, or None.
+        lists: number of lists, or None.
+    """
+
+    def __init__(
+        self, index: Any, count: int, *, spill: bool = False, keep: tuple[Any, ...] = ()
+    ) -> None:
+        self.index, self.count, self.spill, self._keep = index, count, spill, keep
+        self.ivf = lists_of(index)
+        self.lists: int | None = None if self.ivf is None else int(self.ivf.nlist)
+        self.fine: Any = None
+        if isinstance(index, faiss.IndexRefine):
+            self.fine = faiss.downcast_index(index.refine_index)
+        elif isinstance(index, faiss.IndexFlat):
+            self.fine = index
+        self._parameters: dict[Settings, Any] = {}
+
+    @classmethod
+    def open(cls, folder: Path, meta: Mapping[str, Any]) -> Engine:
+        """Open the FAISS files of an index folder whose manifest says `meta`.
+
+        Lists and finer vectors are mapped.
+
+        Raises:
+            ArtefactError: files that cannot be opened or do not belong together.
+        """
+        rows, dim = meta.get("rows", meta["count"]), meta["dim"]
+        try:
+            # One file, one flag. This one maps finer vectors, which IO_FLAG_MMAP does not; both
+            # read fast-scan codes.
+            stored = faiss.read_index(str(folder / INDEX_FILE), faiss.IO_FLAG_MMAP_IFC)
+            if not (folder / LISTS_FILE).exists():
+                engine = cls(stored, stored.ntotal)
+            else:
+                sizes = np.load(folder / SIZES_FILE, allow_pickle=False)
+                lists = attach(stored, folder / LISTS_FILE, sizes)
+                stored.ntotal = rows
+                keep: tuple[Any, ...] = (stored, lists)
+                index = stored
+                if (folder / FINE_FILE).exists():
+                    fine = open_fine(folder / FINE_FILE, rows, dim)
+                    index, keep = faiss.IndexRefine(stored, fine), (*keep, fine)
+                engine = cls(index, rows, spill=bool(meta.get("spill")), keep=keep)
+        except Exception as error:  # whatever a library makes of a file that is none of its own
+            raise ArtefactError(f"{folder} cannot be opened as an index: {error}") from None
+        if (engine.index.ntotal, engine.index.d) != (rows, dim):
+            raise ArtefactError(
+                f"{folder}: files do not belong together: manifest {rows} vectors of {dim} dimensions, index "
+                f"{engine.index.ntotal} of {engine.index.d}"
+            )
+        return engine
+
+    def search(
+        self, queries: NDArray[np.float32], k: int, settings: Settings, selector: Any = None
+    ) -> Hits:
+        """The nearest rows.
+
+        Args:
+            queries: (Q, D) float32, checked.
+            k: 1 <= k <= number of rows.
+            settings: checked.
+            selector: FAISS IDSelector of the rows that may be found; None for all.
+
+        Returns:
+            (Q, k).
+        """
+        if k < FEWEST:  # one result is no easier to find than ten
+            settings = settings._replace(k_factor=settings.k_factor * FEWEST / k)
+        if k * settings.k_factor > self.count:  # no more candidates than rows
+            settings = settings._replace(k_factor=self.count / k)
+        if not self.spill:
+            hits = Hits(
+                *self.index.search(queries, k, params=self._search_parameters(settings, selector))
+            )
+        else:
+            twice = settings._replace(k_factor=max(1.0, settings.k_factor * DUPLICATES / 2))
+            found = Hits(
+                *self.index.search(queries, 2 * k, params=self._search_parameters(twice, selector))
+            )
+            hits = first_of_each(found, k, beside=self.fine is not None)
+        hits.scores[hits.rows < 0] = -np.inf
+        return hits
+
+    def vector(self, row: int) -> NDArray[np.float32]:
+        """The vector of a row as the index keeps it, (D,) float32.
+
+        Raises:
+            ValueError: the index keeps nothing to make a vector from.
+        """
+        if self.fine is None and isinstance(self.ivf, faiss.IndexIVFFastScan):
+            # Once read from a file, asking it kills the process.
+            raise ValueError(
+                'it keeps only fast-scan codes, which give no vectors back: build with ",Refine(SQ8)"'
+            )
+        if self.fine is None and self.ivf is not None:
+            self.ivf.make_direct_map()
+        source = self.index if self.fine is None else self.fine
+        vector: NDArray[np.float32] = source.reconstruct(row)
+        return vector
+
+    def _search_parameters(self, settings: Settings, selector: Any) -> Any:
+        if selector is not None:
+            return _parameters_of(self.index, settings, selector)
+        if settings not in self._parameters:
+            self._parameters[settings] = _parameters_of(self.index, settings, None)
+        return self._parameters[settings]
+
+
+def lists_of(index: Any) -> Any:
+    """The part of a FAISS index that has lists, under whatever is wrapped around it; None for an index without."""
+    lists = faiss.try_extract_index_ivf(index)
+    return None if lists is None else faiss.downcast_index(lists)
+
+
+def is_whole(number: Any) -> bool:
+    """Whether this is an integer, and no bool."""
+    return isinstance(number, int | np.integer) and not isinstance(number, bool)
+
+
+def _parameters_of(index: Any, settings: Settings, selector: Any) -> Any:
+    """Search parameters for every layer of a FAISS index; set on a wrapper, nprobe would be ignored without a word."""
+    if isinstance(index, faiss.IndexRefine):
+        inner = _parameters_of(faiss.downcast_index(index.base_index), settings, selector)
+        return make.IndexRefineSearchParameters(k_factor=settings.k_factor, base_index_params=inner)
+    if isinstance(index, faiss.IndexPreTransform):
+        inner = _parameters_of(faiss.downcast_index(index.index), settings, selector)
+        return make.SearchParametersPreTransform(index_params=inner)
+    if isinstance(index, faiss.IndexIVF):
+        return search_parameters(index, settings.nprobe or index.nprobe, selector)
+    return None if selector is None else make.SearchParameters(sel=selector)
+
+
+def first_of_each(found: Hits, k: int, *, beside: bool) -> Hits:
+    """The first k results of each query without rows that came before; (Q, K) to (Q, k).
+
+    Args:
+        found: (Q, K).
+        k: at most K.
+        beside: a row scores the same from both of its lists, so it stands beside itself. Codes
+            alone score differently.
+    """
+    (scores, rows), hits = found, Hits.none(len(found.rows), k)
+    if (
+        len(rows) == 1
+    ):  # for a few dozen results, a loop takes a third of what a dozen calls of NumPy do
+        places: dict[int, int] = {}
+        for place, row in enumerate(rows[0].tolist()):
+            if row >= 0 and row not in places:
+                places[row] = place
+        kept = list(places.values())[:k]
+        hits.scores[0, : len(kept)], hits.rows[0, : len(kept)] = scores[0, kept], rows[0, kept]
+        return hits
+    same, tied = rows[:, 1:] == rows[:, :-1], scores[:, 1:] == scores[:, :-1]
+    first = rows >= 0
+    first[:, 1:] &= ~same
+    apart = (tied & ~same & (rows[:, 1:] >= 0)).any(
+        axis=1
+    )  # others that score the same may stand between
+    for query in np.flatnonzero(apart) if beside else range(len(rows)):
+        first[query] = False
+        first[query, np.unique(rows[query], return_index=True)[1]] = True
+        first[query] &= rows[query] >= 0
+    place = first.cumsum(axis=1) - 1
+    first &= place < k
+    query, column = np.nonzero(first)
+    to = place[query, column]
+    hits.scores[query, to], hits.rows[query, to] = scores[query, column], rows[query, column]
+    return hits

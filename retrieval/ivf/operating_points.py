@@ -1,0 +1,166 @@
+"""Operating points of an index.
+
+What each way of searching it finds and costs, per kind of query; and what is asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from tritower.retrieval.ivf.engine import Settings
+
+MARGIN = 0.005
+"""The recall of the queries that check may stay this far below what was asked for."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What an index should reach.
+
+    Attributes:
+        recall: recall@k against exact search, for every kind of query.
+        k: results of a search.
+        memory: bytes that searches may touch again and again (codes, rows, centres); None for any.
+        latency_ms: median of one query on one thread; None for any.
+        strict: choose among candidates, and publish nothing that does not reach it; False: measure
+            the default index, and take the best settings there are for a kind that does not reach
+            it.
+    """
+
+    recall: float = 0.95
+    k: int = 10
+    memory: int | None = None
+    latency_ms: float | None = None
+    strict: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse what no index can be.
+
+        Raises:
+            ValueError: a recall outside (0, 1], or a memory or latency that is not above 0.
+        """
+        if not 0 < self.recall <= 1:
+            raise ValueError(f"recall={self.recall}; expected a number above 0, at most 1")
+        for name in ("memory", "latency_ms"):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise ValueError(f"{name}={value}; expected a number above 0")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One way to search, measured against exact search.
+
+    Attributes:
+        nprobe: lists visited.
+        k_factor: candidates re-ranked per result.
+        recall: recall@k on the queries that chose the point.
+        held_out: recall@k on queries that had no part in the choice; None before it is measured.
+        interval: half of the 95 % interval of `held_out`.
+        p50_ms: median latency of one query on one thread.
+        p99_ms: its 99th percentile.
+        qps: queries a second, a batch on all threads.
+    """
+
+    nprobe: int
+    k_factor: float
+    recall: float
+    held_out: float | None = None
+    interval: float | None = None
+    p50_ms: float | None = None
+    p99_ms: float | None = None
+    qps: float | None = None
+
+    @property
+    def settings(self) -> Settings:
+        """What a search is given."""
+        return Settings(self.nprobe, self.k_factor)
+
+    @property
+    def proven(self) -> float:
+        """The lower of both recalls."""
+        return self.recall if self.held_out is None else min(self.recall, self.held_out)
+
+    def reaches(self, recall: float) -> bool:
+        """Whether the queries that chose reach this recall, and those that check stay at most `MARGIN` below it."""
+        return self.recall >= recall and (self.held_out is None or self.held_out >= recall - MARGIN)
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What was measured of an index.
+
+    Attributes:
+        k: of recall@k.
+        points: kind of query -> points, cheapest first, each with more recall than those before.
+        queries: kind of query -> how many were asked.
+    """
+
+    k: int
+    points: Mapping[str, Sequence[Point]]
+    queries: Mapping[str, int]
+
+    def settings_for(self, recall: float, kind: str | None = None) -> Settings:
+        """The cheapest settings that reach a recall.
+
+        Args:
+            recall: recall@k against exact search, above 0, at most 1.
+            kind: of the queries; None or one that was not measured: enough for every kind that was.
+
+        Raises:
+            ValueError: no point of the kind reaches it; the message names the best one.
+        """
+        if not 0 < recall <= 1:
+            raise ValueError(f"recall={recall}; expected a number above 0, at most 1")
+        for name in self._kinds(kind):
+            best = self.nearest(recall, name)
+            if not best.reaches(recall):
+                raise ValueError(
+                    f"recall@{self.k} of {recall:g} is not reached for queries of kind {name!r}: the best measured "
+                    f"point has {best.proven:.4f} (nprobe {best.nprobe}, k_factor {best.k_factor:g}): name nprobe and "
+                    "k_factor yourself, or build with a higher recall"
+                )
+        return self.nearest_settings(recall, kind)
+
+    def nearest_settings(self, recall: float, kind: str | None = None) -> Settings:
+        """As `settings_for`; where no point of a kind reaches the recall, those of its best point."""
+        chosen = [self.nearest(recall, name) for name in self._kinds(kind)]
+        return Settings(max(p.nprobe for p in chosen), max(p.k_factor for p in chosen))
+
+    def nearest(self, recall: float, kind: str) -> Point:
+        """The cheapest point of a kind that reaches a recall, else the one with most."""
+        for point in self.points[kind]:
+            if point.reaches(recall):
+                return point
+        return max(self.points[kind], key=lambda point: point.proven)
+
+    def _kinds(self, kind: str | None) -> list[str]:
+        """The kind, where it was measured, else all that were."""
+        return [kind] if kind in self.points else list(self.points)
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON."""
+        points = {kind: [asdict(point) for point in front] for kind, front in self.points.items()}
+        return {"k": self.k, "queries": dict(self.queries), "points": points}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Tuning:
+        """Undo `to_json`.
+
+        Raises:
+            KeyError, TypeError: it is not that.
+        """
+        points = {
+            kind: tuple(Point(**point) for point in front) for kind, front in data["points"].items()
+        }
+        return cls(int(data["k"]), points, dict(data["queries"]))
+
+
+def pareto(points: Sequence[Point], cost: Mapping[Point, float]) -> list[Point]:
+    """The points that no other one beats in both recall and cost, cheapest first."""
+    front: list[Point] = []
+    for point in sorted(points, key=lambda p: (cost[p], -p.recall)):
+        if not front or point.recall > front[-1].recall:
+            front.append(point)
+    return front

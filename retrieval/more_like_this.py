@@ -1,0 +1,107 @@
+"""Ask for products like some and unlike others: vectors with weights, and their sum.
+
+query = unit( sum over parts of weight x unit(vector) )      unlike: the weight is negative
+
+Under kl, where a vector is probabilities, the sum is of their logarithms' directions, and the query
+the probabilities of what a unit embedding in that direction would have.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tritower.retrieval.vectors.checks import Metric, probabilities
+
+NUMBER = r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"
+SHORTEST = 1e-6
+"""A sum of unit vectors that is shorter is rounding, and points nowhere."""
+
+
+class Weighted(NamedTuple):
+    """A product or a text, and how much it counts.
+
+    Attributes:
+        what: an id or a text.
+        weight: negative for what is not wanted.
+    """
+
+    what: str
+    weight: float = 1.0
+
+
+def parse_weighted(
+    text: str, is_whole: Callable[[str], bool] = lambda _: False, *, sign: int = 1
+) -> Weighted:
+    """A part of a query from `A` or `A=2`.
+
+    Ids may hold "=": what follows the last one is a weight only where it is a number and the whole
+    is no id.
+
+    Args:
+        text: as typed.
+        is_whole: whether a text is an id as it stands.
+        sign: -1 for what is not wanted.
+
+    Raises:
+        ValueError: nothing before the weight, or a weight that is not above 0 and finite.
+    """
+    match = re.fullmatch(rf"(.*)=({NUMBER})", text, re.DOTALL)
+    if match is None or is_whole(text):
+        return Weighted(text, float(sign))
+    weight = float(match[2])
+    if not match[1] or not 0 < weight < math.inf:
+        raise ValueError(f"{text!r}: expected ID=WEIGHT with a weight above 0, or an id alone")
+    return Weighted(match[1], sign * weight)
+
+
+def combined(
+    vectors: Sequence[NDArray[np.float32]],
+    weights: Sequence[float] | None = None,
+    metric: Metric = "cosine",
+) -> NDArray[np.float32]:
+    """The query that several vectors make together.
+
+    Args:
+        vectors: (D,) or (1, D) each; their lengths do not matter.
+        weights: of each; all 1 when None.
+        metric: what they are compared by.
+
+    Returns:
+        (1, D) float32 of unit length; probabilities under kl.
+
+    Raises:
+        ValueError: no vector, one without a direction, or vectors that cancel each other out.
+    """
+    if not vectors:
+        raise ValueError(
+            "nothing to search for: give text, image, attribute, like or vector, or queries"
+        )
+    weights = [1.0] * len(vectors) if weights is None else weights
+    parts = [np.asarray(vector, np.float64).ravel() for vector in vectors]
+    if metric == "kl":
+        parts = [centred(np.log(part.clip(min=np.finfo(np.float32).tiny))) for part in parts]
+    lengths = [float(np.linalg.norm(part)) for part in parts]
+    for place, length in enumerate(lengths):
+        if not 0 < length < math.inf:
+            raise ValueError(f"part {place} of the query has length {length}: it has no direction")
+    total = np.sum([w * p / n for w, p, n in zip(weights, parts, lengths, strict=True)], axis=0)
+    length = float(np.linalg.norm(total))
+    if length < SHORTEST * max(abs(weight) for weight in weights):
+        raise ValueError(
+            "the parts of the query cancel each other out and leave nothing to search for"
+        )
+    if metric == "kl":
+        return probabilities(math.sqrt(len(total)) * total / length)[None]
+    return (total / length)[None].astype(np.float32)
+
+
+def centred(part: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(D,) with the mean 0: what probabilities tell of their logits."""
+    centre: NDArray[np.float64] = part - part.mean()
+    return centre

@@ -1,0 +1,191 @@
+"""Write the attributes of an index's rows, from whatever knows the products.
+
+Joined by id, never by order.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from tritower.artefacts.storage import JSON
+from tritower.retrieval.products.attribute_cells import TEXT, Kind
+from tritower.retrieval.products.attribute_providers import AttributeSource
+from tritower.retrieval.products.attribute_table import KIND_KEY, ROWS_KEY
+
+
+def write_attributes(
+    file: BinaryIO,
+    ids: Iterable[pa.Array],
+    sources: Sequence[AttributeSource],
+    work: Path | None = None,
+) -> dict[str, JSON]:
+    """Write the attributes of an index's rows, joined by id.
+
+    Columns are made one after another and wait in a temporary file: memory holds the ids of index
+      and sources, and one
+    column.
+
+    Args:
+        file: opened for writing, by `storage.create`.
+        ids: the index's ids in the order of its rows; null for rows that are deleted: all they had
+            is unknown.
+        sources: where attributes come from. Where several know a product, the last of them
+            describes it, as a whole.
+        work: folder for the temporary file (8 bytes per row and column); the system's when None.
+
+    Returns:
+        What was written: `kinds` (attribute -> kind), `rows`, `rows_without` (rows with an id that
+          no source knows),
+        `unused` (products of the sources that are not in the index), `ignored` (columns that are no
+        attributes -> why).
+
+    Raises:
+        ValueError: an id that a source has twice, or an attribute that two sources have with
+            different kinds.
+    """
+    kinds = _common_kinds(sources)
+    places, report = _join(list(ids), sources)
+    with tempfile.TemporaryFile(dir=work) as waiting:
+        columns = [_waiting(sources, name, kind, places, waiting) for name, kind in kinds.items()]
+        arrays, start = [], 0
+        for column in columns:
+            arrays.append(column.array(waiting, start, len(places)))
+            start += column.dtype.itemsize * len(places)
+        fields = [
+            pa.field(name, array.type, metadata={KIND_KEY: kind.encode()})
+            for (name, kind), array in zip(kinds.items(), arrays, strict=True)
+        ]
+        schema = pa.schema(fields, metadata={ROWS_KEY: str(len(places)).encode()})
+        with pa.ipc.new_file(file, schema) as table:
+            table.write_batch(pa.record_batch(arrays, schema=schema))
+    ignored = {column: why for source in sources for column, why in source.ignored.items()}
+    return {
+        "kinds": cast(JSON, kinds),
+        "rows": len(places),
+        **report,
+        "ignored": cast(JSON, ignored),
+    }
+
+
+def _common_kinds(sources: Sequence[AttributeSource]) -> dict[str, Kind]:
+    kinds: dict[str, Kind] = {}
+    first: dict[str, str] = {}
+    for source in sources:
+        for name, kind in source.kinds.items():
+            if kinds.setdefault(name, kind) != kind:
+                raise ValueError(
+                    f"attribute {name!r} is a {kinds[name]} in {first[name]} and a {kind} in {source.name}: "
+                    "name its kind where it was guessed, or leave the column out"
+                )
+            first.setdefault(name, source.name)
+    return kinds
+
+
+def _join(
+    ids: list[pa.Array], sources: Sequence[AttributeSource]
+) -> tuple[NDArray[np.int64], dict[str, JSON]]:
+    """(N,) place of each row among the products of all sources, one source after another; -1 where there is none."""
+    rows = pa.chunked_array([batch.cast(TEXT) for batch in ids], TEXT)
+    places = np.full(len(rows), -1, np.int64)
+    start = unused = 0
+    for source in sources:
+        keys = pa.chunked_array(list(source.ids()), TEXT).combine_chunks()
+        _check_distinct(keys, source.name)
+        found = pc.fill_null(pc.index_in(rows, value_set=keys, skip_nulls=True), -1).to_numpy()
+        places = np.where(found >= 0, start + found, places)
+        unused += len(keys) - keys.null_count - int((found >= 0).sum())
+        start += len(keys)
+    without = int((places < 0).sum()) - rows.null_count
+    return places, {"rows_without": without, "unused": unused}
+
+
+def _check_distinct(keys: pa.Array, name: str) -> None:
+    known = keys.drop_null()
+    encoded = known.dictionary_encode()
+    if len(encoded.dictionary) == len(known):
+        return
+    codes = encoded.indices.to_numpy()
+    _, first = np.unique(codes, return_index=True)
+    again = int(np.setdiff1d(np.arange(len(codes)), first, assume_unique=True)[0])
+    raise ValueError(
+        f"{name}: the id {known[again].as_py()!r} is there more than once, again in row {again}"
+    )
+
+
+@dataclass(frozen=True)
+class _Column:
+    """A column whose values wait in a temporary file.
+
+    Attributes:
+        dtype: of the values.
+        valid: one bit a row: known.
+        vocabulary: of a column of texts.
+    """
+
+    dtype: np.dtype[Any]
+    valid: NDArray[np.uint8]
+    vocabulary: pa.Array | None
+
+    def array(self, file: BinaryIO, start: int, count: int) -> pa.Array:
+        """The column as Arrow has it, its values mapped from where they wait."""
+        values = (
+            np.memmap(file, self.dtype, "r", start, (count,)) if count else np.empty(0, self.dtype)
+        )
+        buffers = [pa.py_buffer(self.valid), pa.py_buffer(values)]
+        array = pa.Array.from_buffers(pa.from_numpy_dtype(self.dtype), count, buffers)
+        return (
+            array
+            if self.vocabulary is None
+            else pa.DictionaryArray.from_arrays(array, self.vocabulary, safe=False)
+        )
+
+
+def _waiting(
+    sources: Sequence[AttributeSource],
+    name: str,
+    kind: Kind,
+    places: NDArray[np.int64],
+    file: BinaryIO,
+) -> _Column:
+    batches = _batches(sources, name, kind)
+    values, vocabulary = (
+        (_numbers(batches, places), None) if kind == "number" else _codes(batches, places)
+    )
+    file.write(values.data)
+    file.flush()
+    known = ~np.isnan(values) if vocabulary is None else values >= 0
+    return _Column(values.dtype, np.packbits(known, bitorder="little"), vocabulary)
+
+
+def _numbers(batches: Iterator[pa.Array], places: NDArray[np.int64]) -> NDArray[Any]:
+    chunks = [pc.fill_null(batch, np.nan).to_numpy(zero_copy_only=False) for batch in batches]
+    return np.concatenate([*chunks, [np.nan]])[places]  # type: ignore[no-any-return]  # place -1 is the last one
+
+
+def _codes(batches: Iterator[pa.Array], places: NDArray[np.int64]) -> tuple[NDArray[Any], pa.Array]:
+    """(N,) int32 codes, and the texts they stand for."""
+    dictionaries = [batch.dictionary_encode() for batch in batches]
+    encoded = pa.chunked_array(dictionaries, pa.dictionary(pa.int32(), TEXT)).unify_dictionaries()
+    chunks = [
+        pc.fill_null(chunk.indices, -1).to_numpy(zero_copy_only=False) for chunk in encoded.chunks
+    ]
+    codes = np.concatenate([*chunks, np.array([-1], np.int32)])
+    return codes[places], encoded.chunk(0).dictionary if encoded.num_chunks else pa.array([], TEXT)
+
+
+def _batches(sources: Sequence[AttributeSource], name: str, kind: Kind) -> Iterator[pa.Array]:
+    for source in sources:
+        if name in source.kinds:
+            yield from source.column(name)
+        else:
+            for ids in source.ids():
+                yield pa.nulls(len(ids), pa.float64() if kind == "number" else TEXT)

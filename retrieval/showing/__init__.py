@@ -1,0 +1,1 @@
+"""Hits and indexes as tables, JSON and HTML pages."""

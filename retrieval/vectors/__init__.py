@@ -1,0 +1,1 @@
+"""Where vectors come from: files, embeddings folders, and the checks in front of FAISS."""

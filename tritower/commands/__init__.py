@@ -1,0 +1,1 @@
+"""The commands of `index.py`: from a model and a catalogue to search results."""
