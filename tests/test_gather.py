@@ -12,7 +12,7 @@ from torch import distributed as dist
 
 from tritower.datamodules.batch import NO_KEY, RELATIONS, Batch
 from tritower.towers.encoder import Encoder
-from tritower.towers.gather import gather_rows, num_processes
+from tritower.towers.losses.gather import gather_rows, num_processes
 from tritower.towers.losses.loss import InfoNCE, Loss, SigmoidLoss
 from tritower.towers.losses.pairs import CoSENT, PairLoss
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tritower.retrieval.building.build import Recipe, build_index
-from tritower.retrieval.building.tuning.choose import candidates
+from tritower.retrieval.building.choose import candidates
 from tritower.retrieval.building.tuning.tuning_queries import (
     Probe,
     of_products,

@@ -23,7 +23,7 @@ from tritower.datamodules.schema import Schema
 from tritower.retrieval.ranking.metrics import hit_at_k, mrr, ndcg_at_k, recall_at_k
 from tritower.towers.encoder import Encoded, Encoder
 from tritower.towers.feature_cache import cached
-from tritower.towers.gather import num_processes
+from tritower.towers.losses.gather import num_processes
 from tritower.towers.losses.loss import ContrastiveLoss, InfoNCE, Loss
 from tritower.towers.metric import Metric, compared
 from tritower.towers.text import TextTower

@@ -23,7 +23,7 @@ from tritower.artefacts import storage, versions
 from tritower.artefacts.storage import ArtefactError, Manifest
 from tritower.retrieval.building import resources
 from tritower.retrieval.building.assemble import attach_attributes, write_mapped, write_products
-from tritower.retrieval.building.tuning.choose import COMPARING, choose
+from tritower.retrieval.building.choose import COMPARING, choose
 from tritower.retrieval.building.tuning.measure import measure, reached
 from tritower.retrieval.building.tuning.predict import Predictor, precision_for
 from tritower.retrieval.building.tuning.tuning_queries import (

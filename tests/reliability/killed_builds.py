@@ -16,7 +16,7 @@ from pathlib import Path
 from forks import ended, forked, kill
 
 import tritower.retrieval.building.build
-import tritower.retrieval.building.tuning.choose
+import tritower.retrieval.building.choose
 import tritower.retrieval.showing.present  # noqa: F401
 from tritower.artefacts import storage, versions
 from tritower.commands import index

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tritower.datamodules.batch import NO_KEY, RELATIONS, Batch, Relation
-from tritower.towers.gather import gather_rows, num_processes
+from tritower.towers.losses.gather import gather_rows, num_processes
 
 BLOCK = 1 << 22
 """Similarities that are held at a time; each takes about 40 bytes while its gradient is made."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tritower.datamodules.batch import Batch
-from tritower.towers.gather import gather_rows, num_processes
+from tritower.towers.losses.gather import gather_rows, num_processes
 from tritower.towers.losses.loss import Loss
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tritower.datamodules.batch import RELATIONS
-from tritower.towers.gather import gather_rows
+from tritower.towers.losses.gather import gather_rows
 from tritower.towers.losses.loss import InfoNCE, Targets
 
 
