@@ -1,14 +1,4 @@
-"""Find similar products by text, pictures and attributes.
+"""Find similar products by text, pictures and attributes: trained towers, one embedding, a vector index.
 
-Trained towers, one embedding, a vector index.
-
-The packages of the project are imported under this one name: `tritower.towers`,
-  `tritower.retrieval`.
+The folders of the checkout are packages of this one name: `towers/` is `tritower.towers`.
 """
-
-from pathlib import Path
-
-# In a checkout the packages are folders beside this one; in a wheel they lie inside of it.
-_CHECKOUT = Path(__file__).parent.parent
-if (_CHECKOUT / "pyproject.toml").is_file():
-    __path__.append(str(_CHECKOUT))
