@@ -68,7 +68,7 @@ def weights_dir() -> Path:
 @pytest.fixture(scope="session")
 def tiny_catalogue(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A prepared catalogue of 120 products with queries; read it, never change it."""
-    from catalogues import write_catalogue
+    from tests.support.catalogues import write_catalogue
 
     return write_catalogue(tmp_path_factory.mktemp("catalogue") / "tiny")
 
@@ -98,7 +98,7 @@ def cut_catalogue(tiny_catalogue: Path, tmp_path_factory: pytest.TempPathFactory
 @pytest.fixture(scope="session")
 def tiny_run(tiny_catalogue: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished training of configs/tiny.yaml; read it, never change it."""
-    from training import fit
+    from tests.support.training import fit
 
     run = tmp_path_factory.mktemp("runs") / "tiny"
     assert fit(tiny_catalogue, run, "--trainer.log_every_n_steps=1") == 0

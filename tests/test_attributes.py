@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.attribute_rows import RowSource, table_of, write_table
-from tests.catalogues import write_catalogue
+from tests.support.attribute_rows import RowSource, table_of, write_table
+from tests.support.catalogues import write_catalogue
 from tritower.artefacts import storage
 from tritower.artefacts.storage import ArtefactError
 from tritower.retrieval.filtering.filters import parse

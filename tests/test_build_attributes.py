@@ -9,8 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from embedded import write_embeddings
 
+from tests.support.embedded import write_embeddings
 from tritower.artefacts.storage import ArtefactError
 from tritower.retrieval.building.build import Recipe, build_index
 from tritower.retrieval.filtering.filters import parse

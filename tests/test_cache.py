@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from catalogues import write_catalogue
-from test_encoder import ITEMS
-from tiny_models import TIMM, TIMM_ARGS, write_bert, write_open_clip
-from training import diary, entries, fit
 
+from tests.support.catalogues import write_catalogue
+from tests.support.encoders import ITEMS
+from tests.support.tiny_models import TIMM, TIMM_ARGS, write_bert, write_open_clip
+from tests.support.training import diary, entries, fit
 from tritower.datamodules.batch import Item
 from tritower.datamodules.catalogue import Table, product_item
 from tritower.datamodules.preprocess import Preprocess, stable_hash
@@ -260,7 +260,7 @@ def frozen(bert: Path, weights: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tiny_models import write_timm
+    from tests.support.tiny_models import write_timm
 
     path = tmp_path_factory.mktemp("weights") / "timm.safetensors"
     write_timm(path)

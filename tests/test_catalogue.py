@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_images import encode, noise
 
+from tests.support.pictures import encode, noise
 from tritower.datamodules.prepare.catalogue import ProductParser, Reading, parse_attribute
 from tritower.datamodules.prepare.columns import Column, Columns, Role
 from tritower.datamodules.prepare.pictures import PictureReader

@@ -11,7 +11,8 @@ import sys
 from graphlib import CycleError, TopologicalSorter
 
 import pytest
-from source_code import ROOT, imports, module_name, shipped_files
+
+from tests.support.source_code import ROOT, imports, module_name, shipped_files
 
 UNSAFE_MODULES = {
     "pickle",

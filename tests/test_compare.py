@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from catalogues import SCHEMA
-from test_encoder import ITEMS, make_encoder
-from test_loss import keys
 
+from tests.support.catalogues import SCHEMA
+from tests.support.encoders import ITEMS, make_encoder
+from tests.support.loss_batches import keys
 from tritower.datamodules.batch import Batch, Item, Items
 from tritower.towers.encoder import Encoder
 from tritower.towers.fusion import FUSIONS

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_embed import read
-from tiny_models import write_bert
-from training import fit, fit_arguments, logged, run_program
 
+from tests.support.read_embeddings import read
+from tests.support.tiny_models import write_bert
+from tests.support.training import fit, fit_arguments, logged, run_program
 from tritower.towers.embed import embed
 
 NO_DROPOUT = (

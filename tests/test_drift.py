@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from living import DIM, embed, unit, vectors
 
+from tests.support.living import DIM, embed, unit, vectors
 from tritower.retrieval.building.build import Recipe, build_index
 from tritower.retrieval.index import ProductIndex
 from tritower.retrieval.updating import drift as module

@@ -11,32 +11,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from catalogues import SCHEMA, write_catalogue
 
+from tests.support.catalogues import SCHEMA, write_catalogue
+from tests.support.read_embeddings import read
 from tritower.artefacts import storage
 from tritower.artefacts.storage import ArtefactError
 from tritower.datamodules.batch import Item
 from tritower.datamodules.catalogue import Table, product_item
 from tritower.datamodules.tuning_queries import TuningQueries
-from tritower.retrieval.vectors.embeddings import EmbeddingReader
 from tritower.towers.embed import ProductTable, TuningTable, as_it_is, embed
 from tritower.towers.encoder import Encoder
 from tritower.towers.model_folder import load_model, save_model
 from tritower.towers.text import BiLSTM
 from tritower.towers.two_tower import TwoTower
-
-Vectors = dict[tuple[str, str | None], np.ndarray]
-
-
-def read(folder: Path) -> Vectors:
-    """(id, kind) -> vector."""
-    result: Vectors = {}
-    for batch in EmbeddingReader(folder).batches():
-        kinds = [None] * len(batch.ids) if batch.kinds is None else batch.kinds.to_pylist()
-        result |= dict(
-            zip(zip(batch.ids.to_pylist(), kinds, strict=True), batch.vectors, strict=True)
-        )
-    return result
 
 
 @pytest.fixture(scope="module")

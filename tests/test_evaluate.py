@@ -8,8 +8,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from tests.catalogues import write_catalogue
-from tests.embedded import DIM, unit, write_embeddings
+from tests.support.catalogues import write_catalogue
+from tests.support.embedded import DIM, unit, write_embeddings
 from tritower.artefacts.storage import ArtefactError
 from tritower.retrieval.building.build import Recipe, build_index
 from tritower.retrieval.evaluating import report

@@ -9,10 +9,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from catalogues import KINDS, SCHEMA
-from test_products import data_module
-from training import fit
 
+from tests.support.catalogues import KINDS, SCHEMA
+from tests.support.data_modules import data_module
+from tests.support.training import fit
 from tritower.datamodules import generated_queries as module
 from tritower.datamodules.batch import NO_KEY, RELATIONS, Item
 from tritower.datamodules.catalogue import Table, product_item

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tests.attribute_rows import table_of
+from tests.support.attribute_rows import table_of
 from tritower.retrieval.filtering.filters import MAX_CHARACTERS, Filter, parse
 from tritower.retrieval.filtering.parser import MAX_DEPTH
 from tritower.retrieval.filtering.terms import Not, Test, all_of, negated, some_of

@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 
-from tests.attribute_rows import table_of
+from tests.support.attribute_rows import table_of
 from tritower.artefacts import storage
 from tritower.artefacts.storage import ArtefactError
 from tritower.retrieval.building.build import Recipe, build_index

@@ -7,9 +7,9 @@ import os
 import numpy as np
 import pytest
 import torch
-from test_encoder import ITEMS, make_encoder
 from torch import distributed as dist
 
+from tests.support.encoders import ITEMS, make_encoder
 from tritower.datamodules.batch import NO_KEY, RELATIONS, Batch
 from tritower.towers.encoder import Encoder
 from tritower.towers.losses.gather import gather_rows, num_processes

@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from test_loss import keys, make_batch, unit
 from torch.nn import functional as F
 
+from tests.support.loss_batches import keys, make_batch, unit
 from tritower.towers.losses.sogclr import GlobalInfoNCE
 
 

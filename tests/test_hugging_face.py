@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_models import write_bert
 
+from tests.support.tiny_models import write_bert
 from tritower.datamodules.batch import Item
 from tritower.towers.encoder import Encoder
 from tritower.towers.hugging_face import HuggingFaceText

@@ -10,9 +10,9 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from tiny_models import TIMM, TIMM_ARGS, write_timm, write_timm_hub
 from torch import nn
 
+from tests.support.tiny_models import TIMM, TIMM_ARGS, write_timm, write_timm_hub
 from tritower.datamodules.batch import Item
 from tritower.datamodules.images import decode
 from tritower.datamodules.preprocess import ItemPreprocess

@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
+from tests.support.pictures import encode, noise, png_header
 from tritower.datamodules.images import LIMITS, ImageError, decode, downsize
 
 pytestmark = [  # pytest replaces the filters that tritower.datamodules.images sets
@@ -28,18 +29,6 @@ pytestmark = [  # pytest replaces the filters that tritower.datamodules.images s
 ]
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
-
-
-def encode(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def noise(width: int = 60, height: int = 40, seed: int = 0) -> Image.Image:
-    """Smooth colours that JPEG keeps well."""
-    small = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
-    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
 
 
 def difference(one: Image.Image, other: Image.Image) -> float:
@@ -208,26 +197,6 @@ def test_flipped_bit_in_png_data_is_noticed() -> None:
     data = bytearray(encode(noise()))
     data[len(data) // 2] ^= 4
     assert code_of(bytes(data)) == "DAMAGED_IMAGE"
-
-
-def png_header(width: int, height: int) -> bytes:
-    """A small PNG that claims a size."""
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(content))
-            + kind
-            + content
-            + struct.pack(">I", zlib.crc32(kind + content))
-        )
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(b"\0" * 99))
-        + chunk(b"IEND", b"")
-    )
 
 
 @pytest.mark.parametrize(

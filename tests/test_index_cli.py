@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from tests.catalogues import SCHEMA, picture, write_catalogue
-from tests.embedded import DIM, vector_of, write_embeddings
+from tests.support.catalogues import SCHEMA, picture, write_catalogue
+from tests.support.embedded import DIM, vector_of, write_embeddings
 from tritower.artefacts import storage
 from tritower.commands import index as index_commands
 from tritower.retrieval import bulk

@@ -10,8 +10,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from tests.catalogues import write_catalogue
-from tests.embedded import DIM, unit, write_embeddings
+from tests.support.catalogues import write_catalogue
+from tests.support.embedded import DIM, unit, write_embeddings
 from tritower.retrieval.building.build import Recipe, build_index
 from tritower.retrieval.evaluating.evaluate import Options, evaluate
 from tritower.retrieval.evaluating.judgements import make_questions

@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from test_loss import keys, make_batch
 from torch import Tensor
 
+from tests.support.loss_batches import keys, make_batch
 from tritower.towers.losses.loss import Loss
 from tritower.towers.losses.pairs import CoSENT, PairLoss
 

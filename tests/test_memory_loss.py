@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_loss import keys, make_batch, unit
 from torch import Tensor
 
+from tests.support.loss_batches import keys, make_batch, unit
 from tritower.datamodules.batch import NO_KEY, Batch
 from tritower.towers.losses.cross_batch_memory import MemoryInfoNCE
 from tritower.towers.losses.loss import InfoNCE

@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from scipy.special import rel_entr
-from test_loss import keys, make_batch
-from training import fit
 
+from tests.support.loss_batches import keys, make_batch
+from tests.support.training import fit
 from tritower.artefacts.storage import ArtefactError
 from tritower.commands import index as program
 from tritower.datamodules.batch import Item

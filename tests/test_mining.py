@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from training import TEXT_ONLY, diary, entries, fit
 
+from tests.support.training import TEXT_ONLY, diary, entries, fit
 from tritower.datamodules.batch import NO_KEY
 from tritower.datamodules.catalogue import Table
 from tritower.datamodules.examples import is_split

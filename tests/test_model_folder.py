@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from catalogues import SCHEMA
 from safetensors.torch import load_file
-from test_encoder import ITEMS
-from tiny_models import TIMM, TIMM_ARGS, write_bert, write_open_clip, write_timm
-from training import fit
 
+from tests.support.catalogues import SCHEMA
+from tests.support.encoders import ITEMS
+from tests.support.tiny_models import TIMM, TIMM_ARGS, write_bert, write_open_clip, write_timm
+from tests.support.training import fit
 from tritower.artefacts import storage
 from tritower.artefacts.storage import ArtefactError
 from tritower.datamodules.batch import MODALITIES, Item

@@ -11,8 +11,8 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
-from tiny_models import write_bert, write_open_clip
 
+from tests.support.tiny_models import write_bert, write_open_clip
 from tritower.datamodules.batch import Item
 from tritower.towers.encoder import Encoder
 from tritower.towers.open_clip_models import OpenClipImage, OpenClipText

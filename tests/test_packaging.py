@@ -19,7 +19,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
-from source_code import FOLDERS, ROOT, imports, module_name, shipped_files, tree
+
+from tests.support.source_code import FOLDERS, ROOT, imports, module_name, shipped_files, tree
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS = PROJECT["optional-dependencies"]

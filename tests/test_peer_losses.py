@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from training import ROOT
 
 from benchmarks.ablation import ARMS as ABLATION
 from benchmarks.catalogues import CLIP, SIGLIP, SPLITS, Bench, Catalogue, Results
@@ -19,6 +18,7 @@ from benchmarks.ledger import Ledger
 from benchmarks.peer_losses import OpenClipLoss, OpenClipSigmoid
 from benchmarks.peers import ARMS, CHOSEN_BY, TRIAL_EPOCHS, TRIALS, Trials
 from benchmarks.photos import ARMS as PHOTOS
+from tests.support.training import ROOT
 from tritower.towers.cli import TrainingCLI
 
 PINNED = {

@@ -3,8 +3,8 @@
 import faiss
 import numpy as np
 import pytest
-from test_tune import DIM, clustered, embed, unit
 
+from tests.support.clustered import DIM, clustered, embed, unit
 from tritower.retrieval.building.build import Recipe, build_index
 from tritower.retrieval.building.tuning.mock_index import stand_in
 from tritower.retrieval.building.tuning.predict import (

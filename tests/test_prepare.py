@@ -14,8 +14,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from test_images import encode, noise, png_header
 
+from tests.support.pictures import encode, noise, png_header
 from tritower.artefacts import storage
 from tritower.datamodules.images import decode
 from tritower.datamodules.prepare.command import main, prepare

@@ -9,38 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from catalogues import SCHEMA, write_catalogue
 
+from tests.support.catalogues import write_catalogue
+from tests.support.data_modules import data_module
 from tritower.datamodules.batch import NO_KEY, Batch
 from tritower.datamodules.catalogue import Table
 from tritower.datamodules.examples import is_split
 from tritower.datamodules.negatives import Negatives
-from tritower.datamodules.preprocess import ItemPreprocess, Preprocess, stable_hash
+from tritower.datamodules.preprocess import stable_hash
 from tritower.datamodules.products import ProductDataModule
-from tritower.towers.attribute import AttributePreprocess
-from tritower.towers.image import PicturePreprocess
-from tritower.towers.text import HashedWords, Template, TextPreprocess
-
-
-def data_module(
-    catalogue: Path, rank: int = 0, num_ranks: int = 1, **settings: Any
-) -> ProductDataModule:
-    """A data module as a Trainer would set it up."""
-    data = ProductDataModule(catalogue, **{"batch_size": 16, **settings})
-    data.trainer = SimpleNamespace(global_rank=rank, world_size=num_ranks, accelerator=None)
-    sides = [
-        ItemPreprocess(
-            side,
-            TextPreprocess(HashedWords(), Template(None)),
-            PicturePreprocess(8, augment=True),
-            AttributePreprocess(SCHEMA),
-        )
-        for side in ("query", "product")
-    ]
-    data.preprocess = Preprocess(*sides)
-    data.prepare_data()
-    data.setup("fit")
-    return data
 
 
 def flat(batch: Batch) -> list[torch.Tensor]:

@@ -15,8 +15,16 @@ from typing import Any
 
 import pytest
 import torch
-from training import TEXT_ONLY, diary, entries, fit, fit_arguments, logged, run_program
 
+from tests.support.training import (
+    TEXT_ONLY,
+    diary,
+    entries,
+    fit,
+    fit_arguments,
+    logged,
+    run_program,
+)
 from tritower.artefacts.storage import read_manifest
 from tritower.towers import cli as train
 from tritower.towers.cli import newest_valid_checkpoint

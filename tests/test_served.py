@@ -8,8 +8,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tests.catalogues import write_catalogue
-from tests.embedded import DIM, unit, write_embeddings
+from tests.support.catalogues import write_catalogue
+from tests.support.embedded import DIM, unit, write_embeddings
 from tritower.retrieval.building.build import Recipe, build_index
 from tritower.retrieval.evaluating.evaluate import Evaluation, Options, evaluate
 from tritower.retrieval.index import ProductIndex

@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 
 import pytest
-from training import TEXT_ONLY, fit, logged
 
+from tests.support.training import TEXT_ONLY, fit, logged
 from tritower.datamodules.examples import TrainingBatches
 from tritower.towers.step_times import PARTS, StepTimes
 from tritower.towers.two_tower import TwoTower

@@ -12,10 +12,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from faults import Failing, ShortWrites, Watched, using
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.support.faults import Failing, ShortWrites, Watched, using
 from tritower.artefacts import files, storage
 from tritower.artefacts.shards import ShardFolder
 from tritower.artefacts.storage import ArtefactError

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import write_bert, write_open_clip
 
+from tests.support.tiny_models import write_bert, write_open_clip
 from tritower.datamodules.batch import Item
 from tritower.datamodules.schema import Schema
 from tritower.towers.hugging_face import HuggingFaceText

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import write_bert, write_open_clip
 from torch import nn
 
+from tests.support.tiny_models import write_bert, write_open_clip
 from tritower.towers.hugging_face import HuggingFaceText
 from tritower.towers.image import ImageTower, TimmImage
 from tritower.towers.open_clip_models import OpenClipImage

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import wandb
 from lightning.pytorch.loggers import WandbLogger
-from training import TEXT_ONLY, fit, logged
 
+from tests.support.training import TEXT_ONLY, fit, logged
 from tritower.towers.tracking import PatientWandbLogger, wandb_logger
 
 FAST = (*TEXT_ONLY, "--trainer.max_epochs=2", "--trainer.log_every_n_steps=1")

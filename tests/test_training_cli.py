@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from catalogues import write_catalogue
 from safetensors.torch import load_file
-from training import CONFIG, ROOT, TEXT_ONLY, fit, fit_arguments, logged
 
+from tests.support.catalogues import write_catalogue
+from tests.support.training import CONFIG, ROOT, TEXT_ONLY, fit, fit_arguments, logged
 from tritower import configs
 from tritower.artefacts.storage import read_manifest
 from tritower.towers import cli as train
@@ -471,7 +471,7 @@ def test_packaged_configurations_are_found_from_anywhere(
 
 def test_the_log_is_on_disk_while_a_run_goes_on(tiny_catalogue: Path, tmp_path: Path) -> None:
     """A run that is killed leaves the figures so far."""
-    from training import diary
+    from tests.support.training import diary
 
     with pytest.raises(RuntimeError, match="stopped for a test"):
         fit(

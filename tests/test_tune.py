@@ -6,6 +6,7 @@ import faiss
 import numpy as np
 import pytest
 
+from tests.support.clustered import DIM, clustered, embed, unit
 from tritower.retrieval.building.build import Recipe, build_index
 from tritower.retrieval.building.choose import candidates
 from tritower.retrieval.building.tuning.tuning_queries import (
@@ -21,29 +22,6 @@ from tritower.retrieval.ivf.clustering import find_centroids
 from tritower.retrieval.ivf.engine import Settings
 from tritower.retrieval.ivf.operating_points import Point, Target, Tuning, pareto
 from tritower.retrieval.ranking import metrics
-from tritower.retrieval.vectors.embeddings import EmbeddingReader, EmbeddingWriter
-
-DIM = 32
-
-
-def unit(array):
-    return (array / np.linalg.norm(array, axis=1, keepdims=True)).astype(np.float32)
-
-
-def clustered(count, seed=0, noise=0.6):
-    generator = np.random.default_rng(seed)
-    centres = np.random.default_rng(99).standard_normal((60, DIM))
-    return unit(
-        centres[generator.integers(0, 60, count)] + noise * generator.standard_normal((count, DIM))
-    )
-
-
-def embed(folder, rows, kinds=None, model="model-a"):
-    column = "product_id" if kinds is None else "query_id"
-    writer = EmbeddingWriter(folder, dim=DIM, model=model, id_column=column)
-    writer.write("s", [f"p{i}" for i in range(len(rows))], rows, kinds)
-    writer.finish(["s"])
-    return EmbeddingReader(folder)
 
 
 @pytest.fixture(scope="module")

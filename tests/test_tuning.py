@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from catalogues import write_catalogue
 
+from tests.support.catalogues import write_catalogue
 from tritower.datamodules import tuning_queries as tuning
 from tritower.datamodules.batch import Item
 from tritower.datamodules.catalogue import Table, product_item

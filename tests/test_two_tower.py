@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from catalogues import SCHEMA
-from test_encoder import ITEMS
-from test_products import data_module
-from tiny_models import TIMM, TIMM_ARGS, write_bert
 from torch import nn
 
+from tests.support.catalogues import SCHEMA
+from tests.support.data_modules import data_module
+from tests.support.encoders import ITEMS
+from tests.support.tiny_models import TIMM, TIMM_ARGS, write_bert
 from tritower.artefacts.storage import read_manifest
 from tritower.datamodules.batch import NO_KEY, RELATIONS, Batch, Item
 from tritower.datamodules.catalogue import product_item

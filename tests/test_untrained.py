@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from catalogues import SCHEMA, write_catalogue
-from tiny_models import write_bert
-from training import TEXT_ONLY, fit
 
+from tests.support.catalogues import SCHEMA, write_catalogue
+from tests.support.tiny_models import write_bert
+from tests.support.training import TEXT_ONLY, fit
 from tritower.datamodules.batch import Item
 from tritower.datamodules.catalogue import Table, product_item
 from tritower.retrieval.evaluating.evaluation_queries import Questions

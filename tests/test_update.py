@@ -10,10 +10,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from embedded import write_embeddings
-from faults import Failing, Watched, using
 from hypothesis import HealthCheck, settings
-from living import (
+
+from tests.support.embedded import write_embeddings
+from tests.support.faults import Failing, Watched, using
+from tests.support.living import (
     Killed,
     Killing,
     LivingFlatIndex,
@@ -23,7 +24,6 @@ from living import (
     unit,
     vectors,
 )
-
 from tritower.artefacts import storage, versions
 from tritower.artefacts.storage import ArtefactError
 from tritower.retrieval.building.build import Recipe, build_index

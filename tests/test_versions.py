@@ -12,8 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from faults import Disk, Failing, PowerCut, Watched, using
 
+from tests.support.faults import Disk, Failing, PowerCut, Watched, using
 from tritower.artefacts import files, storage, temporaries, versions
 from tritower.artefacts.storage import ArtefactError
 
@@ -616,7 +616,7 @@ def test_what_a_disk_gives_back_otherwise_than_it_was_given_is_not_published(
 def test_publishers_killed_at_any_moment_leave_a_version_in_use_and_nothing_else(tmp_path):
     root = put(tmp_path / "i", b"1")
     program = (
-        "import sys; from retrieval import storage, versions\n"
+        "import sys; from tritower.artefacts import storage, versions\n"
         "print('start', flush=True)\n"
         "while True:\n"
         "    with versions.publish(sys.argv[1], kind='thing', meta={}) as folder:\n"

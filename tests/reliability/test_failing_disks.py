@@ -11,9 +11,9 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from faults import Disk, Failing, PowerCut, Watched, using
 from small import FACTORY, ROOT, answers, build, describe, embed, leftovers, served, some
 
+from tests.support.faults import Disk, Failing, PowerCut, Watched, using
 from tritower.artefacts import files
 from tritower.artefacts.storage import ArtefactError
 

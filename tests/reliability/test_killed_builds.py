@@ -10,9 +10,9 @@ from itertools import zip_longest
 from pathlib import Path
 
 import pytest
-from faults import using
 from small import FACTORY, FULL, ROOT, answers, build, digests, embed, leftovers, served
 
+from tests.support.faults import using
 from tritower.artefacts import files, storage, versions
 from tritower.retrieval.index import ProductIndex
 

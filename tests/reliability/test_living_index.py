@@ -5,8 +5,9 @@ import os
 import pytest
 from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis.stateful import run_state_machine_as_test
-from living import LivingFlatIndex, LivingIndex, LivingSpilledIndex
 from small import FULL
+
+from tests.support.living import LivingFlatIndex, LivingIndex, LivingSpilledIndex
 
 MACHINES = (LivingIndex, LivingSpilledIndex, LivingFlatIndex)
 STEPS = 20

@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 FOLDERS = ("artefacts", "configs", "datamodules", "retrieval", "terminal", "towers", "tritower")
 """Of the checkout: all but `tritower` itself become packages inside of `tritower`."""
 

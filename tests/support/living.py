@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from faults import Watched, using
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from tests.support.faults import Watched, using
 from tritower.artefacts import files
 from tritower.retrieval.building.build import Recipe, build_index
 from tritower.retrieval.index import ProductIndex

@@ -15,7 +15,7 @@ import lightning as L
 
 from tritower.towers import cli as train
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "tiny.yaml"
 
 TEXT_ONLY = ("--model.product.image=null", "--model.product.attribute=null")
@@ -98,7 +98,7 @@ def run_program(
     """`python SCRIPT ...` with all the processes it starts; they are killed when it takes too long."""
     process = subprocess.Popen(
         [sys.executable, str(ROOT / script), *arguments],
-        env={**os.environ, "PYTHONPATH": f"{ROOT / 'tests'}"},
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -1,0 +1,1 @@
+"""What several tests use: catalogues, vectors, models and faults made by code."""
