@@ -97,7 +97,8 @@ def test_more_disk_than_there_is_is_refused_with_the_numbers(tmp_path, large, mo
 def test_a_build_takes_no_more_memory_and_disk_than_predicted(tmp_path, large, spill):
     program = f"""
         from pathlib import Path
-        from retrieval import build, storage
+        from tritower.artefacts import storage
+        from tritower.retrieval.building import build
         from tritower.retrieval.building.build import Recipe, build_index
         from tritower.retrieval.vectors.embeddings import EmbeddingReader
         place, most = Path({str(tmp_path / "i")!r}), []

@@ -312,7 +312,7 @@ def test_an_update_killed_for_real_is_done_by_the_same_call(built, tmp_path):
     embed(tmp_path / "u", vectors(40, 7), [f"n{i}" for i in range(40)])
     script = f"""
         import os, signal
-        from retrieval import update
+        from tritower.retrieval.updating import update
         from tritower.retrieval.updating import next_version
         from tritower.retrieval.vectors.embeddings import EmbeddingReader
         real = next_version.write_mapped

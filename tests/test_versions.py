@@ -161,7 +161,7 @@ def test_a_version_that_somebody_reads_stays_until_it_is_let_go(tmp_path):
 def test_the_lock_of_a_killed_reader_is_gone(tmp_path):
     root = put(tmp_path / "i", b"1")
     program = (
-        "import sys, time; from pathlib import Path; from retrieval import versions\n"
+        "import sys, time; from pathlib import Path; from tritower.artefacts import versions\n"
         "opened = versions.open_version(sys.argv[1], lambda folder: None); print('open', flush=True); time.sleep(60)"
     )
     process = subprocess.Popen([sys.executable, "-c", program, str(root)], stdout=subprocess.PIPE)
