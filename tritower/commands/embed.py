@@ -1,0 +1,53 @@
+"""`index.py embed`: a catalogue becomes embeddings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def embed(
+    model: Path,
+    catalogue: Path,
+    output: Path,
+    batch_size: int = 256,
+    num_workers: int = 0,
+    accelerator: str = "auto",
+    devices: int | str = "auto",
+    precision: str = "32-true",
+    feature_cache: Path | None = None,
+    skip_untrained: bool = False,
+) -> int:
+    """Embed a prepared catalogue.
+
+    Products, its queries, and queries to tune by. Goes on where a killed run stopped.
+
+    Args:
+        model: model folder, as training exports it.
+        catalogue: prepared catalogue.
+        output: folder to make, with products/, queries/ and tuning/ in it.
+        batch_size: items at a time.
+        num_workers: processes that read and decode.
+        accelerator: auto, cpu or gpu.
+        devices: number of devices, or auto.
+        precision: 32-true, or bf16-mixed on a GPU.
+        feature_cache: folder of features of frozen towers that training made.
+        skip_untrained: do not write the features of pretrained towers before training, from which
+            evaluate shows what they find by themselves. They are written where the catalogue has
+            queries, as float16.
+    """
+    from tritower.towers.embed import embed as embed_catalogue
+
+    embed_catalogue(
+        model,
+        catalogue,
+        output,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        accelerator=accelerator,
+        devices=devices,
+        precision=precision,
+        feature_cache=feature_cache,
+        untrained=not skip_untrained,
+    )
+    print(f"embeddings: {output}")
+    return 0
