@@ -10,7 +10,7 @@ PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13; do \
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help setup demo test lint reliability clean bench-setup
+.PHONY: help setup demo test lint docs reliability release-check clean bench-setup
 
 help:  ## Show the targets.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,9 +53,14 @@ demo: $(INSTALLED)  ## From a made-up catalogue to recall figures and a page wit
 test: $(INSTALLED) lint  ## Format check, lint and all tests; skipped ones say why.
 	OMP_WAIT_POLICY=passive $(BIN)/pytest -q -rs --durations=15 --numprocesses=2 --dist=worksteal
 
-lint: $(INSTALLED)  ## Format check and lint only.
+lint: $(INSTALLED)  ## Format check, lint and types only.
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
+	$(BIN)/mypy
+
+docs: $(INSTALLED)  ## The documentation as a site, in site/.
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/mkdocs build --strict
 
 # What `python -m benchmarks.index` compares with, each where nothing else needs it; a library that has no wheel here and
 # cannot be compiled is left out, and its row of the tables says so. autofaiss needs the older NumPy, and that one
@@ -77,5 +82,5 @@ reliability: $(INSTALLED)  ## Kill, starve and damage index folders at length (a
 		tests/reliability tests/test_storage.py tests/test_versions.py tests/test_workspace.py tests/test_update.py
 
 clean:  ## Remove the demo, caches and build leftovers; .venv stays.
-	rm -rf demo build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf demo build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
