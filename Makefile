@@ -13,7 +13,7 @@ INSTALLED := .venv/.installed
 .PHONY: help setup demo test lint docs reliability release-check clean bench-setup
 
 help:  ## Show the targets.
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(INSTALLED)  ## Create .venv and install everything into it, pinned by constraints.txt.
 
@@ -80,6 +80,23 @@ reliability: $(INSTALLED)  ## Kill, starve and damage index folders at length (a
 	TRITOWER_RELIABILITY=full TRITOWER_RELIABILITY_REPORT=reliability.json OMP_NUM_THREADS=1 $(BIN)/pytest -q -rs \
 		-o faulthandler_timeout=0 \
 		tests/reliability tests/test_storage.py tests/test_versions.py tests/test_workspace.py tests/test_update.py
+
+release-check: export PATH := $(CURDIR)/dist/venv/bin:$(PATH)
+release-check: $(INSTALLED)  ## Build wheel and sdist, install the wheel into a new environment, run every program there.
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation --outdir dist
+	unzip -l dist/tritower-*.whl | grep licenses/LICENSE
+	tar -tzf dist/tritower-*.tar.gz | grep /LICENSE
+	$(PYTHON) -m venv dist/venv
+	dist/venv/bin/python -m pip install --quiet --constraint constraints.txt dist/tritower-*.whl
+	cd dist && tritower-samples --output raw --products 240 --image-size 32
+	cd dist && tritower-prepare raw/products.csv --queries raw/queries.csv --qrels raw/qrels.csv --output catalogue
+	cd dist && tritower-train fit --config configs/tiny.yaml --data.catalogue catalogue --run run
+	cd dist && tritower-index embed --model run/model --catalogue catalogue --output embeddings
+	cd dist && tritower-index build --embeddings embeddings/products --output index
+	cd dist && tritower-index evaluate --index index --embeddings embeddings --output report
+	cd dist && tritower-index search --index index --text "red mug" --html hits.html
+	cd dist && tritower-index verify --index index
 
 clean:  ## Remove the demo, caches and build leftovers; .venv stays.
 	rm -rf demo build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -103,3 +103,19 @@ def tiny_run(tiny_catalogue: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     run = tmp_path_factory.mktemp("runs") / "tiny"
     assert fit(tiny_catalogue, run, "--trainer.log_every_n_steps=1") == 0
     return run
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel of this checkout."""
+    from tests.support.wheel import build_wheel
+
+    return build_wheel(tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="session")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The programs of an environment that has the wheel, and nothing else of the project."""
+    from tests.support.wheel import install_wheel
+
+    return install_wheel(wheel, tmp_path_factory.mktemp("environment") / "venv")

@@ -6,6 +6,7 @@ import json
 import re
 import runpy
 import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="module")
 def walk(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder named as in the README, with everything that the tiny configuration makes of 240 sample products."""
+    """The folder `demo` of the README, made by the tiny configuration from 240 sample products."""
     folder = tmp_path_factory.mktemp("walk") / "demo"
     raw, catalogue = folder / "raw", folder / "catalogue"
     assert (
@@ -108,6 +109,23 @@ def test_python_of_the_readme_runs(
     assert names["index"].ids(names["hits"].rows).shape == (2, 10)
     assert np.isfinite(names["hits"].scores).all()
     assert capsys.readouterr().out
+
+
+def test_installed_wheel_runs_the_python_of_the_readme(walk: Path, installed: Path) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    command = [installed / "python", "-c", code]
+    done = subprocess.run(command, cwd=walk.parent, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+def test_installed_program_searches(walk: Path, installed: Path) -> None:
+    command = [installed / "tritower-index", "search", f"--index={walk / 'index'}"]
+    command += ["--text=red mug", "--json", "--k=5"]
+    done = subprocess.run(command, cwd=walk, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)["hits"]) == 5
 
 
 def test_the_demo_runs_what_the_readme_shows() -> None:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import ast
 import itertools
-import os
 import re
-import shutil
 import subprocess
 import sys
 import tomllib
@@ -20,6 +18,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
+import tritower
 from tests.support.source_code import FOLDERS, ROOT, imports, module_name, shipped_files, tree
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -51,39 +50,15 @@ def pins() -> dict[str, str]:
 
 
 def distributions_of(module: str) -> set[str]:
-    """The installed distributions that provide a module; an empty set for the standard library and our own."""
+    """The installed distributions that provide a module.
+
+    An empty set for the standard library and for our own modules.
+    """
     top = module.split(".")[0]
     if top in sys.stdlib_module_names or top in OURS:
         return set()
     assert top in PROVIDERS, f"{module} is imported but no installed distribution provides it"
     return {canonicalize_name(name) for name in PROVIDERS[top]}
-
-
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel of this checkout, built from a copy so that no build leftovers take part."""
-    folder = tmp_path_factory.mktemp("wheel")
-    source = folder / "source"
-    for name in FOLDERS:
-        ignored = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=ignored)
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "-q",
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        folder,
-        source,
-    ]
-    subprocess.run(command, check=True, timeout=120)
-    (path,) = folder.glob("tritower-*.whl")
-    return path
 
 
 def test_wheel_holds_every_file_of_every_package(wheel):
@@ -113,15 +88,47 @@ def test_wheel_names_licence_python_and_commands(wheel):
     )
 
 
-def test_unpacked_wheel_runs_away_from_the_checkout(wheel, tmp_path):
-    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
-    code = "import tritower.configs as c, tritower.datamodules.prepare as p; print(p.__file__, *c.__path__)"
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
-    command = [sys.executable, "-c", code]
-    output = subprocess.run(
-        command, cwd=tmp_path, env=environment, check=True, capture_output=True, text=True
-    )
-    assert all(Path(path).is_relative_to(tmp_path) for path in output.stdout.split())
+def test_wheel_brings_one_name_to_site_packages(wheel: Path) -> None:
+    names = {name.split("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
+    assert {name for name in names if not name.endswith(".dist-info")} == {"tritower"}
+
+
+@pytest.mark.parametrize("program", PROJECT["scripts"])
+def test_installed_programs_explain_themselves(
+    installed: Path, tmp_path: Path, program: str
+) -> None:
+    command = [installed / program, "--help"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "usage:" in done.stdout
+
+
+def test_installed_package_lies_in_its_environment(installed: Path, tmp_path: Path) -> None:
+    code = "import tritower, tritower.configs as c; print(tritower.__file__, c.__file__)"
+    command = [installed / "python", "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
+    assert all(Path(path).is_relative_to(installed.parent) for path in done.stdout.split())
+
+
+def test_public_names_are_imported_when_they_are_used(installed: Path, tmp_path: Path) -> None:
+    code = """
+import sys, tritower
+assert not {"torch", "faiss", "numpy", "lightning"} & set(sys.modules)
+assert tritower.__version__ == sys.argv[1], tritower.__version__
+assert set(tritower.__all__) <= set(dir(tritower))
+tritower.ProductIndex, tritower.Item, tritower.prepare, tritower.build_index, tritower.evaluate
+assert "torch" not in sys.modules
+for name in tritower.__all__:
+    getattr(tritower, name)
+"""
+    command = [installed / "python", "-c", code, PROJECT["version"]]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_unknown_public_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'ProductIndexx'"):
+        tritower.ProductIndexx  # noqa: B018
 
 
 @pytest.mark.parametrize("target", PROJECT["scripts"].values())
@@ -239,8 +246,11 @@ def test_this_python_is_one_that_the_distribution_accepts():
     )
 
 
+MODEL_LIBRARIES = ("torch", "timm", "open_clip", "lightning", "wandb", "transformers")
+
+
 def test_importing_the_dependencies_opens_no_connection():
-    modules = "faiss PIL.Image yaml jinja2 rich matplotlib bm25s scipy safetensors jsonargparse torch timm open_clip"
+    modules = "faiss PIL.Image yaml jinja2 rich matplotlib bm25s scipy safetensors jsonargparse"
     code = """
 import sys
 events = []
@@ -252,7 +262,7 @@ for name in sys.argv[1:]:
     __import__(name)
 print(*events, sep="\\n", end="")
 """
-    command = [sys.executable, "-c", code, *modules.split(), "lightning", "wandb", "transformers"]
+    command = [sys.executable, "-c", code, *modules.split(), *MODEL_LIBRARIES]
     assert (
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=240).stdout
         == ""
