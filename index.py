@@ -1,6 +1,6 @@
 """Embed, build, search, evaluate, update.
 
-`python index.py COMMAND --help`. docs/index.md is the guide.
+`python index.py COMMAND --help`. docs/indexes.md is the guide.
 """
 
 import sys

@@ -1,6 +1,6 @@
 """The commands of an index: `python index.py embed | build | search | evaluate | update | verify`.
 
-Each command explains its options: `python index.py search --help`. docs/index.md is the guide.
+Each command explains its options: `python index.py search --help`. docs/indexes.md is the guide.
 """
 
 from __future__ import annotations
