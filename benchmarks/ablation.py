@@ -39,9 +39,9 @@ from benchmarks.ledger import Ledger
 CATALOGUE = "--data.sources=[catalogue]"
 SMALL_BATCH = [
     "--data.batch_size=64",
-    "--model.lr=7.5e-4",
+    "--model.optimizer.lr=7.5e-4",
 ]  # of 4e-4, 7.5e-4, 1.5e-3 the highest nDCG@10 on val
-PRODUCTS = [CATALOGUE, "--model.product.words.init_args.typed=false"]
+PRODUCTS = [CATALOGUE, "--model.product.lexical.init_args.typed=false"]
 """Products alone, for losses that know no weights:
 
 typed queries of facets would weigh as much as products.
@@ -51,12 +51,12 @@ typed queries of facets would weigh as much as products.
 def compared(catalogue: str) -> list[dict[str, Any]]:
     """What the configuration in use compares."""
     configuration = yaml.safe_load(Path(f"configs/{catalogue}.yaml").read_text(encoding="utf-8"))
-    return configuration["model"]["compare"]
+    return configuration["model"]["loss_terms"]
 
 
 def compare(pairs: list[dict[str, Any]]) -> str:
     """The argument that compares these."""
-    return f"--model.compare={json_format.dumps(pairs)}"
+    return f"--model.loss_terms={json_format.dumps(pairs)}"
 
 
 def parts_weigh(weight: float) -> str:
@@ -93,7 +93,7 @@ ARMS: dict[str, dict[str, list[str]]] = {
         ],
         "specialist without image": without("luma", "image"),
         "specialist without attribute": without("luma", "attribute"),
-        "words": ["--model.product.words=HashedNgrams"],
+        "words": ["--model.product.lexical=HashedNgrams"],
         "exact prices": ["--model.product.attribute.init_args.exact_numbers=true"],
     },
     "fashion": {
@@ -104,15 +104,21 @@ ARMS: dict[str, dict[str, list[str]]] = {
         "parts weigh .25": [parts_weigh(0.25)],
         "modality dropout .15 in place of parts": [WHOLE, "--data.views.modality_dropout=0.15"],
         "products compared with products too": [f"{LOSS}.same_side=true"],
-        "a memory of 8,192": ["--model.loss=MemoryInfoNCE"],
+        "a memory of 8,192": ["--model.loss.init_args.negatives=CrossBatchMemory"],
         "batch 64": SMALL_BATCH,
         "batch 64, hard negatives": [
             *SMALL_BATCH,
             "--hard_negatives.every_n_epochs=3",
             "--hard_negatives.per_example=7",  # as many products as a batch of 512
         ],
-        "batch 64, remembered sums": [*SMALL_BATCH, "--model.loss=GlobalInfoNCE"],
-        "batch 64, a memory of 8,192": [*SMALL_BATCH, "--model.loss=MemoryInfoNCE"],
+        "batch 64, remembered sums": [
+            *SMALL_BATCH,
+            "--model.loss.init_args.negatives=SogCLRNormalizer",
+        ],
+        "batch 64, a memory of 8,192": [
+            *SMALL_BATCH,
+            "--model.loss.init_args.negatives=CrossBatchMemory",
+        ],
         "hard negatives": ["--hard_negatives.every_n_epochs=2"],
         "families are no positives": [f"{LOSS}.positives={{product: 1, group: 1, query: 1}}"],
         "no typed queries of facets": PRODUCTS,
@@ -136,12 +142,14 @@ ARMS: dict[str, dict[str, list[str]]] = {
                 CATALOGUE,
                 "--model.product.text.init_args.freeze=false",
                 f"--model.product.text.init_args.freeze_lower={share}",
-                "--model.pretrained_lr=1e-4",
+                "--model.optimizer.pretrained_lr=1e-4",
                 "--trainer.max_epochs=6",
             ]
             for what, share in (("tuned", 0), ("upper half tuned", 0.5))
         },
-        "typed queries are not read word by word": ["--model.product.words.init_args.typed=false"],
+        "typed queries are not read word by word": [
+            "--model.product.lexical.init_args.typed=false"
+        ],
         **{
             f"typed queries of facets weigh {w}": [f"--data.facet_weight={w}"]
             for w in (0.005, 0.02, 0.1, 1)
@@ -151,14 +159,14 @@ ARMS: dict[str, dict[str, list[str]]] = {
             "--trainer.callbacks.decay=0.98",
         ],
         "descriptions in the text": [
-            *without("fashion", "words"),
+            *without("fashion", "lexical"),
             "--model.product.text.init_args.template={title}. {description}",
             "--model.product.text.init_args.max_length=160",
         ],
-        "specialist without text": without("fashion", "text", "words"),
+        "specialist without text": without("fashion", "text", "lexical"),
         "specialist without image": without("fashion", "image"),
         "specialist without attribute": without("fashion", "attribute"),
-        "no words": without("fashion", "words"),
+        "no words": without("fashion", "lexical"),
         "prices are close or not, never the same": [
             "--model.product.attribute.init_args.exact_numbers=false"
         ],

@@ -82,7 +82,7 @@ MISSING = {
     for sides, side in (("products", "product"), ("queries", "query"))
 }
 """What is hidden, and of what."""
-WHOLE = "--model.compare=[{query: whole}]"
+WHOLE = "--model.loss_terms=[{query: whole}]"
 LOSS = "--model.loss.init_args"
 CLIP = ["--model.loss=benchmarks.peer_losses.OpenClipLoss", f"{LOSS}.temperature=0.07"]
 SIGLIP = [
@@ -92,7 +92,7 @@ SIGLIP = [
 ]
 """Their own defaults; else the temperature that a configuration gives its loss would be in effect."""
 
-TOWERS = (*MODALITIES, "words")
+TOWERS = (*MODALITIES, "lexical")
 ALONE = {
     tower: [*(f"--model.product.{other}=null" for other in TOWERS if other != tower), WHOLE]
     for tower in TOWERS
@@ -389,7 +389,7 @@ class Bench:
             f"--data.catalogue={self.prepared}",
             *places,
             *arguments,
-            f"--model.feature_cache={self.cache}",
+            f"--model.encoding.feature_cache={self.cache}",
             *(["--trainer.max_epochs=2"] if self.quick else []),
             f"--seed_everything={seed}",
             f"--model.seed={seed}",

@@ -37,7 +37,7 @@ from torch.nn import functional as F
 
 from tritower.artefacts import storage
 from tritower.datamodules.batch import MODALITIES, NO_KEY, RELATIONS, Batch, Items
-from tritower.towers.losses.loss import InfoNCE
+from tritower.towers.losses.info_nce import InfoNCE
 
 
 def main(arguments: list[str] | None = None) -> int:

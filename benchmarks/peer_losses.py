@@ -12,7 +12,7 @@ from open_clip.loss import ClipLoss, SigLipLoss
 from torch import Tensor, nn
 
 from tritower.datamodules.batch import Batch
-from tritower.towers.losses.loss import ContrastiveLoss
+from tritower.towers.losses.contrastive import ContrastiveLoss
 
 
 class OpenClipLoss(ContrastiveLoss):
@@ -85,7 +85,7 @@ class CachedMultipleNegativesRanking(ContrastiveLoss):
 
     It holds the similarities of a few queries at a time.
     Loss and gradients are those of MultipleNegativesRankingLoss.
-    Where towers are trained, `model.chunk_size` caches gradients as the library's `forward` would.
+    Where towers are trained, `model.encoding.chunk_size` caches gradients as the library's `forward` would.
 
     Args:
         temperature: in cosine; 1 / 20 is its default.

@@ -88,7 +88,7 @@ class Arm:
             f"{LOSS}.temperature={temperature:g}",
             *(f"{LOSS}.{argument}" for argument in self.more),
         ]
-        return [*self.arguments, *loss, f"--model.lr={lr:g}"]
+        return [*self.arguments, *loss, f"--model.optimizer.lr={lr:g}"]
 
 
 ARMS = {

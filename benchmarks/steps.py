@@ -40,7 +40,9 @@ from torch import Tensor
 from tritower.artefacts import storage
 from tritower.datamodules.batch import MODALITIES, NO_KEY, RELATIONS, Batch, Items
 from tritower.towers.encoder import Encoder
+from tritower.towers.encoding import EncodingOptions
 from tritower.towers.open_clip_models import OpenClipImage, OpenClipText
+from tritower.towers.optimizer import parameter_groups
 from tritower.towers.two_tower import TwoTower
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -166,13 +168,15 @@ def of_ours(arm: str, model: str, batch: int, chunk: int | None) -> Callable[[],
     image = OpenClipImage(model, load_weights=False, **less)
     text = OpenClipText(model, load_weights=False, freeze_lower=less.get("freeze_lower", 0.0))
     two = TwoTower(
-        Encoder(image.out_dim, image=image), Encoder(text.out_dim, text=text), chunk_size=chunk
+        Encoder(image.out_dim, image=image),
+        Encoder(text.out_dim, text=text),
+        encoding=EncodingOptions(chunk),
     )
     two = two.to(DEVICE).train()
     if arm == "compiled":
         for tower in (image, text):
             tower.compile()
-    optimizer = torch.optim.AdamW(two.parameter_groups())
+    optimizer = torch.optim.AdamW(parameter_groups(two, two.encoders, two.optimizer_options))
     tokens, pixels = inputs(model, batch)
     present = torch.tensor(
         [[name == side for name in MODALITIES] for side in ("text", "image")], device=DEVICE
@@ -187,8 +191,8 @@ def of_ours(arm: str, model: str, batch: int, chunk: int | None) -> Callable[[],
 
     def step() -> Tensor:
         with torch.autocast(DEVICE, torch.bfloat16, enabled=DEVICE == "cuda"):
-            asked = two.encode_chunks(two.query, query).embedding
-            found = two.encode_chunks(two.product, product).embedding
+            asked = two.encode_batch(two.query, query).embedding
+            found = two.encode_batch(two.product, product).embedding
         value: Tensor = two.loss(asked, found, whole)
         optimizer.zero_grad()
         value.backward()

@@ -21,10 +21,10 @@ Relation = Literal[
     "product", "group", "family", "title", "picture", "model", "category", "branch", "query"
 ]
 
-MODALITIES = ("text", "image", "attribute", "words")
+MODALITIES = ("text", "image", "attribute", "lexical")
 """The order of the modality axis M everywhere:
 
-features, `present`, gate shares. `words` are texts by their wording.
+features, `present`, gate shares. `lexical` are texts by their wording.
 """
 
 RELATIONS = (
@@ -125,7 +125,7 @@ class Items(NamedTuple):
             knows no modality.
         part: (B, M) bool, some of those that are there, for a second embedding of each item in
             training; None elsewhere.
-        words: (B, G) int64 hashes of different n-grams, 0 = padding.
+        lexical: (B, G) int64 hashes of different n-grams, 0 = padding.
     """
 
     text: Tensor | None
@@ -134,7 +134,7 @@ class Items(NamedTuple):
     attribute: AttributeTensors | None
     present: Tensor
     part: Tensor | None = None
-    words: Tensor | None = None
+    lexical: Tensor | None = None
 
     def rows(self, start: int, stop: int) -> Items:
         """Items `start` to `stop` (exclusive) as views of the same tensors."""
@@ -153,7 +153,7 @@ class Items(NamedTuple):
             else AttributeTensors(*(t[start:stop] for t in self.attribute)),
             present=self.present[start:stop],
             part=None if self.part is None else self.part[start:stop],
-            words=None if self.words is None else self.words[start:stop],
+            lexical=None if self.lexical is None else self.lexical[start:stop],
         )
 
 

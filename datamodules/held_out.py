@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -58,6 +58,17 @@ class HeldOut:
 
     def __len__(self) -> int:
         return len(self.query)
+
+    def select(self, subset: np.ndarray) -> HeldOut:
+        """The queries of a (Q,) bool mask, over the same products."""
+        return replace(
+            self,
+            query=self.query[subset],
+            source=self.source[subset],
+            judged=self.judged[subset],
+            grade=self.grade[subset],
+            own=self.own[subset],
+        )
 
 
 def held_out(

@@ -57,12 +57,12 @@ class ItemPreprocess:
     text: TextPreprocess | None = None
     image: ImagePreprocess | None = None
     attribute: AttributePreprocess | None = None
-    words: TextPreprocess | None = None
+    lexical: TextPreprocess | None = None
 
     def readable(self, item: Item) -> Item:
         """The item without the modalities that this encoder has no tower for."""
         return Item(
-            text=item.text if self.text is not None or self.words is not None else {},
+            text=item.text if self.text is not None or self.lexical is not None else {},
             images=item.images if self.image is not None else (),
             attributes=item.attributes if self.attribute is not None else {},
         )
@@ -81,7 +81,7 @@ class ItemPreprocess:
         present = np.zeros((len(items), len(MODALITIES)), bool)
         image = image_row = attribute = None
         text, present[:, 0] = self._written(self.text, items)
-        words, present[:, 3] = self._written(self.words, items)
+        lexical, present[:, 3] = self._written(self.lexical, items)
         if self.image is not None:
             counts = [len(item.images) for item in items]
             present[:, 1] = [count > 0 for count in counts]
@@ -114,7 +114,7 @@ class ItemPreprocess:
             attribute,
             torch.from_numpy(present),
             None if part is None else torch.from_numpy(part),
-            words,
+            lexical,
         )
 
     def _written(

@@ -64,11 +64,11 @@ def test_two_processes_mine_and_cache_as_one_does(tiny_catalogue: Path, tmp_path
         "--hard_negatives.per_example=2",
         "--hard_negatives.ramp=0",
     )
-    one = ("--trainer.devices=1", f"--model.feature_cache={tmp_path / 'cache1'}")
+    one = ("--trainer.devices=1", f"--model.encoding.feature_cache={tmp_path / 'cache1'}")
     two = (
         "--trainer.devices=2",
         "--trainer.strategy=ddp",
-        f"--model.feature_cache={tmp_path / 'cache2'}",
+        f"--model.encoding.feature_cache={tmp_path / 'cache2'}",
     )
     assert fit(tiny_catalogue, tmp_path / "one", *arguments, *one) == 0
     distributed = run_program(

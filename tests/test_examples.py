@@ -370,7 +370,7 @@ def test_slices_of_a_batch_hold_what_the_whole_holds_whatever_negatives_it_has(
     data = batches(tables, catalogue_examples(np.arange(7)), 0.5, Views(0.5, 0.5))
     sides = data.preprocess.query, data.preprocess.product
     data.preprocess = Preprocess(
-        *(replace(side, words=NgramPreprocess(Template(None), 1, 64, False)) for side in sides)
+        *(replace(side, lexical=NgramPreprocess(Template(None), 1, 64, False)) for side in sides)
     )
     rows = np.array([3, 0, 6, 1])
     whole, *halves = (data[Draw(2, part, mined)].product for part in (rows, rows[:2], rows[2:]))

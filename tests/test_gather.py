@@ -12,9 +12,11 @@ from torch import distributed as dist
 from tests.support.encoders import ITEMS, make_encoder
 from tritower.datamodules.batch import NO_KEY, RELATIONS, Batch
 from tritower.towers.encoder import Encoder
+from tritower.towers.losses.contrastive import Loss
 from tritower.towers.losses.gather import gather_rows, num_processes
-from tritower.towers.losses.loss import InfoNCE, Loss, SigmoidLoss
+from tritower.towers.losses.info_nce import InfoNCE
 from tritower.towers.losses.pairs import CoSENT, PairLoss
+from tritower.towers.losses.sigmoid import SigmoidLoss
 
 QUERIES, EXTRA = 8, 4  # over all processes
 

@@ -30,11 +30,12 @@ from tritower.retrieval.vectors.checks import as_queries, checked_queries
 from tritower.retrieval.vectors.embeddings import EmbeddingReader, EmbeddingWriter
 from tritower.towers.attribute import AttributeTower
 from tritower.towers.encoder import Encoded, Encoder
-from tritower.towers.losses.loss import InfoNCE
+from tritower.towers.loss_terms import LossTerm
+from tritower.towers.losses.info_nce import InfoNCE
 from tritower.towers.losses.pairs import CoSENT, PairLoss
-from tritower.towers.metric import compared
+from tritower.towers.metric import to_score_space
 from tritower.towers.model_folder import load_model
-from tritower.towers.two_tower import Comparison, TwoTower
+from tritower.towers.two_tower import TwoTower
 
 DIM = 32
 KL = "--model.metric=kl"
@@ -58,7 +59,7 @@ def divergences(query: np.ndarray, product: np.ndarray) -> np.ndarray:
 
 def transformed(embedding: np.ndarray, side: str) -> np.ndarray:
     """What a model of this metric makes of unit embeddings."""
-    return compared(torch.from_numpy(embedding.astype(np.float32)), side, "kl").numpy()
+    return to_score_space(torch.from_numpy(embedding.astype(np.float32)), side, "kl").numpy()
 
 
 def clusters(count: int, seed: int = 0) -> np.ndarray:
@@ -93,7 +94,10 @@ def test_the_score_is_what_all_products_share_minus_the_divergence() -> None:
     assert np.allclose(score, shared - divergences(asks, found), atol=1e-5)
     assert np.allclose(transformed(asks, "query").sum(1), 1, atol=1e-6)
     same = torch.from_numpy(asks)
-    assert compared(same, "query", "cosine") is same and compared(same, "product", "cosine") is same
+    assert (
+        to_score_space(same, "query", "cosine") is same
+        and to_score_space(same, "product", "cosine") is same
+    )
 
 
 def test_a_product_asks_with_the_vector_of_a_query_of_its_embedding() -> None:
@@ -220,7 +224,7 @@ def test_products_are_compared_as_they_stand_and_ask_as_queries(tmp_path: Path) 
 def trained(tiny_catalogue: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with kl, its embeddings and its index, by the commands that users type."""
     folder = tmp_path_factory.mktemp("kl")
-    compare = "--model.compare=[{query: whole}, {query: part, weight: 0.25}, {query: text, product: text}]"
+    compare = "--model.loss_terms=[{query: whole}, {query: part, weight: 0.25}, {query: text, product: text}]"
     assert fit(tiny_catalogue, folder / "run", KL, compare, "--then_test=true") == 0
     model, made = folder / "run" / "model", folder / "embeddings"
     assert (
@@ -323,11 +327,11 @@ def test_a_products_vector_given_as_a_query_is_refused(
 
 @pytest.mark.parametrize("loss", [CoSENT(), PairLoss(), InfoNCE(same_side=True)])
 def test_losses_that_need_a_cosine_are_refused(loss: object) -> None:
-    compare = [Comparison(), Comparison(loss=loss)]
+    terms = [LossTerm(), LossTerm(loss=loss)]
     with pytest.raises(
         ValueError, match=rf"metric=kl compares queries with products; {type(loss).__name__}"
     ):
-        TwoTower(Encoder(8, attribute=AttributeTower()), compare=compare, metric="kl")
+        TwoTower(Encoder(8, attribute=AttributeTower()), loss_terms=terms, metric="kl")
 
 
 def test_the_loss_is_of_divergences() -> None:
@@ -341,9 +345,8 @@ def test_the_loss_is_of_divergences() -> None:
         whole = torch.from_numpy(vectors.astype(np.float32))
         return Encoded(whole, whole, whole, whole[:, None], torch.ones(4, 1, dtype=torch.bool))
 
-    value = model._compared(
-        model.compare[0], model.loss, encoded(asks), encoded(found), batch
-    ).item()
+    terms = model.loss_terms(model.encoders, encoded(asks), encoded(found), batch)
+    value = terms[0].item()
     logits = -model.loss.scale.item() * divergences(asks, found)
     by_hand = np.mean(np.log(np.exp(logits).sum(1)) - np.diag(logits))
     assert value == pytest.approx(by_hand, rel=1e-4)

@@ -108,7 +108,7 @@ MAKERS = {
 def modality(tower: Tower) -> str:
     kinds = {
         AttributeTower: "attribute",
-        HashedNgrams: "words",
+        HashedNgrams: "lexical",
         TextTower: "text",
         ImageTower: "image",
     }

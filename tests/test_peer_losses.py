@@ -22,7 +22,7 @@ from tests.support.training import ROOT
 from tritower.towers.cli import TrainingCLI
 
 PINNED = {
-    "ours": ("tritower.towers.losses.loss.InfoNCE", 1.5e-3, 0.02, 0.07),
+    "ours": ("tritower.towers.losses.info_nce.InfoNCE", 1.5e-3, 0.02, 0.07),
     "open_clip's ClipLoss": ("benchmarks.peer_losses.OpenClipLoss", 1.5e-3, 0.07, 0.02),
     "open_clip's SigLipLoss": ("benchmarks.peer_losses.OpenClipSigmoid", 1.5e-3, 0.1, 0.02),
     "sentence-transformers' loss": (
@@ -37,7 +37,7 @@ PINNED = {
         0.05,
         0.02,
     ),
-    "text alone, ours": ("tritower.towers.losses.loss.InfoNCE", 1.5e-3, 0.02, 0.07),
+    "text alone, ours": ("tritower.towers.losses.info_nce.InfoNCE", 1.5e-3, 0.02, 0.07),
     "text alone, sentence-transformers' loss": (
         "benchmarks.peer_losses.MultipleNegativesRanking",
         1.5e-3,
@@ -88,7 +88,7 @@ def test_every_trial_runs_at_its_temperature_and_learning_rate(tmp_path: Path, n
         assert config.model.loss.class_path == loss
         assert config.model.loss.init_args.temperature == pytest.approx(of_loss)
         assert config.model.loss.init_args.min_temperature == 0.01
-        assert config.model.lr == pytest.approx(rate)
+        assert config.model.optimizer.lr == pytest.approx(rate)
         if "Negatives" in loss and not with_sentence_transformers():
             continue
         made = loss_of(config)
@@ -103,7 +103,7 @@ def test_arms_differ_by_their_losses_alone(tmp_path: Path, name: str) -> None:
     config = understood(tmp_path, "fashion", ARMS[name].trials()[0])
     ours = understood(tmp_path, "fashion", ARMS[like].trials()[0])
     assert config.model.product == ours.model.product
-    assert [(pair.query, pair.product) for pair in config.model.compare] == [("whole", "whole")]
+    assert [(pair.query, pair.product) for pair in config.model.loss_terms] == [("whole", "whole")]
     assert config.data.sources == ["catalogue"]
     assert config.trainer.max_epochs == ours.trainer.max_epochs == 15
     assert config.data.batch_size == (2048 if "batch 2,048" in name else 512)
@@ -118,8 +118,8 @@ def test_ours_keeps_what_the_configuration_says_of_positives(tmp_path: Path) -> 
     for name in ("ours", "text alone, ours"):
         made = loss_of(understood(tmp_path, "fashion", ARMS[name].trials()[0]))
         relations = "product", "group", "family", "picture", "query"
-        assert made.positives == dict.fromkeys(relations, 1)
-        assert made.ignored == ["title"]
+        assert made.rules.positives == dict.fromkeys(relations, 1)
+        assert made.rules.ignored == ["title"]
 
 
 @pytest.mark.parametrize("catalogue", ["fashion", "grocery"])

@@ -34,7 +34,7 @@ def preprocess() -> ItemPreprocess:
         text=TextPreprocess(HashedWords(), Template("{title}")),
         image=PicturePreprocess(8),
         attribute=AttributePreprocess(SCHEMA),
-        words=HashedNgrams("{description}").preprocess,
+        lexical=HashedNgrams("{description}").preprocess,
     )
 
 
@@ -64,7 +64,7 @@ def test_pictures_know_their_items(preprocess: ItemPreprocess) -> None:
 
 def test_a_modality_that_no_item_has_is_none(preprocess: ItemPreprocess) -> None:
     items = preprocess([Item({"title": "mug"}), Item({"title": "lamp"})])
-    assert (items.image, items.image_row, items.attribute, items.words) == (None, None, None, None)
+    assert (items.image, items.image_row, items.attribute, items.lexical) == (None, None, None, None)
     assert preprocess([Item(images=(picture(1),))]).text is None
 
 
@@ -81,7 +81,7 @@ def test_rows_are_views_of_the_same_items(preprocess: ItemPreprocess) -> None:
         own = preprocess(ITEMS[start:stop])
         assert torch.equal(part.present, own.present)
         assert torch.equal(part.text, whole.text[start:stop]) and torch.equal(
-            part.words, whole.words[start:stop]
+            part.lexical, whole.lexical[start:stop]
         )
         if own.image is None:
             assert part.image is None and part.image_row is None

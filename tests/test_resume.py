@@ -143,10 +143,16 @@ def test_a_run_of_so_many_steps_goes_on_after_an_epoch(
     assert len(logged(tmp_path / "run", "val/hit@10")) == 1
 
 
-@pytest.mark.parametrize("loss", ["MemoryInfoNCE", "GlobalInfoNCE"])
-def test_what_a_loss_remembers_goes_on(tiny_catalogue: Path, tmp_path: Path, loss: str) -> None:
-    settings = ("--model.loss.warmup=2", "--model.loss.size=40") if loss == "MemoryInfoNCE" else ()
-    arguments = (f"--model.loss={loss}", *settings, "--checkpoint_every_steps=4")
+@pytest.mark.parametrize("negatives", ["CrossBatchMemory", "SogCLRNormalizer"])
+def test_what_a_loss_remembers_goes_on(
+    tiny_catalogue: Path, tmp_path: Path, negatives: str
+) -> None:
+    key = "--model.loss.init_args.negatives"
+    settings: tuple[str, ...] = ()
+    if negatives == "CrossBatchMemory":
+        settings = (f"{key}.init_args.warmup=2", f"{key}.init_args.size=40")
+    loss = ("--model.loss=InfoNCE", f"{key}={negatives}")
+    arguments = (*loss, *settings, "--checkpoint_every_steps=4")
     path = tmp_path / "whole.jsonl"
     assert fit(tiny_catalogue, tmp_path / "whole", *ARGUMENTS, *arguments, *diary(path)) == 0
     whole = entries(path)

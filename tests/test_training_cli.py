@@ -42,7 +42,7 @@ def test_a_run_leaves_checkpoints_a_log_its_configuration_and_a_model(tiny_run: 
     }
     assert read_manifest(tiny_run / "model", kind="model").meta["embed_dim"] == 32
     [config] = tiny_run.glob("logs/*/config.yaml")
-    assert yaml.safe_load(config.read_text(encoding="utf-8"))["model"]["lr"] == 3e-3
+    assert yaml.safe_load(config.read_text(encoding="utf-8"))["model"]["optimizer"]["lr"] == 3e-3
 
 
 def test_loss_temperature_shares_and_recall_are_logged(tiny_run: Path) -> None:
@@ -130,7 +130,7 @@ def test_every_fusion_and_the_sigmoid_loss_train(
     arguments = (
         f"--model.product.fusion={fusion}",
         "--model.loss=SigmoidLoss",
-        "--model.chunk_size=20",
+        "--model.encoding.chunk_size=20",
     )
     assert fit(tiny_catalogue, tmp_path / "run", *arguments, "--trainer.max_epochs=1") == 0
     assert load_model(tmp_path / "run" / "model").product.fusion_name == fusion
@@ -138,7 +138,7 @@ def test_every_fusion_and_the_sigmoid_loss_train(
 
 def test_compiled_towers_train_to_the_same_model(tiny_catalogue: Path, tmp_path: Path) -> None:
     for name, backend in (("plain", "null"), ("compiled", "eager")):
-        arguments = (*FAST, f"--model.compile_backend={backend}")
+        arguments = (*FAST, f"--model.encoding.compile_backend={backend}")
         assert fit(tiny_catalogue, tmp_path / name, *arguments) == 0
     assert logged(tmp_path / "plain", "train/loss") == logged(tmp_path / "compiled", "train/loss")
     one, other = (
@@ -174,7 +174,9 @@ def test_a_backend_that_is_none_is_refused(
 ) -> None:
     assert (
         train.main(
-            fit_arguments(tiny_catalogue, tmp_path / "run", "--model.compile_backend=inducer")
+            fit_arguments(
+                tiny_catalogue, tmp_path / "run", "--model.encoding.compile_backend=inducer"
+            )
         )
         == 1
     )
@@ -189,7 +191,7 @@ def test_parts_towers_and_labels_are_compared_in_one_run(
         "{weight: 0.2, loss: {class_path: CoSENT}}]"
     )
     arguments = (
-        f"--model.compare={compare}",
+        f"--model.loss_terms={compare}",
         "--data.sources={catalogue: 1, labels: 2}",
         "--trainer.max_epochs=1",
     )
@@ -230,13 +232,17 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_products(
 ) -> None:
     assert (
         fit(
-            tiny_catalogue, tmp_path / "run", *FAST, "--model.lr=1e30", "--checkpoint_every_steps=1"
+            tiny_catalogue,
+            tmp_path / "run",
+            *FAST,
+            "--model.optimizer.lr=1e30",
+            "--checkpoint_every_steps=1",
         )
         == 1
     )
     error = last_line(capsys)
     assert error.startswith("error: The loss is nan at step 1 (temperature inf, products 0")
-    assert "Lower model.lr" in error
+    assert "Lower model.optimizer.lr" in error
     saved = list((tmp_path / "run" / "checkpoints").glob("*.ckpt"))
     assert not any("best" in path.name for path in saved)
     assert not (tmp_path / "run" / "model").exists()
@@ -246,7 +252,11 @@ def test_a_model_that_breaks_in_the_last_step_is_not_saved_as_the_best(
     tiny_catalogue: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The loss of the only step is fine, and the weights after it are not."""
-    arguments = ("--model.lr=1e36", "--trainer.limit_train_batches=1", "--model.warmup=0")
+    arguments = (
+        "--model.optimizer.lr=1e36",
+        "--trainer.limit_train_batches=1",
+        "--model.optimizer.warmup=0",
+    )
     assert fit(tiny_catalogue, tmp_path / "run", *FAST, *arguments) == 1
     error = last_line(capsys)
     assert not (tmp_path / "run" / "model").exists()
@@ -316,9 +326,9 @@ def test_an_unknown_key_of_a_configuration_is_named(
             "error: nowhere is not a prepared catalogue (it has no schema.json).",
         ),
         (["--data.val_split=dev"], "error: The dev split has no products and no queries."),
-        (["--model.warmup=3"], "error: warmup=3.0 is a share of all steps"),
+        (["--model.optimizer.warmup=3"], "error: warmup=3.0 is a share of all steps"),
         (["--model.product.embed_dim=0"], "error: embed_dim=0"),
-        (["--model.compare=[]"], "error: compare=[] leaves nothing to learn from"),
+        (["--model.loss_terms=[]"], "error: loss_terms=[] leaves nothing to learn from"),
         (
             ["--trainer.max_epochs=-1"],
             "error: The learning rate falls over a known number of steps",

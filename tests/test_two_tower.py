@@ -25,13 +25,17 @@ from tritower.datamodules.held_out import QueryRows
 from tritower.datamodules.preprocess import ItemPreprocess
 from tritower.towers.attribute import AttributeTower
 from tritower.towers.encoder import Encoder
+from tritower.towers.encoding import EncodingOptions
 from tritower.towers.hugging_face import HuggingFaceText
 from tritower.towers.image import TimmImage
 from tritower.towers.lexical import HashedNgrams
-from tritower.towers.losses.loss import InfoNCE, SigmoidLoss
+from tritower.towers.losses.info_nce import InfoNCE
+from tritower.towers.losses.sigmoid import SigmoidLoss
 from tritower.towers.model_folder import load_model
+from tritower.towers.optimizer import OptimizerOptions, parameter_groups
 from tritower.towers.text import BiLSTM
-from tritower.towers.two_tower import TwoTower, exact_search
+from tritower.towers.two_tower import TwoTower
+from tritower.towers.validation import exact_search
 
 
 def make_encoder(
@@ -79,8 +83,8 @@ def gradients(model: TwoTower, items: list[Item]) -> tuple[torch.Tensor, dict[st
     query, product = preprocess.query(items), preprocess.product(items[::-1])
     torch.manual_seed(5)
     embeddings = [
-        model.encode_chunks(model.query, query).embedding,
-        model.encode_chunks(model.product, product).embedding,
+        model.encode_batch(model.query, query).embedding,
+        model.encode_batch(model.product, product).embedding,
     ]
     batch = Batch(query, product, keys, keys, torch.ones(len(items)))
     model.loss(*embeddings, batch).backward()
@@ -104,17 +108,17 @@ def assert_close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
 def test_chunked_encoding_has_the_gradients_of_the_whole_batch(chunk_size: int) -> None:
     model = make_model()
     whole, expected = gradients(model, ITEMS * 2)
-    model.chunk_size = chunk_size
+    model.encoding = EncodingOptions(chunk_size)
     chunked, found = gradients(model, ITEMS * 2)
     torch.testing.assert_close(chunked, whole, atol=1e-6, rtol=0)
     assert_close(found, expected)
 
 
 def test_dropout_of_a_chunk_is_the_same_when_it_runs_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = make_model(make_encoder(dropout=0.5), chunk_size=3)
+    model = make_model(make_encoder(dropout=0.5), encoding=EncodingOptions(3))
     chunked, found = gradients(model, ITEMS * 2)
     monkeypatch.setattr(
-        "tritower.towers.two_tower.checkpoint", lambda encoder, chunk, use_reentrant: encoder(chunk)
+        "tritower.towers.encoding.checkpoint", lambda encoder, chunk, use_reentrant: encoder(chunk)
     )
     plain, expected = gradients(model, ITEMS * 2)
     assert torch.equal(chunked, plain)
@@ -122,18 +126,18 @@ def test_dropout_of_a_chunk_is_the_same_when_it_runs_again(monkeypatch: pytest.M
     model.eval()
     with torch.no_grad():
         assert not torch.allclose(
-            model.encode_chunks(model.query, model.preprocess.query(ITEMS)).embedding, plain[:5]
+            model.encode_batch(model.query, model.preprocess.query(ITEMS)).embedding, plain[:5]
         )
 
 
 def test_chunks_without_gradient_equal_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = make_model(chunk_size=2).eval()
+    model = make_model(encoding=EncodingOptions(2)).eval()
     monkeypatch.setattr(
-        "tritower.towers.two_tower.checkpoint", lambda *_, **__: pytest.fail("nothing to run again")
+        "tritower.towers.encoding.checkpoint", lambda *_, **__: pytest.fail("nothing to run again")
     )
     items = model.preprocess.product(ITEMS)
     with torch.no_grad():
-        chunked, whole = model.encode_chunks(model.product, items), model.product(items)
+        chunked, whole = model.encode_batch(model.product, items), model.product(items)
     for one, other in zip(chunked, whole, strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
 
@@ -142,16 +146,20 @@ def test_chunks_without_gradient_equal_the_whole(monkeypatch: pytest.MonkeyPatch
 
 
 def test_matrices_decay_and_norms_biases_and_the_temperature_do_not() -> None:
-    model = make_model(weight_decay=0.1, loss=SigmoidLoss())
+    model = make_model(optimizer=OptimizerOptions(weight_decay=0.1), loss=SigmoidLoss())
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     decayed = {
         names[id(p)]: group["weight_decay"]
-        for group in model.parameter_groups()
+        for group in parameter_groups(model, model.encoders, model.optimizer_options)
         for p in group["params"]
     }
     assert set(decayed) == set(names.values())
     free = {name for name, decay in decayed.items() if decay == 0}
-    assert {"loss.logit_scale", "loss.bias", "product.towers.attribute.number_bias"} <= free
+    assert {
+        "loss_terms.losses.0.logit_scale",
+        "loss_terms.losses.0.bias",
+        "product.towers.attribute.number_bias",
+    } <= free
     shapes = {name: parameter.ndim for name, parameter in model.named_parameters()}
     assert all(name.endswith("bias") or shapes[name] <= 1 for name in free)
     assert (
@@ -171,8 +179,12 @@ def test_matrices_decay_and_norms_biases_and_the_temperature_do_not() -> None:
 
 def test_pretrained_towers_have_their_own_learning_rate(tmp_path: Path) -> None:
     text = HuggingFaceText(str(write_bert(tmp_path / "bert")))
-    model = make_model(make_encoder(text=text), lr=1e-2, pretrained_lr=1e-5)
-    rates = {id(p): group["lr"] for group in model.parameter_groups() for p in group["params"]}
+    model = make_model(make_encoder(text=text), optimizer=OptimizerOptions(1e-2, 1e-5))
+    rates = {
+        id(p): group["lr"]
+        for group in parameter_groups(model, model.encoders, model.optimizer_options)
+        for p in group["params"]
+    }
     assert set(rates.values()) == {1e-5, 1e-2}
     for name, parameter in model.named_parameters():
         assert rates[id(parameter)] == (1e-5 if ".towers.text." in name else 1e-2), name
@@ -182,14 +194,18 @@ def test_frozen_towers_are_not_trained() -> None:
     encoder = make_encoder()
     encoder.towers["image"].freeze()
     model = make_model(encoder)
-    trained = {id(p) for group in model.parameter_groups() for p in group["params"]}
+    trained = {
+        id(p)
+        for group in parameter_groups(model, model.encoders, model.optimizer_options)
+        for p in group["params"]
+    }
     assert trained == {
         id(p) for name, p in model.named_parameters() if ".towers.image." not in name
     }
 
 
 def test_the_learning_rate_rises_then_falls_as_a_cosine() -> None:
-    model = make_model(lr=2.0, warmup=0.2)
+    model = make_model(optimizer=OptimizerOptions(2.0, warmup=0.2))
     trainer = FakeTrainer()
     model.trainer = trainer
     configured = model.configure_optimizers()
@@ -240,12 +256,17 @@ def test_sides_of_different_sizes_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
-    [({"warmup": 1.0}, r"warmup=1\.0"), ({"chunk_size": 0}, "chunk_size=0")],
+    ("options", "settings", "message"),
+    [
+        (OptimizerOptions, {"warmup": 1.0}, r"warmup=1\.0"),
+        (EncodingOptions, {"chunk_size": 0}, "chunk_size=0"),
+    ],
 )
-def test_impossible_settings_are_refused(settings: dict[str, Any], message: str) -> None:
+def test_impossible_settings_are_refused(
+    options: type, settings: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
-        TwoTower(make_encoder(), **settings)
+        options(**settings)
 
 
 # ---------------------------------------------------------------- encode
@@ -289,7 +310,7 @@ def test_another_catalogue_than_the_models_is_refused() -> None:
 
 def test_the_temperature_is_within_its_bound_right_after_loading() -> None:
     model = make_model()
-    state = {**model.state_dict(), "loss.logit_scale": torch.tensor(math.log(1000))}
+    state = {**model.state_dict(), "loss_terms.losses.0.logit_scale": torch.tensor(math.log(1000))}
     model.load_state_dict(state)
     assert model.loss.scale.item() <= 100 * (1 + 1e-5)
 

@@ -29,10 +29,12 @@ from tritower.datamodules.batch import Side
 from tritower.datamodules.products import ProductDataModule
 from tritower.retrieval.evaluating.comparison_table import TABLE_WIDTH, below_floor, terminal_table
 from tritower.towers.floor import floor_report
-from tritower.towers.losses.cross_batch_memory import MemoryInfoNCE
-from tritower.towers.losses.loss import InfoNCE, Loss, SigmoidLoss
+from tritower.towers.losses.contrastive import Loss
+from tritower.towers.losses.cross_batch_memory import CrossBatchMemory
+from tritower.towers.losses.info_nce import InfoNCE
 from tritower.towers.losses.pairs import CoSENT, PairLoss
-from tritower.towers.losses.sogclr import GlobalInfoNCE
+from tritower.towers.losses.sigmoid import SigmoidLoss
+from tritower.towers.losses.sogclr import SogCLRNormalizer
 from tritower.towers.mining import HardNegatives
 from tritower.towers.model_folder import save_model
 from tritower.towers.quiet import quiet_lightning
@@ -48,15 +50,9 @@ PARSER = {"allow_abbrev": False}
 USAGE = "%(prog)s [--config FILE] [--OPTION VALUE ...]"
 """In front of an error; the list of all options would bury it."""
 
-LOSSES: tuple[type[Loss], ...] = (
-    InfoNCE,
-    SigmoidLoss,
-    MemoryInfoNCE,
-    GlobalInfoNCE,
-    CoSENT,
-    PairLoss,
-)
-"""What a configuration may name without its module."""
+LOSSES: tuple[type[Loss], ...] = (InfoNCE, SigmoidLoss, CoSENT, PairLoss)
+NEGATIVES = (CrossBatchMemory, SogCLRNormalizer)
+"""Classes that a configuration may name without their module."""
 
 VAL_FIGURE = r"val/((product|other)_queries/)?(hit@1|hit@10|recall@10|mrr@10|ndcg@10)"
 

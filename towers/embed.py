@@ -24,8 +24,8 @@ from tritower.datamodules.examples import index_in
 from tritower.datamodules.preprocess import ItemPreprocess
 from tritower.datamodules.tuning_queries import TuningQueries
 from tritower.retrieval.vectors.embeddings import EmbeddingWriter
-from tritower.towers.feature_cache import cached
-from tritower.towers.metric import compared
+from tritower.towers.feature_cache import CacheOptions, cached
+from tritower.towers.metric import to_score_space
 from tritower.towers.model_folder import load_model, load_untrained
 from tritower.towers.quiet import quiet_lightning
 from tritower.towers.two_tower import TwoTower
@@ -115,10 +115,9 @@ def embed(
     preprocess = two_tower.preprocess
     if feature_cache is not None:
         items = partial(all_items, tables, tuning)
-        encoders, device = (two_tower.product, two_tower.query), two_tower.device
-        preprocess = cached(
-            preprocess, *encoders, items, feature_cache, every_view=False, device=device
-        )
+        encoders = two_tower.encoders
+        cache_options = CacheOptions(every_view=False, device=two_tower.device)
+        preprocess = cached(preprocess, *encoders, items, feature_cache, cache_options)
 
     def write(name: str, data: Dataset[NumberedItems], table: Table, rows: np.ndarray) -> None:
         folder = output / name
@@ -409,7 +408,7 @@ class _Encode(L.LightningModule):
         present = batch.items.present
         known = present[:, self.encoder.columns].any(1)
         items, untrained = untrained_features(self.encoder, self.towers, batch.items)
-        embedding = compared(self.encoder(items).embedding.float(), self.side, self.metric)
+        embedding = to_score_space(self.encoder(items).embedding.float(), self.side, self.metric)
         features = {name: vectors.cpu().numpy() for name, vectors in untrained.items()}
         return Prediction(
             batch.row.cpu().numpy(), embedding.cpu().numpy(), known.cpu().numpy(), features

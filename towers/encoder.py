@@ -48,7 +48,7 @@ class Encoder(nn.Module):
         text: tower of titles, descriptions and typed queries; null leaves text out.
         image: tower of pictures; null leaves pictures out.
         attribute: tower of brand, category, price and the like; null leaves attributes out.
-        words: tower of texts by their exact words, beside or in place of `text`; for descriptions,
+        lexical: tower of texts by their exact words, beside or in place of `text`; for descriptions,
             which say what sets one product apart in words that a text tower blurs. Null leaves it
             out.
         fusion: `gated` (default), `mean`, or `transformer` (one layer).
@@ -62,7 +62,7 @@ class Encoder(nn.Module):
         text: TextTower | None = None,
         image: ImageTower | None = None,
         attribute: AttributeTower | None = None,
-        words: HashedNgrams | None = None,
+        lexical: HashedNgrams | None = None,
         fusion: FusionName = "gated",
         feature_dropout: float = 0.0,
     ) -> None:
@@ -71,14 +71,14 @@ class Encoder(nn.Module):
             "text": text,
             "image": image,
             "attribute": attribute,
-            "words": words,
+            "lexical": lexical,
         }
         self.towers = nn.ModuleDict(
             {name: tower for name in MODALITIES if (tower := towers[name]) is not None}
         )
         if not self.towers:
             raise ValueError(
-                "An encoder needs at least one tower: text, image, attribute or words."
+                "An encoder needs at least one tower: text, image, attribute or lexical."
             )
         if embed_dim < 1:
             raise ValueError(f"embed_dim={embed_dim}: choose at least 1.")

@@ -192,30 +192,40 @@ def text_views(item: Item, preprocess: ItemPreprocess, every_view: bool) -> set[
     }
 
 
+@dataclass(frozen=True)
+class CacheOptions:
+    """How missing features are computed.
+
+    Attributes:
+        every_view: texts may lose fields in training, so every combination of fields is computed.
+        device: where towers run.
+        batch_size: texts or pictures at a time.
+        write: compute what is missing; False only looks up.
+    """
+
+    every_view: bool
+    device: torch.device
+    batch_size: int = 64
+    write: bool = True
+
+
 def cached(
     preprocess: Preprocess,
-    product: Encoder,
     query: Encoder,
+    product: Encoder,
     items: Callable[[], Iterable[Item]],
     folder: Path,
-    *,
-    every_view: bool,
-    device: torch.device,
-    batch_size: int = 64,
-    write: bool = True,
+    options: CacheOptions,
 ) -> Preprocess:
-    """A preprocessing that looks up the features of frozen towers, after making those that are missing.
+    """Preprocessing that looks up the features of frozen towers, after adding those that are missing.
 
     Args:
         preprocess: of the model.
-        product: product encoder.
-        query: query encoder; the same one where weights are shared.
-        items: gives everything that will be asked for; called once for each frozen tower.
+        query: query encoder.
+        product: product encoder; the same one where weights are shared.
+        items: returns everything that will be looked up; called once for each frozen tower.
         folder: of all caches.
-        every_view: texts may lose fields in training.
-        device: where towers run.
-        batch_size: contents per step.
-        write: make what is missing.
+        options: how missing features are computed.
     """
     sides = {"query": query, "product": product}
     result = {"query": preprocess.query, "product": preprocess.product}
@@ -225,9 +235,10 @@ def cached(
             if not tower.frozen or not isinstance(tower, TextTower | ImageTower):
                 continue
             cache = FeatureCache(folder / f"{name}-{fingerprint(tower)}")
-            if write:
+            if options.write:
                 plain = [getattr(preprocess, side) for side in own]
-                fill(cache, tower, contents(items(), plain, name, every_view), device, batch_size)
+                needed = contents(items(), plain, name, options.every_view)
+                fill(cache, tower, needed, options.device, options.batch_size)
             for side in own:
                 inner = (
                     CachedText(tower.preprocess, cache) if name == "text" else CachedImage(cache)

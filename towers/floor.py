@@ -24,9 +24,11 @@ from tritower.retrieval.evaluating.comparison import (
 from tritower.retrieval.evaluating.evaluation_queries import Questions
 from tritower.retrieval.evaluating.untrained import Untrained, number_features
 from tritower.retrieval.lexical.records import Record, record_of, record_of_kind, typed_record
-from tritower.towers.metric import compared
-from tritower.towers.two_tower import TwoTower, exact_search, to_device
+from tritower.towers.encoding import to_device
+from tritower.towers.metric import to_score_space
+from tritower.towers.two_tower import TwoTower
 from tritower.towers.untrained import UntrainedTowers, untrained_features
+from tritower.towers.validation import exact_search
 
 ENCODED_AT_ONCE = 256
 
@@ -135,9 +137,9 @@ def _encode(
         tensors = to_device(preprocess(batch), model.device)
         tensors, untrained = untrained_features(encoder, towers, tensors)
         encoded = encoder(tensors)
-        vectors = compared(encoded.embedding.float(), side, model.metric) * encoded.present.any(
-            1, keepdim=True
-        )
+        vectors = to_score_space(
+            encoded.embedding.float(), side, model.metric
+        ) * encoded.present.any(1, keepdim=True)
         embeddings.append(vectors.cpu().numpy())
         for name, found in untrained.items():
             features[name].append(found.cpu().numpy())

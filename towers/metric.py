@@ -1,4 +1,4 @@
-"""What a model's embeddings are compared by, and what they become for it."""
+"""From embeddings to the vectors whose inner product is the score."""
 
 from __future__ import annotations
 
@@ -10,20 +10,22 @@ from torch import Tensor
 from tritower.datamodules.batch import Side
 
 Metric = Literal["cosine", "kl"]
-"""cosine: unit embeddings as they are.
+"""The measure that embeddings are compared by.
+
+cosine: unit embeddings as they are.
 kl: logits are sqrt(D) times the embedding, so that they vary by about 1, and a query lies next to
     the products whose softmax has the least Kullback-Leibler divergence from its own. That is not
     symmetric: a product may be near to a query that is far from it.
 """
 
 
-def compared(embedding: Tensor, side: Side, metric: Metric) -> Tensor:
+def to_score_space(embedding: Tensor, side: Side, metric: Metric) -> Tensor:
     """The vectors whose inner product is the score.
 
     Args:
         embedding: (B, D) unit vectors.
-        side: of what.
-        metric: what they are compared by.
+        side: of the embeddings.
+        metric: of the model.
 
     Returns:
         (B, D): the same under cosine. Under kl float32: probabilities p of queries, log q + log D
@@ -34,4 +36,6 @@ def compared(embedding: Tensor, side: Side, metric: Metric) -> Tensor:
         return embedding
     dim = embedding.shape[-1]
     logits = math.sqrt(dim) * embedding.float()
-    return logits.softmax(-1) if side == "query" else logits.log_softmax(-1) + math.log(dim)
+    if side == "query":
+        return logits.softmax(-1)
+    return logits.log_softmax(-1) + math.log(dim)

@@ -16,7 +16,8 @@ from tritower.datamodules.batch import NO_KEY, RELATIONS, Relation
 from tritower.datamodules.catalogue import product_keys
 from tritower.datamodules.held_out import ProductRows, RowBatches
 from tritower.datamodules.negatives import Negatives
-from tritower.towers.two_tower import TwoTower, to_device
+from tritower.towers.encoding import to_device
+from tritower.towers.two_tower import TwoTower
 
 logger = logging.getLogger(__name__)
 
@@ -180,7 +181,7 @@ def _embed(trainer: L.Trainer, model: TwoTower, folder: Path) -> None:
         products = ProductRows(data.products, shards[number], data.preprocess.product)
         parts = []
         for batch in data.loader(products, RowBatches(len(products.gallery), data.batch_size)):
-            encoded = model.encode_chunks(model.product, to_device(batch.items, model.device))
+            encoded = model.encode_batch(model.product, to_device(batch.items, model.device))
             parts.append(encoded.embedding.float().cpu().numpy())
         writer.write(names[number], [str(row) for row in shards[number]], np.concatenate(parts))
     model.train(was_training)

@@ -97,7 +97,7 @@ class StepTimes(L.Callback):
             workers = getattr(trainer.datamodule, "num_workers", 0)
             logger.warning(
                 "Training waits for data %.0f %% of the time: raise data.num_workers (now %d), prepare smaller "
-                "pictures, or keep the features of frozen towers (model.feature_cache).",
+                "pictures, or keep the features of frozen towers (model.encoding.feature_cache).",
                 100 * share,
                 workers,
             )

@@ -7,7 +7,7 @@ Three recalls that are never mixed, beside traditional search, with intervals.
     ann           relevant products found through the index: what users get
     ann_vs_exact  the index against exact search: what the index costs
 
-The result is one JSON object; docs/index.md names its keys.
+The result is one JSON object; docs/indexes.md names its keys.
 """
 
 from __future__ import annotations

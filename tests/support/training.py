@@ -81,7 +81,7 @@ class Diary(L.Callback):
 def diary(path: Path, **settings: int) -> list[str]:
     """Arguments that let a run keep a diary."""
     return [
-        "--trainer.callbacks+=training.Diary",
+        "--trainer.callbacks+=tests.support.training.Diary",
         f"--trainer.callbacks.path={path}",
         *(f"--trainer.callbacks.{name}={value}" for name, value in settings.items()),
     ]

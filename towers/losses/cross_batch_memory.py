@@ -1,45 +1,47 @@
-"""InfoNCE with more negatives than a batch has: the embeddings of past batches."""
+"""Cross-batch memory: embeddings of past batches as further negatives (XBM)."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tritower.datamodules.batch import NO_KEY, RELATIONS
-from tritower.towers.losses.loss import InfoNCE, Rows
+from tritower.towers.losses.rows import LossRows
+
+FIELDS = ("vectors", "keys", "offset", "present")
+"""The fields of `LossRows` that are remembered; judgements of past queries are not."""
 
 
-class MemoryInfoNCE(InfoNCE):
-    """InfoNCE whose rows are compared with embeddings of earlier steps too (XBM, arXiv:1912.06798).
+class CrossBatchMemory(nn.Module):
+    """The last `size` embeddings of each side (XBM, Wang et al. 2020, arXiv:1912.06798).
 
     They cost no encoding, and are as old as `size` examples are; so learning rates should be low.
-    Equal keys make positives of them too, or leave them out, as do the judgements of the batch's
-    queries; those of remembered queries are not kept. The memory is part of a checkpoint.
+    Keys and judgements of the batch's queries decide about pairs with them too. The memory is part
+    of a checkpoint.
 
     Args:
-        size: embeddings of each side that are remembered.
-        warmup: steps before they count: embeddings change fastest at first.
-        **settings: those of `InfoNCE`.
+        size: embeddings of each side.
+        warmup: steps before they are used: embeddings change fastest at first.
+
+    Raises:
+        ValueError: size below 1, or a negative warmup.
     """
 
-    def __init__(
-        self,
-        size: int = 8192,
-        warmup: int = 100,
-        **settings: Any,
-    ) -> None:
-        super().__init__(**settings)
+    steps: Tensor
+
+    def __init__(self, size: int = 8192, warmup: int = 100) -> None:
+        super().__init__()
         if size < 1 or warmup < 0:
             raise ValueError(
-                f"size={size}, warmup={warmup}: choose a size of at least 1, and no negative warmup."
+                f"size={size}, warmup={warmup}: choose a size of at least 1, and no negative "
+                "warmup."
             )
-        self.size, self.warmup = size, warmup
+        self.size = size
+        self.warmup = warmup
 
-    def set_dim(self, dim: int) -> None:
-        """Make room for embeddings of this size."""
+    def allocate(self, dim: int) -> None:
+        """Make room for embeddings of size D."""
         for side in ("query", "product"):
             self.register_buffer(f"{side}_vectors", torch.zeros(self.size, dim))
             self.register_buffer(f"{side}_keys", torch.full((self.size, len(RELATIONS)), NO_KEY))
@@ -48,28 +50,35 @@ class MemoryInfoNCE(InfoNCE):
             self.register_buffer(f"{side}_written", torch.zeros((), dtype=torch.int64))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
-    def known(self, side: str, rows: Rows) -> Rows:
-        """The rows, and those that are remembered; afterwards the rows are remembered in place of the oldest."""
-        memory = [
-            getattr(self, f"{side}_{name}") for name in ("vectors", "keys", "offset", "present")
-        ]
-        written: Tensor = getattr(self, f"{side}_written")
-        filled = min(int(written), self.size)
-        both = rows
-        if self.steps >= self.warmup and filled:
-            known = (
-                torch.cat([new, old[:filled]]) for new, old in zip(rows[:4], memory, strict=True)
-            )
-            judged, grades = (
-                F.pad(new, (0, 0, 0, filled), value=none)
-                for new, none in zip(rows[4:], (NO_KEY, 0), strict=True)
-            )
-            both = Rows(*known, judged, grades)
+    def extend(self, queries: LossRows, products: LossRows) -> tuple[LossRows, LossRows]:
+        """The rows with the remembered ones behind them; in training, remember the rows too."""
+        longer_queries = self._with_remembered("query", queries)
+        longer_products = self._with_remembered("product", products)
         if self.training:
-            latest = [tensor[-self.size :].detach() for tensor in rows[:4]]
-            place = (written + torch.arange(len(latest[0]), device=written.device)) % self.size
-            for old, new in zip(memory, latest, strict=True):
-                old[place] = new.to(old.dtype)
-            written += len(latest[0])
-            self.steps += side == "product"  # the second of a step
-        return both
+            self._remember("query", queries)
+            self._remember("product", products)
+            self.steps += 1
+        return longer_queries, longer_products
+
+    def _with_remembered(self, side: str, rows: LossRows) -> LossRows:
+        filled = min(int(getattr(self, f"{side}_written")), self.size)
+        if self.steps < self.warmup or not filled:
+            return rows
+        joined = []
+        for name in FIELDS:
+            remembered = getattr(self, f"{side}_{name}")[:filled]
+            joined.append(torch.cat([getattr(rows, name), remembered]))
+        judged = F.pad(rows.judged_products, (0, 0, 0, filled), value=NO_KEY)
+        weights = F.pad(rows.judgement_weights, (0, 0, 0, filled), value=0)
+        return LossRows(*joined, judged, weights)
+
+    def _remember(self, side: str, rows: LossRows) -> None:
+        """Write the rows over the oldest ones, in a ring."""
+        written: Tensor = getattr(self, f"{side}_written")
+        count = min(len(rows.vectors), self.size)
+        place = (written + torch.arange(count, device=written.device)) % self.size
+        for name in FIELDS:
+            buffer: Tensor = getattr(self, f"{side}_{name}")
+            latest = getattr(rows, name)[-self.size :].detach()
+            buffer[place] = latest.to(buffer.dtype)
+        written += count

@@ -1,8 +1,6 @@
-"""Losses of labelled pairs.
+"""Losses of labelled pairs: a label from 0 (not similar at all) to 1 for a query and a product.
 
-People said of a query and a product how similar they are, from 0 (not at all) to 1.
-
-Pairs without a label have no part in them; a batch without any loses nothing.
+Pairs without a label have no part in them; a batch without labels has loss 0.
 """
 
 from __future__ import annotations
@@ -11,15 +9,21 @@ import torch
 from torch import Tensor
 
 from tritower.datamodules.batch import Batch
+from tritower.towers.losses.contrastive import Loss
 from tritower.towers.losses.gather import gather_rows, num_processes
-from tritower.towers.losses.loss import Loss
 
 
 class PairLoss(Loss):
-    """Draws similar pairs together, and dissimilar ones apart until their cosine is below a margin (Hadsell 2006).
+    """Pull similar pairs together, and push others apart until their cosine is below a margin.
+
+    label * (1 - cosine)^2 + (1 - label) * max(cosine - margin, 0)^2, averaged over labelled pairs
+    (Hadsell, Chopra and LeCun 2006).
 
     Args:
         margin: cosine up to which a pair of label 0 is left alone.
+
+    Raises:
+        ValueError: a margin that is no cosine below 1.
     """
 
     def __init__(self, margin: float = 0.3) -> None:
@@ -29,18 +33,25 @@ class PairLoss(Loss):
         self.margin = margin
 
     def forward(self, query: Tensor, product: Tensor, batch: Batch) -> Tensor:
-        """The mean over labelled pairs; see `Loss.forward`."""
-        cosine, label = labelled(query, product, batch)
-        losses = label * (1 - cosine) ** 2 + (1 - label) * (cosine - self.margin).clamp(min=0) ** 2
+        """The mean over the labelled pairs of all processes; see `Loss.forward`."""
+        cosine, label = labeled_pairs(query, product, batch)
+        attraction = label * (1 - cosine) ** 2
+        repulsion = (1 - label) * (cosine - self.margin).clamp(min=0) ** 2
         count = gather_rows(torch.tensor([float(len(label))], device=query.device)).sum()
-        return num_processes() * losses.sum() / count.clamp(min=1)
+        return num_processes() * (attraction + repulsion).sum() / count.clamp(min=1)
 
 
 class CoSENT(Loss):
-    """Asks that of two labelled pairs the one with the higher label has the higher cosine (Su 2022).
+    """Of two labelled pairs, the one with the higher label should have the higher cosine.
+
+    log(1 + sum exp((cosine_i - cosine_j) / temperature)) over all i, j with label_i < label_j
+    (Su 2022, https://kexue.fm/archives/8847).
 
     Args:
         temperature: in cosine; a wrong order by more than this weighs heavily.
+
+    Raises:
+        ValueError: a temperature that is not above 0.
     """
 
     def __init__(self, temperature: float = 0.05) -> None:
@@ -50,29 +61,32 @@ class CoSENT(Loss):
         self.temperature = temperature
 
     def forward(self, query: Tensor, product: Tensor, batch: Batch) -> Tensor:
-        """log(1 + the sum of exp(cosine difference / temperature) over pairs of pairs); see `Loss.forward`."""
-        cosine, label = labelled(query, product, batch, gather=True)
-        worse = (
-            cosine[:, None] - cosine[None, :]
-        ) / self.temperature  # (n, n): row i should be below column j
-        ordered = worse[label[:, None] < label[None, :]]
-        return torch.cat([worse.new_zeros(1), ordered]).logsumexp(0) + 0.0 * query.sum()
+        """The loss over the labelled pairs of all processes; see `Loss.forward`."""
+        cosine, label = labeled_pairs(query, product, batch, gather=True)
+        difference = (cosine[:, None] - cosine[None, :]) / self.temperature  # (n, n)
+        should_be_below = label[:, None] < label[None, :]
+        terms = torch.cat([difference.new_zeros(1), difference[should_be_below]])
+        # The zero keeps the graph connected where no pair has a label.
+        return terms.logsumexp(0) + 0.0 * query.sum()
 
 
-def labelled(
+def labeled_pairs(
     query: Tensor, product: Tensor, batch: Batch, gather: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """(n,) cosines and (n,) labels of the pairs that have one.
+    """(n,) cosines and (n,) labels of the pairs that have a label.
 
     Args:
         query: (B, D) unit vectors.
         product: (P, D) unit vectors.
         batch: labels.
-        gather: of all processes.
+        gather: take the pairs of all processes.
     """
-    label = batch.weight.new_full((len(query),), torch.nan) if batch.label is None else batch.label
-    cosine = (query.float() * product[: len(query)].float()).sum(1)
+    label = batch.label
+    if label is None:
+        label = batch.weight.new_full((len(query),), torch.nan)
+    cosine = (query.float() * product[: len(query)].float()).sum(1)  # (B,)
     if gather:
-        cosine, label = gather_rows(cosine), gather_rows(label)
-    known = ~label.isnan()
-    return cosine[known], label[known]
+        cosine = gather_rows(cosine)
+        label = gather_rows(label)
+    has_label = ~label.isnan()
+    return cosine[has_label], label[has_label]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.support.loss_batches import keys, make_batch
-from tritower.towers.losses.loss import Loss
+from tritower.towers.losses.contrastive import Loss
 from tritower.towers.losses.pairs import CoSENT, PairLoss
 
 COSINES = [0.8, 0.1, 0.6]

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from tests.support.loss_batches import keys, make_batch, unit
 from tritower.datamodules.batch import NO_KEY, RELATIONS, Batch
-from tritower.towers.losses import loss as loss_module
-from tritower.towers.losses.cross_batch_memory import MemoryInfoNCE
-from tritower.towers.losses.loss import ContrastiveLoss, InfoNCE, SigmoidLoss, Targets, targets
-from tritower.towers.losses.sogclr import GlobalInfoNCE
+from tritower.towers.losses import blocks, info_nce, sigmoid
+from tritower.towers.losses.contrastive import ContrastiveLoss
+from tritower.towers.losses.info_nce import InfoNCE
+from tritower.towers.losses.sigmoid import SigmoidLoss
+from tritower.towers.losses.targets import PairRules, Targets, make_targets
 
 PRODUCT, GROUP, FAMILY = (RELATIONS.index(name) for name in ("product", "group", "family"))
 
@@ -38,11 +39,12 @@ def reference(loss: ContrastiveLoss, query: Tensor, product: Tensor, batch: Batc
         """Weight of a positive, 0 for a negative, None for a pair that is left out."""
         equal = {name: q[i] == p[i] != NO_KEY for i, name in enumerate(RELATIONS)}
         weight = max(
-            [1.0 if answer else 0.0] + [w for name, w in loss.positives.items() if equal[name]]
+            [1.0 if answer else 0.0]
+            + [w for name, w in loss.rules.positives.items() if equal[name]]
         )
-        if judged and "query" in loss.positives:
-            return judged * loss.positives["query"]
-        return None if not weight and any(equal[name] for name in loss.ignored) else weight
+        if judged and "query" in loss.rules.positives:
+            return judged * loss.rules.positives["query"]
+        return None if not weight and any(equal[name] for name in loss.rules.ignored) else weight
 
     Side = tuple[Tensor, Tensor, Tensor, list[bool]]
 
@@ -131,7 +133,7 @@ def test_either_direction_alone_by_hand() -> None:
         torch.testing.assert_close(value, expected)
 
 
-DEFAULTS = [InfoNCE, SigmoidLoss, MemoryInfoNCE, GlobalInfoNCE]
+DEFAULTS = [InfoNCE, SigmoidLoss]
 
 
 @pytest.mark.parametrize("loss", DEFAULTS)
@@ -139,8 +141,8 @@ def test_equal_products_groups_and_queries_are_positives_unless_told(
     loss: type[ContrastiveLoss],
 ) -> None:
     made = loss()
-    assert made.positives == {"product": 1.0, "group": 1.0, "query": 1.0}
-    assert made.ignored == ["family", "title", "picture"]
+    assert made.rules.positives == {"product": 1.0, "group": 1.0, "query": 1.0}
+    assert made.rules.ignored == ["family", "title", "picture"]
 
 
 @pytest.mark.parametrize(
@@ -342,13 +344,14 @@ def test_blocks_have_loss_and_gradients_of_the_whole_and_hold_no_more(
         return [value, *torch.autograd.grad(value, [query, product, *loss.parameters()])]
 
     whole, shapes = step(), []
-    monkeypatch.setattr(loss_module, "BLOCK", 100)
+    monkeypatch.setattr(blocks, "MAX_SCORES", 100)
 
     def counted(*arguments: Tensor, **named: Tensor) -> Targets:
         shapes.append((len(arguments[0]), len(arguments[1])))
-        return targets(*arguments, **named)
+        return make_targets(*arguments, **named)
 
-    monkeypatch.setattr(loss_module, "targets", counted)
+    monkeypatch.setattr(info_nce, "make_targets", counted)
+    monkeypatch.setattr(sigmoid, "make_targets", counted)
     for mine, expected in zip(step(), whole, strict=True):
         torch.testing.assert_close(mine, expected, atol=1e-6, rtol=1e-5)
     assert len(shapes) > 4 and max(rows * columns for rows, columns in shapes) <= 100
@@ -483,9 +486,10 @@ def test_targets_prefer_positive_to_ignored_to_negative() -> None:
         keys(4, product=[1, 5, 6, 7], group=[9, 2, 9, 9]),
     )
     product[:, FAMILY] = torch.tensor([3, 3, 3, 4])
-    found = targets(query, product, torch.tensor([3]), {"product": 1.0, "group": 0.5}, ["family"])
+    rules = PairRules({"product": 1.0, "group": 0.5}, ["family"])
+    found = make_targets(query, product, torch.tensor([3]), rules)
     assert found.positive.tolist() == [[1.0, 0.5, 0.0, 1.0]]
-    assert found.counts.tolist() == [[True, True, False, True]]
+    assert found.included.tolist() == [[True, True, False, True]]
 
 
 def test_a_product_that_answers_two_queries_is_pushed_away_by_neither() -> None:
@@ -506,16 +510,16 @@ def test_a_product_that_answers_two_queries_is_pushed_away_by_neither() -> None:
 def test_judged_pairs_are_left_out_where_the_relation_is() -> None:
     asked = keys(1, query=[5]), keys(2, product=[1, 2])
     judged = torch.tensor([[0.0, 0.5]])
-    found = targets(*asked, torch.tensor([0]), {"product": 1.0}, ["query"], judged=judged)
-    assert found.positive.tolist() == [[1.0, 0.0]] and found.counts.tolist() == [[True, False]]
+    rules = PairRules({"product": 1.0}, ["query"])
+    found = make_targets(*asked, torch.tensor([0]), rules, judgement=judged)
+    assert found.positive.tolist() == [[1.0, 0.0]] and found.included.tolist() == [[True, False]]
 
 
 def test_no_key_equals_nothing() -> None:
-    found = targets(
-        keys(2), keys(2), torch.tensor([0, 1]), {"product": 1.0}, ["group", "family", "title"]
-    )
+    rules = PairRules({"product": 1.0}, ["group", "family", "title"])
+    found = make_targets(keys(2), keys(2), torch.tensor([0, 1]), rules)
     assert found.positive.tolist() == [[1, 0], [0, 1]]
-    assert found.counts.all()
+    assert found.included.all()
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,7 @@ def test_a_typed_query_has_no_words_but_its_text() -> None:
     encoder = Encoder(
         8,
         text=BiLSTM(num_buckets=64, word_dim=4, hidden_dim=4),
-        words=HashedNgrams("{description}"),
+        lexical=HashedNgrams("{description}"),
     )
     items = encoder.preprocess("query")(
         [Item({"query": "red mug"}), DESCRIPTION, Item({"title": "Mug"}), Item()]
@@ -109,13 +109,13 @@ def test_a_typed_query_has_no_words_but_its_text() -> None:
 
 
 def test_typed_queries_are_read_where_it_is_said_so() -> None:
-    encoder = Encoder(8, words=HashedNgrams("{description}", typed=True))
+    encoder = Encoder(8, lexical=HashedNgrams("{description}", typed=True))
     items = encoder.preprocess("query")([Item({"query": "red mug"}), DESCRIPTION])
     assert items.present[:, 3].tolist() == [True, True]
-    assert sorted(items.words[0].tolist())[-3:] == sorted(
+    assert sorted(items.lexical[0].tolist())[-3:] == sorted(
         map(stable_hash, ["red", "mug", "red mug"])
     )
-    assert set(items.words[0].tolist()) - {0} <= set(items.words[1].tolist())
+    assert set(items.lexical[0].tolist()) - {0} <= set(items.lexical[1].tolist())
 
 
 def test_a_product_without_a_description_is_as_if_there_was_no_such_tower() -> None:
@@ -124,7 +124,7 @@ def test_a_product_without_a_description_is_as_if_there_was_no_such_tower() -> N
     encoder = Encoder(
         8,
         text=BiLSTM(num_buckets=64, word_dim=4, hidden_dim=4),
-        words=HashedNgrams("{description}"),
+        lexical=HashedNgrams("{description}"),
     )
     encoder.eval()
     embed = encoder.preprocess("product")
@@ -132,7 +132,7 @@ def test_a_product_without_a_description_is_as_if_there_was_no_such_tower() -> N
     together, alone = encoder(embed([DESCRIPTION, plain])), encoder(embed([plain]))
     torch.testing.assert_close(together.embedding[1], alone.embedding[0])
     assert together.shares[1].tolist() == [1, 0]
-    words, there = encoder.view(together, "words")
+    words, there = encoder.view(together, "lexical")
     assert there.tolist() == [True, False]
     assert not torch.equal(words[0], words[1])
 

@@ -19,7 +19,13 @@ from tritower.datamodules.catalogue import Table, product_item
 from tritower.datamodules.preprocess import Preprocess, stable_hash
 from tritower.towers import feature_cache as cache_module
 from tritower.towers.encoder import Encoder
-from tritower.towers.feature_cache import FeatureCache, cached, fingerprint, text_views
+from tritower.towers.feature_cache import (
+    CacheOptions,
+    FeatureCache,
+    cached,
+    fingerprint,
+    text_views,
+)
 from tritower.towers.hugging_face import HuggingFaceText
 from tritower.towers.image import TimmImage
 from tritower.towers.open_clip_models import OpenClipImage
@@ -54,9 +60,7 @@ def with_cache(
         encoder,
         lambda: iter(items),
         folder,
-        every_view=every_view,
-        device=CPU,
-        batch_size=2,
+        CacheOptions(every_view, CPU, batch_size=2),
     )
 
 
@@ -189,7 +193,8 @@ def test_only_frozen_towers_are_cached(bert: Path, tmp_path: Path) -> None:
 def test_two_encoders_have_a_cache_each(encoder: Encoder, bert: Path, tmp_path: Path) -> None:
     query = Encoder(8, HuggingFaceText(str(bert), pooling="cls", freeze=True)).eval()
     own = Preprocess(query.preprocess("query"), encoder.preprocess("product"))
-    preprocess = cached(own, encoder, query, lambda: ITEMS, tmp_path, every_view=False, device=CPU)
+    options = CacheOptions(every_view=False, device=CPU)
+    preprocess = cached(own, query, encoder, lambda: ITEMS, tmp_path, options)
     for side, one in (("query", query), ("product", encoder)):
         with torch.inference_mode():
             looked_up, plain = (
@@ -271,7 +276,7 @@ def test_training_with_a_cache_equals_training_without(
     tiny_catalogue: Path, bert: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = frozen(bert, weights)
-    cache = f"--model.feature_cache={tmp_path / 'features'}"
+    cache = f"--model.encoding.feature_cache={tmp_path / 'features'}"
     assert (
         fit(tiny_catalogue, tmp_path / "plain", *arguments, *diary(tmp_path / "plain.jsonl")) == 0
     )
@@ -299,7 +304,7 @@ def test_training_with_a_cache_equals_training_without(
 def test_titles_as_queries_are_in_the_cache_too(bert: Path, weights: Path, tmp_path: Path) -> None:
     """Without judgements and mates, held-out queries show their titles alone."""
     catalogue = write_catalogue(tmp_path / "C", num_groups=20, queries=False)
-    cache = f"--model.feature_cache={tmp_path / 'features'}"
+    cache = f"--model.encoding.feature_cache={tmp_path / 'features'}"
     arguments = [*frozen(bert, weights), cache, "--data.mates=none", "--data.views.field_dropout=0"]
     assert fit(catalogue, tmp_path / "run", *arguments) == 0
 

@@ -11,11 +11,13 @@ from tests.support.encoders import ITEMS, make_encoder
 from tests.support.loss_batches import keys
 from tritower.datamodules.batch import Batch, Item, Items
 from tritower.towers.encoder import Encoder
+from tritower.towers.encoding import EncodingOptions
 from tritower.towers.fusion import FUSIONS
-from tritower.towers.losses.loss import InfoNCE
+from tritower.towers.loss_terms import LossTerm
+from tritower.towers.losses.info_nce import InfoNCE
 from tritower.towers.losses.pairs import CoSENT, PairLoss
 from tritower.towers.text import BiLSTM
-from tritower.towers.two_tower import Comparison, TwoTower
+from tritower.towers.two_tower import TwoTower
 
 PART = torch.tensor(
     [
@@ -66,8 +68,8 @@ def test_parts_are_drawn_in_training_alone() -> None:
     assert torch.equal(drawn.rows(1, 3).part, drawn.part[1:3])
 
 
-def make_model(compare: list[Comparison] | None, **settings: object) -> TwoTower:
-    model = TwoTower(make_encoder(), compare=compare, **settings)
+def make_model(terms: list[LossTerm] | None, **settings: object) -> TwoTower:
+    model = TwoTower(make_encoder(), loss_terms=terms, **settings)
     model.set_schema(SCHEMA)
     model.log = lambda *_, **__: None
     return model
@@ -85,13 +87,13 @@ def make_batch(encoder: Encoder) -> Batch:
 
 
 def test_a_step_sums_up_what_is_compared_by_hand() -> None:
-    compare = [
-        Comparison(),
-        Comparison("part", "whole", 0.5),
-        Comparison("text", "image", 0.2),
-        Comparison(weight=0.1, loss=CoSENT()),
+    terms = [
+        LossTerm(),
+        LossTerm("part", "whole", 0.5),
+        LossTerm("text", "image", 0.2),
+        LossTerm(weight=0.1, loss=CoSENT()),
     ]
-    model = make_model(compare).eval()
+    model = make_model(terms).eval()
     batch = make_batch(model.product)
     query, product = model.query(batch.query), model.product(batch.product)
     plain = InfoNCE()
@@ -109,13 +111,13 @@ def test_a_step_sums_up_what_is_compared_by_hand() -> None:
 
 
 def test_chunks_have_the_loss_and_gradients_of_the_whole_with_parts() -> None:
-    compare = [Comparison(), Comparison("part", "whole"), Comparison("image", "image")]
-    model = make_model(compare)
+    terms = [LossTerm(), LossTerm("part", "whole"), LossTerm("image", "image")]
+    model = make_model(terms)
     model.eval()
     batch = make_batch(model.product)
     found = []
     for chunk_size in (None, 2):
-        model.chunk_size = chunk_size
+        model.encoding = EncodingOptions(chunk_size)
         model.zero_grad()
         loss = model.training_step(batch, 0)
         loss.backward()
@@ -135,7 +137,7 @@ def test_a_label_says_nothing_of_a_picture_that_is_not_there() -> None:
     there = batch.query.present[:, 1] & batch.product.present[:, 1]
     assert there.tolist()[:2] == [True, False] and not batch.label[:2].isnan().any()
     ordered, alone = (
-        make_model([Comparison("image", "image", loss=loss)]).eval()
+        make_model([LossTerm("image", "image", loss=loss)]).eval()
         for loss in (CoSENT(), PairLoss())
     )
     assert ordered.training_step(batch, 0).item() == 0.0
@@ -144,8 +146,8 @@ def test_a_label_says_nothing_of_a_picture_that_is_not_there() -> None:
 
 
 def test_each_comparison_has_a_temperature_of_its_own() -> None:
-    model = make_model([Comparison(), Comparison("part", "whole")], loss=InfoNCE(temperature=0.1))
-    scales = [loss.logit_scale for loss in model.losses]
+    model = make_model([LossTerm(), LossTerm("part", "whole")], loss=InfoNCE(temperature=0.1))
+    scales = [loss.logit_scale for loss in model.loss_terms.losses]
     assert scales[0] is model.loss.logit_scale and scales[1] is not scales[0]
     torch.testing.assert_close(scales[0], scales[1])
     assert {id(scale) for scale in scales} <= {id(parameter) for parameter in model.parameters()}
@@ -153,5 +155,7 @@ def test_each_comparison_has_a_temperature_of_its_own() -> None:
 
 def test_a_modality_that_an_encoder_lacks_is_refused() -> None:
     encoder = Encoder(8, text=BiLSTM(num_buckets=64, word_dim=4, hidden_dim=4))
-    with pytest.raises(ValueError, match="compare names 'image', but an encoder has no such tower"):
-        TwoTower(encoder, compare=[Comparison("image", "whole")])
+    with pytest.raises(
+        ValueError, match="loss_terms names 'image', but an encoder has no such tower"
+    ):
+        TwoTower(encoder, loss_terms=[LossTerm("image", "whole")])

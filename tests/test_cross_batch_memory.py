@@ -8,12 +8,12 @@ from torch import Tensor
 
 from tests.support.loss_batches import keys, make_batch, unit
 from tritower.datamodules.batch import NO_KEY, Batch
-from tritower.towers.losses.cross_batch_memory import MemoryInfoNCE
-from tritower.towers.losses.loss import InfoNCE
+from tritower.towers.losses.cross_batch_memory import CrossBatchMemory
+from tritower.towers.losses.info_nce import InfoNCE
 
 
-def make_loss(size: int = 8, warmup: int = 0, dim: int = 5) -> MemoryInfoNCE:
-    loss = MemoryInfoNCE(size=size, warmup=warmup)
+def make_loss(size: int = 8, warmup: int = 0, dim: int = 5) -> InfoNCE:
+    loss = InfoNCE(negatives=CrossBatchMemory(size, warmup))
     loss.set_dim(dim)
     return loss
 
@@ -74,7 +74,7 @@ def test_the_oldest_are_forgotten() -> None:
     vectors = [unit(3) for _ in range(3)]
     for number, rows in enumerate(vectors):
         loss(rows, rows, batch_of(3 * number))
-    held = {tuple(row.tolist()) for row in loss.product_vectors}
+    held = {tuple(row.tolist()) for row in loss.memory.product_vectors}
     assert held == {tuple(row.tolist()) for row in torch.cat(vectors)[-4:]}
 
 
@@ -120,4 +120,4 @@ def test_the_memory_and_its_place_are_in_the_checkpoint() -> None:
 @pytest.mark.parametrize("settings", [{"size": 0}, {"warmup": -1}])
 def test_impossible_settings_are_refused(settings: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="choose a size of at least 1"):
-        MemoryInfoNCE(**settings)
+        CrossBatchMemory(**settings)
