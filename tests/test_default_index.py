@@ -7,7 +7,7 @@ import pytest
 
 from tritower.artefacts.storage import ArtefactError
 from tritower.commands import index as commands
-from tritower.commands.query import query_type
+from tritower.commands.query import type_of_query
 from tritower.retrieval.building.build import DEFAULT_RECALL, build_index
 from tritower.retrieval.building.tuning.tuning_queries import without_own
 from tritower.retrieval.index import ProductIndex
@@ -247,4 +247,4 @@ def test_tuning_that_is_unfinished_is_refused(tmp_path, low_limit, capsys):
 )
 def test_a_query_of_one_modality_is_of_its_kind_and_a_mix_is_searched_for_all(shown, kind):
     everything = {"text": "", "image": [], "attribute": [], "more": False}
-    assert query_type(**{**everything, **shown}) == kind
+    assert type_of_query(**{**everything, **shown}) == kind

@@ -128,7 +128,7 @@ def test_ids_may_look_like_weights(shop, capsys):
 
 
 def test_of_each_group_one_is_found(shop, capsys):
-    found = run(shop, capsys, "--like", "p30", "--one-per", "group", "--k", 20)
+    found = run(shop, capsys, "--like", "p30", "--group-by", "group", "--k", 20)
     groups = [number(product) // 3 for product in found]
     assert len(found) == 20 == len(set(groups)) and 10 not in groups
 
@@ -149,7 +149,7 @@ def test_many_queries_are_filtered_too(shop, tmp_path, capsys):
             "--exclude-self",
             "--filter",
             "brand = Zed",
-            "--one-per",
+            "--group-by",
             "group",
             "--k",
             "5",

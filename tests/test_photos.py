@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from tritower.datamodules.catalogue import Table
-from tritower.datamodules.prepare.command import prepare
+from tritower.datamodules.prepare.command import JudgedFiles, prepare
 from tritower.retrieval.vectors.embeddings import EmbeddingWriter
 
 photos = importlib.import_module("benchmarks.photos")
@@ -52,7 +52,9 @@ def test_new_products_and_their_photos_are_of_no_training(tmp_path: Path) -> Non
     kept = [i for i in ids if i not in new]
     tables = {name: tmp_path / "new" / f"{name}.csv" for name in ("products", "queries", "qrels")}
     prepare(
-        tables["products"], tmp_path / "catalogue", queries=tables["queries"], qrels=tables["qrels"]
+        tables["products"],
+        tmp_path / "catalogue",
+        JudgedFiles(queries=tables["queries"], qrels=tables["qrels"]),
     )
     products, queries = (Table(tmp_path / "catalogue" / side) for side in ("products", "queries"))
     trained, trained_photos = (

@@ -16,9 +16,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.support.pictures import encode, noise, png_header
+from tests.support.preparing import prepare
 from tritower.artefacts import storage
 from tritower.datamodules.images import decode
-from tritower.datamodules.prepare.command import main, prepare
+from tritower.datamodules.prepare.command import main
 from tritower.datamodules.prepare.summary import summary
 from tritower.datamodules.prepare.tables import CatalogueError
 from tritower.datamodules.schema import Schema
@@ -748,7 +749,7 @@ def test_command_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None
         (["--max-problems", "101%"], "--max-problems '101%' must be"),
         (["--image-root", "/gone"], "--image-root /gone: no such folder"),
         (["--image-size", "2"], "--image-size 2: at least 16"),
-        (["--background", "no"], "--background 'no' is no colour"),
+        (["--background", "no"], "--background 'no' is no color"),
         (["--qrels", "products.csv"], "need different names"),
         (["--val-share", "1"], "must sum to less than 1"),
         (

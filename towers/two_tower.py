@@ -151,8 +151,6 @@ class TwoTower(HeldOutSearch):
         """Names of the query encoder's towers."""
         return list(self.query.towers)
 
-    # ------------------------------------------------------------------ training
-
     def configure_model(self) -> None:
         """Create the parameters that depend on the schema, before callbacks copy the model."""
         if self.schema is None:
@@ -217,8 +215,6 @@ class TwoTower(HeldOutSearch):
         self.planned_steps = steps
         groups = parameter_groups(self, self.encoders, self.optimizer_options)
         return make_optimizer(groups, self.optimizer_options, steps)
-
-    # ------------------------------------------------------------------ checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add plain data only, so that checkpoints load in torch's safe mode."""

@@ -13,14 +13,12 @@ import csv
 import json
 import multiprocessing
 import shutil
-import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -31,6 +29,7 @@ from tritower.datamodules.samples.oracle import oracle
 from tritower.datamodules.samples.pictures import photograph
 from tritower.datamodules.samples.queries import Query, draw_queries
 from tritower.datamodules.samples.text import STYLES
+from tritower.terminal.commands import call, exit_code, make_command_parser
 
 K = 10
 """The oracle tells recall@K."""
@@ -253,33 +252,44 @@ def oracle_report(
     }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code."""
-    parser = ArgumentParser(
-        prog="python -m datamodules.samples", description=__doc__, allow_abbrev=False
-    )
-    parser.add_argument("--output", type=Path, required=True, help="a new folder")
-    parser.add_argument("--products", type=int, default=3000, help="number of listings")
-    parser.add_argument("--seed", type=int, default=0, help="of everything random")
-    parser.add_argument("--image-size", type=int, default=64, help="side of the pictures in pixels")
-    parser.add_argument("--num-workers", type=int, default=2, help="processes that draw pictures")
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace a sample catalogue that stands there"
-    )
-    options = parser.parse_args(argv)
+def make_samples(
+    output: Path,
+    products: int = 3000,
+    seed: int = 0,
+    image_size: int = 64,
+    num_workers: int = 2,
+    overwrite: bool = False,
+) -> None:
+    """Draw the sample catalogue and print what an oracle finds in it.
+
+    Args:
+        output: a new folder.
+        products: number of listings.
+        seed: another number draws another catalogue.
+        image_size: side of the pictures in pixels.
+        num_workers: processes that draw pictures.
+        overwrite: replace an existing sample catalogue.
+    """
     start = time.perf_counter()
-    try:
-        recall = write_samples(**vars(options))
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    table = Table(
-        "modalities", f"recall@{K}", title="What an oracle finds: other listings of the same thing"
+    recall = write_samples(
+        output,
+        products=products,
+        seed=seed,
+        image_size=image_size,
+        num_workers=num_workers,
+        overwrite=overwrite,
     )
+    title = "What an oracle finds: other listings of the same thing"
+    table = Table("modalities", f"recall@{K}", title=title)
     for subset, value in recall.items():
         table.add_row(subset, f"{value:.3f}")
     Console().print(table)
-    print(
-        f"wrote {options.products} products to {options.output} in {time.perf_counter() - start:.1f} s"
-    )
-    return 0
+    seconds = time.perf_counter() - start
+    print(f"wrote {products} products to {output} in {seconds:.1f} s")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    parser = make_command_parser("python -m datamodules.samples", __doc__ or "", make_samples)
+    options = parser.parse_args(arguments).as_dict()
+    return exit_code(lambda: call(make_samples, options), (OSError, ValueError), "interrupted")

@@ -2,29 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 
-def embed(
-    model: Path,
-    catalogue: Path,
-    output: Path,
-    batch_size: int = 256,
-    num_workers: int = 0,
-    accelerator: str = "auto",
-    devices: int | str = "auto",
-    precision: str = "32-true",
-    feature_cache: Path | None = None,
-    skip_untrained: bool = False,
-) -> int:
-    """Embed a prepared catalogue.
+@dataclass(frozen=True)
+class EmbedOptions:
+    """How the model runs.
 
-    Products, its queries, and queries to tune by. Goes on where a killed run stopped.
-
-    Args:
-        model: model folder, as training exports it.
-        catalogue: prepared catalogue.
-        output: folder to make, with products/, queries/ and tuning/ in it.
+    Attributes:
         batch_size: items at a time.
         num_workers: processes that read and decode.
         accelerator: auto, cpu or gpu.
@@ -35,19 +21,40 @@ def embed(
             evaluate shows what they find by themselves. They are written where the catalogue has
             queries, as float16.
     """
+
+    batch_size: int = 256
+    num_workers: int = 0
+    accelerator: str = "auto"
+    devices: int | str = "auto"
+    precision: str = "32-true"
+    feature_cache: Path | None = None
+    skip_untrained: bool = False
+
+
+def embed(model: Path, catalogue: Path, output: Path, options: EmbedOptions) -> int:
+    """Embed a prepared catalogue: products, its queries, and tuning queries.
+
+    A killed run is continued by the same command.
+
+    Args:
+        model: model folder, as training exports it.
+        catalogue: prepared catalogue.
+        output: folder to make, with products/, queries/ and tuning/ in it.
+        options: how the model runs
+    """
     from tritower.towers.embed import embed as embed_catalogue
 
     embed_catalogue(
         model,
         catalogue,
         output,
-        batch_size=batch_size,
-        num_workers=num_workers,
-        accelerator=accelerator,
-        devices=devices,
-        precision=precision,
-        feature_cache=feature_cache,
-        untrained=not skip_untrained,
+        batch_size=options.batch_size,
+        num_workers=options.num_workers,
+        accelerator=options.accelerator,
+        devices=options.devices,
+        precision=options.precision,
+        feature_cache=options.feature_cache,
+        untrained=not options.skip_untrained,
     )
     print(f"embeddings: {output}")
     return 0

@@ -6,7 +6,6 @@ Each command explains its options: `python index.py search --help`. docs/indexes
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Callable
 
 from tritower.artefacts.storage import ArtefactError
@@ -16,7 +15,7 @@ from tritower.commands.evaluate import evaluate
 from tritower.commands.search import search
 from tritower.commands.update import update
 from tritower.commands.verify import verify
-from tritower.terminal.commands import make_parser, run
+from tritower.terminal.commands import exit_code, make_parser, run
 
 COMMANDS: dict[str, Callable[..., int]] = {
     "embed": embed,
@@ -26,21 +25,16 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "update": update,
     "verify": verify,
 }
+USER_ERRORS = (ArtefactError, ValueError, OSError)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point of `tritower-index`; returns the exit code.
+    """Entry point of `tritower-index`.
 
-    1 for a problem with what was given, 2 for usage.
+    Returns:
+        The exit code: 1 for a problem with what was given, 2 for usage.
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("tritower").setLevel(logging.INFO)
     parser = make_parser("index.py", __doc__ or "", COMMANDS)
-    try:
-        return int(run(parser, COMMANDS, arguments))
-    except (ArtefactError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    return exit_code(lambda: run(parser, COMMANDS, arguments), USER_ERRORS, "interrupted")

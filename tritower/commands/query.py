@@ -2,44 +2,146 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from tritower.datamodules.batch import Item
     from tritower.retrieval.index import ProductIndex
     from tritower.retrieval.more_like_this import Weighted
     from tritower.retrieval.products.catalogue import Card, PreparedCatalogue
 
 
-def encode_query(
-    index: ProductIndex, model: Path | None, text: str, image: list[Path], attribute: list[str]
-) -> tuple[list[np.ndarray], Card]:
-    """The vector of one query item, and what to show of it."""
-    from tritower.retrieval.products.catalogue import Card
+@dataclass(frozen=True)
+class QueryOptions:
+    """A query: any mix of text, pictures, attributes, products and a vector.
+
+    Attributes:
+        model: model folder; the one that made the embeddings when not given.
+        text: what a customer types.
+        image: picture files, of one thing.
+        attribute: attributes as name=value, e.g. brand=Acme price=59.9 "category=Shoes > Boots"
+            "tags=red|wool".
+        like: ids of products, each as ID or ID=WEIGHT; they and all of their groups are left out of
+            the hits.
+        unlike: ids of products to lead away from, in the same way.
+        unlike_text: a text to lead away from.
+        vector: .npy file with one vector.
+        normalize: scale given vectors of any length to length 1.
+    """
+
+    model: Path | None = None
+    text: str = ""
+    image: list[Path] = field(default_factory=list)
+    attribute: list[str] = field(default_factory=list)
+    like: list[str] = field(default_factory=list)
+    unlike: list[str] = field(default_factory=list)
+    unlike_text: str = ""
+    vector: Path | None = None
+    normalize: bool = False
+
+    @property
+    def has_item(self) -> bool:
+        """Whether there is something for the model to encode."""
+        return bool(self.text or self.image or self.attribute)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is no query at all."""
+        products = self.like or self.unlike
+        return not (self.has_item or products or self.unlike_text or self.vector)
+
+
+class ParsedQuery(NamedTuple):
+    """A query as it is searched.
+
+    Attributes:
+        vector: (1, D) float32.
+        query_type: "text", "image", ...; None for a mix.
+        products: ids of the products to be like or unlike.
+        card: the query as it is shown.
+    """
+
+    vector: np.ndarray
+    query_type: str | None
+    products: list[str]
+    card: Card
+
+
+def parse_query(
+    index: ProductIndex, options: QueryOptions, catalogue: PreparedCatalogue | None
+) -> ParsedQuery:
+    """The vector of a query: the weighted sum of its parts."""
+    from tritower.retrieval.more_like_this import combined
+    from tritower.retrieval.vectors.checks import as_queries
+
+    products = parse_products(index, options.like, 1) + parse_products(index, options.unlike, -1)
+    card = None
+    vectors: list[np.ndarray] = []
+    weights: list[float] = []
+    if options.has_item:
+        item = parse_item(index, options)
+        vectors.append(encode(index, options.model, item))
+        weights.append(1.0)
+        card = query_card_of_item(item)
+    if options.unlike_text:
+        text = QueryOptions(text=options.unlike_text, model=options.model)
+        vectors.append(encode(index, options.model, parse_item(index, text)))
+        weights.append(-1.0)
+    for product, weight in products:
+        vectors.append(as_queries(index.vector_of(product), index.metric))
+        weights.append(weight)
+    if options.vector is not None:
+        vectors.append(read_vector(options.vector, index, options.normalize))
+        weights.append(1.0)
+    if weights == [1.0]:
+        vector = vectors[0].reshape(1, -1)
+    else:
+        vector = combined(vectors, weights, index.metric)
+    if card is None:
+        card = query_card_of_product(catalogue, products[0].what if products else "")
+    more = bool(products or options.unlike_text)
+    query_type = type_of_query(options.text, options.image, options.attribute, more)
+    return ParsedQuery(vector, query_type, [product for product, _ in products], card)
+
+
+def parse_item(index: ProductIndex, options: QueryOptions) -> Item:
+    """The query item that the model encodes.
+
+    Raises:
+        ValueError: an attribute that the model does not know, or a picture that cannot be read.
+    """
+    from tritower.datamodules.batch import Item
+    from tritower.datamodules.prepare.catalogue import parse_attribute
+    from tritower.datamodules.schema import Schema
+    from tritower.retrieval.showing.present import find_model
+
+    schema = Schema.load(find_model(index, options.model) / "schema.json")
+    by_name = {attribute.name: attribute for attribute in schema.attributes}
+    attributes = {}
+    for text in options.attribute:
+        name, equals, value = text.partition("=")
+        if not equals or name not in by_name:
+            choices = ", ".join(by_name) or "none"
+            raise ValueError(f"attribute {text!r}; expected name=value with one of {choices}")
+        attributes[name] = parse_attribute(by_name[name], value)
+    pictures = [read_picture(file) for file in options.image]
+    return Item({"query": options.text} if options.text else {}, pictures, attributes)
+
+
+def encode(index: ProductIndex, model: Path | None, item: Item) -> np.ndarray:
+    """(D,) float32, the vector of one query item."""
     from tritower.retrieval.showing.present import find_model
 
     folder = find_model(index, model)
 
-    from tritower.datamodules.batch import Item
-    from tritower.datamodules.prepare.catalogue import parse_attribute
-    from tritower.datamodules.schema import Schema
     from tritower.towers.model_folder import load_model
 
-    known = {a.name: a for a in Schema.load(folder / "schema.json").attributes}
-    attributes = {}
-    for fact in attribute:
-        name, equals, value = fact.partition("=")
-        if not equals or name not in known:
-            raise ValueError(
-                f"attribute {fact!r}; expected name=value with one of {', '.join(known) or 'none'}"
-            )
-        attributes[name] = parse_attribute(known[name], value)
-    item = Item({"query": text} if text else {}, [read_picture(file) for file in image], attributes)
-    return list(load_model(folder).encode([item], side="query")), Card(
-        *item[:1], item.attributes, item.images
-    )
+    vector: np.ndarray = load_model(folder).encode([item], side="query")[0]
+    return vector
 
 
 def read_picture(file: Path) -> bytes:
@@ -65,6 +167,13 @@ def parse_products(index: ProductIndex, texts: list[str], sign: int) -> list[Wei
         return bool((index.rows_of(pa.array([text])) >= 0).all())
 
     return [parse_weighted(text, is_id, sign=sign) for text in texts]
+
+
+def query_card_of_item(item: Item) -> Card:
+    """What a page shows as the query."""
+    from tritower.retrieval.products.catalogue import Card
+
+    return Card(item.text, item.attributes, item.images)
 
 
 def query_card_of_product(catalogue: PreparedCatalogue | None, like: str) -> Card:
@@ -99,8 +208,8 @@ def read_vector(file: Path, index: ProductIndex, normalize: bool) -> np.ndarray:
     )[0]
 
 
-def query_type(text: str, image: list[Path], attribute: list[str], more: bool) -> str | None:
-    """The type of a query of one modality; None for a mix, which gets the settings of the hardest."""
+def type_of_query(text: str, image: list[Path], attribute: list[str], more: bool) -> str | None:
+    """The type of a query of one modality; None for a mix of several."""
     shown = {"text": text, "image": image, "product:attribute": attribute, "product": more}
     kinds = [kind for kind, what in shown.items() if what]
     return kinds[0] if len(kinds) == 1 else None
