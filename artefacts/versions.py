@@ -1,6 +1,6 @@
 """Versions of an artefact in one place.
 
-Each written once, one in use, none changed or taken away while somebody reads.
+Each is written once, one is in use, and none is changed or removed while somebody reads it.
 
     index/
       CURRENT             "000002": the version in use, replaced in one step
@@ -12,10 +12,6 @@ Publishing makes a new version beside the others, flushes it, reads it back, giv
 only then names it in `CURRENT`. Whoever is killed on the way leaves the old version in use and a
 temporary name, which the next writer removes. Readers hold a shared lock on the version they have
 open; one that is held is not removed.
-
-A folder of the first release is an artefact folder without versions. It opens as it is; a publish
-with `upgrade` makes it version 000001: until CURRENT is there it is what is opened, then its names
-are removed from the root.
 """
 
 from __future__ import annotations
@@ -69,7 +65,6 @@ def publish(
     meta: Mapping[str, JSON],
     base: str | None = None,
     keep: int = 2,
-    upgrade: bool = False,
 ) -> Iterator[Path]:
     """Yield an empty temporary folder that becomes the version in use when the block ends without an exception.
 
@@ -80,8 +75,6 @@ def publish(
         base: name of the version that this work started from; None = the one in use when the block
             begins. If another one is in use when the block ends, nothing is published.
         keep: versions to keep, the new one among them; older ones go once nobody reads them.
-        upgrade: keep a folder of the first release that is there as version 000001 (hard links,
-            nothing is copied) and publish beside it; without, such a place is refused.
 
     Raises:
         ArtefactError: `root` is something else, another publisher was quicker, or the version could
@@ -90,7 +83,7 @@ def publish(
     root = Path(root)
     if keep < 1:
         raise ValueError(f"keep={keep}; expected at least 1, the version in use")
-    _check_place(root, kind, upgrade)
+    _check_place(root, kind)
     started_from = _pointer(root) if base is None else f"{base}\n".encode()
     _check_base(root, started_from)
     with temporary(root / VERSIONS / "version", folder=True) as new:
@@ -100,7 +93,6 @@ def publish(
         new.lock.share()  # from CURRENT's change on it has readers
         with _alone(root):
             _check_base(root, started_from)
-            _adopt_first_release(root, kind)
             overtaken = _newer_than_current(root)
             _switch_to(root, new.path)
             _tidy(root, overtaken, keep)
@@ -150,8 +142,7 @@ def open_version(root: Path | str, read: Callable[[Path], T], fall_back: bool = 
     """`read(folder)` of the version in use, or of the newest older one that reads well.
 
     Args:
-        root: the place of all versions, or one artefact folder: a version, or an index of the first
-            release.
+        root: the place of all versions, or one artefact folder such as a version.
         read: opens what it needs, and raises ArtefactError or OSError where that is damaged.
         fall_back: whether an older version is better than none; the note, also logged as a warning,
             says why.
@@ -173,11 +164,8 @@ def open_version(root: Path | str, read: Callable[[Path], T], fall_back: bool = 
 
 
 def occupied(root: Path | str) -> bool:
-    """Whether a publish would replace something.
-
-    A version in use, or a folder of the first release.
-    """
-    return (Path(root) / CURRENT).exists() or (Path(root) / MANIFEST).exists()
+    """Whether a version is in use there, which a publish would replace."""
+    return (Path(root) / CURRENT).exists()
 
 
 def collect(root: Path | str, keep: int = 2) -> list[str]:
@@ -243,7 +231,7 @@ def _newer_than_current(root: Path) -> list[Path]:
     )
 
 
-def _check_place(root: Path, kind: str, upgrade: bool) -> None:
+def _check_place(root: Path, kind: str) -> None:
     """Refuse a place that holds something else."""
     if root.exists() and not root.is_dir():
         raise ArtefactError(f"{root} is a file; expected a folder, or nothing")
@@ -257,11 +245,9 @@ def _check_place(root: Path, kind: str, upgrade: bool) -> None:
             raise ArtefactError(
                 f"{root} is one version, which never changes: name {root.parent.parent}"
             )
-        if not upgrade:
-            raise ArtefactError(
-                f"{root} is a folder of the first release, without versions ({kind}): choose another place, or replace "
-                "it (overwrite); it is then kept as an old version"
-            )
+        raise ArtefactError(
+            f"{root} is an artefact folder without versions ({kind}): choose another place"
+        )
     elif others := _other_things(root):
         raise ArtefactError(
             f"{root} holds other things ({', '.join(others[:5])}): choose a new or empty folder"
@@ -323,44 +309,17 @@ def _switch_to(root: Path, new: Path) -> None:
         raise
 
 
-def _adopt_first_release(root: Path, kind: str) -> None:
-    """Make the folder that `root` was in the first release a version, unless it is damaged."""
-    if not (root / MANIFEST).exists() or (root / CURRENT).exists():
-        return
-    try:
-        manifest = storage.verify(root, kind)
-    except ArtefactError as error:
-        logger.warning("not kept as an old version: %s", error)
-        return
-    with temporary(root / VERSIONS / "version", folder=True) as new:
-        for name in (*manifest.files, MANIFEST):
-            files.make_folder((new.path / name).parent)
-            files.system.link(root / name, new.path / name)
-        for folder in {(new.path / name).parent for name in (*manifest.files, MANIFEST)}:
-            files.fsync(folder)
-        files.system.rename(new.path, _next(root))
-
-
 def _tidy(root: Path, overtaken: list[Path], keep: int) -> None:
     """Remove what a publish has made superfluous.
 
     It has succeeded by now: what stays is removed by the next one.
     """
     try:
-        _remove_first_release(root)
         for folder in overtaken:
             _discard(folder)
         _collect(root, keep)
     except (OSError, ArtefactError) as error:
         logger.warning("old versions of %s could not all be removed: %s", root, error)
-
-
-def _remove_first_release(root: Path) -> None:
-    """Remove the first release's names from `root`; the manifest, which lists them, last."""
-    if (root / MANIFEST).exists():
-        for name in (*storage.read_manifest(root).files, MANIFEST):
-            with suppress(FileNotFoundError):
-                files.system.unlink(root / name)
 
 
 def _collect(root: Path, keep: int) -> list[str]:

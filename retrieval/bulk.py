@@ -51,7 +51,7 @@ def bulk_search(
     settings: Settings | None = None,
     exclude_self: bool = False,
     filter: Filter | str | None = None,
-    one_per: Grouping | None = None,
+    group_by: Grouping | None = None,
 ) -> BulkResult:
     """Write the nearest products of every query.
 
@@ -67,7 +67,7 @@ def bulk_search(
         settings: how to search; None for the index's own.
         exclude_self: leave out the product with the query's own id.
         filter: what may be found; None for all.
-        one_per: find at most one product of each "group" or "family".
+        group_by: find at most one product of each "group" or "family".
 
     Raises:
         ValueError: k < 1, or settings or vectors that do not suit the index.
@@ -91,7 +91,7 @@ def bulk_search(
         "k_factor": settings.k_factor,
         "exclude_self": exclude_self,
         "filter": None if chosen is None else str(chosen),
-        "one_per": one_per,
+        "group_by": group_by,
     }
     folder = ShardFolder(
         output.with_name(f"{output.name}.parts") if single else output, kind=KIND, identity=identity
@@ -103,7 +103,7 @@ def bulk_search(
     for name, batch in blocks:
         names.append(name)
         if not folder.done(name):
-            table = _search(index, batch, k, settings, exclude_self, chosen, one_per)
+            table = _search(index, batch, k, settings, exclude_self, chosen, group_by)
             folder.write(name, table, row_group_size=131_072)
             searched += len(batch.ids)
     hits = folder.finish(names).meta["count"]
@@ -128,10 +128,10 @@ def _search(
     settings: Settings,
     exclude_self: bool,
     filter: Filter | None,
-    one_per: Grouping | None,
+    group_by: Grouping | None,
 ) -> pa.Table:
     hits = index.search(
-        batch.vectors, k + exclude_self, settings=settings, filter=filter, one_per=one_per
+        batch.vectors, k + exclude_self, settings=settings, filter=filter, group_by=group_by
     )
     query, place = np.nonzero(hits.rows >= 0)  # -1 never reaches the table of ids
     product_ids = index.all_ids().take(pa.array(hits.rows[query, place]))

@@ -55,7 +55,9 @@ def write_tuning(folder, count=300, model="model-a"):
 
 def recall_of(index, stored, vectors, **options):
     truth = np.argsort(-(vectors @ stored.T), axis=1)[:, :10]
-    return metrics.recall_at_k(index.search(vectors, 10, **options).rows, truth, 10)
+    return metrics.recall_at_k(
+        index.search(vectors, 10, settings=index.resolve(**options)).rows, truth, 10
+    )
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tritower.retrieval.filtering.group_by import one_each, with_relatives, without_rows
+from tritower.retrieval.filtering.group_by import (
+    mask_with_relatives,
+    search_excluding,
+    search_grouped,
+)
 from tritower.retrieval.ranking.hits import Hits
 
 
@@ -52,7 +56,7 @@ def test_one_of_each_is_the_ranking_without_what_belongs_to_an_earlier_hit(data,
     )
     codes = rng.integers(-1, groups, count).astype(np.int32)
     exact = Exact(vectors)
-    scores, rows = one_each(exact.search, exact.without, queries, k, codes)
+    scores, rows = search_grouped(exact.search, exact.without, queries, k, codes)
     assert rows.tolist() == [naive(vectors, query, k, codes) for query in queries]
     found = rows >= 0
     assert np.allclose(scores[found], (queries @ vectors.T)[np.nonzero(found)[0], rows[found]])
@@ -65,17 +69,17 @@ def test_one_group_that_fills_every_first_result_hides_no_other():
     vectors = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
     codes = np.array([0] * 10_000 + [1, 2, 2, -1, 3], np.int32)
     exact = Exact(vectors)
-    rows = one_each(exact.search, exact.without, np.array([[1.0, 0.0]], np.float32), 4, codes)[1]
+    rows = search_grouped(exact.search, exact.without, np.array([[1.0, 0.0]], np.float32), 4, codes)[1]
     assert rows.tolist() == [[0, 10_000, 10_001, 10_003]]
     assert exact.calls == 3  # two of growing size, one without the large group
-    rows = one_each(exact.search, exact.without, np.array([[1.0, 0.0]], np.float32), 7, codes)[1]
+    rows = search_grouped(exact.search, exact.without, np.array([[1.0, 0.0]], np.float32), 7, codes)[1]
     assert rows.tolist() == [[0, 10_000, 10_001, 10_003, 10_004, -1, -1]]
 
 
 def test_one_search_is_enough_where_nothing_belongs_together():
     vectors = np.random.default_rng(0).standard_normal((100, 2)).astype(np.float32)
     exact = Exact(vectors)
-    rows = one_each(exact.search, exact.without, vectors[:5], 10, np.full(100, -1, np.int32))[1]
+    rows = search_grouped(exact.search, exact.without, vectors[:5], 10, np.full(100, -1, np.int32))[1]
     assert exact.calls == 1
     assert rows.tolist() == exact.search(vectors[:5], 10)[1].tolist()
 
@@ -86,7 +90,7 @@ def test_one_search_is_enough_where_nothing_belongs_together():
 )
 def test_relatives_are_all_rows_of_the_same_code(rows, relatives):
     codes = np.array([-1, 7, 3, 3, 7, -1], np.int32)
-    assert np.flatnonzero(with_relatives(np.array(rows, np.int64), codes)).tolist() == relatives
+    assert np.flatnonzero(mask_with_relatives(np.array(rows, np.int64), codes)).tolist() == relatives
 
 
 @given(st.integers(0, 1000), st.integers(1, 20), st.integers(1, 8), st.integers(0, 5))
@@ -98,7 +102,7 @@ def test_rows_left_out_leave_the_ranking_of_the_others(seed, count, k, left_out)
         rng.standard_normal((2, 2)).astype(np.float32),
     )
     out = rng.permutation(count)[:left_out]
-    rows = without_rows(Exact(vectors).search, queries, k, out)[1]
+    rows = search_excluding(Exact(vectors).search, queries, k, out)[1]
     for query, found in zip(queries, rows, strict=True):
         ranking = [row for row in np.argsort(-(vectors @ query), kind="stable") if row not in out]
         assert found.tolist() == (ranking + [-1] * k)[:k]

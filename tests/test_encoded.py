@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tritower.retrieval.building.assemble import write_mapped
-from tritower.retrieval.index import IdTable
+from tritower.retrieval.id_table import IdTable
 from tritower.retrieval.ivf import encoded
 from tritower.retrieval.ivf.encoded import Blocks, grouped_lists, to_table
 from tritower.retrieval.ivf.engine import Engine, Settings

@@ -174,7 +174,7 @@ def test_an_index_without_attributes_says_so(shop, tmp_path, capsys):
         )
         == 1
     )
-    assert "knows no attributes" in capsys.readouterr().err
+    assert "holds no attributes" in capsys.readouterr().err
     assert ProductIndex.open(tmp_path / "i").attributes is None
     assert (
         commands.main(["search", "--index", str(tmp_path / "i"), "--like", "p1", "p2", "--json"])

@@ -137,7 +137,9 @@ def test_nprobe_and_k_factor_reach_the_lists_through_every_wrapper(
     truth = exact(queries, stored, 10)
 
     def recall(**settings):
-        return metrics.recall_at_k(index.search(queries, 10, **settings).rows, truth, 10)
+        return metrics.recall_at_k(
+            index.search(queries, 10, settings=index.resolve(**settings)).rows, truth, 10
+        )
 
     full = recall(nprobe=32, k_factor=50)
     assert full >= floor
@@ -255,7 +257,9 @@ def test_vectors_of_mixed_lengths_find_themselves_once_they_are_normalised(tmp_p
     for factory in ("Flat", "IVF16,PQ8x4fsr,Refine(SQfp16)"):
         build_index(reader, tmp_path / factory, Recipe(factory))
         index = ProductIndex.open(tmp_path / factory)
-        rows = index.search(unit(vectors), 1, nprobe=index.num_lists, k_factor=50).rows[:, 0]
+        rows = index.search(unit(vectors), 1, settings=index.resolve(index.num_lists, 50)).rows[
+            :, 0
+        ]
         assert (rows == np.arange(1000)).all()
     as_they_are = EmbeddingReader(
         tmp_path / "v.npy", ids=tmp_path / "ids.txt", metric="inner_product"
@@ -315,13 +319,23 @@ def test_faulty_queries_never_reach_faiss(ivf, case):
         ({"nprobe": 0}, r"nprobe=0; expected an integer from 1 to 128"),
         ({"nprobe": 129}, r"nprobe=129; expected an integer from 1 to 128, the number of lists"),
         ({"nprobe": 2.0}, r"nprobe=2\.0"),
+    ],
+)
+def test_faulty_arguments_are_refused(ivf, queries, options, message):
+    with pytest.raises(ValueError, match=message):
+        ivf.search(queries, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
         ({"k_factor": 0.5}, r"k_factor=0\.5; expected a number of at least 1"),
         ({"k_factor": float("nan")}, r"k_factor=nan"),
     ],
 )
-def test_faulty_settings_are_refused(ivf, queries, options, message):
+def test_faulty_settings_are_refused(ivf, options, message):
     with pytest.raises(ValueError, match=message):
-        ivf.search(queries, **options)
+        ivf.resolve(**options)
 
 
 def test_probing_an_index_without_lists_is_an_error(flat, queries):

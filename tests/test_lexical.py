@@ -208,7 +208,7 @@ def test_search_ranks_by_score_and_then_by_row(model, monkeypatch):
     queries = titles("a", "b c", "z", "")
     found = index.search(queries, 5, Scoring(model))
     assert found.rows[0].tolist() == [1, 2, 3, 5, 4]
-    assert found.ranks()[0].tolist() == [2, 2, 2, 4, 5]
+    assert found.mean_ranks()[0].tolist() == [2, 2, 2, 4, 5]
     assert (found.rows[2:] == -1).all() and np.isinf(found.scores[2:]).all()
     scores = index.scores(queries, Scoring(model))
     for query, rows in enumerate(found.rows):

@@ -180,7 +180,9 @@ def test_vectors_are_encoded_alike_alone_and_together(spill):
 def test_a_rerank_finds_nearly_what_exact_search_finds(many, reader, queries):
     truth = exact(queries, stored(reader), 10)
     assert (
-        metrics.recall_at_k(many.search(queries, 10, nprobe=2048, k_factor=30).rows, truth, 10)
+        metrics.recall_at_k(
+            many.search(queries, 10, settings=many.resolve(2048, 30)).rows, truth, 10
+        )
         > 0.97
     )
 
@@ -205,7 +207,9 @@ def test_the_lists_visited_are_nearly_the_nearest_ones(many, nprobe):
 def test_more_lists_find_no_less(many, reader, queries):
     truth = exact(queries, stored(reader), 10)
     recalls = [
-        metrics.recall_at_k(many.search(queries, 10, nprobe=nprobe, k_factor=20).rows, truth, 10)
+        metrics.recall_at_k(
+            many.search(queries, 10, settings=many.resolve(nprobe, 20)).rows, truth, 10
+        )
         for nprobe in (1, 8, 64, 512, 2048)
     ]
     assert all(more >= fewer - 0.002 for fewer, more in pairwise(recalls))
@@ -229,7 +233,7 @@ def test_each_row_at_most_once_and_as_many_as_can_be_reached(
     for index in spilled[factory]:
         lists = rows_of_lists(index)
         visited = index.engine.ivf.quantizer.search(queries, nprobe)[1]
-        hits = index.search(queries, k, nprobe=nprobe, k_factor=k_factor)
+        hits = index.search(queries, k, settings=index.resolve(nprobe, k_factor))
         for rows, scores, numbers in zip(hits.rows, hits.scores, visited, strict=True):
             reachable = np.unique(np.concatenate([lists[number] for number in numbers]))
             found = rows[rows >= 0]
@@ -259,7 +263,7 @@ def test_second_lists_find_more_in_as_many_lists(spilled, reader, queries, facto
     for nprobe in (1, 4, 16):
         with_spill, without = (
             metrics.recall_at_k(
-                index.search(queries, 10, nprobe=nprobe, k_factor=20).rows, truth, 10
+                index.search(queries, 10, settings=index.resolve(nprobe, 20)).rows, truth, 10
             )
             for index in spilled[factory]
         )
@@ -271,7 +275,7 @@ def test_second_lists_find_more_in_as_many_lists(spilled, reader, queries, facto
 
 def test_second_lists_make_the_same_answers_when_all_are_visited(spilled, queries):
     index, without = spilled["IVF64,PQ8x4fsr,Refine(SQ8)"]
-    a, b = (each.search(queries, 10, nprobe=64, k_factor=200) for each in (index, without))
+    a, b = (each.search(queries, 10, settings=each.resolve(64, 200)) for each in (index, without))
     assert np.array_equal(a.rows, b.rows) and np.array_equal(a.scores, b.scores)
 
 
@@ -282,7 +286,7 @@ def test_inner_product_of_vectors_of_any_length(tmp_path):
     build_index(reader, tmp_path / "i", Recipe("IVF64,PQ16x4fsr,Refine(SQfp16)"))
     index, queries = ProductIndex.open(tmp_path / "i"), clustered(100, seed=1) * 2
     truth = exact(queries, stored(reader), 10)
-    hits = index.search(queries, 10, nprobe=64, k_factor=30)
+    hits = index.search(queries, 10, settings=index.resolve(64, 30))
     assert metrics.recall_at_k(hits.rows, truth, 10) > 0.9
     assert np.allclose(
         hits.scores,

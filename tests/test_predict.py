@@ -85,7 +85,9 @@ def test_the_built_index_finds_what_was_predicted_from_samples(
     assert prediction.points["photo"] or (wanted, pieces) == (0.95, DIM // 4)
     for point in prediction.points["photo"]:
         assert wanted <= point.recall < wanted + (0.02 if point.nprobe > 8 else 0.06)
-        found = index.search(truth.vectors, 10, nprobe=point.nprobe, k_factor=point.k_factor).rows
+        found = index.search(
+            truth.vectors, 10, settings=index.resolve(point.nprobe, point.k_factor)
+        ).rows
         # Codes in lists that are not visited crowd nobody out, so with few lists it is a little
         # better.
         assert -0.03 < metrics.recall_at_k(found, truth.truth, 10) - point.recall < 0.05

@@ -416,7 +416,7 @@ def test_a_large_file_of_which_a_part_was_lost_is_noticed_by_a_fast_verify(large
             storage.verify(large, fast=True)
 
 
-def test_a_manifest_without_samples_is_what_the_first_release_reads(tmp_path):
+def test_a_manifest_of_small_files_has_version_1(tmp_path):
     path = make(tmp_path / "a")
     assert json.loads((path / storage.MANIFEST).read_text())["version"] == 1
 

@@ -295,7 +295,7 @@ def test_a_place_with_other_things_is_refused_and_left_as_it_is(tmp_path, other)
     with pytest.raises(
         ArtefactError, match=rf"i holds other things \({'/'.join(other.split('/')[:2])}\)"
     ):
-        put(root, b"1", upgrade=True)
+        put(root, b"1")
     assert everything(root) == before
 
 
@@ -335,7 +335,8 @@ def test_one_version_or_a_folder_without_versions_opens_by_itself(tmp_path):
     assert served(tmp_path / "single") == b"single"
 
 
-def first_release(root):
+def plain_folder(root):
+    """An artefact folder without versions."""
     with storage.new_folder(root, kind="thing") as folder:
         storage.write_bytes(folder / "x", b"first")
         storage.make_folder(folder / "sub")
@@ -343,34 +344,14 @@ def first_release(root):
     return root
 
 
-def test_a_folder_of_the_first_release_is_replaced_only_when_asked_and_stays_as_a_version(tmp_path):
-    root = first_release(tmp_path / "i")
+def test_a_folder_without_versions_is_no_place_to_publish(tmp_path):
+    root = plain_folder(tmp_path / "i")
     before = everything(root)
     with pytest.raises(
-        ArtefactError, match=r"i is a folder of the first release, without versions \(thing\)"
+        ArtefactError, match=r"i is an artefact folder without versions \(thing\): choose another"
     ):
         put(root, b"new")
-    assert (
-        everything(root) == before and versions.occupied(root) and not versions.occupied(tmp_path)
-    )
-    opened = versions.open_version(root, read)
-    put(root, b"new", upgrade=True)
-    assert served(root) == b"new" and names(root) == ["000001", "000002"]
-    assert read(root / "versions" / "000001") == b"first" and opened.result == b"first"
-    assert set(os.listdir(root)) == {"CURRENT", "versions", "sub"}
-    put(root, b"newer", upgrade=True)
-    assert served(root) == b"newer" and names(root) == ["000002", "000003"]
-
-
-def test_a_damaged_folder_of_the_first_release_is_not_kept(tmp_path, caplog):
-    root = first_release(tmp_path / "i")
-    (root / "x").write_bytes(b"!")
-    put(root, b"new", upgrade=True)
-    assert (
-        names(root) == ["000001"]
-        and served(root) == b"new"
-        and "not kept as an old version" in caplog.text
-    )
+    assert everything(root) == before and not versions.occupied(root)
 
 
 def test_publishing_needs_no_locks(tmp_path, monkeypatch):
@@ -388,7 +369,6 @@ def test_publishing_needs_no_locks(tmp_path, monkeypatch):
 START = {
     "nothing": lambda root: None,
     "version": lambda root: put(root, b"old"),
-    "first release": first_release,
 }
 
 
@@ -396,7 +376,6 @@ def allowed(start):
     return {
         "nothing": (None, b"new"),
         "version": (b"old", b"new"),
-        "first release": (b"first", b"new"),
     }[start]
 
 
@@ -408,7 +387,7 @@ def now(root):
 
 
 def publish_new(root):
-    put(root, b"new", keep=1, upgrade=True)
+    put(root, b"new", keep=1)
 
 
 @pytest.mark.parametrize("lasting", [False, True], ids=["once", "from then on"])
@@ -434,7 +413,7 @@ def test_whichever_file_operation_fails_the_old_version_or_the_new_one_is_served
                 assert str(tmp_path) in str(error), "the message names no file"
                 assert "Input/output error" in str(error) or "No space left" in str(error)
         assert now(root) in allowed(start)
-        put(root, b"last", keep=1, upgrade=True)
+        put(root, b"last", keep=1)
         assert served(root) == b"last"
         assert {name for name in everything(root) if name != "sub"} == {
             "CURRENT",
@@ -476,7 +455,7 @@ def operations(tmp_path, start, act):
 def test_a_loss_of_power_leaves_the_old_version_or_the_new_one(tmp_path, start, caplog):
     def check(root, finished):
         good = now(root) in (allowed(start)[1:] if finished else allowed(start))
-        put(root, b"last", keep=1, upgrade=True)
+        put(root, b"last", keep=1)
         return good and served(root) == b"last" and names(root) == [versions.current(root).name]
 
     steps = len(operations(tmp_path, START[start], publish_new).calls)
@@ -535,14 +514,8 @@ FLUSHES = {
         good(None, b"new"),
         {("i", 1), (TEMPORARY, 1)},
     ),
-    "first release": (
-        START["first release"],
-        publish_new,
-        good(b"first", b"new"),
-        {("i", 1), (TEMPORARY, 1), (TEMPORARY, 3)},
-    ),
     "new folder": (START["nothing"], new_folder, whole, {(".i.tmp", 1)}),
-    "overwrite": (first_release, new_folder, whole, {(".i.tmp", 1)}),
+    "overwrite": (plain_folder, new_folder, whole, {(".i.tmp", 1)}),
     "seal": (START["nothing"], seal_in_place, whole, set()),
 }
 
@@ -601,7 +574,7 @@ def test_what_a_disk_gives_back_otherwise_than_it_was_given_is_not_published(
         (folder / "x").write_bytes(b"???")
 
     root, seal = (
-        (put if make is publish_new else lambda path, _: first_release(path))(
+        (put if make is publish_new else lambda path, _: plain_folder(path))(
             tmp_path / "i", b"old"
         ),
         storage.seal,

@@ -158,7 +158,7 @@ def build_index(
     meta: dict[str, Any] = {"format": FORMAT}
     with (
         _leaving_nothing(output),
-        versions.publish(output, kind=KIND, meta=meta, upgrade=overwrite) as folder,
+        versions.publish(output, kind=KIND, meta=meta) as folder,
     ):
         if design is None:
             built = _whole(reader, folder, choice, recipe, target, queries)

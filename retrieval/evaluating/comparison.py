@@ -199,7 +199,7 @@ def _words(search: UntrainedSearch, asked: Asked, choice: Choice) -> Hits:
 
 
 def _fuse(words: Hits, trained: NDArray[np.int64], weight: float) -> NDArray[np.int64]:
-    return reciprocal_rank_fusion([words, Hits.in_order(trained)], [weight, 1.0])
+    return reciprocal_rank_fusion([words, Hits.from_order(trained)], [weight, 1.0])
 
 
 # ---------------------------------------------------------------------- figures

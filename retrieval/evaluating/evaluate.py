@@ -249,7 +249,7 @@ def _without_training(
     if choosing is not None:
         rows = _served(index, choosing, 1, options)
         kept = (rows != choosing.source[:, None]) & (rows >= 0)
-        others = asked(choosing, Hits.in_order(rows).first(kept, DEPTH).rows)
+        others = asked(choosing, Hits.from_order(rows).keep_first(kept, DEPTH).rows)
     return search_untrained(products, asked(questions, served), others)
 
 
@@ -291,7 +291,7 @@ def _search(
         kept = (rows != questions.source[:, None]) & (rows >= 0)
         if options.exclude_identical:
             kept &= ~_twins(questions.source, rows, exact.content)
-        found[task] = Hits.in_order(rows).first(kept, DEPTH).rows
+        found[task] = Hits.from_order(rows).keep_first(kept, DEPTH).rows
     return found, int(twins.any(axis=1).sum())
 
 

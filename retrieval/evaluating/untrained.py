@@ -273,7 +273,7 @@ def best_of(scores: NDArray[np.float32], source: NDArray[np.int64], k: int) -> H
         source: (Q,) row that is left out, -1 for none.
         k: results per query.
     """
-    hits = Hits.none(len(scores), k)
+    hits = Hits.empty(len(scores), k)
     scores = scores.copy()
     asks = np.flatnonzero(source >= 0)
     scores[asks, source[asks]] = 0
@@ -287,7 +287,7 @@ def best_of(scores: NDArray[np.float32], source: NDArray[np.int64], k: int) -> H
 
 def without_source(hits: Hits, source: NDArray[np.int64], k: int) -> Hits:
     """The first k hits that are not the product a query is."""
-    return hits.first((hits.rows != source[:, None]) & (hits.rows >= 0), k)
+    return hits.keep_first((hits.rows != source[:, None]) & (hits.rows >= 0), k)
 
 
 def ndcg(rows: NDArray[np.int64], questions: Questions) -> float:

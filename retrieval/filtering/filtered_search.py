@@ -1,17 +1,18 @@
-"""Searches that may not find everything.
-
-What a filter matches, nothing of some rows' groups, one of each family.
-"""
+"""Searches among some products: those that match a filter, without some, one of each group."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tritower.retrieval.filtering.filters import Filter
-from tritower.retrieval.filtering.group_by import one_each, with_relatives, without_rows
+from tritower.retrieval.filtering.group_by import (
+    mask_with_relatives,
+    search_excluding,
+    search_grouped,
+)
 from tritower.retrieval.filtering.selection import Mask, Rows, Selection, SelectiveSearch, Vectors
 from tritower.retrieval.ivf.engine import Engine, Settings
 from tritower.retrieval.products.attribute_table import AttributeTable
@@ -19,31 +20,45 @@ from tritower.retrieval.ranking.hits import Hits
 
 Grouping = Literal["group", "family"]
 
-FEW_LEFT_OUT = 100
-"""Rows up to which leaving out is asking for as many results more; more rows are kept from being found."""
+FEW_EXCLUDED = 100
+"""Up to so many excluded rows, as many hits more are searched; more rows are masked."""
 
 NO_ROWS: Rows = np.empty(0, np.int64)
 
 
-class Finder:
-    """Finds among the rows of an opened index that may be found.
+class Exclusion(NamedTuple):
+    """Products that may not be found.
 
-    Several threads may use it at once.
+    Attributes:
+        rows: (n,) int64 row numbers.
+        groups: exclude the other products of their groups, too.
+    """
+
+    rows: Rows = NO_ROWS
+    groups: bool = False
+
+
+NOTHING_EXCLUDED = Exclusion()
+
+
+class FilteredSearch:
+    """Search among some rows of an opened index. Several threads may use it at once.
 
     Args:
-        engine: what is searched.
+        engine: that searches.
         table: attributes of its rows, or None.
         alive: (N,) bool, rows that hold a product; None where all do.
     """
 
     def __init__(self, engine: Engine, table: AttributeTable | None, alive: Mask | None) -> None:
-        self._table, self._search = table, SelectiveSearch(engine, alive)
+        self._table = table
+        self._search = SelectiveSearch(engine, alive)
 
     def count(self, filter: Filter | None) -> int:
-        """How many products a filter matches; all for None.
+        """The number of products that match a filter; all for None.
 
         Raises:
-            ValueError: an index without attributes, or what `Filter.check` refuses.
+            ValueError: an index without attributes, or a filter that `Filter.check` refuses.
         """
         return self._selection(filter).count
 
@@ -54,49 +69,50 @@ class Finder:
         settings: Settings,
         *,
         filter: Filter | None = None,
-        without: Rows = NO_ROWS,
-        without_groups: bool = False,
-        one_per: Grouping | None = None,
+        exclude: Exclusion = NOTHING_EXCLUDED,
+        group_by: Grouping | None = None,
     ) -> Hits:
-        """The nearest rows of those that may be found.
+        """The nearest rows among those that may be found.
 
         Args:
             queries: (Q, D) float32, checked.
-            k: results wanted, at least 1.
-            settings: checked; those of a search among all rows that has the recall wanted.
-            filter: what may be found; None for all.
-            without: rows that may not be found.
-            without_groups: nor may other rows of their groups.
-            one_per: find at most one row of each group or family.
+            k: number of hits, at least 1.
+            settings: checked; those of a search among all rows with the wanted recall.
+            filter: only matching rows; None for all.
+            exclude: rows that may not be found.
+            group_by: at most one row of each group or family.
 
         Returns:
-            (Q, k); fewer were found only where there are no more.
+            (Q, k); fewer only where there are no more rows.
 
         Raises:
-            ValueError: an index without the attributes that this takes, or what `Filter.check`
-                refuses.
+            ValueError: an index without the attributes that are needed, or a filter that
+                `Filter.check` refuses.
         """
         selection = self._selection(filter)
-        if without_groups and len(without):
-            without = np.flatnonzero(with_relatives(without, self._codes("group")))
-        if len(without) > FEW_LEFT_OUT:
-            selection, without = self._without(selection, without), NO_ROWS
+        excluded = exclude.rows
+        if exclude.groups and len(excluded):
+            relatives = mask_with_relatives(excluded, self._codes("group"))
+            excluded = np.flatnonzero(relatives)
+        if len(excluded) > FEW_EXCLUDED:
+            selection = self._without(selection, excluded)
+            excluded = NO_ROWS
 
-        def some(queries: Vectors, k: int, among: Selection = selection) -> Hits:
-            return self._search.search(queries, k, settings, among)
+        def search_selection(queries: Vectors, k: int) -> Hits:
+            return self._search.search(queries, k, settings, selection)
 
-        def others(queries: Vectors, k: int) -> Hits:
-            return without_rows(some, queries, k, without) if len(without) else some(queries, k)
+        def search_allowed(queries: Vectors, k: int) -> Hits:
+            if not len(excluded):
+                return search_selection(queries, k)
+            return search_excluding(search_selection, queries, k, excluded)
 
-        if one_per is None:
-            return others(queries, k)
+        def search_unmasked(queries: Vectors, k: int, masked: Mask) -> Hits:
+            rows = np.append(np.flatnonzero(masked), excluded)
+            return self._search.search(queries, k, settings, self._without(selection, rows))
 
-        def unseen(queries: Vectors, k: int, seen: Mask) -> Hits:
-            return some(
-                queries, k, self._without(selection, np.append(np.flatnonzero(seen), without))
-            )
-
-        return one_each(others, unseen, queries, k, self._codes(one_per))
+        if group_by is None:
+            return search_allowed(queries, k)
+        return search_grouped(search_allowed, search_unmasked, queries, k, self._codes(group_by))
 
     def _selection(self, filter: Filter | None) -> Selection:
         if filter is None:
@@ -114,13 +130,16 @@ class Finder:
         table = self._attributes()
         codes = table.group_codes() if grouping == "group" else table.family_codes()
         if codes is None:
-            known = ", ".join(table.kinds)
+            names = ", ".join(table.kinds)
             raise ValueError(
-                f"no attribute {grouping!r} in {table.file}; there are {known}: build the index with it"
+                f"no attribute {grouping!r} in {table.file}; there are {names}: build the index "
+                "with it"
             )
         return codes
 
     def _attributes(self) -> AttributeTable:
         if self._table is None:
-            raise ValueError("this index knows no attributes of its products: build it with them")
+            raise ValueError(
+                "this index holds no attributes of its products: build it with attributes"
+            )
         return self._table

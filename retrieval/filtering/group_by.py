@@ -1,9 +1,7 @@
-"""Hits of which no two belong together, and hits without some rows and all that belongs to them.
+"""Hits without some rows and their relatives, and at most one hit of each group.
 
-Groups and families come as codes: one number for each row, equal for rows that belong together, -1
-  for a row that
-belongs to nothing. The functions here ask a search for more results than wanted and drop some; what
-a search is, they are told.
+Groups and families are codes: one number for each row, equal for rows that belong together, -1 for
+a row without relatives. The functions here search for more hits than wanted and drop some.
 """
 
 from __future__ import annotations
@@ -20,17 +18,17 @@ Rows = NDArray[np.int64]
 Codes = NDArray[np.int32]
 Mask = NDArray[np.bool_]
 Search = Callable[[Vectors, int], Hits]
-"""(Q, D) queries and K -> the K nearest; fewer only where there are no more rows."""
+"""(Q, D) queries and K -> (Q, K) nearest rows; fewer only where there are no more rows."""
 
-FETCHED = (3, 12)
-"""Results to ask for per result wanted, one after the other."""
+FETCH_FACTORS = (3, 12)
+"""Hits that are searched for each hit wanted, in one attempt after the other."""
 
 
-def with_relatives(rows: Rows, codes: Codes) -> Mask:
-    """(N,) bool: some rows, and all rows that belong to the same as one of them.
+def mask_with_relatives(rows: Rows, codes: Codes) -> Mask:
+    """(N,) bool: the rows, and all rows with the same code as one of them.
 
     Args:
-        rows: row numbers.
+        rows: (n,) row numbers.
         codes: (N,) int32.
     """
     mask = np.zeros(len(codes), np.bool_)
@@ -41,68 +39,79 @@ def with_relatives(rows: Rows, codes: Codes) -> Mask:
     return mask
 
 
-def without_rows(search: Search, queries: Vectors, k: int, rows: Rows) -> Hits:
-    """The first k results that are none of some rows; for few rows, since as many results more are asked for.
+def search_excluding(search: Search, queries: Vectors, k: int, rows: Rows) -> Hits:
+    """The first k hits that are none of a few rows: searches for as many hits more.
 
     Args:
         search: among all rows that may be found otherwise.
         queries: (Q, D) float32.
-        k: results wanted.
-        rows: what to leave out.
+        k: number of hits.
+        rows: (n,) row numbers to leave out.
 
     Returns:
-        (Q, k); fewer were found only where there are no more rows.
+        (Q, k); fewer only where there are no more rows.
     """
-    found = search(queries, k + len(rows))
-    return found.first(~np.isin(found.rows, rows) & (found.rows >= 0), k)
+    hits = search(queries, k + len(rows))
+    kept = ~np.isin(hits.rows, rows) & (hits.rows >= 0)
+    return hits.keep_first(kept, k)
 
 
-def one_each(
+def search_grouped(
     search: Search,
-    without: Callable[[Vectors, int, Mask], Hits],
+    search_unmasked: Callable[[Vectors, int, Mask], Hits],
     queries: Vectors,
     k: int,
     codes: Codes,
 ) -> Hits:
-    """The first k results of which no two belong together.
+    """The first k hits of which no two have the same code.
 
     Args:
         search: among all rows that may be found.
-        without: the same, among those of them that a (N,) mask is False for.
+        search_unmasked: the same, without the rows of a (N,) mask.
         queries: (Q, D) float32.
-        k: results wanted.
+        k: number of hits.
         codes: (N,) int32.
 
     Returns:
-        (Q, k); fewer were found only where there is nothing more that does not belong to a result.
+        (Q, k); fewer only where every other row belongs to a hit.
     """
-    hits = Hits.none(len(queries), k)
-    left = np.arange(len(queries))
-    for factor in FETCHED:
-        found = search(queries[left], factor * k)
-        hits.scores[left], hits.rows[left] = found.first(_new(found.rows, codes), k)
-        left = left[(hits.rows[left, -1] < 0) & (found.rows[:, -1] >= 0)]
-        if not len(left):
+    hits = Hits.empty(len(queries), k)
+
+    # Search for some times k hits and keep the first of each group.
+    open_queries = np.arange(len(queries))
+    for factor in FETCH_FACTORS:
+        found = search(queries[open_queries], factor * k)
+        kept = found.keep_first(first_of_each_code(found.rows, codes), k)
+        hits.scores[open_queries] = kept.scores
+        hits.rows[open_queries] = kept.rows
+        is_short = hits.rows[open_queries, -1] < 0
+        has_more = found.rows[:, -1] >= 0
+        open_queries = open_queries[is_short & has_more]
+        if not len(open_queries):
             return hits
-    for query in left:  # few groups fill the first results: go on without them
-        while (filled := int(np.count_nonzero(hits.rows[query] >= 0))) < k:
-            seen = with_relatives(hits.rows[query, :filled], codes)
-            found = without(queries[query : query + 1], k, seen)
-            more = found.first(_new(found.rows, codes), k - filled)
+
+    # A few large groups fill the first hits: search on without the groups found so far.
+    for query in open_queries:
+        filled = int(np.count_nonzero(hits.rows[query] >= 0))
+        while filled < k:
+            seen = mask_with_relatives(hits.rows[query, :filled], codes)
+            found = search_unmasked(queries[query : query + 1], k, seen)
+            more = found.keep_first(first_of_each_code(found.rows, codes), k - filled)
             if more.rows[0, 0] < 0:
                 break
-            hits.scores[query, filled:], hits.rows[query, filled:] = more.scores[0], more.rows[0]
+            hits.scores[query, filled:] = more.scores[0]
+            hits.rows[query, filled:] = more.rows[0]
+            filled = int(np.count_nonzero(hits.rows[query] >= 0))
     return hits
 
 
-def _new(rows: Rows, codes: Codes) -> Mask:
-    """(Q, K) bool: results that do not belong to one before them."""
-    belongs = np.where(rows >= 0, codes[rows], -1).astype(np.int64)
-    belongs = np.where(
-        belongs >= 0, belongs, len(codes) + 1 + rows
-    )  # a row that belongs to nothing is its own
-    order = np.argsort(belongs, axis=1, kind="stable")
-    ordered = np.take_along_axis(belongs, order, axis=1)
-    new = np.ones(rows.shape, np.bool_)
-    np.put_along_axis(new, order[:, 1:], ordered[:, 1:] != ordered[:, :-1], axis=1)
-    return new & (rows >= 0)
+def first_of_each_code(rows: Rows, codes: Codes) -> Mask:
+    """(Q, K) rows -> (Q, K) bool: hits whose code is not that of an earlier hit."""
+    code = np.where(rows >= 0, codes[rows], -1).astype(np.int64)
+    # A row without a code gets one of its own.
+    code = np.where(code >= 0, code, len(codes) + 1 + rows)
+    order = np.argsort(code, axis=1, kind="stable")
+    ordered = np.take_along_axis(code, order, axis=1)
+    is_first = np.ones(rows.shape, np.bool_)
+    np.put_along_axis(is_first, order[:, 1:], ordered[:, 1:] != ordered[:, :-1], axis=1)
+    return is_first & (rows >= 0)

@@ -151,7 +151,7 @@ class SelectiveSearch:
         Raises:
             ValueError: the index keeps neither lists nor vectors to compare.
         """
-        hits = Hits.none(len(queries), k)
+        hits = Hits.empty(len(queries), k)
         wanted = min(k, selection.count)
         if not wanted or not len(queries):
             return hits

@@ -208,7 +208,7 @@ def first_of_each(found: Hits, k: int, *, beside: bool) -> Hits:
         beside: a row scores the same from both of its lists, so it stands beside itself. Codes
             alone score differently.
     """
-    (scores, rows), hits = found, Hits.none(len(found.rows), k)
+    (scores, rows), hits = found, Hits.empty(len(found.rows), k)
     if (
         len(rows) == 1
     ):  # for a few dozen results, a loop takes a third of what a dozen calls of NumPy do

@@ -113,7 +113,7 @@ class WordIndex:
         Returns:
             Hits of Q queries.
         """
-        hits = Hits.none(len(queries), k)
+        hits = Hits.empty(len(queries), k)
         for first, scores in self._score_blocks(queries, scoring):
             for number, (start, stop) in enumerate(pairwise(scores.indptr)):
                 values, rows = scores.data[start:stop], scores.indices[start:stop]

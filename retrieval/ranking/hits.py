@@ -1,4 +1,4 @@
-"""What searches find: rows with their scores, best first."""
+"""The result of searches: rows with their scores, best first."""
 
 from __future__ import annotations
 
@@ -9,54 +9,58 @@ from numpy.typing import NDArray
 
 
 class Hits(NamedTuple):
-    """What Q searches found, best first.
+    """The hits of Q searches, best first.
 
     Attributes:
-        scores: (Q, K) float32, descending; -inf where fewer than K were found.
-        rows: (Q, K) int64 row numbers, -1 where fewer than K were found.
+        scores: (Q, K) float32, descending; -inf where there are fewer than K hits.
+        rows: (Q, K) int64 row numbers, -1 where there are fewer than K hits.
     """
 
     scores: NDArray[np.float32]
     rows: NDArray[np.int64]
 
     @classmethod
-    def none(cls, num_queries: int, k: int) -> Hits:
-        """(Q, k) nothing found yet."""
-        return cls(
-            np.full((num_queries, k), -np.inf, np.float32), np.full((num_queries, k), -1, np.int64)
-        )
+    def empty(cls, num_queries: int, k: int) -> Hits:
+        """(Q, k) without a hit."""
+        scores = np.full((num_queries, k), -np.inf, np.float32)
+        rows = np.full((num_queries, k), -1, np.int64)
+        return cls(scores, rows)
 
     @classmethod
-    def in_order(cls, rows: NDArray[np.int64]) -> Hits:
-        """(Q, K) rows of which nothing but the order is known: no two score alike."""
-        return cls(np.where(rows < 0, -np.inf, -np.arange(rows.shape[1])).astype(np.float32), rows)
+    def from_order(cls, rows: NDArray[np.int64]) -> Hits:
+        """(Q, K) rows whose order is known and not their scores: no two scores are equal."""
+        descending = -np.arange(rows.shape[1])
+        scores = np.where(rows < 0, -np.inf, descending).astype(np.float32)
+        return cls(scores, rows)
 
-    def of(self, queries: NDArray[np.int64]) -> Hits:
-        """Those of some queries."""
+    def select_queries(self, queries: NDArray[np.int64]) -> Hits:
+        """The hits of some queries."""
         return Hits(self.scores[queries], self.rows[queries])
 
-    def first(self, kept: NDArray[np.bool_], k: int) -> Hits:
-        """(Q, k) the first of those that are kept, moved up.
+    def keep_first(self, kept: NDArray[np.bool_], k: int) -> Hits:
+        """(Q, k), the first of the kept hits, moved up.
 
         Args:
-            kept: (Q, K).
-            k: may be more than there are.
+            kept: (Q, K) bool.
+            k: number of hits; may be more than K.
         """
+        # A stable sort moves the kept ones to the front, in their order.
         order = np.argsort(~kept, axis=1, kind="stable")[:, :k]
-        hits, kept = Hits.none(len(kept), k), np.take_along_axis(kept, order, axis=1)
+        kept = np.take_along_axis(kept, order, axis=1)
+        scores = np.take_along_axis(self.scores, order, axis=1)
+        rows = np.take_along_axis(self.rows, order, axis=1)
+        hits = Hits.empty(len(kept), k)
         filled = slice(order.shape[1])
-        hits.scores[:, filled] = np.where(
-            kept, np.take_along_axis(self.scores, order, axis=1), -np.inf
-        )
-        hits.rows[:, filled] = np.where(kept, np.take_along_axis(self.rows, order, axis=1), -1)
+        hits.scores[:, filled] = np.where(kept, scores, -np.inf)
+        hits.rows[:, filled] = np.where(kept, rows, -1)
         return hits
 
-    def ranks(self) -> NDArray[np.float64]:
-        """(Q, K) from 1; equal scores share the mean of their ranks: 1, 2.5, 2.5, 4."""
-        first = np.ones(self.rows.shape, bool)
-        first[:, 1:] = self.scores[:, 1:] != self.scores[:, :-1]
-        group = (
-            first.cumsum().reshape(first.shape) - 1
-        )  # of equal scores, counted through all queries
-        place = np.broadcast_to(np.arange(1.0, first.shape[1] + 1), first.shape)
-        return (np.bincount(group.ravel(), place.ravel()) / np.bincount(group.ravel()))[group]
+    def mean_ranks(self) -> NDArray[np.float64]:
+        """(Q, K) ranks from 1; equal scores share the mean of their ranks: 1, 2.5, 2.5, 4."""
+        starts = np.ones(self.rows.shape, bool)
+        starts[:, 1:] = self.scores[:, 1:] != self.scores[:, :-1]
+        # Groups of equal scores, numbered through all queries.
+        group = starts.cumsum().reshape(starts.shape) - 1
+        rank = np.broadcast_to(np.arange(1.0, starts.shape[1] + 1), starts.shape)
+        mean = np.bincount(group.ravel(), rank.ravel()) / np.bincount(group.ravel())
+        return mean[group]

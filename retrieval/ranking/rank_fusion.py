@@ -31,7 +31,7 @@ def reciprocal_rank_fusion(
     """
     width = max(ranking.rows.shape[1] for ranking in rankings)
     fused = np.full((len(rankings[0].rows), width), NONE)
-    ranks = [ranking.ranks() for ranking in rankings]
+    ranks = [ranking.mean_ranks() for ranking in rankings]
     for query in range(len(fused)):
         points: dict[int, float] = {}
         for ranking, rank, weight in zip(

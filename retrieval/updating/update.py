@@ -183,8 +183,7 @@ def _check_kind(index: ProductIndex) -> None:
     """Refuse what FAISS cannot take products out of without losing rows."""
     if index.version == index.path:
         raise ArtefactError(
-            f"{index.path} is one version, or an index of the first release: name the place of its versions, or build "
-            "it anew"
+            f"{index.path} is one version, which never changes: name {index.path.parent.parent}"
         )
     if (
         not isinstance(index.engine.index, faiss.IndexFlat)

@@ -246,8 +246,8 @@ def test_a_service_starts_on_the_version_before_every_time(pairs, copy, tmp_path
 ARTEFACTS = ROOT / "tests" / "artefacts"
 
 
-@pytest.mark.parametrize("name", ["first_flat", "first_ivf"])
-def test_an_index_of_the_first_release_gives_the_same_answers(name, figures):
+@pytest.mark.parametrize("name", ["flat", "ivf"])
+def test_a_stored_index_gives_the_same_answers(name, figures):
     expected = json.loads((ARTEFACTS / "hits.json").read_text(encoding="utf-8"))[name]
     index = ProductIndex.open(ARTEFACTS / name)
     hits = index.search(np.load(ARTEFACTS / "queries.npy"), 10)
@@ -256,15 +256,15 @@ def test_an_index_of_the_first_release_gives_the_same_answers(name, figures):
     figures["T8 queries of old indexes with the same answers"] += len(expected["ids"])
 
 
-def test_embeddings_of_the_first_release_still_build(tmp_path):
-    expected = json.loads((ARTEFACTS / "hits.json").read_text(encoding="utf-8"))["first_flat"]
-    index = ProductIndex.open(build(ARTEFACTS / "first_embeddings", tmp_path / "index", "Flat"))
+def test_stored_embeddings_still_build(tmp_path):
+    expected = json.loads((ARTEFACTS / "hits.json").read_text(encoding="utf-8"))["flat"]
+    index = ProductIndex.open(build(ARTEFACTS / "embeddings", tmp_path / "index", "Flat"))
     hits = index.search(np.load(ARTEFACTS / "queries.npy"), 10)
     assert index.ids(hits.rows).tolist() == expected["ids"]
 
 
-@pytest.mark.parametrize("name", ["first_flat", "first_ivf"])
-def test_a_damaged_index_of_the_first_release_is_refused(tmp_path, name, figures):
+@pytest.mark.parametrize("name", ["flat", "ivf"])
+def test_a_damaged_stored_index_is_refused(tmp_path, name, figures):
     for file in sorted(os.listdir(ARTEFACTS / name)):
         root = shutil.copytree(ARTEFACTS / name, tmp_path / file)
         damage(root / file, "flipped")

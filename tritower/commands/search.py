@@ -110,6 +110,7 @@ def _search_one(
 ) -> int:
     import numpy as np
 
+    from tritower.retrieval.filtering.filtered_search import Exclusion
     from tritower.retrieval.index import checked_k
     from tritower.retrieval.showing.present import Found, find_catalogue
 
@@ -122,9 +123,11 @@ def _search_one(
         checked_k(options.k),
         settings=settings,
         filter=options.filter,
-        without=np.array([index.row_of(product) for product in parsed.products], np.int64),
-        without_groups=has_groups and not options.include_groups,
-        one_per=options.group_by,
+        exclude=Exclusion(
+            np.array([index.row_of(product) for product in parsed.products], np.int64),
+            groups=has_groups and not options.include_groups,
+        ),
+        group_by=options.group_by,
     )
     matching = None if options.filter is None else index.count(options.filter)
     found = Found(index, parsed.card, hits, options.k, settings, catalogue, matching)
@@ -160,7 +163,7 @@ def _search_many(
         settings=index.resolve(effort.nprobe, recall=effort.recall),
         exclude_self=bulk.exclude_self,
         filter=options.filter,
-        one_per=options.group_by,
+        group_by=options.group_by,
     )
     done_before = result.queries - result.searched
     earlier = f", {done_before:,} of them in an earlier run" if done_before else ""

@@ -9,7 +9,7 @@ from tests.support.attribute_rows import table_of
 from tritower.artefacts import storage
 from tritower.artefacts.storage import ArtefactError
 from tritower.retrieval.building.build import Recipe, build_index
-from tritower.retrieval.filtering.filtered_search import FEW_LEFT_OUT, Finder
+from tritower.retrieval.filtering.filtered_search import FEW_EXCLUDED, Exclusion, FilteredSearch
 from tritower.retrieval.filtering.filters import parse
 from tritower.retrieval.index import ProductIndex
 from tritower.retrieval.ivf.engine import Settings
@@ -62,7 +62,7 @@ def engine(tmp_path_factory):
 @pytest.fixture(params=[-1, 3 << 20], ids=["lists", "one by one"])
 def finder(engine, table, request, monkeypatch):
     monkeypatch.setattr("tritower.retrieval.filtering.selection.FEW_BYTES", request.param)
-    return Finder(engine, table, ALIVE)
+    return FilteredSearch(engine, table, ALIVE)
 
 
 def naive(engine, query, k, *, allowed=None, without=(), without_groups=False, codes=None):
@@ -92,29 +92,35 @@ CASES = {
         {"allowed": (PRICES < 30) & np.isin(BRANDS, (1, 2))},
     ),
     "few match": ({"filter": parse("price < 0.2")}, {"allowed": PRICES < 0.2}),
-    "rows": ({"without": np.arange(5)}, {"without": range(5)}),
-    "many rows": ({"without": np.arange(FEW_LEFT_OUT + 1)}, {"without": range(FEW_LEFT_OUT + 1)}),
+    "rows": ({"exclude": Exclusion(np.arange(5))}, {"without": range(5)}),
+    "many rows": (
+        {"exclude": Exclusion(np.arange(FEW_EXCLUDED + 1))},
+        {"without": range(FEW_EXCLUDED + 1)},
+    ),
     "rows and their groups": (
-        {"without": np.arange(5), "without_groups": True},
+        {"exclude": Exclusion(np.arange(5), groups=True)},
         {"without": range(5), "without_groups": True},
     ),
     "rows and their groups, many": (
-        {"without": np.arange(90), "without_groups": True},
+        {"exclude": Exclusion(np.arange(90), groups=True)},
         {"without": range(90), "without_groups": True},
     ),
-    "one per group": ({"one_per": "group"}, {"codes": GROUPS}),
-    "one per family": ({"one_per": "family"}, {"codes": np.where(GROUPS < 0, -1, GROUPS // 40)}),
+    "one per group": ({"group_by": "group"}, {"codes": GROUPS}),
+    "one per family": ({"group_by": "family"}, {"codes": np.where(GROUPS < 0, -1, GROUPS // 40)}),
     "all at once": (
         {
             "filter": parse("price > 20"),
-            "without": np.arange(7),
-            "without_groups": True,
-            "one_per": "group",
+            "exclude": Exclusion(np.arange(7), groups=True),
+            "group_by": "group",
         },
         {"allowed": PRICES > 20, "without": range(7), "without_groups": True, "codes": GROUPS},
     ),
     "few match, one per family": (
-        {"filter": parse("price < 1"), "without": np.arange(120), "one_per": "family"},
+        {
+            "filter": parse("price < 1"),
+            "exclude": Exclusion(np.arange(120)),
+            "group_by": "family",
+        },
         {
             "allowed": PRICES < 1,
             "without": range(120),
@@ -144,24 +150,27 @@ def test_deleted_products_are_not_counted(finder):
 
 
 def test_what_takes_attributes_says_when_there_are_none(engine, tmp_path):
-    bare = Finder(engine, None, None)
-    assert (bare.search(QUERIES, 5, THOROUGH, without=np.arange(3))[1] >= 3).all()
+    bare = FilteredSearch(engine, None, None)
+    assert (bare.search(QUERIES, 5, THOROUGH, exclude=Exclusion(np.arange(3)))[1] >= 3).all()
     for asked in (
         {"filter": parse("a = b")},
-        {"one_per": "group"},
-        {"without": np.arange(3), "without_groups": True},
+        {"group_by": "group"},
+        {"exclude": Exclusion(np.arange(3), groups=True)},
     ):
         with pytest.raises(
-            ValueError, match="this index knows no attributes of its products: build it with them"
+            ValueError,
+            match="this index holds no attributes of its products: build it with attributes",
         ):
             bare.search(QUERIES, 5, THOROUGH, **asked)
     rows = [{"id": str(row), "price": 1.0} for row in range(COUNT)]
-    ungrouped = Finder(engine, table_of(tmp_path / "a.arrow", rows, {"price": "number"}), None)
+    ungrouped = FilteredSearch(
+        engine, table_of(tmp_path / "a.arrow", rows, {"price": "number"}), None
+    )
     with pytest.raises(
         ValueError,
         match=r"no attribute 'family' in .*a.arrow; there are price: build the index with",
     ):
-        ungrouped.search(QUERIES, 5, THOROUGH, one_per="family")
+        ungrouped.search(QUERIES, 5, THOROUGH, group_by="family")
 
 
 def test_a_filter_that_does_not_fit_is_refused_each_time(finder):
@@ -220,7 +229,7 @@ def test_fewer_products_than_asked_for_are_all_found(index, filter):
 
 def test_an_index_leaves_out_products_and_their_groups(index):
     rows = np.array([index.row_of("p1"), index.row_of("p2")])
-    hits = index.search(QUERIES, 10, without=rows, without_groups=True, one_per="group")
+    hits = index.search(QUERIES, 10, exclude=Exclusion(rows, groups=True), group_by="group")
     groups = [[GROUPS[int(id[1:])] for id in ids] for ids in index.ids(hits.rows)]
     assert {len(found) for found in groups} == {10}
     for found in groups:
