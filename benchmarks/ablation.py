@@ -36,7 +36,7 @@ from benchmarks.catalogues import (
 )
 from benchmarks.ledger import Ledger
 
-CATALOGUE = "--data.sources=[catalogue]"
+CATALOGUE = "--data.examples.types=[catalogue]"
 SMALL_BATCH = [
     "--data.batch_size=64",
     "--model.optimizer.lr=7.5e-4",
@@ -83,13 +83,13 @@ ARMS: dict[str, dict[str, list[str]]] = {
         "products look for queries too": [f"{LOSS}.product_share=0.5"],
         "popular products are not corrected": [f"{LOSS}.log_q=0"],
         "no feature dropout": ["--model.product.feature_dropout=0"],
-        "no typed queries of facets": ["--data.sources={catalogue: 6, pairs: 1}"],
-        "judged pairs alone": ["--data.sources=[pairs]"],
+        "no typed queries of facets": ["--data.examples.types={catalogue: 6, pairs: 1}"],
+        "judged pairs alone": ["--data.examples.types=[pairs]"],
         "whole items alone": [WHOLE],
         "metric kl": ["--model.metric=kl"],
         "specialist without text": [
             *without("luma", "text"),
-            "--data.sources={catalogue: 6, pairs: 1}",  # nothing would read typed queries
+            "--data.examples.types={catalogue: 6, pairs: 1}",  # nothing would read typed queries
         ],
         "specialist without image": without("luma", "image"),
         "specialist without attribute": without("luma", "attribute"),
@@ -123,15 +123,15 @@ ARMS: dict[str, dict[str, list[str]]] = {
         "families are no positives": [f"{LOSS}.positives={{product: 1, group: 1, query: 1}}"],
         "no typed queries of facets": PRODUCTS,
         "no typed queries of facets, whole items alone": [*PRODUCTS, WHOLE],
-        "one product of each family": [*PRODUCTS, "--data.one_per_mates=true"],
+        "one product of each family": [*PRODUCTS, "--data.examples.one_per_group=true"],
         "one product of each family, whole items alone": [
             *PRODUCTS,
-            "--data.one_per_mates=true",
+            "--data.examples.one_per_group=true",
             WHOLE,
         ],
         "one product of each family, open_clip's ClipLoss": [
             *PRODUCTS,
-            "--data.one_per_mates=true",
+            "--data.examples.one_per_group=true",
             WHOLE,
             *CLIP,
         ],
@@ -151,7 +151,7 @@ ARMS: dict[str, dict[str, list[str]]] = {
             "--model.product.lexical.init_args.typed=false"
         ],
         **{
-            f"typed queries of facets weigh {w}": [f"--data.facet_weight={w}"]
+            f"typed queries of facets weigh {w}": [f"--data.examples.generated_weight={w}"]
             for w in (0.005, 0.02, 0.1, 1)
         },
         "averaged weights": [

@@ -23,7 +23,6 @@ import json
 import shutil
 import time
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,15 +86,11 @@ class Classifier(TwoTower):
         """As `TwoTower.setup`; then there is a class for every product, and only photos ask."""
         super().setup(stage)
         data = self.trainer.datamodule
-        for split, asked in data.held_out.items():
-            photo = [
-                bool(query_item(data.queries.row(int(number))).images) for number in asked.query
-            ]
-            per_query = {
-                name: getattr(asked, name)[photo]
-                for name in ("query", "source", "judged", "grade", "own")
-            }
-            data.held_out[split] = replace(asked, **per_query)
+        for split, held_out in data.held_out.items():
+            is_photo = []
+            for number in held_out.query.tolist():
+                is_photo.append(bool(query_item(data.queries.row(number)).images))
+            data.held_out[split] = held_out.select(np.array(is_photo))
         ids = data.products.column("product_id").to_pylist()
         self.class_of = {stable_hash(product_id): row for row, product_id in enumerate(ids)}
         if not hasattr(self, "head"):
@@ -135,7 +130,7 @@ class Classifier(TwoTower):
 
 def classified(bench: Bench, arguments: list[str], run: Path, seed: int) -> dict[str, Any]:
     """Train the classifier and ask the split's photos."""
-    asked = [f"--data.test_split={bench.split}", "--then_test=true"]
+    asked = [f"--data.validation.test_split={bench.split}", "--then_test=true"]
     TrainingCLI.start(bench.fit_arguments(run, [*asked, *arguments], seed), model=Classifier)
     figures = json.loads((run / "test.json").read_text(encoding="utf-8"))
     return {name: round(figures[f"test/{name}"], 4) for name in ("hit@1", "hit@10")}

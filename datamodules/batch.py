@@ -22,9 +22,9 @@ Relation = Literal[
 ]
 
 MODALITIES = ("text", "image", "attribute", "lexical")
-"""The order of the modality axis M everywhere:
+"""The order of the modality axis M everywhere: features, `present`, gate shares.
 
-features, `present`, gate shares. `lexical` are texts by their wording.
+`lexical` reads texts by their exact words.
 """
 
 RELATIONS = (
@@ -41,16 +41,12 @@ RELATIONS = (
 """The order of the relation axis R of `Batch.query_keys` and `Batch.product_keys`.
 
 Equal keys mean: the same product, the same thing (another seller's), variants of one style, the
-  same normalised title,
-the same picture bytes, the same brand and model number, the same category, the category above it in
-the tree, an answer to the same query.
+same normalized title, the same picture bytes, the same brand and model number, the same category,
+the category above it in the tree, relevance to the same query.
 """
 
 NO_KEY = -1
-"""In `Batch.query_keys` and `Batch.product_keys`:
-
-this row has no such key, and equals no other row.
-"""
+"""In `Batch.query_keys` and `Batch.product_keys`: a row without such a key equals no other row."""
 
 
 class Item(NamedTuple):
@@ -70,20 +66,20 @@ class Item(NamedTuple):
 
 
 class Example(NamedTuple):
-    """One training row: a query and the product that answers it.
+    """One training example: a query and its product.
 
     Attributes:
-        query: what is asked; often a view of a product, with some of its facts left out.
-        product: what answers.
+        query: often a view of a product, with some of its fields left out.
+        product: its positive.
         query_keys: R keys, one for each of `RELATIONS`; those of the whole product, whatever its
             view leaves out.
         product_keys: R keys.
         weight: graded relevance, 0 to 1 (click < cart < buy); 1 by default.
         label: for labelled pairs, how similar they are, 0 to 1; None elsewhere.
         frequency: how often this product is trained on, 1 = as often as the average.
-        judged: J `product` keys of all products that are judged to answer this query, padded with
-            `NO_KEY`.
-        grades: J weights of these judgements, 0 where padded.
+        judged_products: J `product` keys of all products that are judged relevant to this query,
+            padded with `NO_KEY`.
+        judgement_weights: J weights of these judgements, 0 where padded.
     """
 
     query: Item
@@ -93,8 +89,8 @@ class Example(NamedTuple):
     weight: float = 1.0
     label: float | None = None
     frequency: float = 1.0
-    judged: Sequence[int] = ()
-    grades: Sequence[float] = ()
+    judged_products: Sequence[int] = ()
+    judgement_weights: Sequence[float] = ()
 
 
 class AttributeTensors(NamedTuple):
@@ -138,12 +134,16 @@ class Items(NamedTuple):
 
     def rows(self, start: int, stop: int) -> Items:
         """Items `start` to `stop` (exclusive) as views of the same tensors."""
-        image, image_row = self.image, self.image_row
+        image = self.image
+        image_row = self.image_row
         if image is not None and image_row is not None:
-            first, last = ((image_row < edge).sum().item() for edge in (start, stop))
-            image, image_row = image[first:last], image_row[first:last] - start
+            first = int((image_row < start).sum())
+            last = int((image_row < stop).sum())
+            image = image[first:last]
+            image_row = image_row[first:last] - start
             if first == last:
-                image = image_row = None
+                image = None
+                image_row = None
         return Items(
             text=None if self.text is None else self.text[start:stop],
             image=image,
@@ -160,7 +160,7 @@ class Items(NamedTuple):
 class Batch(NamedTuple):
     """B queries and P >= B products.
 
-    Product row i < B answers query i, the rest are extra negatives.
+    Product row i < B is the positive of query i, the rest are extra negatives.
 
     Attributes:
         query: B items.
@@ -173,10 +173,10 @@ class Batch(NamedTuple):
             no label; None where no pair of the batch has one.
         frequency: (P,) float32 how often each product is trained on, 1 = as often as the average, 0
             = never as an answer; None = all alike.
-        judged: (B, J) int64 `product` keys of what is judged to answer each query, padded with -1:
-            so a product that answers several queries is pushed away by none of them. None = no
-            judgements.
-        grades: (B, J) float32 weights of these judgements, 0 where padded; None = no judgements.
+        judged_products: (B, J) int64 `product` keys of the judged products of each query, padded
+            with -1: so a product that is relevant to several queries is a negative of none of
+            them. None = no judgements.
+        judgement_weights: (B, J) float32, 0 where padded; None = no judgements.
         query_present: (B,) bool, the queries that have what is compared; None = all. Others are
             compared with nothing.
         product_present: (P,) bool, likewise.
@@ -189,8 +189,8 @@ class Batch(NamedTuple):
     weight: Tensor
     label: Tensor | None = None
     frequency: Tensor | None = None
-    judged: Tensor | None = None
-    grades: Tensor | None = None
+    judged_products: Tensor | None = None
+    judgement_weights: Tensor | None = None
     query_present: Tensor | None = None
     product_present: Tensor | None = None
 

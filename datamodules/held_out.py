@@ -1,55 +1,49 @@
-"""Held-out queries, the products they are searched among, and which of those answer them."""
+"""Held-out queries, the products they are searched among, and which of those are relevant."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import torch
-from torch.utils.data import Dataset, Sampler
 
-from tritower.datamodules.batch import Item, NumberedItems
-from tritower.datamodules.catalogue import Table, product_item, query_item
-from tritower.datamodules.examples import ITSELF, MateRelation, Mates, index_in, is_split
-from tritower.datamodules.preprocess import ItemPreprocess
+from tritower.datamodules.catalogue import Table
+from tritower.datamodules.example_rows import NO_ROW, index_in, is_split
+from tritower.datamodules.positives import GroupRelation, SameGroup
 
 logger = logging.getLogger(__name__)
 
-Asked = Literal[
-    "judged queries", "products that ask for their mates", "titles that ask for their product"
-]
-TITLES: Asked = "titles that ask for their product"
+QueryKind = Literal["judged queries", "products with a group", "titles of products"]
+TITLES: QueryKind = "titles of products"
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Q queries over G products.
+    """Q queries over G candidates.
 
     Attributes:
-        query: (Q,) int64 rows of `queries/`, or `ITSELF`.
-        source: (Q,) int64 rows of `products/` that are asked as queries, or `ITSELF`.
-        gallery: (G,) int64 rows of `products/`, ascending.
-        judged: (Q, J) int64 positions in the gallery, -1 padded.
+        query: (Q,) int64 rows of `queries/`, or `NO_ROW`.
+        query_product: (Q,) int64 rows of `products/` that are the query, or `NO_ROW`.
+        candidates: (G,) int64 rows of `products/`, ascending.
+        judged: (Q, J) int64 positions among the candidates, -1 padded.
         grade: (Q, J) float32, 0 to 1, of the judged products; 1 is the catalogue's highest.
-        own: (Q,) int64 position of the asked product in the gallery, which is no hit; -1 where
-            there is none.
+        own: (Q,) int64 position of the query's own product among the candidates, which is no hit;
+            -1 where there is none.
         threshold: the lowest grade that is relevant; every query has a product of it.
-        asked: what the queries are. Titles alone are the known-item test of a catalogue without
-            queries or mates.
+        kind: of the queries. Titles alone are the known-item test of a catalogue without queries
+            and groups.
     """
 
     query: np.ndarray
-    source: np.ndarray
-    gallery: np.ndarray
+    query_product: np.ndarray
+    candidates: np.ndarray
     judged: np.ndarray
     grade: np.ndarray
     own: np.ndarray
     threshold: float
-    asked: Asked
+    kind: QueryKind
 
     @property
     def relevant(self) -> np.ndarray:
@@ -60,135 +54,217 @@ class HeldOut:
         return len(self.query)
 
     def select(self, subset: np.ndarray) -> HeldOut:
-        """The queries of a (Q,) bool mask, over the same products."""
+        """The queries of a (Q,) bool mask, over the same candidates."""
         return replace(
             self,
             query=self.query[subset],
-            source=self.source[subset],
+            query_product=self.query_product[subset],
             judged=self.judged[subset],
             grade=self.grade[subset],
             own=self.own[subset],
         )
 
 
-def held_out(
+@dataclass(frozen=True)
+class HeldOutOptions:
+    """The held-out queries that models are chosen by and tested on.
+
+    Attributes:
+        max_queries: held-out queries of each validation.
+        max_products: products they are searched among.
+        val_split: split that the best model is chosen by.
+        test_split: split of `train.py test`.
+        threshold: relevance from which products of held-out queries are relevant; null takes the
+            highest of all judgements. Queries without such a product are left out.
+    """
+
+    max_queries: int = 2000
+    max_products: int = 20_000
+    val_split: str = "val"
+    test_split: str = "test"
+    threshold: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.threshold is not None and not self.threshold > 0:
+            raise ValueError(
+                f"threshold={self.threshold}: products of relevance 0 are not relevant; choose "
+                "above 0."
+            )
+
+
+class JudgedQueries(NamedTuple):
+    """Q queries with their judged products.
+
+    Attributes:
+        query: (Q,) int64 rows of `queries/`, or `NO_ROW`.
+        query_product: (Q,) int64 rows of `products/`, or `NO_ROW`.
+        judged: Q arrays of rows of `products/`.
+        grades: Q arrays of float32 grades.
+        threshold: the lowest grade that is relevant.
+    """
+
+    query: np.ndarray
+    query_product: np.ndarray
+    judged: list[np.ndarray]
+    grades: list[np.ndarray]
+    threshold: float
+
+    def select(self, kept: np.ndarray) -> JudgedQueries:
+        """Some of the queries."""
+        return JudgedQueries(
+            self.query[kept],
+            self.query_product[kept],
+            [self.judged[i] for i in kept],
+            [self.grades[i] for i in kept],
+            self.threshold,
+        )
+
+
+def held_out_queries(
     products: Table,
     queries: Table | None,
     qrels: pa.Table | None,
-    *,
+    relation: GroupRelation,
     split: str,
-    mates: MateRelation,
-    max_queries: int,
-    max_products: int,
+    options: HeldOutOptions,
     seed: int = 0,
-    threshold: float | None = None,
 ) -> HeldOut:
     """The held-out queries of a split.
 
-    Judged ones where there are any, else its products' mates, else their titles.
+    Judged queries where there are any, else products with a group, else titles.
 
-    The gallery is the catalogue; one of more than `max_products` is sampled uniformly, judged and
-    asked products always among it. Judged queries without a product of relevance `threshold` (null:
-    the highest there is) are not asked; how many those are is logged.
+    Candidates are the catalogue; a larger one than `max_products` is sampled uniformly, with all
+    judged products and query products. Judged queries without a product of relevance `threshold`
+    are left out; their number is logged.
+
+    Args:
+        products: the catalogue.
+        queries: its queries, or None.
+        qrels: query_id, product_id, relevance, or None.
+        relation: whose other products are relevant where nothing is judged.
+        split: of the queries.
+        options: how many, and what is relevant.
+        seed: of the samples.
 
     Raises:
-        ValueError: the split has no products to ask for, or none of its judged queries has a
+        ValueError: the split has no queries and no products, or none of its judged queries has a
             relevant product.
     """
     rng = np.random.default_rng((seed, 1))
-    query, source, judged_rows, grades, lowest = _judged(products, queries, qrels, split, threshold)
-    asked: Asked = "judged queries"
-    if not len(query):
-        asked = "products that ask for their mates"
-        source, judged_rows = _mates(products, mates, split)
-        if not len(source):
-            asked = TITLES
-            source = np.flatnonzero(is_split(products, split))
-            judged_rows = [np.array([row]) for row in source]
-        query = np.full(len(source), ITSELF, np.int64)
-        grades = [np.ones(len(rows), np.float32) for rows in judged_rows]
-    if not len(query):
+    kind: QueryKind = "judged queries"
+    chosen = _judged_queries(products, queries, qrels, split, options.threshold)
+    if not len(chosen.query):
+        kind = "products with a group"
+        chosen = _grouped_products(products, relation, split)
+    if not len(chosen.query):
+        kind = TITLES
+        chosen = _titles(products, split)
+    if not len(chosen.query):
         raise ValueError(
-            f"The {split} split has no products and no queries. Prepare the catalogue with a {split} split."
+            f"The {split} split has no products and no queries. Prepare the catalogue with a "
+            f"{split} split."
         )
-    if len(query) > max_queries:
-        keep = np.sort(rng.choice(len(query), max_queries, replace=False))
-        query, source = query[keep], source[keep]
-        judged_rows, grades = [judged_rows[i] for i in keep], [grades[i] for i in keep]
+    if len(chosen.query) > options.max_queries:
+        kept = rng.choice(len(chosen.query), options.max_queries, replace=False)
+        chosen = chosen.select(np.sort(kept))
 
-    needed = np.unique(np.concatenate([*judged_rows, source[source >= 0]]))
+    # Candidates: what is judged or is a query, and a sample of the others.
+    is_query = chosen.query_product >= 0
+    needed = np.unique(np.concatenate([*chosen.judged, chosen.query_product[is_query]]))
     others = np.setdiff1d(np.arange(len(products)), needed)
-    room = max(0, max_products - len(needed))
-    gallery = np.sort(np.concatenate([needed, rng.permutation(others)[:room]])).astype(np.int64)
-    width = max(len(rows) for rows in judged_rows)
-    judged = np.full((len(query), width), -1, np.int64)
-    grade = np.zeros((len(query), width), np.float32)
-    for i, rows in enumerate(judged_rows):
-        judged[i, : len(rows)] = np.searchsorted(gallery, rows)
-        grade[i, : len(rows)] = grades[i]
-    asks = (source >= 0) & (asked != TITLES)
-    own = np.where(asks, np.searchsorted(gallery, np.maximum(source, 0)), -1)
-    return HeldOut(query, source, gallery, judged, grade, own, lowest, asked)
+    room = max(0, options.max_products - len(needed))
+    sample = rng.permutation(others)[:room]
+    candidates = np.sort(np.concatenate([needed, sample])).astype(np.int64)
+
+    # Rows of the catalogue become positions among the candidates.
+    width = max(len(rows) for rows in chosen.judged)
+    judged = np.full((len(chosen.query), width), -1, np.int64)
+    grade = np.zeros((len(chosen.query), width), np.float32)
+    for i, rows in enumerate(chosen.judged):
+        judged[i, : len(rows)] = np.searchsorted(candidates, rows)
+        grade[i, : len(rows)] = chosen.grades[i]
+    own = np.searchsorted(candidates, np.maximum(chosen.query_product, 0))
+    own = np.where(is_query & (kind != TITLES), own, -1)
+    return HeldOut(
+        chosen.query,
+        chosen.query_product,
+        candidates,
+        judged,
+        grade,
+        own,
+        chosen.threshold,
+        kind,
+    )
 
 
-def _judged(
+def _judged_queries(
     products: Table,
     queries: Table | None,
     qrels: pa.Table | None,
     split: str,
     threshold: float | None,
-) -> tuple[np.ndarray, np.ndarray, list[np.ndarray], list[np.ndarray], float]:
-    """Rows of the split's queries, their sources, what is judged for each, its grades, and the lowest relevant one."""
+) -> JudgedQueries:
+    """The judged queries of the split."""
+    nothing = np.empty(0, np.int64)
     if queries is None or qrels is None or not len(qrels):
-        return np.empty(0, np.int64), np.empty(0, np.int64), [], [], 1.0
+        return JudgedQueries(nothing, nothing, [], [], 1.0)
+
+    # Ids to rows; only relevant judgements of known queries and products of the split.
     product_ids = products.column("product_id")
-    query, product = (
-        index_in(qrels["query_id"], queries.column("query_id")),
-        index_in(qrels["product_id"], product_ids),
-    )
-    source = index_in(queries.column("source_product_id"), product_ids)
+    query = index_in(qrels["query_id"], queries.column("query_id"))
+    product = index_in(qrels["product_id"], product_ids)
+    query_product = index_in(queries.column("source_product_id"), product_ids)
     relevance = qrels["relevance"].to_numpy().astype(np.float32)
     keep = (relevance > 0) & is_split(queries, split)[query] & (product >= 0) & (query >= 0)
-    keep &= source[query] != product
+    keep &= query_product[query] != product
     highest = max(float(relevance.max()), 1e-9)
-    lowest = float(np.float32(highest if threshold is None else threshold) / np.float32(highest))
-    query, product, grade = query[keep], product[keep], relevance[keep] / np.float32(highest)
+    if threshold is None:
+        threshold = highest
+    lowest = float(np.float32(threshold) / np.float32(highest))
+    query = query[keep]
+    product = product[keep]
+    grade = relevance[keep] / np.float32(highest)
+
+    # Of several judgements of one pair the highest counts.
     order = np.lexsort((-grade, product, query))
-    pairs, first = np.unique(
-        np.stack([query[order], product[order]], 1), axis=0, return_index=True
-    )  # judged twice
+    pairs, first = np.unique(np.stack([query[order], product[order]], 1), axis=0, return_index=True)
     best = grade[order][first]
+
+    # Queries without a relevant product are left out.
     keep = np.isin(pairs[:, 0], pairs[best >= lowest, 0])
     if not keep.all():
-        _tell_dropped(split, pairs[:, 0], keep, lowest * highest, float(best.max()) * highest)
-    pairs, best = pairs[keep], best[keep]
+        _report_dropped(split, pairs[:, 0], keep, lowest * highest, float(best.max()) * highest)
+    pairs = pairs[keep]
+    best = best[keep]
     rows, starts = np.unique(pairs[:, 0], return_index=True)
-    judged, grades = (
-        np.split(values, starts[1:]) if len(rows) else [] for values in (pairs[:, 1], best)
-    )
-    return (
-        np.where(source[rows] >= 0, ITSELF, rows),
-        source[rows],
-        judged,
-        grades,
-        lowest if len(rows) else 1.0,
+    if not len(rows):
+        return JudgedQueries(nothing, nothing, [], [], 1.0)
+    own_product = query_product[rows]
+    return JudgedQueries(
+        np.where(own_product >= 0, NO_ROW, rows),
+        own_product,
+        np.split(pairs[:, 1], starts[1:]),
+        np.split(best, starts[1:]),
+        lowest,
     )
 
 
-def _tell_dropped(
+def _report_dropped(
     split: str, query: np.ndarray, kept: np.ndarray, threshold: float, best: float
 ) -> None:
-    """Say how many judged queries have nothing relevant, or refuse where that is all of them."""
-    count, dropped = len(np.unique(query)), len(np.unique(query[~kept]))
+    """Warn of judged queries without a relevant product, or refuse where that is all of them."""
+    count = len(np.unique(query))
+    dropped = len(np.unique(query[~kept]))
     if dropped == count:
         raise ValueError(
-            f"None of the {count} judged {split} queries has a product of relevance {threshold:g} or more, which is "
-            f"what counts as relevant; the best there has {best:g}. Choose a lower data.threshold. (Weights that are "
-            "counts, as of clicks, are better prepared as a few grades.)"
+            f"None of the {count} judged {split} queries has a product of relevance {threshold:g} "
+            f"or more, which counts as relevant; the best there has {best:g}. Choose a lower "
+            "data.validation.threshold. (Weights that are counts, as of clicks, are better "
+            "prepared as a few grades.)"
         )
     logger.warning(
-        "%d of %d judged %s queries have no product of relevance %g or more and are not asked; data.threshold says "
-        "what is relevant.",
+        "%d of %d judged %s queries have no product of relevance %g or more and are left out; "
+        "data.validation.threshold sets what is relevant.",
         dropped,
         count,
         split,
@@ -196,77 +272,26 @@ def _tell_dropped(
     )
 
 
-def _mates(
-    products: Table, relation: MateRelation, split: str
-) -> tuple[np.ndarray, list[np.ndarray]]:
-    """The products of the split that have mates there, and the mates."""
+def _grouped_products(products: Table, relation: GroupRelation, split: str) -> JudgedQueries:
+    """The products of the split with others of their group there, which are relevant."""
     rows = np.flatnonzero(is_split(products, split))
-    mates = Mates(products, relation, rows)
-    found = [(row, mates.of(int(row))) for row in rows]
-    return np.array([row for row, m in found if len(m)], np.int64), [m for _, m in found if len(m)]
+    same_group = SameGroup(products, relation, rows)
+    with_others = []
+    others_of = []
+    for row in rows.tolist():
+        others = same_group.others(row)
+        if len(others):
+            with_others.append(row)
+            others_of.append(others)
+    return _products_as_queries(np.array(with_others, np.int64), others_of)
 
 
-class ProductRows(Dataset[NumberedItems]):
-    """Products by their positions in the gallery."""
-
-    def __init__(self, products: Table, gallery: np.ndarray, preprocess: ItemPreprocess) -> None:
-        self.products, self.gallery, self.preprocess = products, gallery, preprocess
-
-    def __getitem__(self, positions: np.ndarray) -> NumberedItems:
-        items = [
-            product_item(self.products.row(int(self.gallery[position]))) for position in positions
-        ]
-        return NumberedItems(self.preprocess(items), torch.from_numpy(positions))
+def _titles(products: Table, split: str) -> JudgedQueries:
+    """All products of the split: each title should find its product."""
+    rows = np.flatnonzero(is_split(products, split))
+    return _products_as_queries(rows, [np.array([row]) for row in rows])
 
 
-class QueryRows(Dataset[NumberedItems]):
-    """Held-out queries by their number."""
-
-    def __init__(
-        self, products: Table, queries: Table | None, held_out: HeldOut, preprocess: ItemPreprocess
-    ) -> None:
-        self.products, self.queries, self.held_out, self.preprocess = (
-            products,
-            queries,
-            held_out,
-            preprocess,
-        )
-
-    def __getitem__(self, positions: np.ndarray) -> NumberedItems:
-        return NumberedItems(
-            self.preprocess([self.item(int(p)) for p in positions]), torch.from_numpy(positions)
-        )
-
-    def item(self, position: int) -> Item:
-        """Query `position` as it is asked."""
-        number = int(self.held_out.query[position])
-        if number != ITSELF:
-            assert self.queries is not None
-            return query_item(self.queries.row(number))
-        item = product_item(self.products.row(int(self.held_out.source[position])))
-        return (
-            Item(text=dict(list(item.text.items())[:1])) if self.held_out.asked == TITLES else item
-        )
-
-
-class RowBatches(Sampler[np.ndarray]):
-    """0..num_rows in order, in batches; rank r of R takes batches r, r + R, ...
-
-    and every row comes exactly once.
-
-    Batches are smaller where there are few rows, so that every rank has one: a rank without any
-      would not come to the
-    end of the epoch, where the others wait for it.
-    """
-
-    def __init__(self, num_rows: int, batch_size: int, rank: int = 0, num_ranks: int = 1) -> None:
-        batch_size = max(1, min(batch_size, num_rows // num_ranks))
-        self.starts = range(rank * batch_size, num_rows, num_ranks * batch_size)
-        self.num_rows, self.batch_size = num_rows, batch_size
-
-    def __len__(self) -> int:
-        return len(self.starts)
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        for start in self.starts:
-            yield np.arange(start, min(start + self.batch_size, self.num_rows))
+def _products_as_queries(rows: np.ndarray, judged: list[np.ndarray]) -> JudgedQueries:
+    grades = [np.ones(len(products), np.float32) for products in judged]
+    return JudgedQueries(np.full(len(rows), NO_ROW, np.int64), rows, judged, grades, 1.0)

@@ -1,7 +1,4 @@
-"""Extra products of a batch that answer none of its queries.
-
-Mined ones, and others drawn at random.
-"""
+"""Extra negatives of a batch: mined products, and others drawn at random."""
 
 from __future__ import annotations
 
@@ -13,26 +10,26 @@ import numpy as np
 
 
 class Negatives(NamedTuple):
-    """Where mined negatives are, and how many of them a batch takes.
+    """Mined negatives, and how many of them a batch takes.
 
     Attributes:
         file: (N, K) int32 rows of products that are hard negatives of each of N products, hardest
             first; -1 = none.
         per_example: extra products per example.
-        share: of those that are mined, 0 to 1; the rest is drawn at random.
+        share: 0 to 1, of those that are mined; the rest is drawn at random.
     """
 
     file: Path
     per_example: int
     share: float
 
-    def of(self, row: int, rng: np.random.Generator, others: np.ndarray) -> np.ndarray:
+    def draw(self, row: int, rng: np.random.Generator, others: np.ndarray) -> np.ndarray:
         """(per_example,) rows of products.
 
         Args:
-            row: the product that answers.
+            row: the example's own product.
             rng: of the example.
-            others: (n,) rows that are drawn from where there are no mined ones.
+            others: (n,) rows to draw from at random.
         """
         mined = _table(self.file)[row]
         mined = mined[mined >= 0]

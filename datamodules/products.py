@@ -1,44 +1,51 @@
-"""The data of a training run.
-
-Batches of a prepared catalogue, and held-out queries to choose the best model by.
-"""
+"""The data of a training run: batches of a prepared catalogue, and held-out queries."""
 
 from __future__ import annotations
 
 import logging
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning as L
-import numpy as np
 import pyarrow.parquet as pq
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from tritower.datamodules.batch import RELATIONS, Batch, Item, NumberedItems
 from tritower.datamodules.catalogue import Table, product_item, query_item
-from tritower.datamodules.examples import (
-    ExampleRows,
-    MateRelation,
-    Mates,
-    TrainingBatches,
-    catalogue_examples,
-    is_split,
-    pair_examples,
-)
-from tritower.datamodules.generated_queries import FacetQueries, Queries, facet_queries
-from tritower.datamodules.held_out import HeldOut, ProductRows, QueryRows, RowBatches, held_out
+from tritower.datamodules.examples import ExampleData, TrainingBatches
+from tritower.datamodules.generated_queries import AllQueries, GeneratedQueries
+from tritower.datamodules.held_out import HeldOut, HeldOutOptions, held_out_queries
+from tritower.datamodules.held_out_rows import CandidateRows, QueryRows, RowBatches
 from tritower.datamodules.negatives import Negatives
 from tritower.datamodules.preprocess import Preprocess, stable_hash
 from tritower.datamodules.schema import Schema
-from tritower.datamodules.stream import BatchStream
+from tritower.datamodules.stream import BatchStream, StreamPosition
+from tritower.datamodules.training_rows import ExampleOptions, TrainingRows
 from tritower.datamodules.views import Views
 
 logger = logging.getLogger(__name__)
 
 
-Source = Literal["catalogue", "pairs", "labels", "facets"]
+@dataclass(frozen=True)
+class LoaderOptions:
+    """How batches are loaded; they are the same.
+
+    Attributes:
+        num_workers: loader processes; 0 loads in the training process.
+        window_groups: row groups that are shuffled together, and that a loader process keeps in
+            memory.
+    """
+
+    num_workers: int = 0
+    window_groups: int = 64
+
+
+DEFAULT_EXAMPLES = ExampleOptions()
+DEFAULT_VALIDATION = HeldOutOptions()
+DEFAULT_LOADER = LoaderOptions()
 
 
 class ProductDataModule(L.LightningDataModule):
@@ -47,34 +54,10 @@ class ProductDataModule(L.LightningDataModule):
     Args:
         catalogue: folder made by `python -m datamodules.prepare`.
         batch_size: examples per step over all processes.
-        sources: what training examples are made of: `catalogue` (two views of a product, or of it
-            and a mate), `pairs` (the judgements of the train split), `labels` (the same with their
-            labels, and those of relevance 0, for losses such as CoSENT), `facets` (typed queries
-            that name attributes of products, which answer them). A mapping says how often the
-            examples of each are shown in an epoch.
-        facet_weight: of a typed query that names facets, 0 to 1, beside 1 of a product's view. Such
-            queries draw together what is alike by its attributes: the more they weigh, the less
-            sets one product apart.
-        relevance_power: weight of a judgement: (relevance / highest relevance) to this power; 0
-            weighs all alike.
-        max_pairs_per_query: judged products of a query that are trained on, the most relevant
-            first; null takes all. Others that are no less relevant are answers all the same, and
-            less relevant ones are not.
-        mates: whose views may ask for a product: `group` (the same thing), `family` (variants too),
-            or `none`.
-        mate_share: chance, 0 to 1, that a product is asked for by a mate's view and not its own.
-        one_per_mates: examples of `catalogue` ask for one product of each group or family alone,
-            the first one; so no batch holds two that belong together.
+        examples: what training examples are made of.
         views: what is left out of queries and products in training.
-        num_workers: loader processes; 0 loads in the training process.
-        window_groups: row groups that are shuffled together, and that a loader process keeps in
-            memory.
-        max_val_queries: held-out queries that are asked at each validation.
-        max_val_products: products they are searched among.
-        val_split: split that the best model is chosen by.
-        test_split: split of `train.py test`.
-        threshold: relevance from which products of held-out queries are relevant; null takes the
-            highest of all judgements. Queries without such a product are not asked.
+        validation: the held-out queries that models are chosen by and tested on.
+        loader: how batches are loaded.
         seed: of the order and of everything random about the examples.
     """
 
@@ -82,161 +65,78 @@ class ProductDataModule(L.LightningDataModule):
         self,
         catalogue: Path,
         batch_size: int = 256,
-        sources: list[Source] | dict[Source, int] | None = None,
-        facet_weight: float = 0.02,
-        relevance_power: float = 1.0,
-        max_pairs_per_query: int | None = None,
-        mates: MateRelation = "family",
-        mate_share: float = 0.5,
-        one_per_mates: bool = False,
+        examples: ExampleOptions = DEFAULT_EXAMPLES,
         views: Views | None = None,
-        num_workers: int = 0,
-        window_groups: int = 64,
-        max_val_queries: int = 2000,
-        max_val_products: int = 20_000,
-        val_split: str = "val",
-        test_split: str = "test",
-        threshold: float | None = None,
+        validation: HeldOutOptions = DEFAULT_VALIDATION,
+        loader: LoaderOptions = DEFAULT_LOADER,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.allow_zero_length_dataloader_with_multiple_devices = (
-            True  # fewer held-out queries than processes
-        )
-        self.catalogue, self.batch_size = Path(catalogue), batch_size
-        given = sources if sources is not None else ["catalogue", "pairs"]
-        self.sources = dict(given) if isinstance(given, dict) else dict.fromkeys(given, 1)
-        if any(times < 1 for times in self.sources.values()):
-            raise ValueError(
-                f"sources={self.sources}: each is shown at least once an epoch; leave out what is not."
-            )
-        if not 0 < facet_weight <= 1:
-            raise ValueError(f"facet_weight={facet_weight}: choose above 0, up to 1.")
-        self.facet_weight, self.relevance_power = facet_weight, relevance_power
-        self.max_pairs_per_query = max_pairs_per_query
-        self.mates, self.mate_share, self.one_per_mates = mates, mate_share, one_per_mates
+        # There may be fewer held-out queries than processes.
+        self.allow_zero_length_dataloader_with_multiple_devices = True
+        self.catalogue = Path(catalogue)
+        self.batch_size = batch_size
+        self.examples = examples
         self.views = views if views is not None else Views()
-        self.num_workers, self.window_groups, self.seed = num_workers, window_groups, seed
-        self.max_val_queries, self.max_val_products = max_val_queries, max_val_products
-        if threshold is not None and not threshold > 0:
-            raise ValueError(
-                f"threshold={threshold}: products of relevance 0 are no answers; choose above 0."
-            )
-        self.val_split, self.test_split, self.threshold = val_split, test_split, threshold
-        self.preprocess: Preprocess | None = None  # the model hands it over when a run is set up
+        self.validation = validation
+        self.loader = loader
+        self.seed = seed
+        self.preprocess: Preprocess | None = None  # the model hands it over at setup
         self.held_out: dict[str, HeldOut] = {}
+        self.training: TrainingRows | None = None
         self.progress = {"epoch": 0, "step": 0, "batches": 0}
         self._negatives: Negatives | None = None
         self._stream: BatchStream | None = None
+
+    @property
+    def val_split(self) -> str:
+        """The split that the best model is chosen by."""
+        return self.validation.val_split
+
+    @property
+    def test_split(self) -> str:
+        """The split of `train.py test`."""
+        return self.validation.test_split
 
     def prepare_data(self) -> None:
         """Refuse a folder that is no prepared catalogue before any process starts."""
         if not (self.catalogue / "schema.json").is_file():
             raise FileNotFoundError(
-                f"{self.catalogue} is not a prepared catalogue (it has no schema.json). "
-                f"Make it with: python -m datamodules.prepare products.csv --output {self.catalogue}"
+                f"{self.catalogue} is not a prepared catalogue (it has no schema.json). Make it "
+                f"with: python -m datamodules.prepare products.csv --output {self.catalogue}"
             )
 
     def setup(self, stage: str) -> None:
-        """Open the catalogue and decide which examples and held-out queries there are."""
+        """Open the catalogue, and choose the examples and the held-out queries."""
         self.schema = Schema.load(self.catalogue / "schema.json")
-        self.products = Table(self.catalogue / "products", self.window_groups)
-        has_queries = (self.catalogue / "queries").is_dir()
-        self.queries = (
-            Table(self.catalogue / "queries", self.window_groups) if has_queries else None
-        )
+        self.products = Table(self.catalogue / "products", self.loader.window_groups)
+        self.queries: Table | None = None
+        if (self.catalogue / "queries").is_dir():
+            self.queries = Table(self.catalogue / "queries", self.loader.window_groups)
         qrels = self.catalogue / "qrels.parquet"
         self.qrels = pq.read_table(qrels) if qrels.is_file() else None
-        self.facets = FacetQueries([], [])
         if stage == "fit":
-            self.rows = self._examples()
-            logger.info("%d training examples from %d products", len(self.rows), len(self.products))
-            if not {"pairs", "labels"} & self.sources.keys() and (
-                left := len(self._pairs(labelled=True))
-            ):
-                logger.warning(
-                    "%s holds %d judgements of the train split, and none is trained on: data.sources=%s names neither "
-                    "pairs nor labels.",
-                    self.catalogue,
-                    left,
-                    ", ".join(self.sources),
-                )
-        for split in {
-            "fit": [self.val_split],
-            "validate": [self.val_split],
-            "test": [self.test_split],
-        }[stage]:
-            self.held_out[split] = held_out(
-                self.products,
-                self.queries,
-                self.qrels,
-                split=split,
-                mates=self.mates,
-                max_queries=self.max_val_queries,
-                max_products=self.max_val_products,
-                seed=self.seed,
-                threshold=self.threshold,
+            self.training = TrainingRows(
+                self.products, self.queries, self.qrels, self.schema, self.examples, self.seed
             )
-            asked = self.held_out[split]
-            logger.info(
-                "%s: %d %s, among %d products", split, len(asked), asked.asked, len(asked.gallery)
-            )
-
-    def _examples(self) -> ExampleRows:
-        self.train_rows = np.flatnonzero(is_split(self.products, "train"))
-        parts = []
-        for source, times in self.sources.items():
-            if source == "catalogue":
-                rows = self.train_rows
-                if self.one_per_mates:
-                    rows = Mates(self.products, self.mates, rows).first_of_each(rows)
-                parts += [catalogue_examples(rows)] * times
-            elif source == "facets":
-                self.facets = facet_queries(
-                    self.products, self.train_rows, self.schema, self.seed, self.facet_weight
-                )
-                logger.info("%d typed queries of facets", len(self.facets))
-                parts += [self.facets.examples(self._asked.first_facets, times, self.seed)]
-            else:
-                parts += [self._pairs(labelled=source == "labels")] * times
-        if not sum(map(len, parts)):
-            raise ValueError(
-                f"No training examples: {self.catalogue} has {len(self.train_rows)} products of the train split, and "
-                f"data.sources={list(self.sources)}."
-            )
-        return ExampleRows.join(parts)
-
-    def _pairs(self, *, labelled: bool, equals: bool = False) -> ExampleRows:
-        """The judgements of the train split, as `pair_examples` chooses them."""
-        if self.queries is None or self.qrels is None:
-            return catalogue_examples(np.empty(0, np.int64))
-        return pair_examples(
-            self.qrels,
+            self.training.report(self.catalogue)
+        split = self.test_split if stage == "test" else self.val_split
+        held_out = held_out_queries(
             self.products,
             self.queries,
-            "train",
-            self.max_pairs_per_query,
+            self.qrels,
+            self.examples.positives,
+            split,
+            self.validation,
             self.seed,
-            power=self.relevance_power,
-            labelled=labelled,
-            equals=equals,
         )
-
-    def _other_answers(self) -> list[ExampleRows]:
-        """What answers queries beside the examples.
-
-        What a cut of theirs left out, and all that have typed facets.
-        """
-        parts = []
-        if self.max_pairs_per_query is not None and {"pairs", "labels"} & self.sources.keys():
-            parts.append(self._pairs(labelled=False, equals=True))
-        if len(self.facets):
-            parts.append(self.facets.pairs(self._asked.first_facets))
-        return parts
+        self.held_out[split] = held_out
+        candidates = len(held_out.candidates)
+        logger.info("%s: %d %s, among %d products", split, len(held_out), held_out.kind, candidates)
 
     @property
     def negatives(self) -> Negatives | None:
-        """Extra products of the batches; set in the middle of an epoch, it counts from the next one on."""
+        """Extra negatives of the batches; a new value counts from the next epoch on."""
         return self._negatives
 
     @negatives.setter
@@ -247,68 +147,58 @@ class ProductDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Epochs of the train split; the first one begins where a resumed run stopped."""
+        training = self.training
+        assert training is not None
         self._stream = BatchStream(
-            len(self.rows),
+            len(training.rows),
             self.batch_size,
             seed=self.seed,
-            window_blocks=max(1, self.window_groups // 2),  # two windows overlap in a batch
-            rank=self.trainer.global_rank,
-            num_ranks=self.trainer.world_size,
-            epoch=self.progress["epoch"],
-            start=self.progress["step"],
+            window_blocks=max(1, self.loader.window_groups // 2),  # two windows overlap in a batch
+            position=StreamPosition(
+                self.trainer.global_rank,
+                self.trainer.world_size,
+                self.progress["epoch"],
+                self.progress["step"],
+            ),
             negatives=self._negatives,
         )
-        mates = Mates(self.products, self.mates, self.train_rows)
-        asked = self._asked
-        batches = TrainingBatches(
+        data = ExampleData(
             self.products,
-            asked,
-            self.rows,
-            mates,
-            self.mate_share,
-            self.views,
-            self._preprocess,
-            self.seed,
-            others=self._other_answers(),
-            first_facets=asked.first_facets,
+            training.queries,
+            training.rows,
+            training.same_group,
+            self.examples.group_share,
+            training.others,
+            training.queries.first_generated,
         )
-        return self.loader(batches, self._stream)
+        batches = TrainingBatches(data, self.views, self.model_preprocess, self.seed)
+        return self.make_loader(batches, self._stream)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where training stands, for its checkpoints.
+        """The position in the training, for its checkpoints.
 
-        Epoch, its steps that are done, all batches, mined negatives.
+        Epoch, its finished steps, all batches, mined negatives.
         """
-        per_epoch = self.trainer.num_training_batches
         batches = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
-        since = (
-            batches - self.progress["batches"]
-        )  # epochs before the last start may have been of another length,
-        started = min(
-            self.progress["step"], per_epoch
-        )  # and of the one it was in nothing may be left
-        epoch, step = divmod(self.progress["epoch"] * per_epoch + started + since, per_epoch)
-        mined = None if self._negatives is None else self._negatives._asdict()
-        return {
-            "epoch": epoch,
-            "step": step,
-            "batches": batches,
-            "negatives": mined and mined | {"file": self._negatives.file.name},
-        }
+        position = advance(self.progress, self.trainer.num_training_batches, batches)
+        mined = None
+        if self._negatives is not None:
+            mined = self._negatives._asdict() | {"file": self._negatives.file.name}
+        return {**position, "negatives": mined}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Called before the loaders are made, which may read ahead."""
+        """Take over the position; called before the loaders are made, which may read ahead."""
         self.progress = {name: state_dict[name] for name in ("epoch", "step", "batches")}
-        if (mined := state_dict.get("negatives")) is not None:
+        mined = state_dict.get("negatives")
+        if mined is not None:
             file = Path(self.trainer.default_root_dir) / "negatives" / mined["file"]
             if not file.is_file():
                 raise FileNotFoundError(
                     f"{file}: the negatives that this run had mined are gone; start it afresh."
                 )
             self._negatives = Negatives(**{**mined, "file": file})
-        warnings.filterwarnings(
-            "ignore", message=".*your dataloader is not resumable"
-        )  # it is: by its stream
+        # It is resumable: by its stream.
+        warnings.filterwarnings("ignore", message=".*your dataloader is not resumable")
 
     def val_dataloader(self) -> list[DataLoader[NumberedItems]]:
         """Held-out queries of the validation split, and the products they are searched among."""
@@ -319,19 +209,14 @@ class ProductDataModule(L.LightningDataModule):
         return self._held_out_loaders(self.test_split)
 
     def all_items(self) -> Iterator[Item]:
-        """Every product and every query of the catalogue, in order.
-
-        What frozen towers encode once.
-        """
+        """Every product and every query of the catalogue, in order: frozen towers encode them once."""
         for row in range(len(self.products)):
             yield product_item(self.products.row(row))
-        asked = self._asked
-        for number in range(len(asked)):
-            yield query_item(asked.row(number))
-
-    @property
-    def _asked(self) -> Queries:
-        return Queries(self.queries, self.facets)
+        queries = AllQueries(self.queries, GeneratedQueries([], []))
+        if self.training is not None:
+            queries = self.training.queries
+        for number in range(len(queries)):
+            yield query_item(queries.row(number))
 
     def product_ids(self, batch: Batch) -> list[str]:
         """The ids of the products of a batch, for messages."""
@@ -340,38 +225,69 @@ class ProductDataModule(L.LightningDataModule):
         return [product_id for product_id in ids if stable_hash(product_id) in keys]
 
     @property
-    def _preprocess(self) -> Preprocess:
+    def model_preprocess(self) -> Preprocess:
+        """The model's preprocessing.
+
+        Raises:
+            RuntimeError: no model has handed it over.
+        """
         if self.preprocess is None:
             raise RuntimeError(
-                "The model has not handed over its preprocessing: run through a Trainer with a TwoTower."
+                "The model has not handed over its preprocessing: run through a Trainer with a "
+                "TwoTower."
             )
         return self.preprocess
 
     def _held_out_loaders(self, split: str) -> list[DataLoader[NumberedItems]]:
-        asked = self.held_out[split]
-        ranks = (self.trainer.global_rank, self.trainer.world_size)
-        queries = QueryRows(self.products, self.queries, asked, self._preprocess.query)
-        products = ProductRows(self.products, asked.gallery, self._preprocess.product)
-        return [
-            self.loader(queries, RowBatches(len(asked), self.batch_size, *ranks)),
-            self.loader(products, RowBatches(len(asked.gallery), self.batch_size, *ranks)),
-        ]
+        held_out = self.held_out[split]
+        sides = self.model_preprocess
+        queries = QueryRows(self.products, self.queries, held_out, sides.query)
+        products = CandidateRows(self.products, held_out.candidates, sides.product)
+        loaders = []
+        for rows, count in ((queries, len(held_out)), (products, len(held_out.candidates))):
+            ranks = (self.trainer.global_rank, self.trainer.world_size)
+            batches = RowBatches(count, self.batch_size, *ranks)
+            loaders.append(self.make_loader(rows, batches))
+        return loaders
 
-    def loader(self, dataset: Dataset, sampler: Sampler) -> DataLoader:
-        """What a sampler draws from a dataset, by this run's loader processes."""
-        return DataLoader(
-            dataset,
-            batch_size=None,  # the sampler draws whole batches
-            sampler=sampler,
-            num_workers=self.num_workers,
-            collate_fn=_as_is,
-            pin_memory=self.trainer.accelerator.__class__.__name__ == "CUDAAccelerator",
-            persistent_workers=self.num_workers > 0,
-            multiprocessing_context="spawn"
-            if self.num_workers
-            else None,  # forked children of threads may hang
-        )
+    def make_loader(self, dataset: Dataset[Any], sampler: Sampler[Any]) -> DataLoader[Any]:
+        """A loader of what a sampler draws from a dataset, with this run's processes."""
+        on_gpu = self.trainer.accelerator.__class__.__name__ == "CUDAAccelerator"
+        return make_loader(dataset, sampler, self.loader.num_workers, pin_memory=on_gpu)
 
 
-def _as_is(batch: object) -> object:
+def make_loader(
+    dataset: Dataset[Any], sampler: Sampler[Any], num_workers: int, *, pin_memory: bool
+) -> DataLoader[Any]:
+    """A loader whose sampler draws whole batches."""
+    return DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=sampler,
+        num_workers=num_workers,
+        collate_fn=_unchanged,
+        pin_memory=pin_memory,
+        persistent_workers=num_workers > 0,
+        # Forked children of a process with threads may hang.
+        multiprocessing_context="spawn" if num_workers else None,
+    )
+
+
+def advance(progress: dict[str, int], per_epoch: int, batches: int) -> dict[str, int]:
+    """The position of a run after so many batches in all.
+
+    Args:
+        progress: position at its last start: epoch, step, batches.
+        per_epoch: steps of an epoch.
+        batches: in all.
+    """
+    # Epochs before the last start may have had another length, and the one it was in may have no
+    # steps left.
+    since = batches - progress["batches"]
+    started = min(progress["step"], per_epoch)
+    epoch, step = divmod(progress["epoch"] * per_epoch + started + since, per_epoch)
+    return {"epoch": epoch, "step": step, "batches": batches}
+
+
+def _unchanged(batch: object) -> object:
     return batch

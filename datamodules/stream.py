@@ -7,6 +7,7 @@ at its step.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -29,10 +30,30 @@ class Draw(NamedTuple):
     negatives: Negatives | None = None
 
 
+@dataclass(frozen=True)
+class StreamPosition:
+    """Where a process is in a distributed or resumed run.
+
+    Attributes:
+        rank: this process takes the `rank`-th slice of each global batch.
+        num_ranks: processes.
+        epoch: the first epoch that is iterated.
+        start: its first step.
+    """
+
+    rank: int = 0
+    num_ranks: int = 1
+    epoch: int = 0
+    start: int = 0
+
+
+BEGIN = StreamPosition()
+
+
 class BatchStream(Sampler[Draw]):
     """Shuffled batches in bounded memory.
 
-    Blocks of neighbouring examples are permuted, windows of blocks are shuffled.
+    Blocks of neighboring examples are permuted, windows of blocks are shuffled.
 
     A reader that caches one window of rows reads every row once per epoch. The short last batch is
     filled from the start of the next epoch's order, so that all batches of all ranks have the same
@@ -42,12 +63,9 @@ class BatchStream(Sampler[Draw]):
         num_examples: E > 0.
         batch_size: of the global batch; divisible by `num_ranks`.
         seed: of all orders.
-        block_size: neighbouring examples that move together.
+        block_size: neighboring examples that move together.
         window_blocks: blocks that are shuffled together.
-        rank: this process takes the `rank`-th slice of each global batch.
-        num_ranks: processes.
-        epoch: the first epoch that is iterated, for resuming.
-        start: its first step, for resuming in the middle of it.
+        position: of this process in the run.
         negatives: extra products of the batches; another value counts from the next epoch on.
     """
 
@@ -59,21 +77,25 @@ class BatchStream(Sampler[Draw]):
         seed: int = 0,
         block_size: int = 256,
         window_blocks: int = 32,
-        rank: int = 0,
-        num_ranks: int = 1,
-        epoch: int = 0,
-        start: int = 0,
+        position: StreamPosition = BEGIN,
         negatives: Negatives | None = None,
     ) -> None:
         if num_examples < 1:
             raise ValueError("num_examples=0: there is nothing to train on.")
-        if batch_size % num_ranks:
+        if batch_size % position.num_ranks:
             raise ValueError(
-                f"batch_size={batch_size} is not divisible by the {num_ranks} processes of this run."
+                f"batch_size={batch_size} is not divisible by the {position.num_ranks} processes "
+                "of this run."
             )
-        self.num_examples, self.batch_size, self.seed = num_examples, batch_size, seed
-        self.block_size, self.window_blocks = block_size, window_blocks
-        self.rank, self.num_ranks, self.epoch, self.start = rank, num_ranks, epoch, start
+        self.num_examples = num_examples
+        self.batch_size = batch_size
+        self.seed = seed
+        self.block_size = block_size
+        self.window_blocks = window_blocks
+        self.rank = position.rank
+        self.num_ranks = position.num_ranks
+        self.epoch = position.epoch
+        self.start = position.start
         self.negatives = negatives
 
     def set_epoch(self, epoch: int) -> None:
@@ -89,9 +111,8 @@ class BatchStream(Sampler[Draw]):
         blocks = np.random.default_rng((self.seed, epoch)).permutation(num_blocks)
         for first in range(0, num_blocks, self.window_blocks):
             window = [self._block(block) for block in blocks[first : first + self.window_blocks]]
-            yield np.random.default_rng((self.seed, epoch, first + 1)).permutation(
-                np.concatenate(window)
-            )
+            rng = np.random.default_rng((self.seed, epoch, first + 1))
+            yield rng.permutation(np.concatenate(window))
 
     def _block(self, number: int) -> np.ndarray:
         start = int(number) * self.block_size
@@ -103,14 +124,17 @@ class BatchStream(Sampler[Draw]):
             epoch += 1
 
     def __iter__(self) -> Iterator[Draw]:
-        start, self.start = self.start, 0
-        windows, pending = self._endless(self.epoch), np.empty(0, np.int64)
+        # The start of a resumed epoch counts once.
+        start = self.start
+        self.start = 0
+        windows = self._endless(self.epoch)
+        pending = np.empty(0, np.int64)
         share = self.batch_size // self.num_ranks
+        own = slice(self.rank * share, (self.rank + 1) * share)
         for step in range(len(self)):
             while len(pending) < self.batch_size:
                 pending = np.concatenate([pending, next(windows)])
-            batch, pending = pending[: self.batch_size], pending[self.batch_size :]
+            batch = pending[: self.batch_size]
+            pending = pending[self.batch_size :]
             if step >= start:
-                yield Draw(
-                    self.epoch, batch[self.rank * share : (self.rank + 1) * share], self.negatives
-                )
+                yield Draw(self.epoch, batch[own], self.negatives)

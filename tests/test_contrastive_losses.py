@@ -30,8 +30,10 @@ def reference(loss: ContrastiveLoss, query: Tensor, product: Tensor, batch: Batc
     there = {"query": batch.query_present.tolist(), "product": batch.product_present.tolist()}
 
     said: dict[tuple[int, int], float] = {}  # query and product rows that are judged
-    for i, answers in enumerate(() if batch.judged is None else batch.judged.tolist()):
-        for product_key, grade in zip(answers, batch.grades[i].tolist(), strict=True):
+    for i, answers in enumerate(
+        () if batch.judged_products is None else batch.judged_products.tolist()
+    ):
+        for product_key, grade in zip(answers, batch.judgement_weights[i].tolist(), strict=True):
             for j in (batch.product_keys[:, PRODUCT] == product_key).nonzero().flatten().tolist():
                 said[i, j] = max(said.get((i, j), 0.0), grade if product_key != NO_KEY else 0.0)
 
@@ -497,7 +499,8 @@ def test_a_product_that_answers_two_queries_is_pushed_away_by_neither() -> None:
     similarity = torch.tensor([[0.9, 0.5], [0.4, 0.8]])
     batch = make_batch(keys(2, query=[5, 6]), keys(2, product=[1, 2], query=[5, 6]))
     batch = batch._replace(
-        judged=torch.tensor([[2, 1], [2, NO_KEY]]), grades=torch.tensor([[0.5, 1.0], [1.0, 0.0]])
+        judged_products=torch.tensor([[2, 1], [2, NO_KEY]]),
+        judgement_weights=torch.tensor([[0.5, 1.0], [1.0, 0.0]]),
     )
     forth = -(torch.tensor([[2 / 3, 1 / 3], [0, 1]]) * similarity.log_softmax(1)).sum(1).mean()
     back = -(torch.tensor([[1, 0], [1 / 3, 2 / 3]]) * similarity.T.log_softmax(1)).sum(1).mean()

@@ -49,7 +49,10 @@ def test_a_remembered_product_that_answers_a_query_is_no_negative() -> None:
     loss, old, new = make_loss(), unit(2), unit(2)
     loss(old, old, batch_of(0, 2))
     columns, scale = torch.cat([new, old]), float(loss.scale.detach())
-    judged = {"judged": torch.tensor([[0], [NO_KEY]]), "grades": torch.tensor([[1.0], [0.0]])}
+    judged = {
+        "judged_products": torch.tensor([[0], [NO_KEY]]),
+        "judgement_weights": torch.tensor([[1.0], [0.0]]),
+    }
     share = (scale * new @ columns.T).log_softmax(1)
     expected = (
         -(share[0, 0] + share[0, 2]) / 2 - share[1, 1] - share.diagonal().sum()

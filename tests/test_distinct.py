@@ -69,17 +69,23 @@ def test_one_group_that_fills_every_first_result_hides_no_other():
     vectors = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
     codes = np.array([0] * 10_000 + [1, 2, 2, -1, 3], np.int32)
     exact = Exact(vectors)
-    rows = search_grouped(exact.search, exact.without, np.array([[1.0, 0.0]], np.float32), 4, codes)[1]
+    rows = search_grouped(
+        exact.search, exact.without, np.array([[1.0, 0.0]], np.float32), 4, codes
+    )[1]
     assert rows.tolist() == [[0, 10_000, 10_001, 10_003]]
     assert exact.calls == 3  # two of growing size, one without the large group
-    rows = search_grouped(exact.search, exact.without, np.array([[1.0, 0.0]], np.float32), 7, codes)[1]
+    rows = search_grouped(
+        exact.search, exact.without, np.array([[1.0, 0.0]], np.float32), 7, codes
+    )[1]
     assert rows.tolist() == [[0, 10_000, 10_001, 10_003, 10_004, -1, -1]]
 
 
 def test_one_search_is_enough_where_nothing_belongs_together():
     vectors = np.random.default_rng(0).standard_normal((100, 2)).astype(np.float32)
     exact = Exact(vectors)
-    rows = search_grouped(exact.search, exact.without, vectors[:5], 10, np.full(100, -1, np.int32))[1]
+    rows = search_grouped(exact.search, exact.without, vectors[:5], 10, np.full(100, -1, np.int32))[
+        1
+    ]
     assert exact.calls == 1
     assert rows.tolist() == exact.search(vectors[:5], 10)[1].tolist()
 
@@ -90,7 +96,9 @@ def test_one_search_is_enough_where_nothing_belongs_together():
 )
 def test_relatives_are_all_rows_of_the_same_code(rows, relatives):
     codes = np.array([-1, 7, 3, 3, 7, -1], np.int32)
-    assert np.flatnonzero(mask_with_relatives(np.array(rows, np.int64), codes)).tolist() == relatives
+    assert (
+        np.flatnonzero(mask_with_relatives(np.array(rows, np.int64), codes)).tolist() == relatives
+    )
 
 
 @given(st.integers(0, 1000), st.integers(1, 20), st.integers(1, 8), st.integers(0, 5))

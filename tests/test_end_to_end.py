@@ -37,7 +37,7 @@ def walk(tmp_path_factory: pytest.TempPathFactory) -> Path:
         == 0
     )
     config = ["--config", str(ROOT / "configs" / "tiny.yaml"), f"--data.catalogue={catalogue}"]
-    fast = ["--trainer.max_epochs=6", "--data.max_pairs_per_query=1"]
+    fast = ["--trainer.max_epochs=6", "--data.examples.max_pairs_per_query=1"]
     assert train.main(["fit", *config, f"--run={folder / 'fused'}", "--then_test=true", *fast]) == 0
     embeddings = folder / "embeddings"
     model = folder / "fused" / "model"

@@ -15,18 +15,17 @@ import torch
 
 from tritower.datamodules.batch import NO_KEY, RELATIONS, Example, Item
 from tritower.datamodules.catalogue import Table, product_item
-from tritower.datamodules.examples import (
-    ITSELF,
+from tritower.datamodules.collate import collate
+from tritower.datamodules.example_rows import (
+    NO_ROW,
     ExampleRows,
-    JudgedAnswers,
-    MateRelation,
-    Mates,
-    TrainingBatches,
+    JudgementOptions,
     catalogue_examples,
-    collate,
-    pair_examples,
+    judgement_examples,
 )
+from tritower.datamodules.examples import ExampleData, TrainingBatches
 from tritower.datamodules.negatives import Negatives
+from tritower.datamodules.positives import GroupRelation, Judgements, SameGroup
 from tritower.datamodules.preprocess import ItemPreprocess, Preprocess, part_of, stable_hash
 from tritower.datamodules.stream import Draw
 from tritower.datamodules.views import Views
@@ -102,24 +101,26 @@ def test_pairs_have_both_ends_in_the_split_and_scaled_weights(tables: tuple[Tabl
         ("gone", "p0", 3.0),
         ("q0", "gone", 3.0),
     )
-    rows = pair_examples(qrels, *tables, "train")
+    rows = judgement_examples(qrels, *tables, "train")
     found = {
         (p, q, s): w
-        for p, q, s, w in zip(rows.product, rows.query, rows.source, rows.weight, strict=True)
+        for p, q, s, w in zip(
+            rows.product, rows.query, rows.query_product, rows.weight, strict=True
+        )
     }
     assert found == {
-        (0, 0, ITSELF): 1.0,
-        (1, 0, ITSELF): pytest.approx(1 / 3),
-        (1, ITSELF, 0): pytest.approx(2 / 3),
+        (0, 0, NO_ROW): 1.0,
+        (1, 0, NO_ROW): pytest.approx(1 / 3),
+        (1, NO_ROW, 0): pytest.approx(2 / 3),
     }
 
 
 def test_a_query_whose_source_is_gone_is_a_query_of_its_own(tables: tuple[Table, Table]) -> None:
-    rows = pair_examples(judgements(("q4", "p0", 1.0)), *tables, "train")
-    assert (rows.product.tolist(), rows.query.tolist(), rows.source.tolist()) == (
+    rows = judgement_examples(judgements(("q4", "p0", 1.0)), *tables, "train")
+    assert (rows.product.tolist(), rows.query.tolist(), rows.query_product.tolist()) == (
         [0],
         [4],
-        [ITSELF],
+        [NO_ROW],
     )
 
 
@@ -135,8 +136,8 @@ def test_a_cut_leaves_products_that_are_no_less_relevant_among_the_answers(
         for row, grade in ((0, 3.0), (1, 3.0), (2, 3.0), (3, 1.0), (5, 1.0), (4, 3.0))
     ]
     qrels = judgements(*said, ("q4", "p6", 1.0))
-    shown = pair_examples(qrels, *tables, "train", cut)
-    answers = pair_examples(qrels, *tables, "train", cut, equals=True)
+    shown = judgement_examples(qrels, *tables, "train", JudgementOptions(cut))
+    answers = judgement_examples(qrels, *tables, "train", JudgementOptions(cut, keep_ties=True))
     of_q0 = shown.product[shown.query == 0]
     assert len(of_q0) == cut and set(of_q0) <= kept
     assert set(answers.product[answers.query == 0]) == kept
@@ -144,7 +145,7 @@ def test_a_cut_leaves_products_that_are_no_less_relevant_among_the_answers(
 
 
 def test_no_judgements_are_no_examples(tables: tuple[Table, Table]) -> None:
-    assert len(pair_examples(judgements(("q1", "p4", 1.0)), *tables, "train")) == 0
+    assert len(judgement_examples(judgements(("q1", "p4", 1.0)), *tables, "train")) == 0
 
 
 def test_joined_examples_are_ordered_by_product() -> None:
@@ -167,26 +168,28 @@ def test_mates_are_of_the_split_and_never_the_product_itself(
     tables: tuple[Table, Table], relation: str, mates: list[list[int]]
 ) -> None:
     train = np.array([0, 1, 2, 3, 5, 6])
-    found = Mates(tables[0], relation, train)
-    assert [found.of(int(row)).tolist() for row in train] == mates
+    found = SameGroup(tables[0], relation, train)
+    assert [found.others(int(row)).tolist() for row in train] == mates
 
 
 @pytest.mark.parametrize("relation", ["none", "group", "family"])
 def test_one_of_each_has_no_mate_among_the_others(
-    tables: tuple[Table, Table], relation: MateRelation
+    tables: tuple[Table, Table], relation: GroupRelation
 ) -> None:
     rows = np.array([0, 2, 3, 4, 6])
-    mates = Mates(tables[0], relation, rows)
-    kept = mates.first_of_each(rows).tolist()
-    assert kept == [row for row in rows.tolist() if not any(mate < row for mate in mates.of(row))]
-    assert all(not set(mates.of(row).tolist()) & set(kept) for row in kept)
-    assert set(kept) | {int(m) for row in kept for m in mates.of(row)} == set(rows.tolist())
+    mates = SameGroup(tables[0], relation, rows)
+    kept = mates.one_per_group(rows).tolist()
+    assert kept == [
+        row for row in rows.tolist() if not any(mate < row for mate in mates.others(row))
+    ]
+    assert all(not set(mates.others(row).tolist()) & set(kept) for row in kept)
+    assert set(kept) | {int(m) for row in kept for m in mates.others(row)} == set(rows.tolist())
 
 
 def test_mates_of_a_group_whose_families_are_unknown(tables: tuple[Table, Table]) -> None:
-    found = Mates(tables[0], "family", np.arange(7))
-    assert found.of(3).tolist() == [4]
-    assert found.of(5).tolist() == []  # its family is called like their group
+    found = SameGroup(tables[0], "family", np.arange(7))
+    assert found.others(3).tolist() == [4]
+    assert found.others(5).tolist() == []  # its family is called like their group
 
 
 def text_preprocess() -> Preprocess:
@@ -197,10 +200,9 @@ def text_preprocess() -> Preprocess:
 def batches(
     tables: tuple[Table, Table], rows: ExampleRows, mate_share: float, views: Views | None = None
 ):
-    mates = Mates(tables[0], "group", np.arange(7))
-    return TrainingBatches(
-        *tables, rows, mates, mate_share, views or Views(0, 0, 0), text_preprocess(), seed=0
-    )
+    mates = SameGroup(tables[0], "group", np.arange(7))
+    data = ExampleData(*tables, rows, mates, mate_share)
+    return TrainingBatches(data, views or Views(0, 0, 0), text_preprocess(), seed=0)
 
 
 PRODUCT, QUERY = RELATIONS.index("product"), RELATIONS.index("query")
@@ -227,7 +229,7 @@ def test_a_product_is_asked_for_by_itself_or_a_mate(tables: tuple[Table, Table])
 def test_a_judged_query_shows_itself_and_shares_all_keys_with_its_product(
     tables: tuple[Table, Table],
 ) -> None:
-    rows = pair_examples(
+    rows = judgement_examples(
         judgements(("q0", "p0", 3.0), ("q0", "p1", 1.5), ("q2", "p1", 3.0)), *tables, "train"
     )
     data = batches(tables, rows, 1.0)
@@ -241,7 +243,7 @@ def test_a_judged_query_shows_itself_and_shares_all_keys_with_its_product(
 
 def test_all_answers_to_one_product_are_answers(tables: tuple[Table, Table]) -> None:
     """Else the others of its answers in a batch would push it away."""
-    rows = pair_examples(
+    rows = judgement_examples(
         judgements(("q2", "p1", 3.0), ("q2", "p3", 1.0), ("q0", "p3", 3.0)), *tables, "train"
     )
     data = batches(tables, rows, 1.0)
@@ -270,7 +272,7 @@ def test_queries_and_products_that_ask_know_all_that_answers_them(
         ("q2", "p3", 1.0),
         ("q2", "p3", 1.5),
     )
-    pairs = pair_examples(qrels, *tables, "train", labelled=True)
+    pairs = judgement_examples(qrels, *tables, "train", JudgementOptions(labelled=True))
     rows = ExampleRows.join([pairs, pairs, catalogue_examples(np.arange(4))])
     data = batches(tables, rows, 0.0)
     p0, p1, p3 = (stable_hash(name) for name in ("p0", "p1", "p3"))
@@ -279,50 +281,55 @@ def test_queries_and_products_that_ask_know_all_that_answers_them(
     for number in range(len(rows)):
         example = data.example(0, number)
         asks = "typed" if "query" in example.query.text else example.query.text["title"]
-        found = dict(zip(example.judged, example.grades, strict=True))
-        assert len(example.judged) == 2 and found == expected.get(asks, {NO_KEY: 0.0})
+        found = dict(zip(example.judged_products, example.judgement_weights, strict=True))
+        assert len(example.judged_products) == 2 and found == expected.get(asks, {NO_KEY: 0.0})
         seen.add(asks)
     assert seen == {"typed", "p0", "p1", "p2", "p3"}
     batch = data[Draw(0, np.arange(len(rows)))]
-    assert batch.judged.dtype == torch.int64 and batch.judged.shape == batch.grades.shape == (
-        len(rows),
-        2,
+    assert (
+        batch.judged_products.dtype == torch.int64
+        and batch.judged_products.shape
+        == batch.judgement_weights.shape
+        == (
+            len(rows),
+            2,
+        )
     )
 
 
 def test_the_strongest_answers_are_kept(tables: tuple[Table, Table]) -> None:
     qrels = judgements(("q0", "p0", 1.0), ("q0", "p1", 3.0), ("q0", "p2", 2.0), ("q2", "p3", 3.0))
-    answers = JudgedAnswers(tables[0], pair_examples(qrels, *tables, "train"), max_per_query=2)
-    keys, weights = answers.of(0, ITSELF)
+    answers = Judgements(tables[0], judgement_examples(qrels, *tables, "train"), max_per_query=2)
+    keys, weights = answers.of_query(0, NO_ROW)
     assert keys == [stable_hash("p1"), stable_hash("p2")] and weights == pytest.approx([1, 2 / 3])
-    assert answers.of(ITSELF, 0) == ([stable_hash("p3"), NO_KEY], [1.0, 0.0])
-    assert answers.of(ITSELF, 6) == ([NO_KEY] * 2, [0.0] * 2)
+    assert answers.of_query(NO_ROW, 0) == ([stable_hash("p3"), NO_KEY], [1.0, 0.0])
+    assert answers.of_query(NO_ROW, 6) == ([NO_KEY] * 2, [0.0] * 2)
 
 
 def test_of_equal_answers_those_that_are_shown_are_kept(tables: tuple[Table, Table]) -> None:
     qrels = judgements(*((f"q{0}", f"p{row}", 1.0) for row in (0, 1, 2, 3, 5, 6)))
-    shown = pair_examples(qrels, *tables, "train", 2)
-    answers = JudgedAnswers(
-        tables[0], shown, [pair_examples(qrels, *tables, "train")], max_per_query=3
+    shown = judgement_examples(qrels, *tables, "train", JudgementOptions(2))
+    answers = Judgements(
+        tables[0], shown, [judgement_examples(qrels, *tables, "train")], max_per_query=3
     )
-    keys, weights = answers.of(0, ITSELF)
+    keys, weights = answers.of_query(0, NO_ROW)
     assert {stable_hash(f"p{row}") for row in shown.product} <= set(keys)
     assert len(set(keys)) == 3 and weights == [1.0] * 3
 
 
 def test_without_judgements_a_batch_has_no_lists(tables: tuple[Table, Table]) -> None:
     batch = batches(tables, catalogue_examples(np.arange(7)), 0.0)[Draw(0, np.arange(7))]
-    assert batch.judged is None and batch.grades is None
+    assert batch.judged_products is None and batch.judgement_weights is None
 
 
 def test_labelled_pairs_keep_those_that_are_no_answers(tables: tuple[Table, Table]) -> None:
     qrels = judgements(("q0", "p0", 2.0), ("q0", "p1", 1.0), ("q0", "p2", 0.0), ("q2", "p3", 0.0))
-    rows = pair_examples(qrels, *tables, "train", labelled=True)
+    rows = judgement_examples(qrels, *tables, "train", JudgementOptions(labelled=True))
     found = {
         (p, q): (w, label)
         for p, q, w, label in zip(rows.product, rows.query, rows.weight, rows.label, strict=True)
     }
-    assert found == {(0, 0): (1, 1), (1, 0): (0.5, 0.5), (2, 0): (0, 0), (3, ITSELF): (0, 0)}
+    assert found == {(0, 0): (1, 1), (1, 0): (0.5, 0.5), (2, 0): (0, 0), (3, NO_ROW): (0, 0)}
     data = batches(tables, rows, 0.0)
     answer, _, wrong, unlike = (data.example(0, n) for n in range(4))
     assert [e.label for e in (answer, wrong, unlike)] == [1.0, 0.0, 0.0]
@@ -339,7 +346,7 @@ def test_relevance_counts_by_its_power(
     tables: tuple[Table, Table], power: float, weight: float
 ) -> None:
     qrels = judgements(("q0", "p0", 2.0), ("q0", "p1", 1.0), ("q0", "p2", 0.0))
-    rows = pair_examples(qrels, *tables, "train", power=power)
+    rows = judgement_examples(qrels, *tables, "train", JudgementOptions(power=power))
     assert rows.weight.tolist() == [1.0, weight]
     assert np.isnan(rows.label).all()
 
@@ -386,7 +393,7 @@ def test_slices_of_a_batch_hold_what_the_whole_holds_whatever_negatives_it_has(
 def test_negatives_lose_facts_as_answers_do(tables: tuple[Table, Table]) -> None:
     data = batches(tables, catalogue_examples(np.arange(7)), 0.0, Views(0, 1.0))
     assert len(product_item(tables[0].row(0)).text) > 1
-    assert len(data.answer(0, np.random.default_rng(0)).item.text) == 1
+    assert len(data.negative(0, np.random.default_rng(0)).item.text) == 1
 
 
 @pytest.mark.parametrize("there", [[True, True, True], [True, False, True]])
@@ -442,10 +449,11 @@ def test_a_pair_of_which_the_model_sees_nothing_weighs_nothing() -> None:
 def test_views_show_what_the_model_reads(tables: tuple[Table, Table]) -> None:
     """A text model is never shown a view without text of a product that has one."""
     data = batches(tables, catalogue_examples(np.arange(7)), 0.0, Views(modality_dropout=1.0))
-    original = data.products.row
-    data.products = SimpleNamespace(
+    original = data.data.products.row
+    table = SimpleNamespace(
         row=lambda number: {**original(number), "images": [b"1"], "attributes": {"a": 1.0}}
     )
+    data.data = replace(data.data, products=table)
     for epoch in range(5):
         batch = data[Draw(epoch, np.arange(7))]
         assert batch.weight.tolist() == [1.0] * 7

@@ -305,7 +305,12 @@ def test_titles_as_queries_are_in_the_cache_too(bert: Path, weights: Path, tmp_p
     """Without judgements and mates, held-out queries show their titles alone."""
     catalogue = write_catalogue(tmp_path / "C", num_groups=20, queries=False)
     cache = f"--model.encoding.feature_cache={tmp_path / 'features'}"
-    arguments = [*frozen(bert, weights), cache, "--data.mates=none", "--data.views.field_dropout=0"]
+    arguments = [
+        *frozen(bert, weights),
+        cache,
+        "--data.examples.positives=none",
+        "--data.views.field_dropout=0",
+    ]
     assert fit(catalogue, tmp_path / "run", *arguments) == 0
 
 

@@ -24,7 +24,10 @@ def test_the_first_that_are_kept_move_up():
 
 def test_more_than_there_are_is_padded():
     every = FOUND.keep_first(FOUND.rows >= 0, 6)
-    assert lists(every.select_queries(np.array([1]))) == ([[5, 4] + [-np.inf] * 4], [[2, 6, -1, -1, -1, -1]])
+    assert lists(every.select_queries(np.array([1]))) == (
+        [[5, 4] + [-np.inf] * 4],
+        [[2, 6, -1, -1, -1, -1]],
+    )
     assert every.scores.dtype == np.float32 and every.rows.dtype == np.int64
     assert lists(FOUND.keep_first(np.zeros((2, 4), bool), 3)) == lists(Hits.empty(2, 3))
 

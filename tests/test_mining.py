@@ -10,7 +10,7 @@ import pytest
 from tests.support.training import TEXT_ONLY, diary, entries, fit
 from tritower.datamodules.batch import NO_KEY
 from tritower.datamodules.catalogue import Table
-from tritower.datamodules.examples import is_split
+from tritower.datamodules.example_rows import is_split
 from tritower.datamodules.negatives import Negatives
 from tritower.datamodules.preprocess import stable_hash
 from tritower.towers.mining import HardNegatives
@@ -68,7 +68,7 @@ def test_mined_and_random_negatives_in_their_shares(tmp_path: Path) -> None:
     others, rng = np.array([8, 9]), np.random.default_rng(0)
 
     def drawn(row: int, share: float) -> set[int]:
-        return set(Negatives(tmp_path / "mined.npy", 100, share).of(row, rng, others).tolist())
+        return set(Negatives(tmp_path / "mined.npy", 100, share).draw(row, rng, others).tolist())
 
     assert drawn(0, 1.0) == {3, 4}
     assert drawn(0, 0.0) == {8, 9}

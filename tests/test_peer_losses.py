@@ -104,7 +104,7 @@ def test_arms_differ_by_their_losses_alone(tmp_path: Path, name: str) -> None:
     ours = understood(tmp_path, "fashion", ARMS[like].trials()[0])
     assert config.model.product == ours.model.product
     assert [(pair.query, pair.product) for pair in config.model.loss_terms] == [("whole", "whole")]
-    assert config.data.sources == ["catalogue"]
+    assert config.data.examples.types == ["catalogue"]
     assert config.trainer.max_epochs == ours.trainer.max_epochs == 15
     assert config.data.batch_size == (2048 if "batch 2,048" in name else 512)
 

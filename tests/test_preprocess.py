@@ -64,7 +64,12 @@ def test_pictures_know_their_items(preprocess: ItemPreprocess) -> None:
 
 def test_a_modality_that_no_item_has_is_none(preprocess: ItemPreprocess) -> None:
     items = preprocess([Item({"title": "mug"}), Item({"title": "lamp"})])
-    assert (items.image, items.image_row, items.attribute, items.lexical) == (None, None, None, None)
+    assert (items.image, items.image_row, items.attribute, items.lexical) == (
+        None,
+        None,
+        None,
+        None,
+    )
     assert preprocess([Item(images=(picture(1),))]).text is None
 
 

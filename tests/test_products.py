@@ -14,7 +14,7 @@ from tests.support.catalogues import write_catalogue
 from tests.support.data_modules import data_module
 from tritower.datamodules.batch import NO_KEY, Batch
 from tritower.datamodules.catalogue import Table
-from tritower.datamodules.examples import is_split
+from tritower.datamodules.example_rows import is_split
 from tritower.datamodules.negatives import Negatives
 from tritower.datamodules.preprocess import stable_hash
 from tritower.datamodules.products import ProductDataModule
@@ -43,12 +43,14 @@ def same(one: Batch, other: Batch) -> bool:
 def test_examples_are_products_and_judgements_of_the_train_split(tiny_catalogue: Path) -> None:
     both = data_module(tiny_catalogue)
     products, pairs = (
-        data_module(tiny_catalogue, sources=[source]) for source in ("catalogue", "pairs")
+        data_module(tiny_catalogue, types=[source]) for source in ("catalogue", "pairs")
     )
-    assert len(products.rows) == 72
-    assert len(pairs.rows) > 30
-    assert len(both.rows) == len(products.rows) + len(pairs.rows)
-    assert set(both.products.row(int(row))["split"] for row in both.rows.product) == {"train"}
+    assert len(products.training.rows) == 72
+    assert len(pairs.training.rows) > 30
+    assert len(both.training.rows) == len(products.training.rows) + len(pairs.training.rows)
+    assert set(both.products.row(int(row))["split"] for row in both.training.rows.product) == {
+        "train"
+    }
 
 
 def note_rows(table: Table, monkeypatch: pytest.MonkeyPatch) -> set[int]:
@@ -67,13 +69,13 @@ def note_rows(table: Table, monkeypatch: pytest.MonkeyPatch) -> set[int]:
 @pytest.mark.parametrize(
     "settings",
     [
-        {"sources": ["catalogue"], "mates": "group"},
-        {"sources": ["catalogue"], "mates": "family"},
-        {"sources": ["catalogue"], "mates": "family", "one_per_mates": True},
-        {"sources": ["pairs"]},
-        {"sources": ["pairs"], "max_pairs_per_query": 1},
-        {"sources": ["labels"]},
-        {"sources": ["facets"]},
+        {"types": ["catalogue"], "positives": "group"},
+        {"types": ["catalogue"], "positives": "family"},
+        {"types": ["catalogue"], "positives": "family", "one_per_group": True},
+        {"types": ["pairs"]},
+        {"types": ["pairs"], "max_pairs_per_query": 1},
+        {"types": ["labels"]},
+        {"types": ["generated"]},
     ],
     ids=lambda settings: " ".join(map(str, settings.values())),
 )
@@ -81,7 +83,7 @@ def test_no_product_and_no_query_of_another_split_has_a_part_in_training(
     cut_catalogue: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
 ) -> None:
     """Not as what asks or answers, as a mate, as a negative, nor among the judged answers of a batch."""
-    data = data_module(cut_catalogue, mate_share=1.0, **settings)
+    data = data_module(cut_catalogue, group_share=1.0, **settings)
     of_train = is_split(data.products, "train")
     assert 30 < of_train.sum() < 50
     np.save(
@@ -101,15 +103,15 @@ def test_no_product_and_no_query_of_another_split_has_a_part_in_training(
     for batch in batches:
         assert len(batch.product_keys) == 3 * len(batch.query_keys)
         assert set(batch.product_keys[:, 0].tolist()) <= train_keys
-        if batch.judged is not None:
-            assert set(batch.judged.flatten().tolist()) - {NO_KEY} <= train_keys
-    if settings["sources"] == ["catalogue"]:
+        if batch.judged_products is not None:
+            assert set(batch.judged_products.flatten().tolist()) - {NO_KEY} <= train_keys
+    if settings["types"] == ["catalogue"]:
         asks, answers = (torch.cat(keys) for keys in zip(*map(_of_examples, batches), strict=True))
         assert (asks[:, 0] != answers[:, 0]).any(), "mates have asked"
-        assert batches[0].judged is None and not asked
+        assert batches[0].judged_products is None and not asked
     else:
-        assert all((batch.judged != NO_KEY).any() for batch in batches)
-        assert bool(asked) == (settings["sources"] != ["facets"])
+        assert all((batch.judged_products != NO_KEY).any() for batch in batches)
+        assert bool(asked) == (settings["types"] != ["generated"])
 
 
 def _of_examples(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -129,11 +131,11 @@ def test_batches_are_the_same_every_time_and_pictures_vary_by_epoch(tiny_catalog
 def test_judgements_that_no_source_trains_on_are_told(
     tiny_catalogue: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    data_module(tiny_catalogue, sources=["catalogue", "pairs"])
+    data_module(tiny_catalogue, types=["catalogue", "pairs"])
     assert "none is trained on" not in caplog.text
-    data_module(tiny_catalogue, sources={"catalogue": 1, "facets": 1})
+    data_module(tiny_catalogue, types={"catalogue": 1, "generated": 1})
     assert (
-        "judgements of the train split, and none is trained on: data.sources=catalogue, facets names"
+        "judgements of the train split, and none is trained on: data.examples.types=catalogue, generated names"
         in caplog.text
     )
 
@@ -202,8 +204,10 @@ def test_products_of_a_batch_have_names(tiny_catalogue: Path) -> None:
 
 
 def test_a_catalogue_without_queries_trains_and_validates_on_mates(tmp_path: Path) -> None:
-    data = data_module(write_catalogue(tmp_path / "C", num_groups=20, queries=False), mates="group")
-    assert len(data.rows) == 24
+    data = data_module(
+        write_catalogue(tmp_path / "C", num_groups=20, queries=False), positives="group"
+    )
+    assert len(data.training.rows) == 24
     assert len(data.held_out["val"]) == 8
     assert (data.held_out["val"].own >= 0).all()
 
@@ -216,14 +220,14 @@ def test_a_folder_that_is_no_catalogue_says_how_to_make_one(tmp_path: Path) -> N
 def test_sources_without_examples_are_refused(tmp_path: Path) -> None:
     catalogue = write_catalogue(tmp_path / "C", num_groups=5, queries=False)
     with pytest.raises(
-        ValueError, match=r"6 products of the train split, and data\.sources=\['pairs'\]"
+        ValueError, match=r"6 products of the train split, and data\.examples.types=\['pairs'\]"
     ):
-        data_module(catalogue, sources=["pairs"])
+        data_module(catalogue, types=["pairs"])
 
 
 def test_the_share_of_mates_is_as_set(tiny_catalogue: Path) -> None:
     data = data_module(
-        tiny_catalogue, sources=["catalogue"], mates="group", mate_share=0.3, batch_size=72
+        tiny_catalogue, types=["catalogue"], positives="group", group_share=0.3, batch_size=72
     )
     loader = data.train_dataloader()
     shares = []

@@ -56,7 +56,9 @@ def test_the_first_ten_are_those_of_a_search_for_ten_with_the_settings_of_the_ki
         def search(
             k: int, kind: str, of: np.ndarray = of, source: np.ndarray = source
         ) -> list[list[int]]:
-            rows = index.search(questions.vectors[of], k, settings=index.resolve(kind=kind)).rows.tolist()
+            rows = index.search(
+                questions.vectors[of], k, settings=index.resolve(kind=kind)
+            ).rows.tolist()
             kept = [
                 [row for row in some if row not in (own, -1)]
                 for some, own in zip(rows, source, strict=True)

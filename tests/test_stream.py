@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset
 
-from tritower.datamodules.stream import BatchStream, Draw
+from tritower.datamodules.stream import BatchStream, Draw, StreamPosition
 
 
 def epoch_of(stream: BatchStream, epoch: int = 0) -> list[np.ndarray]:
@@ -57,7 +57,7 @@ def test_the_order_follows_from_seed_and_epoch_alone() -> None:
 def test_ranks_take_disjoint_slices_of_the_same_batch(num_ranks: int) -> None:
     whole = epoch_of(BatchStream(65, 16), 2)
     ranks = [
-        epoch_of(BatchStream(65, 16, rank=rank, num_ranks=num_ranks), 2)
+        epoch_of(BatchStream(65, 16, position=StreamPosition(rank, num_ranks)), 2)
         for rank in range(num_ranks)
     ]
     assert {len(batches) for batches in ranks} == {5}  # every rank has the same number of steps
@@ -68,7 +68,7 @@ def test_ranks_take_disjoint_slices_of_the_same_batch(num_ranks: int) -> None:
 @pytest.mark.parametrize("start", [0, 1, 7, 12])
 def test_a_resumed_epoch_is_the_tail_of_the_whole_one_and_the_next_is_whole(start: int) -> None:
     whole = BatchStream(100, 8, seed=1)
-    resumed = BatchStream(100, 8, seed=1, epoch=3, start=start)
+    resumed = BatchStream(100, 8, seed=1, position=StreamPosition(epoch=3, start=start))
     assert np.array_equal([draw.examples for draw in resumed], epoch_of(whole, 3)[start:])
     assert np.array_equal(epoch_of(resumed, 4), epoch_of(whole, 4))
     assert len(resumed) == 13  # Lightning counts the steps that are done
@@ -104,7 +104,7 @@ def test_fewer_examples_than_a_batch_fill_it_from_coming_epochs() -> None:
 )
 def test_impossible_streams_are_refused(arguments: tuple[int, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        BatchStream(*arguments, num_ranks=2)
+        BatchStream(*arguments, position=StreamPosition(num_ranks=2))
 
 
 class Echo(Dataset[Draw]):
@@ -118,7 +118,7 @@ def test_loader_processes_do_not_change_the_batches() -> None:
     loader = DataLoader(
         Echo(),
         batch_size=None,
-        sampler=BatchStream(33, 8, epoch=1, start=1),
+        sampler=BatchStream(33, 8, position=StreamPosition(epoch=1, start=1)),
         num_workers=2,
         collate_fn=list,
         multiprocessing_context="spawn",

@@ -192,7 +192,7 @@ def test_parts_towers_and_labels_are_compared_in_one_run(
     )
     arguments = (
         f"--model.loss_terms={compare}",
-        "--data.sources={catalogue: 1, labels: 2}",
+        "--data.examples.types={catalogue: 1, labels: 2}",
         "--trainer.max_epochs=1",
     )
     assert fit(tiny_catalogue, tmp_path / "run", *arguments, "--trainer.log_every_n_steps=1") == 0
@@ -325,7 +325,10 @@ def test_an_unknown_key_of_a_configuration_is_named(
             ["--data.catalogue=nowhere"],
             "error: nowhere is not a prepared catalogue (it has no schema.json).",
         ),
-        (["--data.val_split=dev"], "error: The dev split has no products and no queries."),
+        (
+            ["--data.validation.val_split=dev"],
+            "error: The dev split has no products and no queries.",
+        ),
         (["--model.optimizer.warmup=3"], "error: warmup=3.0 is a share of all steps"),
         (["--model.product.embed_dim=0"], "error: embed_dim=0"),
         (["--model.loss_terms=[]"], "error: loss_terms=[] leaves nothing to learn from"),
@@ -333,7 +336,10 @@ def test_an_unknown_key_of_a_configuration_is_named(
             ["--trainer.max_epochs=-1"],
             "error: The learning rate falls over a known number of steps",
         ),
-        (["--data.threshold=0"], "error: threshold=0.0: products of relevance 0 are no answers"),
+        (
+            ["--data.validation.threshold=0"],
+            "error: threshold=0.0: products of relevance 0 are no answers",
+        ),
         (
             ["--model.product.text.template={name}"],
             "error: template='{name}' names no text field of the catalogue",
@@ -369,7 +375,7 @@ def test_queries_that_are_not_there_are_no_way_to_choose(
         "--model.product.attribute=null",
         "--trainer.max_epochs=1",
     )
-    assert fit(mates, tmp_path / "b", *pictures, "--data.mates=none") == 1
+    assert fit(mates, tmp_path / "b", *pictures, "--data.examples.positives=none") == 1
     error = last_line(capsys)
     assert (
         "val queries (titles that ask for their product) has anything that this model reads (image)"

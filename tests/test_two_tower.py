@@ -20,8 +20,8 @@ from tests.support.tiny_models import TIMM, TIMM_ARGS, write_bert
 from tritower.artefacts.storage import read_manifest
 from tritower.datamodules.batch import NO_KEY, RELATIONS, Batch, Item
 from tritower.datamodules.catalogue import product_item
-from tritower.datamodules.examples import collate
-from tritower.datamodules.held_out import QueryRows
+from tritower.datamodules.collate import collate
+from tritower.datamodules.held_out_rows import QueryRows
 from tritower.datamodules.preprocess import ItemPreprocess
 from tritower.towers.attribute import AttributeTower
 from tritower.towers.encoder import Encoder
@@ -361,12 +361,12 @@ def test_zero_vectors_are_no_products() -> None:
 
 def test_the_best_score_is_that_of_the_exported_model(tiny_run: Path, tiny_catalogue: Path) -> None:
     model = load_model(tiny_run / "model")
-    data = data_module(tiny_catalogue, batch_size=32, mates="group")
+    data = data_module(tiny_catalogue, batch_size=32, positives="group")
     asked = data.held_out["val"]
     queries = QueryRows(data.products, data.queries, asked, ItemPreprocess("query"))
     query = model.encode([queries.item(i) for i in range(len(asked))], "query")
     product = model.encode(
-        [product_item(data.products.row(int(row))) for row in asked.gallery], "product"
+        [product_item(data.products.row(int(row))) for row in asked.candidates], "product"
     )
     gain = 0.0
     for i, (row, grade) in enumerate(zip(asked.judged, asked.grade, strict=True)):

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tritower.artefacts import storage
 from tritower.datamodules.batch import Item, NumberedItems, Side
 from tritower.datamodules.catalogue import Table, product_digests, product_item, query_item
-from tritower.datamodules.examples import index_in
+from tritower.datamodules.example_rows import index_in
 from tritower.datamodules.preprocess import ItemPreprocess
 from tritower.datamodules.tuning_queries import TuningQueries
 from tritower.retrieval.vectors.embeddings import EmbeddingWriter

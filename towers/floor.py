@@ -11,7 +11,7 @@ import torch
 
 from tritower.datamodules.batch import Item, Side
 from tritower.datamodules.catalogue import product_item
-from tritower.datamodules.held_out import QueryRows
+from tritower.datamodules.held_out_rows import QueryRows
 from tritower.datamodules.preprocess import ItemPreprocess
 from tritower.datamodules.products import ProductDataModule
 from tritower.retrieval.evaluating.comparison import (
@@ -67,7 +67,7 @@ def floor_report(
     held_out = data.held_out[split]
     assert data.preprocess is not None
     model.eval()
-    items = [product_item(data.products.row(row)) for row in held_out.gallery.tolist()]
+    items = [product_item(data.products.row(row)) for row in held_out.candidates.tolist()]
     products = _encode(model, "product", data.preprocess.product, items, towers["product"])
     records, numbers = _records(items, data)
     inputs = Untrained(
@@ -106,7 +106,7 @@ def floor_report(
         exact[kind] = measure(trained[positions], part.relevant, part.judged, part.grades)
     return {
         "queries": {kind: {"count": len(questions.of_kind(kind))} for kind in questions.all_kinds},
-        "asked": held_out.asked,
+        "asked": held_out.kind,
         "split": split,
         "tasks": {"exact": exact},
         **untrained_report(questions, found, {"exact": trained}),

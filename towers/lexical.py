@@ -66,7 +66,7 @@ class HashedNgrams(Tower):
         max_ngram: the longest n-gram, in words: 1 takes single words, 2 pairs of neighbours too.
         max_length: words that are read.
         typed: whether typed queries are read. They name a few words of what is wanted, and a model
-            must be trained on some (`data.sources` with facets or pairs) to make use of that.
+            must be trained on some (`data.examples.types` with generated or pairs) to make use of that.
     """
 
     frozen = True

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from tritower.datamodules.batch import NO_KEY, RELATIONS, Relation
 from tritower.datamodules.catalogue import product_keys
-from tritower.datamodules.held_out import ProductRows, RowBatches
+from tritower.datamodules.held_out_rows import CandidateRows, RowBatches
 from tritower.datamodules.negatives import Negatives
 from tritower.towers.encoding import to_device
 from tritower.towers.two_tower import TwoTower
@@ -107,7 +107,7 @@ class HardNegatives(L.Callback):
         from tritower.retrieval.index import ProductIndex
         from tritower.retrieval.vectors.embeddings import EmbeddingReader
 
-        rows: Rows = data.train_rows
+        rows: Rows = data.training.split
         build_index(EmbeddingReader(work / "embeddings"), work / "index")
         index = ProductIndex.open(work / "index")
         keys = np.array([product_keys(data.products.row(int(row))) for row in rows])
@@ -168,7 +168,7 @@ def _embed(trainer: L.Trainer, model: TwoTower, folder: Path) -> None:
     """Write the embeddings of the products that are trained on, each process some of the shards."""
     from tritower.retrieval.vectors.embeddings import EmbeddingWriter
 
-    data, rows = trainer.datamodule, trainer.datamodule.train_rows
+    data, rows = trainer.datamodule, trainer.datamodule.training.split
     if trainer.is_global_zero:
         shutil.rmtree(folder.parent, ignore_errors=True)
         EmbeddingWriter(folder, dim=model.embed_dim)  # begins it
@@ -178,9 +178,11 @@ def _embed(trainer: L.Trainer, model: TwoTower, folder: Path) -> None:
     names = [f"shard-{number:05d}" for number in range(len(shards))]
     model.eval()
     for number in range(trainer.global_rank, len(shards), trainer.world_size):
-        products = ProductRows(data.products, shards[number], data.preprocess.product)
+        products = CandidateRows(data.products, shards[number], data.preprocess.product)
         parts = []
-        for batch in data.loader(products, RowBatches(len(products.gallery), data.batch_size)):
+        for batch in data.make_loader(
+            products, RowBatches(len(products.candidates), data.batch_size)
+        ):
             encoded = model.encode_batch(model.product, to_device(batch.items, model.device))
             parts.append(encoded.embedding.float().cpu().numpy())
         writer.write(names[number], [str(row) for row in shards[number]], np.concatenate(parts))

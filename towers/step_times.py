@@ -94,9 +94,9 @@ class StepTimes(L.Callback):
     def _warn(self, trainer: L.Trainer) -> None:
         share = self._all["data"] / max(1e-9, sum(self._all.values()))
         if share > self.warn_above and trainer.is_global_zero:
-            workers = getattr(trainer.datamodule, "num_workers", 0)
+            workers = trainer.datamodule.loader.num_workers
             logger.warning(
-                "Training waits for data %.0f %% of the time: raise data.num_workers (now %d), prepare smaller "
+                "Training waits for data %.0f %% of the time: raise data.loader.num_workers (now %d), prepare smaller "
                 "pictures, or keep the features of frozen towers (model.encoding.feature_cache).",
                 100 * share,
                 workers,

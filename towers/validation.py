@@ -125,7 +125,7 @@ class HeldOutSearch(L.LightningModule, ABC):
     def _figures(self, prefix: str, split: str) -> dict[str, float]:
         queries = self.data.held_out[split]
         query, is_encoded = self.held_out.gather(0, len(queries), self.embed_dim)
-        product, _ = self.held_out.gather(1, len(queries.gallery), self.embed_dim)
+        product, _ = self.held_out.gather(1, len(queries.candidates), self.embed_dim)
         if not (np.isfinite(query).all() and np.isfinite(product).all()):
             raise self.not_finite("Embeddings of held-out queries or products are not numbers")
         is_unread = ~query.any(1)
@@ -192,7 +192,7 @@ def unreadable_queries(
     unread = is_unread[is_encoded]
     if unread.all() and is_encoded.all():
         raise ValueError(
-            f"None of the {len(queries)} {split} queries ({queries.asked}) has anything that this "
+            f"None of the {len(queries)} {split} queries ({queries.kind}) has anything that this "
             f"model reads ({names}), so no model could be chosen by them: give it a tower for "
             "them, or the catalogue judged queries, groups or families."
         )

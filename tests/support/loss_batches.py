@@ -39,7 +39,12 @@ def make_batch(
         else torch.tensor(judged, dtype=torch.float32).view(len(query_keys), -1, 2)
     )
     lists = (
-        {} if said is None else {"judged": said[..., 0].long(), "grades": said[..., 1].contiguous()}
+        {}
+        if said is None
+        else {
+            "judged_products": said[..., 0].long(),
+            "judgement_weights": said[..., 1].contiguous(),
+        }
     )
     asks = torch.tensor([i not in absent[0] for i in range(len(query_keys))])
     found = torch.tensor([i not in absent[1] for i in range(len(product_keys))])

@@ -71,8 +71,8 @@ def make_rows(
     query_zeros = zeros[: len(query)]  # (B,)
     no_judgements = batch.query_keys[:, :0]  # (B, 0)
 
-    judged = batch.judged
-    weights = batch.grades
+    judged = batch.judged_products
+    weights = batch.judgement_weights
     if judged is None or weights is None:
         judged = no_judgements
         weights = query_zeros[:, None][:, :0]

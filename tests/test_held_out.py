@@ -12,8 +12,9 @@ import pytest
 
 from tritower.datamodules.batch import Item
 from tritower.datamodules.catalogue import Table, product_item
-from tritower.datamodules.examples import ITSELF
-from tritower.datamodules.held_out import HeldOut, ProductRows, QueryRows, RowBatches, held_out
+from tritower.datamodules.example_rows import NO_ROW
+from tritower.datamodules.held_out import HeldOut, HeldOutOptions, held_out_queries
+from tritower.datamodules.held_out_rows import CandidateRows, QueryRows, RowBatches
 from tritower.datamodules.preprocess import ItemPreprocess
 from tritower.towers.text import HashedWords, Template, TextPreprocess
 
@@ -81,20 +82,24 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def ask(world: dict[str, Any], judged: bool = True, **settings: Any) -> HeldOut:
     products, queries, qrels = world["tables"]
-    defaults = {"split": "val", "mates": "family", "max_queries": 1000, "max_products": 1000}
-    return held_out(
-        products, *((queries, qrels) if judged else (None, None)), **{**defaults, **settings}
+    options = {"max_queries": 1000, "max_products": 1000}
+    options |= {name: settings.pop(name) for name in (*options, "threshold") if name in settings}
+    relation = settings.pop("mates", "family")
+    split = settings.pop("split", "val")
+    tables = (queries, qrels) if judged else (None, None)
+    return held_out_queries(
+        products, *tables, relation, split, HeldOutOptions(**options), **settings
     )
 
 
 def answers(found: HeldOut) -> list[tuple[int, int, int, frozenset[int]]]:
     """Query, source, own product and relevant products, as row numbers."""
-    gallery = found.gallery
+    gallery = found.candidates
     return [
         (q, s, int(gallery[own]) if own >= 0 else -1, frozenset(gallery[r[r >= 0]].tolist()))
         for q, s, own, r in zip(
             found.query.tolist(),
-            found.source.tolist(),
+            found.query_product.tolist(),
             found.own.tolist(),
             found.relevant,
             strict=True,
@@ -106,19 +111,19 @@ def answers(found: HeldOut) -> list[tuple[int, int, int, frozenset[int]]]:
 def test_judged_queries_match_brute_force(world: dict[str, Any], split: str) -> None:
     expected = []
     for number, query in enumerate(world["queries"]):
-        source = int(query["source_product_id"][1:]) if query["source_product_id"] else ITSELF
+        source = int(query["source_product_id"][1:]) if query["source_product_id"] else NO_ROW
         relevant = {
             int(p[1:]) for q, p, grade in world["judged"] if q == query["query_id"] and grade == 3.0
         }
         relevant = {p for p in relevant if p < NUM_PRODUCTS} - {source}
         if query["split"] == split and relevant:
             expected.append(
-                (ITSELF if source >= 0 else number, source, source, frozenset(relevant))
+                (NO_ROW if source >= 0 else number, source, source, frozenset(relevant))
             )
     found = ask(world, split=split)
     assert answers(found) == expected
     assert len(expected) > 3
-    assert found.gallery.tolist() == list(range(NUM_PRODUCTS))
+    assert found.candidates.tolist() == list(range(NUM_PRODUCTS))
     assert all(len(set(row[row >= 0])) == (row >= 0).sum() >= 1 for row in found.relevant)
 
 
@@ -147,18 +152,17 @@ def test_without_judgements_products_ask_for_their_mates(
     found = ask(world, judged=False, mates=relation)
     rows = [i for i, p in enumerate(world["products"]) if p["split"] == "val"]
     expected = [
-        (ITSELF, i, i, m) for i in rows if (m := mates_by_brute_force(world, i, relation, "val"))
+        (NO_ROW, i, i, m) for i in rows if (m := mates_by_brute_force(world, i, relation, "val"))
     ]
     assert answers(found) == expected
-    assert found.asked == "products that ask for their mates" and len(expected) > 3
+    assert found.kind == "products with a group" and len(expected) > 3
 
 
 def test_judgements_that_find_nothing_relevant_are_none(world: dict[str, Any]) -> None:
     products, queries, qrels = world["tables"]
     zeros = qrels.set_column(2, "relevance", pa.array([0.0] * len(qrels)))
-    found = held_out(
-        products, queries, zeros, split="val", mates="group", max_queries=1000, max_products=1000
-    )
+    options = HeldOutOptions(1000, 1000)
+    found = held_out_queries(products, queries, zeros, "group", "val", options)
     assert answers(found) == answers(ask(world, judged=False, mates="group"))
 
 
@@ -166,16 +170,9 @@ def test_a_threshold_is_of_judged_queries_alone(world: dict[str, Any]) -> None:
     products, queries, qrels = world["tables"]
     of_train = [q["query_id"] for q in world["queries"] if q["split"] == "train"]
     some = qrels.filter(pc.is_in(qrels["query_id"], pa.array(of_train)))
-    settings = {
-        "split": "val",
-        "mates": "group",
-        "max_queries": 1000,
-        "max_products": 1000,
-        "threshold": 9.0,
-    }
-    assert answers(held_out(products, queries, some, **settings)) == answers(
-        ask(world, judged=False, mates="group")
-    )
+    options = HeldOutOptions(1000, 1000, threshold=9.0)
+    found = held_out_queries(products, queries, some, "group", "val", options)
+    assert answers(found) == answers(ask(world, judged=False, mates="group"))
 
 
 @pytest.mark.parametrize("threshold", [1.0, 2.0])
@@ -208,13 +205,13 @@ def test_judged_queries_without_a_relevant_product_are_counted(
     of_val = [q for q in world["queries"] if q["split"] == "val" and q["query_id"] in judged]
     others = [q for q in of_val if any(a == q["query_id"] != p for a, p, _ in world["judged"])]
     found = ask(world)
-    line = next(r.getMessage() for r in caplog.records if "not asked" in r.getMessage())
+    line = next(r.getMessage() for r in caplog.records if "left out" in r.getMessage())
     dropped, _, count = line.split(" judged")[0].split()
     assert int(count) - int(dropped) == len(found) and int(count) <= len(others)
     assert "relevance 3 or more" in line
     with pytest.raises(
         ValueError,
-        match=r"None of the \d+ judged val queries has .*; the best there has 3.*data.threshold",
+        match=r"None of the \d+ judged val queries has .*; the best there has 3.*data.validation.threshold",
     ):
         ask(world, threshold=4.0)
 
@@ -222,22 +219,22 @@ def test_judged_queries_without_a_relevant_product_are_counted(
 def test_without_mates_titles_ask_for_their_products(world: dict[str, Any]) -> None:
     found = ask(world, judged=False, mates="none")
     rows = [i for i, p in enumerate(world["products"]) if p["split"] == "val"]
-    assert answers(found) == [(ITSELF, i, -1, frozenset({i})) for i in rows]
-    assert found.asked == "titles that ask for their product"
+    assert answers(found) == [(NO_ROW, i, -1, frozenset({i})) for i in rows]
+    assert found.kind == "titles of products"
     queries = QueryRows(world["tables"][0], None, found, ItemPreprocess("query"))
     assert queries.item(0) == Item(text={"title": f"title {rows[0]}"})
 
 
 def test_a_sampled_gallery_keeps_what_is_asked_and_relevant(world: dict[str, Any]) -> None:
     whole = ask(world)
-    needed = set(whole.judged.ravel().tolist()) | set(whole.source.tolist()) - {ITSELF}
+    needed = set(whole.judged.ravel().tolist()) | set(whole.query_product.tolist()) - {NO_ROW}
     needed -= {-1}
     for room in (0, 3):
         sampled = ask(world, max_products=len(needed) + room)
         assert answers(sampled) == answers(whole)
-        assert len(sampled.gallery) == len(needed) + room
-        assert needed <= set(sampled.gallery.tolist())
-    assert len(ask(world, max_products=1).gallery) == len(needed)
+        assert len(sampled.candidates) == len(needed) + room
+        assert needed <= set(sampled.candidates.tolist())
+    assert len(ask(world, max_products=1).candidates) == len(needed)
 
 
 def test_sampled_queries_are_some_of_all_and_the_same_every_time(world: dict[str, Any]) -> None:
@@ -268,7 +265,7 @@ def test_queries_and_products_are_read_as_they_are_asked(world: dict[str, Any]) 
     batch = rows[np.array([2, 0])]
     assert batch.row.tolist() == [2, 0]
     assert batch.items.present[:, 0].all()
-    gallery = ProductRows(products, found.gallery[::-1].copy(), preprocess)
+    gallery = CandidateRows(products, found.candidates[::-1].copy(), preprocess)
     own = preprocess([product_item(products.row(NUM_PRODUCTS - 1))])
     assert gallery[np.array([0])].items.text.tolist() == own.text.tolist()
 

@@ -16,8 +16,8 @@ from tests.support.training import fit
 from tritower.datamodules import generated_queries as module
 from tritower.datamodules.batch import NO_KEY, RELATIONS, Item
 from tritower.datamodules.catalogue import Table, product_item
-from tritower.datamodules.examples import ITSELF
-from tritower.datamodules.generated_queries import FacetQueries, facet_queries
+from tritower.datamodules.example_rows import NO_ROW
+from tritower.datamodules.generated_queries import GeneratedQueries, generate_queries
 from tritower.datamodules.preprocess import stable_hash
 from tritower.datamodules.schema import Attribute, Schema
 from tritower.towers.model_folder import load_model
@@ -46,9 +46,9 @@ def words(row: dict) -> set[str]:
 
 
 def test_the_answers_are_all_products_with_all_facets(products: Table) -> None:
-    found = facet_queries(products, TRAIN, SCHEMA, seed=0)
+    found = generate_queries(products, TRAIN, SCHEMA, seed=0)
     assert len(found) == len(set(found.texts)) > 20
-    for text, answers in zip(found.texts, found.answers, strict=True):
+    for text, answers in zip(found.texts, found.products, strict=True):
         assert answers.tolist() == [
             row for row in TRAIN if set(text.split()) <= words(products.row(int(row)))
         ]
@@ -60,10 +60,10 @@ def test_the_answers_are_all_products_with_all_facets(products: Table) -> None:
 def test_only_the_rows_that_are_named_ask_and_answer(products: Table) -> None:
     """Others have the same facets: every third product has what its neighbours have."""
     some = np.arange(0, 120, 3)
-    found = facet_queries(products, some, SCHEMA, seed=0)
+    found = generate_queries(products, some, SCHEMA, seed=0)
     facets = {row: words(products.row(int(row))) for row in range(120)}
     shared = 0
-    for text, answers in zip(found.texts, found.answers, strict=True):
+    for text, answers in zip(found.texts, found.products, strict=True):
         having = [row for row in range(120) if set(text.split()) <= facets[row]]
         assert answers.tolist() == [row for row in having if row % 3 == 0]
         shared += len(having) > len(answers)
@@ -73,15 +73,15 @@ def test_only_the_rows_that_are_named_ask_and_answer(products: Table) -> None:
 def test_broad_queries_name_more_or_are_left_out(
     products: Table, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "MAX_ANSWERS", 3)
-    few = facet_queries(products, TRAIN, SCHEMA, seed=0)
-    assert 1 <= max(map(len, few.answers)) <= 3
+    monkeypatch.setattr(module, "MAX_PRODUCTS", 3)
+    few = generate_queries(products, TRAIN, SCHEMA, seed=0)
+    assert 1 <= max(map(len, few.products)) <= 3
     monkeypatch.setattr(module, "MAX_QUERIES", 4)
-    assert 1 <= len(facet_queries(products, TRAIN, SCHEMA, seed=0)) <= 4
+    assert 1 <= len(generate_queries(products, TRAIN, SCHEMA, seed=0)) <= 4
 
 
 def test_a_seed_decides(products: Table) -> None:
-    texts = [facet_queries(products, TRAIN, SCHEMA, seed).texts for seed in (0, 0, 1)]
+    texts = [generate_queries(products, TRAIN, SCHEMA, seed).texts for seed in (0, 0, 1)]
     assert texts[0] == texts[1] != texts[2]
 
 
@@ -104,22 +104,27 @@ def test_values_that_say_nothing_are_no_words(tmp_path: Path) -> None:
     schema = Schema(
         ("title",), False, (Attribute("organic", "category"), Attribute("colour", "category"))
     )
-    found = facet_queries(table_of(tmp_path, rows), np.arange(3), schema, seed=0)
-    assert (found.texts, [answers.tolist() for answers in found.answers]) == (["light blue"], [[0]])
+    found = generate_queries(table_of(tmp_path, rows), np.arange(3), schema, seed=0)
+    assert (found.texts, [answers.tolist() for answers in found.products]) == (
+        ["light blue"],
+        [[0]],
+    )
 
 
 def test_without_attributes_there_are_none(tmp_path: Path) -> None:
     schema = Schema(("title",), False, ())
-    assert len(facet_queries(table_of(tmp_path, None), np.arange(1), schema, seed=0)) == 0
+    assert len(generate_queries(table_of(tmp_path, None), np.arange(1), schema, seed=0)) == 0
 
 
 def test_examples_draw_among_the_answers() -> None:
-    queries = FacetQueries(["red mug", "blue"], [np.array([3, 5]), np.array([4])], weight=0.25)
+    queries = GeneratedQueries(["red mug", "blue"], [np.array([3, 5]), np.array([4])], weight=0.25)
     rows = queries.examples(first=10, times=40, seed=0)
     assert len(rows) == 80 and set(rows.product[rows.query == 10]) == {3, 5}
     assert set(rows.product[rows.query == 11]) == {4}
     assert (
-        (rows.source == ITSELF).all() and (rows.weight == 0.25).all() and np.isnan(rows.label).all()
+        (rows.query_product == NO_ROW).all()
+        and (rows.weight == 0.25).all()
+        and np.isnan(rows.label).all()
     )
     pairs = queries.pairs(first=10)
     assert list(zip(pairs.query.tolist(), pairs.product.tolist(), strict=True)) == [
@@ -130,22 +135,24 @@ def test_examples_draw_among_the_answers() -> None:
 
 
 def test_a_batch_knows_all_answers_and_no_family_of_a_query(tiny_catalogue: Path) -> None:
-    data = data_module(tiny_catalogue, sources={"catalogue": 1, "facets": 2}, facet_weight=0.5)
+    data = data_module(tiny_catalogue, types={"catalogue": 1, "generated": 2}, generated_weight=0.5)
     batches = pickle.loads(
         pickle.dumps(data.train_dataloader().dataset)
     )  # as loader processes get it
     first = len(data.queries)
-    of_facets = np.flatnonzero(batches.rows.query >= first)
-    assert len(of_facets) == 2 * len(data.facets) > 40
+    of_facets = np.flatnonzero(batches.data.rows.query >= first)
+    assert len(of_facets) == 2 * len(data.training.queries.generated) > 40
     ids = data.products.column("product_id").to_pylist()
     for number in of_facets[::7]:
-        query = int(batches.rows.query[number]) - first
+        query = int(batches.data.rows.query[number]) - first
         example = batches.example(0, int(number))
-        assert example.query == Item(text={"query": data.facets.texts[query]})
-        answers = {stable_hash(ids[row]): 0.5 for row in data.facets.answers[query]}
+        assert example.query == Item(text={"query": data.training.queries.generated.texts[query]})
+        answers = {
+            stable_hash(ids[row]): 0.5 for row in data.training.queries.generated.products[query]
+        }
         judged = {
             key: grade
-            for key, grade in zip(example.judged, example.grades, strict=True)
+            for key, grade in zip(example.judged_products, example.judgement_weights, strict=True)
             if key != NO_KEY
         }
         assert judged == answers
@@ -156,13 +163,15 @@ def test_a_batch_knows_all_answers_and_no_family_of_a_query(tiny_catalogue: Path
         assert example.product_keys[0] in answers
         assert example.weight == 0.5
     typed = [item.text.get("query") for item in data.all_items()]
-    assert set(data.facets.texts) <= set(typed), "frozen towers encode them once"
+    assert set(data.training.queries.generated.texts) <= set(typed), (
+        "frozen towers encode them once"
+    )
 
 
 def test_a_weight_that_is_none_is_refused(tiny_catalogue: Path) -> None:
     for weight in (0.0, 1.5):
-        with pytest.raises(ValueError, match=f"facet_weight={weight}: choose above 0"):
-            data_module(tiny_catalogue, facet_weight=weight)
+        with pytest.raises(ValueError, match=f"generated_weight={weight}: choose above 0"):
+            data_module(tiny_catalogue, generated_weight=weight)
 
 
 def test_words_are_learned_that_no_title_has(tiny_catalogue: Path, tmp_path: Path) -> None:
@@ -170,11 +179,11 @@ def test_words_are_learned_that_no_title_has(tiny_catalogue: Path, tmp_path: Pat
     table = Table(tiny_catalogue / "products")
     rows = [row for row in map(table.row, TRAIN) if row["attributes"]["tags"]]
     shares = {}
-    for name, sources in (("without", "{catalogue: 5}"), ("with", "{catalogue: 1, facets: 4}")):
+    for name, sources in (("without", "{catalogue: 5}"), ("with", "{catalogue: 1, generated: 4}")):
         arguments = [
             "--model.product.image=null",
-            f"--data.sources={sources}",
-            "--data.facet_weight=1",
+            f"--data.examples.types={sources}",
+            "--data.examples.generated_weight=1",
         ]
         assert (
             fit(tiny_catalogue, tmp_path / name, *arguments, "--trainer.max_epochs=8", *BY_LOSS)
