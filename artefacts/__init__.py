@@ -1,1 +1,4 @@
-"""Artefact folders: written once, complete or absent, with a digest per file; versions, shards and resumed work."""
+"""Artefact folders: written once, complete or absent, with a digest per file.
+
+Versions, shards and resumed work.
+"""

@@ -91,7 +91,7 @@ system = System()
 
 @contextmanager
 def naming(path: Path, problem: str) -> Iterator[None]:
-    """Turn the OSError of an operation that knows no name into an ArtefactError that tells the file."""
+    """Turn an OSError without a file name into an ArtefactError that names the file."""
     try:
         yield
     except OSError as error:
@@ -113,7 +113,7 @@ def create(path: Path | str) -> BinaryIO:
 
 
 class _Descriptor(io.RawIOBase):
-    """An open file descriptor; its first failure is remembered and raised again by whatever follows."""
+    """An open file descriptor. Its first failure is raised again by all that follows."""
 
     def __init__(self, path: Path) -> None:
         self.failure: ArtefactError | None = None
@@ -151,7 +151,10 @@ class _Descriptor(io.RawIOBase):
 
 
 class _Writer(io.BufferedWriter):
-    """A buffer before a `_Descriptor`, which is closed whatever happens; short writes go on where they stopped."""
+    """A buffer before a `_Descriptor`, which is closed whatever happens.
+
+    Short writes go on where they stopped.
+    """
 
     raw: _Descriptor
 

@@ -19,7 +19,7 @@ written as version 1, which knew none."""
 
 
 class ArtefactError(Exception):
-    """An artefact folder or file is missing, unfinished, damaged, of another kind, or in the way."""
+    """An artefact is missing, unfinished, damaged, of another kind, or in the way."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,8 @@ def decode(data: bytes, file: Path) -> Manifest:
         version = body["version"]
         if isinstance(version, int) and version > VERSION:
             raise ArtefactError(
-                f"{file}: manifest version {version}, this program reads up to {VERSION}: upgrade it"
+                f"{file}: manifest version {version}, this program reads up to {VERSION}: upgrade "
+                "it"
             )
         files = {
             name: FileEntry(entry["bytes"], entry["sha256"], entry.get("sample"))

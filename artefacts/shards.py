@@ -20,7 +20,9 @@ BEGUN = "begun.json"
 
 
 class ShardFolder:
-    """Writes Parquet shards into a folder, each complete or absent; `finish` makes it an artefact folder.
+    """Writes Parquet shards into a folder, each complete or absent.
+
+    `finish` makes it an artefact folder.
 
     Opening a folder that an earlier run began goes on with it, provided that both make the same
     thing.
@@ -77,7 +79,9 @@ class ShardFolder:
             )
 
     def finish(self, shards: Sequence[str], meta: Mapping[str, JSON] | None = None) -> Manifest:
-        """Check that exactly these shards are there and write the manifest; harmless when it exists already.
+        """Check that exactly these shards are there and write the manifest.
+
+        Harmless when it exists already.
 
         Args:
             shards: names of all shards.
@@ -92,7 +96,8 @@ class ShardFolder:
         there = {file.name for file in self.path.glob("*.parquet")}
         if missing := sorted(wanted - there):
             raise ArtefactError(
-                f"{self.path} lacks {len(missing)} of {len(wanted)} shards: {', '.join(missing[:10])}"
+                f"{self.path} lacks {len(missing)} of {len(wanted)} shards: "
+                f"{', '.join(missing[:10])}"
             )
         if extra := sorted(there - wanted):
             raise ArtefactError(

@@ -119,7 +119,9 @@ def seal(
 
 @contextmanager
 def write_file(path: Path | str) -> Iterator[Path]:
-    """Yield a temporary file name to write to; when the block ends it is flushed to disk and becomes `path`.
+    """Yield a temporary file name to write to.
+
+    When the block ends it is flushed to disk and becomes `path`.
 
     An existing `path` is replaced in one step; on an exception it stays as it was.
     """
@@ -132,7 +134,7 @@ def write_file(path: Path | str) -> Iterator[Path]:
 
 
 def write_bytes(path: Path | str, data: bytes) -> None:
-    """Write a small file: after a crash at any moment it is the old one or the new one, never a part."""
+    """Write a small file: after a crash it is the old one or the new one, never a part."""
     with write_file(path) as new, create(new) as file:
         file.write(data)
 
@@ -166,7 +168,8 @@ def read_manifest(path: Path | str, kind: str | None = None) -> Manifest:
         data = (path / MANIFEST).read_bytes()
     except FileNotFoundError:
         raise ArtefactError(
-            f"{path} has no {MANIFEST}, so it is not {wanted}: was a run stopped half-way? Run it again"
+            f"{path} has no {MANIFEST}, so it is not {wanted}: was a run stopped half-way? Run it "
+            "again"
         ) from None
     manifest = decode(data, path / MANIFEST)
     if kind is not None and manifest.kind != kind:
@@ -286,7 +289,7 @@ def _sample_sha256(file: Path) -> str:
 
 
 def _check_place(path: Path, kind: str, overwrite: bool) -> None:
-    """Refuse to replace anything but a finished folder of the same kind, and that only when asked."""
+    """Refuse to replace anything but a finished folder of the same kind, when asked to."""
     if not (path.exists() or path.is_symlink()):
         return
     if not overwrite:

@@ -22,7 +22,7 @@ except ImportError:  # Windows: what a killed writer leaves behind stays
 
 
 class Lock:
-    """An open file or folder with a lock on it, until it is closed or forgotten or its process dies.
+    """An open file or folder with a lock on it, until it is closed or its process dies.
 
     Attributes:
         held: whether the lock is ours; False = another process has it, None = this volume or system
@@ -101,7 +101,10 @@ class Temporary(NamedTuple):
 
 @contextmanager
 def temporary(path: Path, *, folder: bool) -> Iterator[Temporary]:
-    """A locked temporary name beside `path`, gone after the block; what killed writers left there is removed first."""
+    """A locked temporary name beside `path`, gone after the block.
+
+    What killed writers left there is removed first.
+    """
     taken = None
     while taken is None:
         files.make_folder(path.parent)

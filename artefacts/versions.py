@@ -66,7 +66,9 @@ def publish(
     base: str | None = None,
     keep: int = 2,
 ) -> Iterator[Path]:
-    """Yield an empty temporary folder that becomes the version in use when the block ends without an exception.
+    """Yield an empty temporary folder that becomes the version in use when the block ends.
+
+    Nothing is published after an exception.
 
     Args:
         root: the place of all versions; made when missing.
@@ -116,7 +118,10 @@ def current(root: Path | str) -> Path:
     if pointer is None:
         problem = f"{root} has no {CURRENT}" if root.is_dir() else f"{root}: no such folder"
     elif name is None:
-        problem = f"{root / CURRENT} is damaged: expected the name of a version such as 000001, found {pointer[:40]!r}"
+        problem = (
+            f"{root / CURRENT} is damaged: expected the name of a version such as 000001, found "
+            f"{pointer[:40]!r}"
+        )
     else:
         problem = f"{root / CURRENT} names version {name}, which "
         problem += f"has no {MANIFEST}" if (root / VERSIONS / name).is_dir() else "is not there"
@@ -169,7 +174,9 @@ def occupied(root: Path | str) -> bool:
 
 
 def collect(root: Path | str, keep: int = 2) -> list[str]:
-    """Remove versions older than the one in use that nobody reads, beyond `keep`; returns their names.
+    """Remove versions older than the one in use that nobody reads, beyond `keep`.
+
+    Returns their names.
 
     Args:
         root: the place of all versions.
@@ -222,7 +229,10 @@ def _next(root: Path) -> Path:
 
 
 def _newer_than_current(root: Path) -> list[Path]:
-    """Versions that never came into use, or that somebody went back from; none where `CURRENT` is damaged."""
+    """Versions that never came into use, or that somebody went back from.
+
+    None where `CURRENT` is damaged.
+    """
     name = _name_in(_pointer(root) or b"")
     return (
         []
@@ -280,7 +290,8 @@ def _check_base(root: Path, started_from: bytes | None) -> None:
     if pointer != started_from:
         then, now = (_name_in(p or b"") or "no version" for p in (started_from, pointer))
         raise ArtefactError(
-            f"conflict at {root}: this run started from {then}, but {now} is in use: another run has published "
+            f"conflict at {root}: this run started from {then}, but {now} is in use: another run "
+            "has published "
             "meanwhile. Nothing was changed; run again"
         )
 
@@ -329,7 +340,10 @@ def _collect(root: Path, keep: int) -> list[str]:
 
 
 def _discard(folder: Path) -> bool:
-    """Remove a version unless somebody reads it; under a temporary name first, so that half of one is never seen."""
+    """Remove a version unless somebody reads it.
+
+    Under a temporary name first, so that half of one is never seen.
+    """
     held = lock(folder) if folder.is_dir() else None
     if held is None:
         return False

@@ -99,7 +99,8 @@ class WorkFolder:
         names = sorted(file.name for file in self.path.iterdir())
         if others := [name for name in names if not (own.fullmatch(name) or is_temporary(name))]:
             raise ArtefactError(
-                f"{self.path} is where this {self._kind} would work, but holds other things ({', '.join(others[:5])}): "
+                f"{self.path} is where this {self._kind} would work, but holds other things "
+                f"({', '.join(others[:5])}): "
                 "move them, or choose another place"
             )
         begun = self.path / BEGUN

@@ -74,7 +74,10 @@ Split = Literal["val", "test"]
 METRICS = ("hit@1", "hit@10", "recall@10", "best_recall@10", "ndcg@10")
 MODALITIES = ("text", "image", "attribute")
 UNTRAINED = ("bm25", "tfidf", "text", "image", "numbers", "words + image", "sum", "floor")
-"""Rows of search without training; nothing but the last one's weights and the words' settings is chosen, on val."""
+"""Rows of search without training.
+
+Nothing but the last one's weights and the words' settings is chosen, on val.
+"""
 
 MISSING = {
     f"{sides} without {modality}": (side, modality)
@@ -90,7 +93,7 @@ SIGLIP = [
     f"{LOSS}.temperature=0.1",
     f"{LOSS}.bias=-10",
 ]
-"""Their own defaults; else the temperature that a configuration gives its loss would be in effect."""
+"""Their own defaults; else the temperature of a configuration's loss would apply."""
 
 TOWERS = (*MODALITIES, "lexical")
 ALONE = {
@@ -408,7 +411,7 @@ class Bench:
         query: Any = None,
         untrained: bool = False,
     ) -> dict[str, Any]:
-        """The figures of a model, and of it and words fused where search without training is measured."""
+        """The figures of a model alone, and fused with words where the floor is measured."""
         evaluation = self.evaluate(model, folder, product, query, untrained)
         report, questions, found = evaluation.report, evaluation.questions, evaluation.found
         rows = {kind: found["exact"][questions.of_kind(kind)] for kind in questions.all_kinds}
@@ -459,7 +462,10 @@ class Bench:
         )
 
     def ask(self, folder: Path, towers: Mapping[str, TowerReaders] | None) -> Evaluation:
-        """Ask the split's queries of the index in a folder; beside search without training where there are towers."""
+        """Ask the split's queries of the index in a folder.
+
+        Beside search without training where there are towers.
+        """
         return evaluate(
             ProductIndex.open(folder / "index"),
             EmbeddingReader(folder / "embeddings" / "products"),
@@ -565,7 +571,7 @@ def arms_by_kind(results: Results, split: Split) -> dict[tuple[str, str], Arms]:
 
 
 def table_rows(arms: Arms) -> Iterator[list[str]]:
-    """Cells of each arm: name, seeds, metrics with intervals, paired gain over the best row without training."""
+    """Cells of each arm: name, seeds, metrics with intervals, paired gain over the floor."""
     means = {
         name: {metric: np.mean([seed[metric] for seed in seeds], axis=0) for metric in COMPARED}
         for name, seeds in arms.items()

@@ -1,4 +1,6 @@
-"""How the demo's models compare with the oracle of the sample catalogue; exit code 1 where they fall short.
+"""How the demo's models compare with the oracle of the sample catalogue.
+
+Exit code 1 where they fall short.
 
     python -m benchmarks.demo demo
 
@@ -53,7 +55,8 @@ def main(folder: Path) -> int:
     for claim, holds in checks.items():
         print(f"{'yes' if holds else 'NO ':3}  {claim}")
     print(
-        f"queries with their hits as pictures: {folder / 'report' / 'report.html'}, {folder / 'search.html'}"
+        f"queries with their hits as pictures: {folder / 'report' / 'report.html'}, "
+        f"{folder / 'search.html'}"
     )
     return 0 if all(checks.values()) else 1
 

@@ -1,4 +1,4 @@
-"""Our index beside exact search and its peers, on the same vectors, with the same threads, at equal recall.
+"""Our index beside exact search and its peers: same vectors, same threads, equal recall.
 
     python -m benchmarks.index --json FILE [--quick] [--n 1000000] [--arms ours,hnsw,...] [--work
     DIR] python -m benchmarks.index --growth FILE FILE ...
@@ -79,7 +79,10 @@ ENVIRONMENTS = {
     "scann": ".venv-peers",
     "autofaiss": ".venv-autofaiss",
 }
-"""Where the packages of an arm are installed; the others run with the Python of this process, ours and FAISS alike."""
+"""Where the packages of an arm are installed.
+
+The others run with the Python of this process, ours and FAISS alike.
+"""
 
 MISSING = "not installed: make bench-setup"
 
@@ -215,7 +218,10 @@ def measure(run: Run, arms: Sequence[str], *, fresh: bool = False) -> dict[str, 
 
 
 def one(run: Run, arm: str, *, fresh: bool) -> dict[str, Any]:
-    """The result of one arm, kept as soon as it is there; what is kept is used again if it would be the same."""
+    """The result of one arm, kept as soon as it is there.
+
+    What is kept is used again if it would be the same.
+    """
     file = run.data / "results" / f"{arm}.json"
     identity = identity_of(run, arm)
     if identity is None:
@@ -259,7 +265,8 @@ def identity_of(run: Run, arm: str) -> dict[str, Any] | None:
 def _versions(python: Path, packages: list[str]) -> dict[str, str]:
     code = (
         "import importlib.metadata as m, json, sys\n"
-        "there = {d.metadata['Name'].lower(): d.version for d in m.distributions() if d.metadata['Name']}\n"
+        "there = {d.metadata['Name'].lower(): d.version for d in m.distributions() if "
+        "d.metadata['Name']}\n"
         "print(json.dumps({n: there[n] for n in sys.argv[1:] if n in there}))"
     )
     answer = subprocess.run(

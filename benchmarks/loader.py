@@ -1,4 +1,4 @@
-"""How fast pictures become tensors, beside a plain torch DataLoader with Pillow and torchvision's transforms.
+"""How fast pictures become tensors, beside a plain torch DataLoader.
 
     python -m benchmarks.loader --json FILE [--pictures 5000] [--side 1000] [--work DIR]
 

@@ -60,7 +60,8 @@ def main(arguments: list[str] | None = None) -> int:
                 and held > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") / 2
             ):
                 print(
-                    f"{arm} at {size:,}: left out, its similarities would need {held / 2**30:.0f} GiB"
+                    f"{arm} at {size:,}: left out, its similarities would need {held / 2**30:.0f} "
+                    "GiB"
                 )
                 continue
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:

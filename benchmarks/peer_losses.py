@@ -85,7 +85,7 @@ class CachedMultipleNegativesRanking(ContrastiveLoss):
 
     It holds the similarities of a few queries at a time.
     Loss and gradients are those of MultipleNegativesRankingLoss.
-    Where towers are trained, `model.encoding.chunk_size` caches gradients as the library's `forward` would.
+    Where towers are trained, `model.encoding.chunk_size` caches gradients as the library does.
 
     Args:
         temperature: in cosine; 1 / 20 is its default.

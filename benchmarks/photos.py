@@ -46,7 +46,7 @@ from tritower.towers.quiet import quiet_lightning
 from tritower.towers.two_tower import TwoTower
 
 PICTURES_ALONE = ["--model.product.text=null", "--model.product.attribute=null", WHOLE]
-"""Products without their texts and attributes, by which a model would soon know a few products by heart."""
+"""Products without texts and attributes, by which a model would memorize a few products."""
 
 FOR_NEW = [
     *PICTURES_ALONE,
@@ -76,7 +76,7 @@ NEW = 16
 
 
 class Classifier(TwoTower):
-    """One class for each product on top of the query encoder's image tower, trained with cross-entropy.
+    """One class for each product on top of the image tower, trained with cross-entropy.
 
     Optimiser, schedule, batches and figures are those of `TwoTower`: a query's "embedding" are its
     logits, a product's is its class, so that their product is the logit of the class.

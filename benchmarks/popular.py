@@ -25,7 +25,7 @@ from tritower.retrieval.ranking.metrics import ndcg_at_k
 def shares(
     linked: NDArray[np.bool_], category: NDArray[np.int64], family: NDArray[np.int64]
 ) -> NDArray[np.float64]:
-    """(N, N): of the products that are of the row's category and not of its family, how many name the column.
+    """(N, N): how many products of the row's category, not of its family, name the column.
 
     Equals are settled by how many products of other families name it, of any category.
 

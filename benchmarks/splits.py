@@ -27,7 +27,9 @@ class NewSplits:
     typed_test_share: float = 0.7
 
     def write(self, raw: Path, folder: Path) -> list[str]:
-        """Write `products.csv` and `queries.csv` without their splits into a folder; typed queries get new ones.
+        """Write `products.csv` and `queries.csv` without their splits into a folder.
+
+        Typed queries get new ones.
 
         Args:
             raw: folder of a catalogue of docs/data.md.

@@ -135,7 +135,10 @@ def query_item(row: Mapping[str, Any]) -> Item:
 
 
 def product_keys(row: Mapping[str, Any]) -> list[int]:
-    """The keys of a row of `products/`, one for each of `RELATIONS`; it answers no query by itself."""
+    """The keys of a row of `products/`, one for each of `RELATIONS`.
+
+    It answers no query by itself.
+    """
     text, images = row.get("text") or {}, row.get("images")
     title = next(iter(text.values()), None)
     return [

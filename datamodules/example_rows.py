@@ -81,7 +81,7 @@ def judgement_examples(
     products: Table,
     queries: Table,
     split: str,
-    options: JudgementOptions = JudgementOptions(),  # noqa: B008  # frozen
+    options: JudgementOptions = JudgementOptions(),
 ) -> ExampleRows:
     """The judgements whose query and product are both of this split.
 

@@ -54,7 +54,10 @@ class GeneratedQueries:
         return {"query_id": f"facets\0{text}", "text": text, "images": None}
 
     def examples(self, first: int, times: int, seed: int) -> ExampleRows:
-        """Each query `times` times with a product drawn at random; queries are numbered from `first`."""
+        """Each query `times` times with a product drawn at random.
+
+        Queries are numbered from `first`.
+        """
         rng = np.random.default_rng((seed, 3))
         number = np.tile(np.arange(len(self)), times)
         product = np.array([rng.choice(self.products[query]) for query in number], np.int64)

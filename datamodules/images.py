@@ -18,7 +18,10 @@ from PIL import Image, ImageFile, ImageOps
 from tritower.datamodules.bad_value import BadValue, excerpt
 
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF")
-"""Pillow's names of what is opened (an MPO is a JPEG); other readers are not worth the risk on strangers' bytes."""
+"""Pillow's names of what is opened (an MPO is a JPEG).
+
+Other readers are not worth the risk on strangers' bytes.
+"""
 
 WHITE = (255, 255, 255)
 

@@ -28,7 +28,10 @@ class TextPreprocess(Protocol):
         """The text that stands for this item on this side; empty where it has none."""
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
-        """(B, L) int64 token ids or hashes, or (B, F) float32 features; an empty text is a row like any other."""
+        """(B, L) int64 token ids or hashes, or (B, F) float32 features.
+
+        An empty text is a row like any other.
+        """
 
 
 class ImagePreprocess(Protocol):
@@ -37,7 +40,10 @@ class ImagePreprocess(Protocol):
     def __call__(
         self, images: Sequence[bytes], rngs: Sequence[np.random.Generator] | None = None
     ) -> Tensor:
-        """(N, 3, H, W) uint8 pixels, or (N, F) float32 features; N `rngs` given = training, pictures may be varied."""
+        """(N, 3, H, W) uint8 pixels, or (N, F) float32 features.
+
+        N `rngs` given = training, pictures may be varied.
+        """
 
 
 class AttributePreprocess(Protocol):
@@ -51,7 +57,10 @@ class AttributePreprocess(Protocol):
 
 @dataclass(frozen=True)
 class ItemPreprocess:
-    """The preprocessing of one encoder on one side; a modality without a tower is None and stays absent."""
+    """The preprocessing of one encoder on one side.
+
+    A modality without a tower is None and stays absent.
+    """
 
     side: Side
     text: TextPreprocess | None = None
@@ -120,7 +129,10 @@ class ItemPreprocess:
     def _written(
         self, tower: TextPreprocess | None, items: Sequence[Item]
     ) -> tuple[Tensor | None, np.ndarray]:
-        """The input of a tower that reads texts, None where no item has one; (B,) bool, which have."""
+        """The input of a tower that reads texts, None where no item has one.
+
+        (B,) bool, which have.
+        """
         texts = [] if tower is None else [tower.render(item, self.side) for item in items]
         there = np.array([text != "" for text in texts]) if texts else np.zeros(len(items), bool)
         return (tower(texts) if tower is not None and there.any() else None), there

@@ -209,7 +209,10 @@ class ProductDataModule(L.LightningDataModule):
         return self._held_out_loaders(self.test_split)
 
     def all_items(self) -> Iterator[Item]:
-        """Every product and every query of the catalogue, in order: frozen towers encode them once."""
+        """Every product and every query of the catalogue, in order.
+
+        Frozen towers encode them once.
+        """
         for row in range(len(self.products)):
             yield product_item(self.products.row(row))
         queries = AllQueries(self.queries, GeneratedQueries([], []))

@@ -65,7 +65,8 @@ class ExampleOptions:
     def __post_init__(self) -> None:
         if any(number < 1 for number in self.times.values()):
             raise ValueError(
-                f"types={self.times}: each is shown at least once an epoch; leave out those that are "
+                f"types={self.times}: each is shown at least once an epoch; leave out those that "
+                "are "
                 "not."
             )
         if not 0 < self.generated_weight <= 1:

@@ -278,7 +278,10 @@ class ProductIndex:
         return row
 
     def rows_of(self, product_ids: pa.Array | pa.ChunkedArray) -> NDArray[np.int64]:
-        """(B,) row numbers of products, -1 where there is none. Reads all ids: pass many at once."""
+        """(B,) row numbers of products, -1 where there is none.
+
+        Reads all ids: pass many at once.
+        """
         return self._ids.rows_of(product_ids)
 
     def vector_of(self, product_id: str) -> NDArray[np.float32]:

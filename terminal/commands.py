@@ -1,7 +1,8 @@
 """Commands made from functions: parameters are options, docstrings the help.
 
-Type hints are the types of options. A parameter whose type is a dataclass is a group of options: each of its fields is an option of its
-own. So a function with many options takes a few documented dataclasses.
+Type hints are the types of options. A parameter whose type is a dataclass is a group of options:
+each of its fields is an option of its own. So a function with many options takes a few documented
+dataclasses.
 """
 
 from __future__ import annotations

@@ -23,7 +23,10 @@ os.environ.setdefault(
 
 @pytest.fixture(autouse=True)
 def seed() -> int:
-    """Seeds Python, numpy and torch before every test; torch only where the test has imported it already."""
+    """Seeds Python, numpy and torch before every test.
+
+    Torch only where the test has imported it already.
+    """
     random.seed(0)
     np.random.seed(0)
     if "torch" in sys.modules:
@@ -44,7 +47,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def _folder(variable: str, what: str) -> Path:
-    """The folder that an environment variable names; skips when it is unset, fails when it is wrong."""
+    """The folder that an environment variable names.
+
+    Skips when it is unset, fails when it is wrong.
+    """
     value = os.environ.get(variable)
     if not value:
         pytest.skip(f"{variable} is not set; it names the folder with {what}")

@@ -109,7 +109,10 @@ def test_far_outside_of_what_was_learned_is_all_the_same(tower: AttributeTower) 
 
 
 def test_exact_numbers_tell_equal_from_close() -> None:
-    """9.99 and 10.00 are nearly the same number, and no more the same value than 9.99 and 500 are."""
+    """9.99 and 10.00 are nearly the same number.
+
+    And no more the same value than 9.99 and 500 are.
+    """
     torch.manual_seed(0)
     tower = AttributeTower(out_dim=64, exact_numbers=True)
     tower.set_schema(SCHEMA)

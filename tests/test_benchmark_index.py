@@ -1,4 +1,7 @@
-"""The index benchmark: its arithmetic by hand, its vectors, and a tiny run of arms that need no other environment."""
+"""The index benchmark: its arithmetic by hand, its vectors.
+
+And a tiny run of arms that need no other environment.
+"""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ def test_the_list_of_a_vector_is_that_of_the_nearest_centroid(one_level):
     assert np.array_equal(several, np.argsort(-scores, axis=1, kind="stable")[:, :5])
 
 
-def test_through_groups_nearly_every_vector_finds_its_nearest_list_and_always_the_best_it_was_compared_with(
+def test_through_groups_nearly_every_vector_finds_its_nearest_list(
     two_levels,
 ):
     vectors = clustered(3000, 24, seed=1)
@@ -177,7 +177,9 @@ def soar(vector, first, others):
 
 
 def test_the_second_list_points_elsewhere_than_the_first():
-    """The vector leans from its first centroid (10 degrees in y); one at 20 degrees on the other side is nearer than
+    """The vector leans from its first centroid (10 degrees in y).
+
+    One at 20 degrees on the other side is nearer than
     one at 25 degrees in z, but lies along the same residual: losses by hand 0.2331 and 0.1875.
     """
 

@@ -1,4 +1,7 @@
-"""What columns are: guessed from names and values, explained, and overridden by a small YAML file."""
+"""What columns are: guessed from names and values, explained.
+
+And overridden by a small YAML file.
+"""
 
 from __future__ import annotations
 
@@ -201,7 +204,8 @@ def test_written_columns_are_read_back_the_same(tmp_path: Path) -> None:
         ("title: x", r"unknown role 'title'; known are id, text, image"),
         (
             "text: [gone]",
-            r"COLUMN_MISSING: products.csv \(delimiter ',', utf-8\) has no column \['gone'\], which --columns names",
+            r"COLUMN_MISSING: products.csv \(delimiter ',', utf-8\) has no column \['gone'\], "
+            r"which --columns names",
         ),
         ("text: notes\nimage: notes", "'notes' is both text and image"),
         ("id: [ean, zip]", r"id is one column, not \['ean', 'zip'\]"),

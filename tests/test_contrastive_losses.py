@@ -51,7 +51,9 @@ def reference(loss: ContrastiveLoss, query: Tensor, product: Tensor, batch: Batc
     Side = tuple[Tensor, Tensor, Tensor, list[bool]]
 
     def direction(rows: int, columns: Side, own: Side) -> float:
-        """Of the first rows of their own side (vectors, keys, frequencies, presence), against those of the other."""
+        """Of the first rows of their own side (vectors, keys, frequencies, presence), against those
+        of the other.
+        """
         total = 0.0
         for i in range(rows):
             if not batch.weight[i]:
@@ -161,7 +163,10 @@ def test_equal_products_groups_and_queries_are_positives_unless_told(
 def test_what_default_relations_pull_leave_and_push_by_hand(
     loss: ContrastiveLoss, pull: float, push: float
 ) -> None:
-    """Of a query, its answer that has no key in common, and for each relation a product that has that key alone."""
+    """Of a query, its answer that has no key in common.
+
+    And for each relation a product that has that key alone.
+    """
     expected = {
         "answer": pull,
         "product": pull,
@@ -262,7 +267,10 @@ def test_a_judged_pair_weighs_in_the_sigmoid_loss_what_it_was_judged() -> None:
 
 
 def test_what_was_not_judged_weighs_in_the_sigmoid_loss_as_its_row() -> None:
-    """Its own answer of grade .1, that is not among the listed ones; a mate of it; a listed answer of grade 1/2."""
+    """Its own answer of grade .1, that is not among the listed ones; a mate of it.
+
+    A listed answer of grade 1/2.
+    """
     answers = keys(3, product=[0, 1, 2], group=[3, 3, 4], query=[7, NO_KEY, NO_KEY])
     batch = make_batch(keys(1, group=[3], query=[7]), answers, [0.1], [[(2, 0.5)]])
     similarity = torch.zeros(1, 3, requires_grad=True)
@@ -495,7 +503,9 @@ def test_targets_prefer_positive_to_ignored_to_negative() -> None:
 
 
 def test_a_product_that_answers_two_queries_is_pushed_away_by_neither() -> None:
-    """Query 0 is judged to be answered by products 1 (its row) and 2 (the other row's) with grade 1/2: 2/3 and 1/3."""
+    """Query 0 is judged to be answered by products 1 (its row) and 2 (the other row's) with grade
+    1/2: 2/3 and 1/3.
+    """
     similarity = torch.tensor([[0.9, 0.5], [0.4, 0.8]])
     batch = make_batch(keys(2, query=[5, 6]), keys(2, product=[1, 2], query=[5, 6]))
     batch = batch._replace(

@@ -19,7 +19,10 @@ NO_DROPOUT = (
 
 
 def test_a_training_of_two_processes_equals_one(tiny_catalogue: Path, tmp_path: Path) -> None:
-    """Few rows for each process, so that often one has no picture, and fewer held-out queries than fill a batch."""
+    """Few rows for each process, so that often one has no picture.
+
+    And fewer held-out queries than fill a batch.
+    """
     arguments = (
         *NO_DROPOUT,
         "--data.batch_size=4",
@@ -49,7 +52,10 @@ def test_a_training_of_two_processes_equals_one(tiny_catalogue: Path, tmp_path: 
 
 
 def test_two_processes_mine_and_cache_as_one_does(tiny_catalogue: Path, tmp_path: Path) -> None:
-    """Each process makes some of the frozen text tower's features, and some of the embeddings that are mined."""
+    """Each process makes some of the frozen text tower's features.
+
+    And some of the embeddings that are mined.
+    """
     arguments = (
         *NO_DROPOUT,
         "--model.product.image=null",
@@ -90,7 +96,10 @@ def test_two_processes_mine_and_cache_as_one_does(tiny_catalogue: Path, tmp_path
 def test_two_processes_embed_as_one_does(
     tiny_run: Path, tiny_catalogue: Path, tmp_path: Path
 ) -> None:
-    """Each writes shards of its own; of the queries there is one shard, so one process has nothing to do."""
+    """Each writes shards of its own.
+
+    Of the queries there is one shard, so one process has nothing to do.
+    """
     embed(tiny_run / "model", tiny_catalogue, tmp_path / "one", accelerator="cpu", batch_size=16)
     options = (
         "--model",

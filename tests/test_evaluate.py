@@ -355,7 +355,10 @@ def test_what_is_measured_has_no_part_in_the_choice(folders):
 
 
 def test_features_of_towers_before_training_are_rows_of_their_own(folders, tmp_path):
-    """A tower that gives a product's group away finds the other offer first; its sum with words may not lose it."""
+    """A tower that gives a product's group away finds the other offer first.
+
+    Its sum with words may not lose it.
+    """
     shards = write_embeddings(folders / "catalogue", tmp_path / "tower", noise=0.01)
     towers = {"text": (EmbeddingReader(shards / "products"), EmbeddingReader(shards / "queries"))}
     baselines = measured(folders, options=UNTRAINED, untrained=towers).report["baselines"]

@@ -184,7 +184,10 @@ def test_a_filter_that_does_not_fit_is_refused_each_time(finder):
 
 @pytest.fixture(scope="module")
 def index(tmp_path_factory):
-    """An index with the attributes of a CSV file in another order, of which every seventh product was taken out."""
+    """An index with the attributes of a CSV file in another order.
+
+    Of which every seventh product was taken out.
+    """
     root = tmp_path_factory.mktemp("index")
     writer = EmbeddingWriter(root / "e", dim=DIM)
     writer.write("s", [f"p{row}" for row in range(COUNT)], VECTORS)
@@ -241,7 +244,8 @@ def test_an_index_leaves_out_products_and_their_groups(index):
 def test_a_filter_on_an_index_is_checked(index):
     with pytest.raises(
         ValueError,
-        match=r"filter: no attribute 'colour'; there are group, price, brand, at character 1: \^colour",
+        match=r"filter: no attribute 'colour'; there are group, price, brand, at character 1: "
+        r"\^colour",
     ):
         index.search(QUERIES, 10, filter="colour = red")
     with pytest.raises(ValueError, match=r"filter: expected a value, found the end"):

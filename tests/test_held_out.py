@@ -211,7 +211,8 @@ def test_judged_queries_without_a_relevant_product_are_counted(
     assert "relevance 3 or more" in line
     with pytest.raises(
         ValueError,
-        match=r"None of the \d+ judged val queries has .*; the best there has 3.*data.validation.threshold",
+        match=r"None of the \d+ judged val queries has .*; the best there has 3"
+        r".*data.validation.threshold",
     ):
         ask(world, threshold=4.0)
 

@@ -405,11 +405,13 @@ def test_faulty_vectors_stop_the_build_and_nothing_is_left(tmp_path, count, fact
     [
         (
             "IVF7000,Flat",
-            r"needs at least 7000 training vectors and has 6000: at most IVF6000, well trained IVF153",
+            r"needs at least 7000 training vectors and has 6000: at most IVF6000, well trained "
+            r"IVF153",
         ),
         (
             "IVF64,PQ16x13",
-            r"needs at least 8192 training vectors for its 13-bit codes and has 6000: at most 12 bits",
+            r"needs at least 8192 training vectors for its 13-bit codes and has 6000: at most 12 "
+            r"bits",
         ),
         (
             "IVF64,PQ7x4fsr",
@@ -569,7 +571,8 @@ def test_a_full_disk_never_leaves_an_index(tmp_path, reader):
         from tritower.retrieval.vectors.embeddings import EmbeddingReader
         import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-        build_index(EmbeddingReader({str(reader.source)!r}), {str(tmp_path / "i")!r}, Recipe("Flat"), overwrite=True)
+        reader = EmbeddingReader({str(reader.source)!r})
+        build_index(reader, {str(tmp_path / "i")!r}, Recipe("Flat"), overwrite=True)
     """
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True

@@ -75,7 +75,10 @@ def search_json(run, *arguments):
 
 
 def test_help_is_there_at_once_and_loads_nothing_heavy():
-    program = "import sys, index; print(sorted({'torch', 'faiss', 'pyarrow', 'lightning'} & set(sys.modules)))"
+    program = (
+        "import sys, index; "
+        "print(sorted({'torch', 'faiss', 'pyarrow', 'lightning'} & set(sys.modules)))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
     )
@@ -103,10 +106,14 @@ def test_build_and_search_by_vector_import_no_torch(folders, tmp_path):
     np.save(tmp_path / "v.npy", vector_of(3, "x", 0.1))
     program = f"""
 import sys, index
-assert index.main(["build", "--embeddings", {str(folders / "embeddings")!r}, "--output", {str(tmp_path / "i")!r}]) == 0
-assert index.main(["search", "--index", {str(tmp_path / "i")!r}, "--vector", {str(tmp_path / "v.npy")!r}]) == 0
-assert index.main(["evaluate", "--index", {str(tmp_path / "i")!r}, "--embeddings", {str(folders / "embeddings")!r},
-    "--output", {str(tmp_path / "r")!r}, "--latency-queries", "0"]) == 0
+embeddings = {str(folders / "embeddings")!r}
+place = {str(tmp_path / "i")!r}
+vector = {str(tmp_path / "v.npy")!r}
+report = {str(tmp_path / "r")!r}
+assert index.main(["build", "--embeddings", embeddings, "--output", place]) == 0
+assert index.main(["search", "--index", place, "--vector", vector]) == 0
+assert index.main(["evaluate", "--index", place, "--embeddings", embeddings, "--output", report,
+    "--latency-queries", "0"]) == 0
 sys.exit("torch" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)

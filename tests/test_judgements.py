@@ -56,7 +56,9 @@ def asking_products(root: Path) -> pa.Table:
 def test_a_judgement_of_the_asked_product_itself_changes_no_figure(
     root: Path, expected: dict, tmp_path: Path, grade: float
 ) -> None:
-    """Whatever its grade: it is neither relevant, nor a gain, nor does it raise what counts as relevant."""
+    """Whatever its grade: it is neither relevant, nor a gain, nor does it raise what counts as
+    relevant.
+    """
     qrels, asks = PreparedCatalogue(root / "catalogue").qrels(), asking_products(root)
     own = {
         "query_id": asks["query_id"],

@@ -153,7 +153,9 @@ def test_bm25_equals_the_bm25s_library():
 
 
 def test_bm25f_by_hand():
-    """Two products; "red" in the title of one (length 1 of mean 1.5) and twice in the texts of the other."""
+    """Two products; "red" in the title of one (length 1 of mean 1.5) and twice in the texts of the
+    other.
+    """
     products = [
         {"title": ["red"], "texts": ["a"]},
         {"title": ["b", "c"], "texts": ["red", "red", "d"]},
@@ -314,7 +316,9 @@ def test_tuning_leaves_out_a_field_that_misleads():
 
 
 def test_tuning_chooses_stop_words_where_they_mislead():
-    """One product has the rare word "for", which outweighs the frequent "shirt" however it is counted."""
+    """One product has the rare word "for", which outweighs the frequent "shirt" however it is
+    counted.
+    """
     products = titles("for kids", *(f"shirt {number}" for number in range(10)))
     indexes = WordIndexes(products)
     start = WordSettings(Analyzer("english", stop_words=False), scoring=Scoring(weights=EVEN))

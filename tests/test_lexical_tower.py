@@ -68,7 +68,10 @@ def test_features_are_signed_counts_of_unit_length() -> None:
 
 
 def test_the_cosine_is_the_share_of_ngrams_in_common() -> None:
-    """Words of two texts: 30 and 30 of which 10 are the same, so the cosine is a third, but for collisions."""
+    """Words of two texts: 30 and 30 of which 10 are the same.
+
+    So the cosine is a third, but for collisions.
+    """
     words = [f"w{i}" for i in range(50)]
     one, other, third = features(
         HashedNgrams(out_dim=1 << 20, max_ngram=1),

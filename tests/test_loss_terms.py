@@ -28,7 +28,10 @@ PART = torch.tensor(
         [False, True, False, False],
     ]
 )
-"""Of each of ITEMS, in the order of MODALITIES; the first has a description, which the tower of words reads."""
+"""Of each of ITEMS, in the order of MODALITIES.
+
+The first has a description, which the tower of words reads.
+"""
 
 
 def stripped(item: Item, part: list[bool]) -> Item:

@@ -224,7 +224,8 @@ def test_products_are_compared_as_they_stand_and_ask_as_queries(tmp_path: Path) 
 def trained(tiny_catalogue: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with kl, its embeddings and its index, by the commands that users type."""
     folder = tmp_path_factory.mktemp("kl")
-    compare = "--model.loss_terms=[{query: whole}, {query: part, weight: 0.25}, {query: text, product: text}]"
+    terms = "{query: whole}, {query: part, weight: 0.25}, {query: text, product: text}"
+    compare = f"--model.loss_terms=[{terms}]"
     assert fit(tiny_catalogue, folder / "run", KL, compare, "--then_test=true") == 0
     model, made = folder / "run" / "model", folder / "embeddings"
     assert (

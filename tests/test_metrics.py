@@ -94,7 +94,9 @@ def test_bootstrap_interval_holds_the_mean_and_narrows_with_more_queries():
     ("level", "deviations"), [(0.95, 1.959964), (0.8, 1.281552), (0.99, 2.575829)]
 )
 def test_bootstrap_interval_of_many_queries_is_the_normal_one(level, deviations):
-    """The mean and as many of its standard errors to either side as a normal distribution has at this level."""
+    """The mean and as many of its standard errors to either side as a normal distribution has at
+    this level.
+    """
     values = np.random.default_rng(0).beta(2, 3, 500)
     error = values.std() / math.sqrt(500)
     low, high = m.bootstrap_interval(values, level=level, samples=10_000)
@@ -111,7 +113,10 @@ def test_bootstrap_interval_is_of_95_percent_unless_told():
 
 @pytest.mark.parametrize("level", [0.95, 0.8])
 def test_bootstrap_interval_holds_the_truth_as_often_as_its_level_says(level):
-    """Of 1000 samples with the mean 1/2, as columns; each end is missed on its own side half of the rest."""
+    """Of 1000 samples with the mean 1/2, as columns.
+
+    Each end is missed on its own side half of the rest.
+    """
     samples = np.random.default_rng(0).uniform(size=(100, 1000))
     low, high = m.bootstrap_interval(samples, level=level, samples=500)
     assert np.mean((low <= 0.5) & (0.5 <= high)) == pytest.approx(level, abs=0.04)

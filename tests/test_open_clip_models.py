@@ -114,7 +114,10 @@ def test_a_rebuilt_image_tower_needs_its_own_files_alone(clip: Path, tmp_path: P
 def test_a_built_in_model_says_how_pictures_are_made_square(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """With a built-in name the model itself knows its preprocessing; ViT-B-16 would be slow to make here."""
+    """With a built-in name the model itself knows its preprocessing.
+
+    ViT-B-16 would be slow to make here.
+    """
     small = {
         "embed_dim": 8,
         "vision_cfg": {

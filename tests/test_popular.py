@@ -40,7 +40,10 @@ def test_a_product_is_ranked_without_itself() -> None:
 def test_judgements_of_other_splits_count_in_the_bound_alone(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """v asks for w (its family) and t; of its category, a names s and b, which is of val, names t."""
+    """v asks for w (its family) and t.
+
+    Of its category, a names s and b, which is of val, names t.
+    """
     folder = tmp_path / "shop"
     folder.mkdir()
     rows = {

@@ -69,7 +69,9 @@ def test_crowds_count_what_scores_higher_by_its_better_code():
 def test_the_built_index_finds_what_was_predicted_from_samples(
     tmp_path, vectors, spill, wanted, pieces
 ):
-    """Lists and candidates that a half of the vectors tells give the recall asked for on all of them."""
+    """Lists and candidates that a half of the vectors tells give the recall asked for on all of
+    them.
+    """
     drawn = np.random.default_rng(0).permutation(COUNT)
     sample, unseen = vectors[drawn[: COUNT // 4]], vectors[drawn[COUNT // 4 : COUNT // 2]]
     probes = [queries(), of_products(unseen[:400], np.arange(400), "cosine")]

@@ -494,7 +494,8 @@ def test_pairs_that_ask_the_same_are_one_query(tmp_path: Path) -> None:
         ("p1", 0),
     ]
     assert report["queries"] == {
-        "count": 4, "splits": {"train": 2, "val": 1, "test": 1}, "judgements": 6, "irrelevant": 1, "repeated": 1,
+        "count": 4, "splits": {"train": 2, "val": 1, "test": 1},
+        "judgements": 6, "irrelevant": 1, "repeated": 1,
         "unread_columns": {"pairs.csv": []},
     }  # fmt: skip
     assert report["files"]["pairs.csv"] == {
@@ -787,7 +788,10 @@ def test_columns_are_written_edited_and_used(tmp_path: Path) -> None:
 
 
 def test_prepare_starts_without_torch_pandas_and_lightning() -> None:
-    code = "import sys, tritower.datamodules.prepare.command; assert not {'torch', 'pandas', 'lightning'} & set(sys.modules)"
+    code = (
+        "import sys, tritower.datamodules.prepare.command; "
+        "assert not {'torch', 'pandas', 'lightning'} & set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 

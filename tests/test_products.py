@@ -82,7 +82,10 @@ def note_rows(table: Table, monkeypatch: pytest.MonkeyPatch) -> set[int]:
 def test_no_product_and_no_query_of_another_split_has_a_part_in_training(
     cut_catalogue: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
 ) -> None:
-    """Not as what asks or answers, as a mate, as a negative, nor among the judged answers of a batch."""
+    """Not as what asks or answers, as a mate.
+
+    As a negative, nor among the judged answers of a batch.
+    """
     data = data_module(cut_catalogue, group_share=1.0, **settings)
     of_train = is_split(data.products, "train")
     assert 30 < of_train.sum() < 50
@@ -135,8 +138,8 @@ def test_judgements_that_no_source_trains_on_are_told(
     assert "none is trained on" not in caplog.text
     data_module(tiny_catalogue, types={"catalogue": 1, "generated": 1})
     assert (
-        "judgements of the train split, and none is trained on: data.examples.types=catalogue, generated names"
-        in caplog.text
+        "judgements of the train split, and none is trained on: data.examples.types=catalogue, "
+        "generated names" in caplog.text
     )
 
 

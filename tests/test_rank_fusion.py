@@ -26,7 +26,10 @@ def test_a_ranking_of_little_weight_only_adds_what_the_other_lacks():
 
 
 def test_where_words_cannot_tell_products_apart_the_other_ranking_does_whatever_its_weight():
-    """Rows 4 and 6 share rank 2.5 of the words; the index puts 6 before 4, and 8, which words put last, first."""
+    """Rows 4 and 6 share rank 2.5 of the words.
+
+    The index puts 6 before 4, and 8, which words put last, first.
+    """
     words = Hits(np.array([[3.0, 1.0, 1.0, 0.5]], np.float32), np.array([[2, 4, 6, 8]]))
     assert words.mean_ranks().tolist() == [[1, 2.5, 2.5, 4]]
     assert reciprocal_rank_fusion([words, in_order([8, 6, 4, 2])], [1000.0, 1.0]).tolist() == [

@@ -108,7 +108,8 @@ def test_a_build_takes_no_more_memory_and_disk_than_predicted(tmp_path, large, s
             most.append(sum(file.stat().st_size for file in places if file.is_file()))
             return original(folder, **options)
         storage.seal = seal
-        build_index(EmbeddingReader({str(large.source)!r}), place, Recipe({FACTORY!r}, spill={spill}))
+        reader = EmbeddingReader({str(large.source)!r})
+        build_index(reader, place, Recipe({FACTORY!r}, spill={spill}))
         status = dict(line.split(":", 1) for line in open("/proc/self/status"))
         print(1024 * int(status["VmHWM"].split()[0]), max(most))
     """

@@ -177,7 +177,9 @@ def masks():
 def test_a_selection_keeps_the_recall_of_a_search_among_all(
     build, many, monkeypatch, name, spill, compared
 ):
-    """Also where the rows that may be found are far from the query, asked with the settings that suit all rows."""
+    """Also where the rows that may be found are far from the query, asked with the settings that
+    suit all rows.
+    """
     monkeypatch.setattr(selected_lists, "COMPARED", compared)
     engine = build("IVF64,PQ8x4fsr,Refine(SQ8)", spill)
     search, mask = SelectiveSearch(engine), masks()[name]
@@ -303,7 +305,10 @@ def test_numbers_of_lists_are_rounded_up_to_few(number):
 def test_candidates_that_codes_hardly_tell_apart_are_more(
     build, many, monkeypatch, name, times, spill
 ):
-    """Ten candidates per result, of rows that may be found; rows in two lists are met more often."""
+    """Ten candidates per result, of rows that may be found.
+
+    Rows in two lists are met more often.
+    """
     search, widths, scan = (
         SelectiveSearch(build("IVF64,PQ8x4fsr,Refine(SQ8)", spill)),
         [],

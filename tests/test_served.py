@@ -33,7 +33,10 @@ def evaluated(
 def test_the_first_ten_are_those_of_a_search_for_ten_with_the_settings_of_the_kind(
     tmp_path: Path,
 ) -> None:
-    """Typed texts are served by a search for ten; a product that asks by one for eleven, without itself."""
+    """Typed texts are served by a search for ten.
+
+    A product that asks by one for eleven, without itself.
+    """
     write_catalogue(tmp_path / "catalogue", num_groups=200)
     write_embeddings(tmp_path / "catalogue", tmp_path / "embeddings")
     products = EmbeddingReader(tmp_path / "embeddings" / "products")
@@ -75,7 +78,9 @@ def test_the_first_ten_are_those_of_a_search_for_ten_with_the_settings_of_the_ki
 
 
 def write_alike(root: Path) -> None:
-    """Thirty things of two offers; the words find a thing's other offer alone, vectors also one of its neighbour.
+    """Thirty things of two offers.
+
+    The words find a thing's other offer alone, vectors also one of its neighbour.
 
     An asked product is nearest to itself, then to its other offer, then to the first offer of the
     neighbouring thing.

@@ -333,7 +333,8 @@ def test_a_limit_on_the_size_of_files_is_named_and_nothing_stays(tmp_path):
     program = (
         "import resource, sys; from tritower.artefacts import storage\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, 3_000_000))\n"
-        "with storage.new_folder(sys.argv[1], kind='t') as folder, storage.create(folder / 'big') as file:\n"
+        "with storage.new_folder(sys.argv[1], kind='t') as folder, storage.create(folder / 'big') "
+        "as file:\n"
         "    for _ in range(10): file.write(bytes(1_000_000))"
     )
     done = subprocess.run(
@@ -471,6 +472,9 @@ def test_shards_that_nobody_named_are_refused(tmp_path):
 
 def test_reading_a_fingerprint_needs_no_torch_and_is_quick():
     started = time.perf_counter()
-    program = "import sys, tritower.artefacts.storage, tritower.retrieval.ranking.metrics; sys.exit('torch' in sys.modules)"
+    program = (
+        "import sys, tritower.artefacts.storage, tritower.retrieval.ranking.metrics; "
+        "sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
     assert time.perf_counter() - started < 10

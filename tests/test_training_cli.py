@@ -187,7 +187,8 @@ def test_parts_towers_and_labels_are_compared_in_one_run(
     tiny_catalogue: Path, tmp_path: Path
 ) -> None:
     compare = (
-        "[{}, {query: part, product: whole, weight: 0.5}, {query: image, product: image, weight: 0.1}, "
+        "[{}, {query: part, product: whole, weight: 0.5}, {query: image, product: image, weight: "
+        "0.1}, "
         "{weight: 0.2, loss: {class_path: CoSENT}}]"
     )
     arguments = (
@@ -261,7 +262,7 @@ def test_a_model_that_breaks_in_the_last_step_is_not_saved_as_the_best(
     error = last_line(capsys)
     assert not (tmp_path / "run" / "model").exists()
     if "The loss is nan at step 1" in error:
-        return  # weights overflowed to embeddings of zeros, which are numbers: the next epoch's loss tells
+        return  # weights overflowed to embeddings of zeros: the next epoch's loss fails
     assert "Embeddings of held-out queries or products are not numbers at step 1" in error
     assert not (tmp_path / "run" / "checkpoints").exists() or not any(
         (tmp_path / "run" / "checkpoints").iterdir()

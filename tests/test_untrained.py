@@ -92,7 +92,10 @@ def test_weights_are_those_of_the_highest_figure() -> None:
 
 
 def shop(count: int = 60) -> tuple[Untrained, Untrained, Questions]:
-    """Products of which one half is told apart by words alone, the other by a tower alone; each is asked for once."""
+    """Products of which one half is told apart by words alone, the other by a tower alone.
+
+    Each is asked for once.
+    """
     generator = np.random.default_rng(0)
     by_words = np.arange(count) % 2 == 0
     features = unit(generator.standard_normal((count, 16)))

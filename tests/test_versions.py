@@ -22,7 +22,10 @@ ARTEFACTS = Path(__file__).parent / "artefacts"
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """Thousands of folders are written here, and what a flush is worth is told by `Disk`, not by the machine's own."""
+    """Thousands of folders are written here.
+
+    And what a flush is worth is told by `Disk`, not by the machine's own.
+    """
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
@@ -162,7 +165,8 @@ def test_the_lock_of_a_killed_reader_is_gone(tmp_path):
     root = put(tmp_path / "i", b"1")
     program = (
         "import sys, time; from pathlib import Path; from tritower.artefacts import versions\n"
-        "opened = versions.open_version(sys.argv[1], lambda folder: None); print('open', flush=True); time.sleep(60)"
+        "opened = versions.open_version(sys.argv[1], lambda folder: None); print('open', "
+        "flush=True); time.sleep(60)"
     )
     process = subprocess.Popen([sys.executable, "-c", program, str(root)], stdout=subprocess.PIPE)
     assert process.stdout.readline() == b"open\n"
@@ -215,7 +219,8 @@ def damaged_pointer(root, damage):
 
 
 POINTERS = {
-    "missing": r"i has no CURRENT: write one of the versions there into it \(000001, 000002\), or build anew",
+    "missing": r"i has no CURRENT: write one of the versions there into it \(000001, 000002\), "
+    r"or build anew",
     "nowhere": r"CURRENT names version 000009, which is not there: write one",
     b"": r"CURRENT is damaged: expected the name of a version such as 000001, found b''",
     b"000002": "CURRENT is damaged",

@@ -143,7 +143,8 @@ def test_a_killed_build_goes_on_and_makes_the_same_index(tmp_path, reader, whole
             done.append(1)
             return encode(self, vectors)
         Trained.encode = encode_or_die
-        build_index(EmbeddingReader({str(reader.source)!r}), {str(tmp_path / "i")!r}, Recipe({RECIPE.factory!r}))
+        reader = EmbeddingReader({str(reader.source)!r})
+        build_index(reader, {str(tmp_path / "i")!r}, Recipe({RECIPE.factory!r}))
     """
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True

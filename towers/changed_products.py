@@ -1,4 +1,4 @@
-"""Embed the products of a catalogue that are new to an index or have changed since, and no others."""
+"""Embed the products of a catalogue that are new to an index or have changed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tritower.towers.model_folder import load_model
 
 
 class ChangedProducts:
-    """The products of a prepared catalogue, to be embedded where they have changed (`tritower.retrieval.updating.update.Catalogue`).
+    """The changed products of a prepared catalogue, embedded for an update.
 
     Args:
         model: model folder.

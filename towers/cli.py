@@ -195,7 +195,7 @@ class TrainingCLI(LightningCLI):
             "--checkpoint_every_steps",
             type=PositiveInt | None,
             default=None,
-            help="Save a checkpoint to resume from after as many steps too, not only at each validation.",
+            help="Save a checkpoint to resume from after so many steps, not only at validations.",
         )
         parser.add_argument(
             "--then_test",
@@ -207,8 +207,8 @@ class TrainingCLI(LightningCLI):
             "--floor",
             type=bool,
             default=True,
-            help="After fit: the best model beside search without training (words, pretrained towers, their weighted "
-            "sum), for each kind of query of the val split.",
+            help="After fit: the best model beside search without training (words, pretrained "
+            "towers, their weighted sum), for each type of query of the val split.",
         )
         parser.add_argument(
             "--wandb",
@@ -263,13 +263,16 @@ class TrainingCLI(LightningCLI):
             monitor = options[name].monitor
             if options.trainer.limit_val_batches == 0 and monitor != "train/loss":
                 raise ValueError(
-                    f"{name}.monitor={monitor} needs held-out queries, and trainer.limit_val_batches=0 asks none: "
+                    f"{name}.monitor={monitor} needs held-out queries, and "
+                    "trainer.limit_val_batches=0 asks none: "
                     "monitor train/loss with mode=min, or leave limit_val_batches out."
                 )
             if monitor != "train/loss" and not re.fullmatch(VAL_FIGURE, monitor or ""):
                 raise ValueError(
-                    f"{name}.monitor={monitor!r} is no figure of a run. Choose val/ndcg@10, val/hit@1, val/hit@10, "
-                    "val/recall@10 or val/mrr@10, those of val/product_queries/ or val/other_queries/, or train/loss."
+                    f"{name}.monitor={monitor!r} is no figure of a run. Choose val/ndcg@10, "
+                    "val/hit@1, val/hit@10, "
+                    "val/recall@10 or val/mrr@10, those of val/product_queries/ or "
+                    "val/other_queries/, or train/loss."
                 )
 
     @property
@@ -334,7 +337,7 @@ class TrainingCLI(LightningCLI):
             logger.warning("%s", line)
 
     def validate(self, **kwargs: Any) -> None:
-        """Held-out queries of the validation split, by the run's best checkpoint or `--ckpt_path`."""
+        """Held-out queries of the validation split, by the best checkpoint or `--ckpt_path`."""
         self.trainer.validate(
             **{**kwargs, "ckpt_path": self._checkpoint_to_measure(kwargs)}, weights_only=True
         )
@@ -355,7 +358,10 @@ class TrainingCLI(LightningCLI):
         return path
 
     def _parse_ckpt_path(self) -> None:
-        """Our checkpoints hold no configuration; Lightning would import whatever class a foreign one names."""
+        """Our checkpoints hold no configuration.
+
+        Lightning would import whatever class a foreign one names.
+        """
 
     def _checkpoint_to_resume(self) -> Path | None:
         there = sorted(self.checkpoints.glob("*.ckpt")) if self.checkpoints.is_dir() else []

@@ -34,8 +34,8 @@ from tritower.towers.untrained import UntrainedTowers, as_modules, untrained_fea
 logger = logging.getLogger(__name__)
 
 KINDS = ("text", "image", "fused", "product:text", "product:image", "product:attribute")
-"""Kinds of query: a typed text, a photo, several modalities at once or a whole product, and a product of which only one
-modality is shown."""
+"""Query types: a typed text, a photo, several modalities at once or a whole product, and a
+product of which only one modality is shown."""
 
 
 ItemView = Callable[[Item], Item]
@@ -73,7 +73,7 @@ def embed(
     product_view: ItemView = as_it_is,
     query_view: ItemView = as_it_is,
 ) -> None:
-    """Write `output/products`, `output/queries` where the catalogue has queries, and `output/tuning`.
+    """Write `output/products`, `output/tuning`, and `output/queries` where there are queries.
 
     The last holds queries to tune an index by, made of some products
     (`tritower.datamodules.tuning_queries`). Where the catalogue has queries, features of the
@@ -193,7 +193,9 @@ def embed_rows(
     options: Options,
     untrained: Untrained | None = None,
 ) -> None:
-    """Embed some rows of a table and finish their folder; shards that are written already are left alone.
+    """Embed some rows of a table and finish their folder.
+
+    Shards that are written already are left alone.
 
     Args:
         data: the items of row numbers.
@@ -268,7 +270,10 @@ class ProductTable(Dataset[NumberedItems]):
 
 
 class QueryTable(Dataset[NumberedItems]):
-    """Queries by row number, once for each kind that the row can be asked as; numbered row * kinds + kind."""
+    """Queries by row number, once for each kind that the row can be asked as.
+
+    Numbered row * kinds + kind.
+    """
 
     def __init__(
         self, queries: Table, products: Table, preprocess: ItemPreprocess, view: ItemView

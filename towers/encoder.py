@@ -48,9 +48,8 @@ class Encoder(nn.Module):
         text: tower of titles, descriptions and typed queries; null leaves text out.
         image: tower of pictures; null leaves pictures out.
         attribute: tower of brand, category, price and the like; null leaves attributes out.
-        lexical: tower of texts by their exact words, beside or in place of `text`; for descriptions,
-            which say what sets one product apart in words that a text tower blurs. Null leaves it
-            out.
+        lexical: tower of texts by their exact words, beside or in place of `text`: words that set
+            one product apart are blurred by a text tower. Null leaves it out.
         fusion: `gated` (default), `mean`, or `transformer` (one layer).
         feature_dropout: chance, 0 to 1, that training leaves out a feature of a tower; where there
             are few products, their features are soon known by heart.
@@ -93,7 +92,8 @@ class Encoder(nn.Module):
         )
         self.absent = nn.Parameter(torch.randn(len(self.towers), embed_dim) * embed_dim**-0.5)
         self.fusion = FUSIONS[fusion](len(self.towers), embed_dim)
-        self.train()  # batch norms of towers learn only by it that they keep their statistics; Lightning never says it
+        # Sets the towers' batch norms to evaluation; Lightning never calls it.
+        self.train()
 
     def set_schema(self, schema: Schema) -> None:
         """Tell the towers what the catalogue holds."""
@@ -123,14 +123,20 @@ class Encoder(nn.Module):
         return F.normalize(fused.float(), dim=-1), shares.float()
 
     def view(self, encoded: Encoded, name: str) -> tuple[Tensor, Tensor]:
-        """(B, D) embeddings: `whole`, `part`, or those of one modality; (B,) bool, which stand for something."""
+        """(B, D) embeddings: `whole`, `part`, or those of one modality.
+
+        (B,) bool, which stand for something.
+        """
         if name in ("whole", "part"):
             return encoded.embedding if name == "whole" else encoded.part, encoded.present.any(1)
         column = list(self.towers).index(name)
         return encoded.alone[:, column].float(), encoded.present[:, column]
 
     def project(self, name: str, items: Items) -> Tensor:
-        """(B, D) unit vectors of one modality; those of items without it are arbitrary but finite."""
+        """(B, D) unit vectors of one modality.
+
+        Those of items without it are arbitrary but finite.
+        """
         inputs = getattr(items, name)
         if inputs is None:
             return self.absent.new_zeros(len(items.present), self.embed_dim)

@@ -121,7 +121,8 @@ def exchange_with_data(model: TwoTower, data: ProductDataModule, *, check_texts:
     """
     if model.schema != data.schema:
         raise ValueError(
-            f"This model was made for another catalogue than {data.catalogue}: their schemas differ."
+            f"This model was made for another catalogue than {data.catalogue}: their schemas "
+            "differ."
         )
     data.preprocess = model.preprocess
     if check_texts:

@@ -40,11 +40,11 @@ Content = TypeVar("Content", str, bytes)
 CONTENTS_PER_PART = 4_096
 MAX_TEXT_FIELDS = 4
 NOT_OF_CONTENT = ("template", "query_prefix", "product_prefix", "augment")
-"""Constructor arguments of towers that change which contents are asked for, and not their features."""
+"""Constructor arguments of towers that do not change the features of a content."""
 
 
 class FeatureCache:
-    """Features by content: parts of `features-*.npy` (n, F) float32 and `digests-*.npy` (n,) int64 in a folder.
+    """Features by content: parts of features (n, F) float32 and digests (n,) int64 in a folder.
 
     Features are memory-mapped; digests stay in memory. Picklable: files are opened where they are
     used.
@@ -177,7 +177,8 @@ def text_views(item: Item, preprocess: ItemPreprocess, every_view: bool) -> set[
     fields = list(item.text.items())
     if every_view and len(fields) > MAX_TEXT_FIELDS:
         raise ValueError(
-            f"A product has {len(fields)} text fields: their {2 ** len(fields) - 1} views are too many to cache. "
+            f"A product has {len(fields)} text fields: their {2 ** len(fields) - 1} views are too "
+            "many to cache. "
             "Set views.field_dropout to 0, or name fewer text fields when preparing the catalogue."
         )
     sizes = range(1, len(fields) + 1) if every_view else ()
@@ -217,7 +218,7 @@ def cached(
     folder: Path,
     options: CacheOptions,
 ) -> Preprocess:
-    """Preprocessing that looks up the features of frozen towers, after adding those that are missing.
+    """Preprocessing that looks up the features of frozen towers, after adding missing ones.
 
     Args:
         preprocess: of the model.

@@ -1,4 +1,4 @@
-"""After training: the model beside the best search without training, on the held-out queries of a split."""
+"""After training: the model beside search without training, on held-out queries."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Query(NamedTuple):
 def floor_report(
     model: TwoTower, data: ProductDataModule, split: str, towers: Mapping[Side, UntrainedTowers]
 ) -> dict[str, Any]:
-    """What a model and search without training find, by exact search among the held-out products of a split.
+    """Hits of a model and of search without training, by exact search on a split.
 
     Kinds of query of which the model reads nothing are left out.
 
@@ -159,7 +159,10 @@ def _records(items: Sequence[Item], data: ProductDataModule) -> tuple[list[Recor
 
 
 def _queries(rows: QueryRows) -> Iterator[Query]:
-    """Every held-out query in each kind that it can be asked as; what no part of an item shows is left out."""
+    """Every held-out query in each kind that it can be asked as.
+
+    What no part of an item shows is left out.
+    """
     for number in range(len(rows.held_out)):
         item = rows.item(number)
         if rows.held_out.own[number] < 0:

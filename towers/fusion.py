@@ -52,7 +52,10 @@ class GatedFusion(nn.Module):
 
 
 class TransformerFusion(nn.Module):
-    """One transformer layer over the modalities; a learned token attends to them (as ItemSage, arXiv:2205.11728)."""
+    """One transformer layer over the modalities.
+
+    A learned token attends to them (as ItemSage, arXiv:2205.11728).
+    """
 
     def __init__(self, num_modalities: int, dim: int) -> None:
         super().__init__()

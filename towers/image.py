@@ -90,7 +90,10 @@ class PicturePreprocess:
         return pixels.flip(2) if mirror else pixels
 
     def _resized(self, pixels: Tensor, height: int, width: int) -> Tensor:
-        """(3, H, W) uint8 to (3, height, width); within a level of what Pillow makes of it, in a fifth of its time."""
+        """(3, H, W) uint8 to (3, height, width).
+
+        Within a level of what Pillow makes of it, in a fifth of its time.
+        """
         if pixels.shape[1:] == (height, width):
             return pixels
         if self.interpolation in ("bilinear", "bicubic"):
@@ -135,7 +138,7 @@ class ImageTower(Tower):
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
     def drop_patches(self, share: float) -> None:
-        """Leave out a random share of each picture's patches, in all but the last tenth of a training.
+        """Drop a random share of each picture's patches, except in the last tenth of a training.
 
         A step takes about as much less time (arXiv:2212.00794).
 
@@ -164,7 +167,8 @@ class ImageTower(Tower):
                     found = True
         if not found:
             raise ValueError(
-                f"patch_dropout={share}: this model does not cut pictures into patches (a ViT does)."
+                f"patch_dropout={share}: this model does not cut pictures into patches (a ViT "
+                "does)."
             )
 
     def at(self, progress: float) -> None:
@@ -174,7 +178,9 @@ class ImageTower(Tower):
                 module.prob = self.patch_dropout if progress < WHOLE_PICTURES else 0.0
 
     def normalise(self, pixels: Tensor) -> Tensor:
-        """(N, 3, S, S) uint8 -> float32 with the model's mean and standard deviation; done where the pixels are.
+        """(N, 3, S, S) uint8 -> float32 with the model's mean and standard deviation.
+
+        Done where the pixels are.
 
         Channels lie last in memory: convolutions keep that up and are faster with it (EfficientNet
           on a CPU: 1.4 times,

@@ -43,16 +43,19 @@ class NgramPreprocess:
     typed: bool
 
     def render(self, item: Item, side: Side) -> str:
-        """The text of an item; empty where it has none, or is a typed query and those are not read."""
+        """The text of an item; empty where it has none, or is a typed query that is not read."""
         return "" if "query" in item.text and not self.typed else self.template.render(item)
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
-        """(B, G) int64 hashes of the different n-grams of each text, 0 = padding; at least one column."""
+        """(B, G) int64 hashes of the different n-grams of each text, 0 = padding.
+
+        At least one column.
+        """
         return padded([ngram_hashes(text, self.max_ngram, self.max_length) for text in texts])
 
 
 class HashedNgrams(Tower):
-    """Which words and neighbouring words a text has, as a vector of fixed size without a vocabulary.
+    """The words and neighboring words of a text, hashed into a vector of fixed size.
 
     Feature hashing (Weinberger et al., ICML 2009): each n-gram adds +1 or -1 to the place that its
     hash names, so the inner product of two vectors is the number of n-grams that two texts share,
@@ -66,7 +69,7 @@ class HashedNgrams(Tower):
         max_ngram: the longest n-gram, in words: 1 takes single words, 2 pairs of neighbours too.
         max_length: words that are read.
         typed: whether typed queries are read. They name a few words of what is wanted, and a model
-            must be trained on some (`data.examples.types` with generated or pairs) to make use of that.
+            must be trained on some (`data.examples.types`) to make use of that.
     """
 
     frozen = True

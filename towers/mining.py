@@ -1,4 +1,4 @@
-"""Hard negatives: products that the model takes for answers and that are none, found by an index of its embeddings."""
+"""Hard negatives: products that the model wrongly ranks as matches, found by an index."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SHARD = 131_072
 
 
 class HardNegatives(L.Callback):
-    """Every few epochs, embeds the products that are trained on, indexes them, and gives each one its hard negatives.
+    """Every few epochs, index the training products and give each one its hard negatives.
 
     What is as near as an answer may be one that nobody marked. So candidates begin at a rank, end
     at another, and have to be less similar to the product than its own mates are (as NV-Retriever,
@@ -60,12 +60,14 @@ class HardNegatives(L.Callback):
     ) -> None:
         if every_n_epochs < 0 or per_example < 1 or ramp < 0:
             raise ValueError(
-                f"every_n_epochs={every_n_epochs}, per_example={per_example}, ramp={ramp}: none may be "
+                f"every_n_epochs={every_n_epochs}, per_example={per_example}, ramp={ramp}: none "
+                "may be "
                 "negative, and per_example is at least 1."
             )
         if not 1 <= first_rank <= last_rank:
             raise ValueError(
-                f"first_rank={first_rank}, last_rank={last_rank}: choose 1 <= first_rank <= last_rank."
+                f"first_rank={first_rank}, last_rank={last_rank}: choose 1 <= first_rank <= "
+                "last_rank."
             )
         self.every_n_epochs, self.per_example, self.ramp = every_n_epochs, per_example, ramp
         self.first_rank, self.last_rank, self.max_similarity = first_rank, last_rank, max_similarity
@@ -102,7 +104,10 @@ class HardNegatives(L.Callback):
         trainer.datamodule.negatives = Negatives(file, self.per_example, share)
 
     def _mine(self, data: Any, work: Path, file: Path) -> float:
-        """Write the candidates of every embedded product; returns the share of suspected answers among them."""
+        """Write the candidates of every embedded product.
+
+        Returns the share of suspected answers among them.
+        """
         from tritower.retrieval.building.build import build_index
         from tritower.retrieval.index import ProductIndex
         from tritower.retrieval.vectors.embeddings import EmbeddingReader

@@ -115,7 +115,8 @@ def load_model(folder: Path | str) -> TwoTower:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if config["format"] > FORMAT:
         raise ArtefactError(
-            f"{folder} has model format {config['format']}; this release reads up to {FORMAT}: upgrade."
+            f"{folder} has model format {config['format']}; this release reads up to {FORMAT}: "
+            "upgrade."
         )
     schema = Schema.load(folder / "schema.json")
     encoders = {
@@ -209,7 +210,8 @@ def _rebuild(parts: dict[str, Any], assets: Path, folder: Path) -> Encoder:
     for name, tower in parts["towers"].items():
         if tower["class"] not in TOWERS:
             raise ArtefactError(
-                f"{folder / 'config.json'} names the tower {tower['class']!r}. Known towers: {', '.join(TOWERS)}."
+                f"{folder / 'config.json'} names the tower {tower['class']!r}. Known towers: "
+                f"{', '.join(TOWERS)}."
             )
         towers[name] = TOWERS[tower["class"]].rebuild(tower["arguments"], assets / name)
         towers[name].frozen = tower["frozen"]

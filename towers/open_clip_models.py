@@ -18,7 +18,10 @@ from tritower.towers.text import Template, TextPreprocess, TextTower
 
 @dataclass(frozen=True)
 class OpenClipTokenizer:
-    """A tokenizer of the open_clip library; its fixed length is trimmed where the model allows it."""
+    """A tokenizer of the open_clip library.
+
+    Its fixed length is trimmed where the model allows it.
+    """
 
     tokenizer: Any
 
@@ -62,7 +65,8 @@ def open_clip_config(model: str) -> dict[str, Any]:
     config = open_clip.get_model_config(model)
     if config is None:
         raise ValueError(
-            f"open_clip has no model {model!r}. Its names: {', '.join(open_clip.list_models()[:8])}, ..."
+            f"open_clip has no model {model!r}. Its names: "
+            f"{', '.join(open_clip.list_models()[:8])}, ..."
         )
     return {"model_cfg": config, "preprocess_cfg": {}}
 

@@ -7,7 +7,7 @@ import warnings
 
 
 def quiet_lightning() -> None:
-    """Each message once, and neither advertisements nor deprecations of libraries among themselves."""
+    """Show each message once, without advertisements and deprecations of libraries."""
     logging.getLogger("lightning.pytorch").propagate = False  # it has a handler of its own
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_tip)
     warnings.filterwarnings("ignore", module=r"lightning\.pytorch\.utilities\._pytree")

@@ -18,7 +18,7 @@ FIRST = 5
 
 
 class StepTimes(L.Callback):
-    """Logs `train/seconds_data` and its like, means since the last time, and warns once where data is the limit.
+    """Logs `train/seconds_data` and its like, and warns once where data is the limit.
 
     The model looks at the loss and at the gradients of every step, so that a GPU has finished what
     a part began before its time is taken.
@@ -31,7 +31,8 @@ class StepTimes(L.Callback):
     def __init__(self, warn_above: float = 0.3, steps: int = 50) -> None:
         if not 0 < warn_above <= 1 or steps < 1:
             raise ValueError(
-                f"warn_above={warn_above}, steps={steps}: choose a share above 0, and at least one step."
+                f"warn_above={warn_above}, steps={steps}: choose a share above 0, and at least one "
+                "step."
             )
         self.warn_above, self.steps = warn_above, steps
         self._last = 0.0
@@ -96,7 +97,8 @@ class StepTimes(L.Callback):
         if share > self.warn_above and trainer.is_global_zero:
             workers = trainer.datamodule.loader.num_workers
             logger.warning(
-                "Training waits for data %.0f %% of the time: raise data.loader.num_workers (now %d), prepare smaller "
+                "Training waits for data %.0f %% of the time: raise data.loader.num_workers (now "
+                "%d), prepare smaller "
                 "pictures, or keep the features of frozen towers (model.encoding.feature_cache).",
                 100 * share,
                 workers,

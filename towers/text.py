@@ -63,7 +63,8 @@ class Template:
         if self.template is not None and not set(self.fields) & set(schema.text):
             raise ValueError(
                 f"template={self.template!r} names no text field of the catalogue, which has "
-                f"{', '.join(schema.text) or 'none'}. Name one of those, or leave the template out to join them all."
+                f"{', '.join(schema.text) or 'none'}. Name one of those, or leave the template out "
+                "to join them all."
             )
 
     def render(self, item: Item) -> str:
@@ -88,7 +89,7 @@ class Tokenizer(Protocol):
         """(B, L) int64 token ids, no longer than the longest text needs."""
 
     def lengths_and_fallbacks(self, text: str) -> tuple[int, int, int]:
-        """How many tokens the whole text has, how many are kept, and how many of all stand for unknown text."""
+        """Numbers of tokens: of the whole text, of those kept, and of unknown ones."""
 
 
 @dataclass(frozen=True)
@@ -112,14 +113,18 @@ class TextPreprocess:
         return self.tokenizer(texts)
 
     def check(self, texts: Sequence[str]) -> dict[str, float]:
-        """Shares of texts that are cut and of tokens that stand for unknown text; warns where they are high."""
+        """Shares of texts that are cut and of tokens that stand for unknown text.
+
+        Warns where they are high.
+        """
         counts = [self.tokenizer.lengths_and_fallbacks(text) for text in texts]
         tokens = max(1, sum(length for length, _, _ in counts))
         cut = sum(length > kept for length, kept, _ in counts) / max(1, len(texts))
         fallback = sum(unknown for _, _, unknown in counts) / tokens
         if fallback > 0.5:
             logger.warning(
-                "The tokenizer knows few of these texts: %.0f %% of the tokens of %d texts stand for single bytes or "
+                "The tokenizer knows few of these texts: %.0f %% of the tokens of %d texts stand "
+                "for single bytes or "
                 "unknown words. Take a multilingual text tower, or BiLSTM.",
                 100 * fallback,
                 len(texts),

@@ -91,13 +91,19 @@ class Tower(nn.Module):
         return self
 
     def at(self, progress: float) -> None:
-        """Take note of how much of the training is done, 0 to 1; for what a tower does in a part of it only."""
+        """Take note of how much of the training is done, 0 to 1.
+
+        For what a tower does in a part of it only.
+        """
 
     def set_schema(self, schema: Schema) -> None:
         """Take what the tower needs to know of the catalogue; most need nothing."""
 
     def architecture(self) -> dict[str, Any]:
-        """Plain constructor arguments that rebuild this tower without its weights; see `rebuild`."""
+        """Plain constructor arguments that rebuild this tower without its weights.
+
+        See `rebuild`.
+        """
         raise NotImplementedError
 
     def save_assets(self, folder: Path) -> None:

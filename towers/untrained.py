@@ -18,11 +18,17 @@ from tritower.towers.text import TextTower
 from tritower.towers.tower import Tower
 
 UntrainedTowers = Mapping[str, Tower]
-"""Name of a tower of an encoder -> the pretrained tower; the encoder's own one where it is frozen."""
+"""Name of a tower of an encoder -> the pretrained tower.
+
+The encoder's own one where it is frozen.
+"""
 
 
 def untrained_towers(encoder: Encoder) -> dict[str, Tower]:
-    """The pretrained towers of an encoder that was not trained yet; copies of those that training would change."""
+    """The pretrained towers of an encoder that was not trained yet.
+
+    Copies of those that training would change.
+    """
     return {
         name: tower if tower.frozen else copied(tower)
         for name, tower in encoder.towers.items()

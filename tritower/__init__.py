@@ -1,4 +1,6 @@
-"""Find similar products by text, pictures and attributes: trained towers, one embedding, a vector index.
+"""Find similar products by text, pictures and attributes.
+
+Trained towers, one embedding, a vector index.
 
 The folders of the checkout are packages of this one name: `towers/` is `tritower.towers`. What is
 listed in `__all__` is the public interface; each name is imported when it is first used, so

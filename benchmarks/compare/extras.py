@@ -29,7 +29,9 @@ Vectors = NDArray[np.float32]
 
 
 def measure_filters(index: ProductIndex, data: Path, k: int) -> list[dict[str, Any]]:
-    """Recall@k and latency of searches among some rows, beside searches among all; one thread, batch of one.
+    """Recall@k and latency of searches among some rows, beside searches among all.
+
+    One thread, batch of one.
 
     Rows are drawn at random ("random"), or are those nearest to a direction ("near one direction":
     a filter that has to do with the vectors; most queries are far from all of them). The truth is
@@ -85,7 +87,7 @@ def measure_filters(index: ProductIndex, data: Path, k: int) -> list[dict[str, A
 
 
 def measure_updates(index: ProductIndex, data: Path, work: Path) -> dict[str, Any]:
-    """Seconds of an update that adds, changes and takes out 1 % of the products each, and the gauge around it."""
+    """Seconds of an update that adds, changes and deletes 1 % of the products, and of its drift."""
     root, count = work / "updated", max(1, round(CHANGED * len(index)))
     shutil.rmtree(root, ignore_errors=True)
     shutil.copytree(index.path, root)

@@ -127,7 +127,7 @@ class Ours(Arm):
         return [{"nprobe": point.nprobe, "k_factor": point.k_factor} for point in front]
 
     def grid(self) -> Sequence[Sequence[Point]]:
-        """See `Arm`; the points of an index that was built for a target, else probes times candidates."""
+        """See `Arm`. Operating points of a tuned index, else nprobe times candidates."""
         if tuned := self._tuned():
             return [[point] for point in tuned]
         if self.lists is None:
@@ -167,7 +167,10 @@ class Ours(Arm):
 
 @contextmanager
 def stages_of_build() -> Iterator[Stages]:
-    """The seconds of the stages of `build_index` while the block runs; a stage within a stage is part of that one."""
+    """The seconds of the stages of `build_index` while the block runs.
+
+    A stage within a stage is part of that one.
+    """
     stages = Stages()
     within: list[str] = []
 
@@ -207,7 +210,7 @@ def stages_of_build() -> Iterator[Stages]:
 
 
 def search_cold(task: Task) -> dict[str, Any]:
-    """Latency of single queries where the page cache holds nothing of the index's files when the first one comes.
+    """Latency of single queries that start with none of the index's files in the page cache.
 
     Pages are dropped after opening, which reads files to verify them, and before anything of the
     mapped parts is

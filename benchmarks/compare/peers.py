@@ -166,7 +166,10 @@ class Arm:
         importlib.import_module(self.packages[0])
 
     def build(self, vectors: VectorFile, folder: Path, task: Task) -> dict[str, Any]:
-        """Build and write to the folder; returns `settings` (how, in words) and `seconds` (stage -> seconds)."""
+        """Build and write to the folder.
+
+        Returns `settings` (how, in words) and `seconds` (stage -> seconds).
+        """
         raise NotImplementedError
 
     def open(self, folder: Path, task: Task) -> None:
@@ -453,7 +456,8 @@ class USearch(Arm):
         with stages.timed("write"):
             index.save(str(folder / "index.usearch"))
         return {
-            "settings": f"connectivity {index.connectivity}, expansion_add {index.expansion_add}, f32",
+            "settings": f"connectivity {index.connectivity}, "
+            f"expansion_add {index.expansion_add}, f32",
             "seconds": stages,
         }
 
@@ -505,7 +509,8 @@ class ScaNN(Arm):
             index.serialize(str(folder))
         (folder / "leaves.json").write_text(json.dumps(leaves), encoding="utf-8")
         return {
-            "settings": f"{leaves} leaves, score_ah(2, anisotropic .2), reorder 100, trained on {sample:,}",
+            "settings": f"{leaves} leaves, score_ah(2, anisotropic .2), reorder 100, "
+            f"trained on {sample:,}",
             "seconds": stages,
         }
 
@@ -525,7 +530,7 @@ class ScaNN(Arm):
         self._index.set_num_threads(count)
 
     def search(self, queries: Vectors, k: int, point: Point) -> Rows:
-        """See `Arm`; one query at a time goes through the call that is meant for it, without a pool of threads."""
+        """See `Arm`. One query at a time takes the call for single queries, without threads."""
         leaves, reorder = point["nprobe"], point["reorder"]
         if len(queries) == 1:
             rows = self._index.search(queries[0], k, reorder, leaves)[0][None]
@@ -672,7 +677,10 @@ def _batch(arm: Arm, queries: Vectors, exact: Rows, settings: Point, task: Task)
 def _singles(
     arm: Arm, queries: Vectors, k: int, settings: Point, count: int, budget_s: float
 ) -> list[float]:
-    """Seconds of one query at a time, after a tenth to warm up; at least 20, at most what the budget allows."""
+    """Seconds of one query at a time, after a tenth to warm up.
+
+    At least 20, at most what the budget allows.
+    """
     rows = np.resize(np.arange(len(queries)), count)
     end = time.perf_counter() + budget_s / 5
     for row in rows[: count // 10]:

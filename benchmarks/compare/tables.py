@@ -58,8 +58,10 @@ def _filters(rows: Sequence[Mapping[str, Any]]) -> Table:
 def _builds(report: dict[str, Any]) -> Table:
     data, machine = report["data"], report["machine"]
     table = _table(
-        f"{data['n']:,} vectors of {data['dim']} dimensions, {machine['threads']} threads of {machine['cpu']}",
-        "per vector: disk; hot = growth of anonymous memory; touched = with codes, rows and centres that are mapped. "
+        f"{data['n']:,} vectors of {data['dim']} dimensions, {machine['threads']} threads of "
+        f"{machine['cpu']}",
+        "per vector: disk; hot = growth of anonymous memory; touched = with codes, rows and "
+        "centres that are mapped. "
         "peak: all pages, those of mapped files too",
     )
     for name in ("arm", *COLUMNS, "index"):
@@ -86,7 +88,8 @@ def _searches(report: dict[str, Any], level: str) -> Table:
     mine = list(report["ratios"][level])
     table = _table(
         f"recall@10 {level}: the cheapest measured point that reaches it",
-        "x: queries a second of our arms over the row's, both interpolated to the recall itself; <=: the row could be "
+        "x: queries a second of our arms over the row's, both interpolated to the recall itself; "
+        "<=: the row could be "
         "faster, even its cheapest setting finds more; - : not reached",
     )
     for name in ("arm", *AT, *(f"{name} x" for name in mine), "settings"):
@@ -175,7 +178,10 @@ GROWING: dict[str, Callable[[dict[str, Any]], float | None]] = {
 
 
 def growth(reports: Sequence[dict[str, Any]]) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """Figure -> arm -> [{n, value, exponent, times}], by n; exponent and times from the report before."""
+    """Figure -> arm -> [{n, value, exponent, times}], by n.
+
+    Exponent and times from the report before.
+    """
     reports = sorted(reports, key=lambda report: report["data"]["n"])
     found: dict[str, dict[str, list[dict[str, Any]]]] = {what: {} for what in GROWING}
     for report in reports:
@@ -195,7 +201,10 @@ def growth(reports: Sequence[dict[str, Any]]) -> dict[str, dict[str, list[dict[s
 
 
 def show_growth(reports: Sequence[dict[str, Any]], files: Sequence[Path]) -> int:
-    """Print how figures grow with the number of vectors, and plot them beside the last file; returns the exit code."""
+    """Print how figures grow with the number of vectors, and plot them beside the last file.
+
+    Returns the exit code.
+    """
     import matplotlib
 
     matplotlib.use("agg")

@@ -97,7 +97,7 @@ def prepare(source: Source, folder: Path) -> dict[str, Any]:
 
 
 def synthetic(source: Source) -> tuple[Iterator[Vectors], Vectors, Vectors]:
-    """Blocks of vectors, queries and tuning queries of `faiss.contrib.datasets.SyntheticDataset`, of unit length.
+    """Blocks of vectors and queries of `faiss.contrib.datasets.SyntheticDataset`, of unit length.
 
     The dataset draws the latent vectors of all rows before the map that stretches them. So the
     random numbers are run through once for the map, and once more for the rows: the same vectors,
@@ -134,7 +134,9 @@ def _between(blocks: Iterator[Vectors], first: int, last: int) -> Iterator[Vecto
 
 
 def jittered(source: Source) -> tuple[Iterator[Vectors], Vectors, Vectors]:
-    """Blocks of real vectors, each of them as it is and then copies with noise; queries and tuning queries.
+    """Blocks of real vectors, each of them as it is and then copies with noise.
+
+    Queries and tuning queries.
 
     Queries are those of the folder; without any, copies with noise of products drawn at random.
     """
@@ -182,7 +184,10 @@ def unit(vectors: NDArray[Any]) -> Vectors:
 def _write(
     source: Source, folder: Path, blocks: Iterator[Vectors], queries: Vectors
 ) -> tuple[NDArray[np.int64], str]:
-    """Write vectors.npy and embeddings/; returns the true neighbours of the queries and a digest of the vectors."""
+    """Write vectors.npy and embeddings/.
+
+    Returns the true neighbours of the queries and a digest of the vectors.
+    """
     depth = min(DEPTH, source.n)
     best = faiss.ResultHeap(len(queries), depth, keep_max=True)
     digest = hashlib.sha256(queries.tobytes())
@@ -212,7 +217,10 @@ def _write(
 def _write_embeddings(
     folder: Path, blocks: Iterator[Vectors], count: int, column: str, letter: str
 ) -> None:
-    """Write vectors as an embeddings folder; where it is complete, the blocks are only read past."""
+    """Write vectors as an embeddings folder.
+
+    Where it is complete, the blocks are only read past.
+    """
     shards = [f"shard-{number:05d}" for number in range(-(-count // BLOCK))]
     writer: EmbeddingWriter | None = None
     first = 0

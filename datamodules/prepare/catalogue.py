@@ -1,4 +1,6 @@
-"""A row of the user's file becomes an item, or is rejected; every fact that cannot be used is a recorded problem.
+"""A row of the user's file becomes an item, or is rejected.
+
+Every fact that cannot be used is a recorded problem.
 
 A bad field (a picture, a price) becomes missing and the row is kept. A row is rejected when it has
 no id or another row's, when it cannot be read, when nothing usable is left, or when it names a file
@@ -48,7 +50,10 @@ class Reading:
     strict: bool = False
 
     def text(self, cell: Cell) -> str | None:
-        """A text without HTML and surrounding blanks; lines of a list are joined; None where nothing is left."""
+        """A text without HTML and surrounding blanks; lines of a list are joined.
+
+        None where nothing is left.
+        """
         if isinstance(cell, (bytes, Mapping)):
             raise BadValue("NOT_A_TEXT", f"{excerpt(cell)} is not text")
         if cell is not None and not isinstance(cell, str):
@@ -142,7 +147,10 @@ class ProductParser:
         return Item(text, tuple(images), attributes)
 
     def _fact(self, role: Role, record: Record, notebook: Notebook) -> str | None:
-        """The group or family of a product, verbatim, or its split; None where the table has none."""
+        """The group or family of a product, verbatim, or its split.
+
+        None where the table has none.
+        """
         column = self.columns.one(role)
         cell = None if column is None else record.cells.get(column.column)
         if column is None or cell is None or cell == "":
@@ -165,7 +173,7 @@ def _odd_id(id: Cell) -> str:
 
 
 def read_split(notebook: Notebook, column: str, cell: Cell) -> str:
-    """The split of a cell: test and a recorded problem where it is unknown, so that a holdout is never trained on."""
+    """The split of a cell; an unknown one is test, so that a holdout is never trained on."""
     return notebook.read(column, _split, cell) or "test"
 
 
@@ -235,6 +243,7 @@ def parse_attribute(
         ) from None
     if attribute.log and value < 0:
         raise ValueError(
-            f"{attribute.name}={text!r}: must not be negative; the catalogue's smallest is 0 or more"
+            f"{attribute.name}={text!r}: must not be negative; the catalogue's smallest is 0 or "
+            "more"
         )
     return value

@@ -59,7 +59,10 @@ class Column:
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns of a table with their roles; text fields stand in the order in which they are joined."""
+    """The columns of a table with their roles.
+
+    Text fields stand in the order in which they are joined.
+    """
 
     columns: tuple[Column, ...]
     path_separator: str = SEPARATORS["path_separator"]

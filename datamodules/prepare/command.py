@@ -258,7 +258,7 @@ def _open_tables(products: Path, judged: JudgedFiles, text: TextOptions) -> list
 
 @contextmanager
 def _problem_log(folder: Path, output: Path) -> Iterator[ProblemLog]:
-    """The log of problems. Where a run fails, the file of problems is left beside the place of the catalogue."""
+    """The log of problems. After a failed run its file is left beside the catalogue's place."""
     beside = output.with_name(f"{output.name}.problems.csv")
     log = ProblemLog(folder / "problems.csv")
     try:

@@ -1,4 +1,4 @@
-"""The role of every column of a table, guessed from its name and its values, each with the reason."""
+"""The role of every column of a table, guessed from its name and values, with the reason."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ RARE = 0.01
 """A key of JSON objects that a smaller share of the rows has is left out."""
 
 MANY_ROWS = 20
-"""With fewer rows, a column that says the same in every row may still vary in the user's next file."""
+"""With fewer rows, a column of one value may still vary in the user's next file."""
 
 _NAMES: dict[Role, tuple[str, ...]] = {  # best first
     "id": (
@@ -294,7 +294,7 @@ def _second_thoughts(
 
 
 def _rank(column: Column, named: Sequence[str]) -> tuple[int, int, int]:
-    """Columns the user names come first, in the order of the file, then titles, then the order of the table."""
+    """Columns that the user names come first, then titles, then the order of the table."""
     place = named.index(column.name) if column.name in named else len(named)
     title = (
         column.role == "text" and column.key is None and plain_name(column.name) in _NAMES["text"]

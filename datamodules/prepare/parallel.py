@@ -1,4 +1,7 @@
-"""Read records in worker processes; results come in the order of the records, however many workers there are."""
+"""Read records in worker processes.
+
+Results come in the order of the records, however many workers there are.
+"""
 
 from __future__ import annotations
 
@@ -75,8 +78,10 @@ def _result(chunk: Sequence[Record], future: Future[list[Row]]) -> list[Row]:
         return future.result()
     except BrokenProcessPool:
         raise CatalogueError(
-            f"a worker process died while reading rows {chunk[0].row} to {chunk[-1].row} or a little later: killed for "
-            "memory (use a smaller --num-workers or --max-pixels), or by a picture that crashes the decoder"
+            f"a worker process died while reading rows {chunk[0].row} to {chunk[-1].row} or a "
+            "little later: killed for "
+            "memory (use a smaller --num-workers or --max-pixels), or by a picture that crashes "
+            "the decoder"
         ) from None
 
 

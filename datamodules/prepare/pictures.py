@@ -52,7 +52,7 @@ class PictureReader:
             )
 
     def read(self, cell: Cell) -> tuple[list[bytes], list[BadValue]]:
-        """The pictures of one cell, small and ready to decode, and what is wrong with the others."""
+        """The pictures of one cell, small and ready to decode, and the problems of the others."""
         pictures: list[bytes] = []
         problems: list[BadValue] = []
         try:
@@ -106,7 +106,8 @@ class PictureReader:
                     "FILE_MISSING", f"no such file under the picture folder: {_named(name)}"
                 )
             if found.st_size > self.limits.max_bytes:
-                reason = f"{found.st_size:,} bytes; at most {self.limits.max_bytes:,} are read: {_named(name)}"
+                limit = self.limits.max_bytes
+                reason = f"{found.st_size:,} bytes; at most {limit:,} are read: {_named(name)}"
                 raise BadValue("FILE_TOO_LARGE", reason)
             return path.read_bytes()
         except (
@@ -119,7 +120,10 @@ class PictureReader:
             raise BadValue("FILE_UNREADABLE", f"{excerpt(error)}: {_named(name)}") from None
 
     def _inside(self, name: str) -> Path | None:
-        """The real path of a file, whichever way its accents are written; None where there is none."""
+        """The real path of a file, whichever way its accents are written.
+
+        None where there is none.
+        """
         root = self.root.resolve()
         for form in dict.fromkeys(
             (name, unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name))

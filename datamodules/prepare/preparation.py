@@ -100,8 +100,10 @@ class Preparation:
                 )
             if self.counts["bad pictures"] >= ALL_BAD and not self.counts["pictures"]:
                 raise CatalogueError(
-                    f"none of {self.counts['bad pictures']:,} pictures can be read: {self.log.most_frequent()}. "
-                    f"Is --image-root {self.reading.pictures.root} right? Without pictures: `image: null` in --columns"
+                    f"none of {self.counts['bad pictures']:,} pictures can be read: "
+                    f"{self.log.most_frequent()}. "
+                    f"Is --image-root {self.reading.pictures.root} right? Without pictures: "
+                    "`image: null` in --columns"
                 )
             arrangement = arrange(self.members, self.policy)
             self._write_products(columns, arrangement, spool)
@@ -238,7 +240,7 @@ class _Rate(ProgressColumn):
 
 
 def watched(rows: Iterable[T], total: int | None, what: str) -> Iterator[T]:
-    """The same rows, with a progress bar on a terminal's stderr while they pass, and a line at the end."""
+    """Pass rows on with a progress bar on stderr, and log a line at the end."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

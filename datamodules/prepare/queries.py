@@ -75,7 +75,10 @@ class PartCells:
         ).hexdigest()
 
     def id(self) -> str:
-        """The query's own id, verbatim; without such a column one made from what is asked; empty for none."""
+        """The query's own id, verbatim; without such a column one made from what is asked.
+
+        Empty for none.
+        """
         if "query_id" in self.parts:
             id = self["query_id"]
             return id if isinstance(id, str) else ""

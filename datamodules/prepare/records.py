@@ -171,7 +171,10 @@ def _parquet_values(array: pa.Array) -> list[Cell]:
 
 
 def _as_cell(value: Any) -> Cell:
-    """A value of Parquet as a string that says the same; whole floats have no `.0`, NaN is a missing value."""
+    """A value of Parquet as a string that says the same.
+
+    Whole floats have no `.0`, NaN is a missing value.
+    """
     if value is None or isinstance(value, (str, bytes)):
         return value
     if isinstance(value, bool):
@@ -190,7 +193,7 @@ def _as_cell(value: Any) -> Cell:
 
 
 class Lines:
-    """The lines of a text file, with their numbers, their offsets in bytes, and a way back to the last record's."""
+    """The lines of a text file with their numbers and byte offsets, and a way back."""
 
     def __init__(self, stream: TextIO, encoding: str) -> None:
         self.stream = stream

@@ -127,7 +127,8 @@ class ProblemLog:
         for file, counts in self.files.items():
             bad = len(counts.with_problem)
             if threshold.exceeded(bad, counts.rows):
-                share = f"{bad:,} of {counts.rows:,} rows of {file} ({bad / counts.rows:.1%}) have a problem"
+                share = f"{bad / counts.rows:.1%}"
+                share = f"{bad:,} of {counts.rows:,} rows of {file} ({share}) have a problem"
                 raise CatalogueError(f"{share}; --max-problems {threshold.text} allows fewer")
 
     def __enter__(self) -> ProblemLog:
@@ -212,7 +213,10 @@ def _grid(
     right: Sequence[str],
     shrinks: bool = False,
 ) -> Grid:
-    """Aligned columns, one line per row; where the screen is too narrow, the last column is cut if it `shrinks`."""
+    """Aligned columns, one line per row.
+
+    Where the screen is too narrow, the last column is cut if it `shrinks`.
+    """
     grid = Grid(box=None, pad_edge=False, header_style="bold", show_header=any(header))
     room = console().width
     for number, name in enumerate(header):

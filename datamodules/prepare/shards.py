@@ -1,4 +1,4 @@
-"""Rows to Parquet shards in an order that is known only when all rows were read, in bounded memory."""
+"""Rows to Parquet shards, in an order known only after the last row, in bounded memory."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ _KINDS = {
 
 
 def product_columns(text: Sequence[str], attributes: Sequence[Attribute]) -> pa.Schema:
-    """The columns of `products/`; Parquet has no empty structs, so without fields there is no such column."""
+    """The columns of `products/`.
+
+    Parquet has no empty structs, so without fields there is no such column.
+    """
     fields = [
         ("product_id", pa.string()),
         ("group", pa.string()),
@@ -54,7 +57,10 @@ def query_columns() -> pa.Schema:
 
 
 class Spool:
-    """Items on disk in the order in which they arrive, read back in any order; only offsets are in memory."""
+    """Items on disk in the order in which they arrive, read back in any order.
+
+    Only offsets are in memory.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -92,7 +98,9 @@ class Spool:
 
 
 class ShardWriter:
-    """Writes `shard-00000.parquet`, `shard-00001.parquet`, ...; a shard and a row group hold rows of one split.
+    """Writes `shard-00000.parquet`, `shard-00001.parquet`, ....
+
+    A shard and a row group hold rows of one split.
 
     Args:
         folder: made when the first row comes.

@@ -59,7 +59,8 @@ class SplitPolicy(NamedTuple):
         """
         if min(self.val_share, self.test_share) < 0 or self.val_share + self.test_share >= 1:
             raise CatalogueError(
-                f"--val-share {self.val_share} and --test-share {self.test_share} must sum to less than 1"
+                f"--val-share {self.val_share} and --test-share {self.test_share} must sum to less "
+                "than 1"
             )
 
     def draw(self, key: str) -> str:

@@ -11,11 +11,13 @@ from tritower.datamodules.prepare.columns import Column
 from tritower.datamodules.schema import Attribute
 
 SKEWED = 1.0
-"""A number whose skewness is above this, and smaller after a logarithm, is described by its logarithm."""
+"""A number more skewed than this, and less so after a logarithm, is described by its log."""
 
 
 class AttributeStatistics:
-    """Counts what the products of the train split have; where there are none, what all products have.
+    """Counts what the products of the train split have.
+
+    Where there are none, what all products have.
 
     Args:
         columns: of the attributes, in order.

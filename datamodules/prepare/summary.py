@@ -74,7 +74,8 @@ def summary(report: Report, seconds: float, output: Path) -> dict[str, str]:
         "pictures": f"{products['pictures']:,}",
         "splits": _numbers(report["splits"]),
         "groups": f"{report['groups']:,} of two or more",
-        "families": f"{report['families']:,} of two or more; by picture {report['family_from_picture']:,} products",
+        "families": f"{report['families']:,} of two or more; "
+        f"by picture {report['family_from_picture']:,} products",
         "leaks": "none between splits"
         if not leaking
         else f"{', '.join(leaking)}: in more than one split, see report.json",

@@ -15,19 +15,29 @@ from typing import Literal, TypeAlias
 from tritower.datamodules.bad_value import BadValue, excerpt
 
 Cell: TypeAlias = "str | bytes | Sequence[Cell] | Mapping[str, Cell] | None"
-"""One cell as read. Scalars are strings; lists, mappings and bytes come from JSONL and Parquet only."""
+"""One cell as read. Scalars are strings.
+
+Lists, mappings and bytes come from JSONL and Parquet only.
+"""
 
 Decimal = Literal["auto", "point", "comma"]
-"""The decimal sign of numbers written as text; `auto` takes those that can be read in one way only."""
+"""The decimal sign of numbers written as text.
+
+`auto` takes those that can be read in one way only.
+"""
 
 MAX_PRICE = 1e9
 MAX_NUMBER = 1e15
 
 _CODES = (
-    "USD EUR GBP INR CNY RMB JPY CHF CAD AUD NZD HKD SGD TWD KRW THB IDR MYR PHP VND RUB UAH PLN CZK HUF RON BGN SEK "
+    "USD EUR GBP INR CNY RMB JPY CHF CAD AUD NZD HKD SGD TWD KRW THB IDR MYR PHP VND RUB UAH PLN "
+    "CZK HUF RON BGN SEK "
     "NOK DKK ISK TRY ILS AED SAR EGP ZAR NGN KES BRL MXN ARS CLP COP PEN"
 ).replace(" ", "|")
-_CURRENCY = rf"(?:(?:US|CA|AU|NZ|HK|SG|NT|MX|A|C|R)?\$|[£¤¥֏؋৳฿៛\u20a0-\u20c0￥￡]|{_CODES}|Rs\.?|kr\.?|zł|元|円|원)"
+_CURRENCY = (
+    r"(?:(?:US|CA|AU|NZ|HK|SG|NT|MX|A|C|R)?\$|[£¤¥֏؋৳฿៛\u20a0-\u20c0￥￡]|"
+    rf"{_CODES}|Rs\.?|kr\.?|zł|元|円|원)"
+)
 _PRICE = re.compile(rf"([-+−]?)(?:{_CURRENCY})?\s*([-+−]?)([\d.,][^A-Za-z]*?)\s*(?:{_CURRENCY})?")
 _SPACED = re.compile(r"\d{1,3}(?:([ \u00a0\u2009\u202f'’])\d{3})(?:\1\d{3})*(?:[.,]\d+)?")
 _ONE_SEPARATOR = re.compile(r"(\d*)([.,])(\d+)")
@@ -44,7 +54,8 @@ _TAG_NAMES = (
     "source|span|strike|strong|style|sub|sup|table|tbody|td|tfoot|th|thead|tr|tt|u|ul|video|wbr"
 )
 _INLINE = frozenset(
-    "a abbr b big code del em font i ins mark nobr q s small span strike strong sub sup tt u wbr".split()
+    "a abbr b big code del em font i ins mark nobr q s small span strike strong sub sup tt u "
+    "wbr".split()
 )
 # Bounded repetitions: a hostile cell of a megabyte is still read in linear time.
 _TAG = re.compile(
@@ -91,7 +102,7 @@ def parse_number(
 
 
 def is_number(text: str) -> bool:
-    """Whether a cell is a number of some kind, perhaps with a currency sign, perhaps an ambiguous one."""
+    """Whether a cell is a number, perhaps with a currency sign, perhaps an ambiguous one."""
     try:
         parse_number(text)
     except BadValue as error:

@@ -244,7 +244,8 @@ def oracle_report(
     )
     recall = oracle(evidence(listings), np.array([listing.group for listing in listings]), asked, K)
     return {
-        "task": "one listing of a thing is asked; relevant are its other listings (grade 3), among the whole catalogue",
+        "task": "one listing of a thing is asked; relevant are its other listings (grade 3), among "
+        "the whole catalogue",
         "split": "test",
         "queries": len(asked),
         f"recall@{K}": {"+".join(subset): value for subset, value in recall.items()},

@@ -201,7 +201,7 @@ def brand_name(kind: int, use: int, brand: int) -> str:
 
 
 class Thing(NamedTuple):
-    """What somebody makes. All but `log_price` are codes (positions in the tables above) and numbers of families."""
+    """A thing that is sold. All fields but `log_price` are codes or numbers of families."""
 
     family: int
     kind: int

@@ -72,7 +72,9 @@ class Evidence:
 
 
 def log_ratio(evidence: Evidence, query: np.ndarray) -> np.ndarray:
-    """(Q, N) float64 scores of all listings for each query; -inf where they cannot be the same thing.
+    """(Q, N) float64 scores of all listings for each query.
+
+    -inf where they cannot be the same thing.
 
     Args:
         evidence: of N listings.
@@ -117,7 +119,7 @@ def expected_recall(scores: np.ndarray, relevant: np.ndarray, k: int) -> np.ndar
 def oracle(
     evidence: dict[str, Evidence], group: np.ndarray, query: np.ndarray, k: int = 10
 ) -> dict[tuple[str, ...], float]:
-    """Expected recall@k of finding the other listings of the same thing, for every subset of modalities.
+    """Expected recall@k of finding the other listings of a thing, for every set of modalities.
 
     Query and catalogue are seen in the same modalities; the whole catalogue is searched but for the
     query itself.
@@ -138,7 +140,8 @@ def oracle(
     alone = np.flatnonzero(~relevant.any(axis=1))
     if not len(query) or len(alone):
         raise ValueError(
-            f"{len(query)} queries, of which {len(alone)} have no other listing of the same thing to find."
+            f"{len(query)} queries, of which {len(alone)} have no other listing of the same thing "
+            "to find."
         )
     recall = {}
     for subset in SUBSETS:

@@ -152,7 +152,10 @@ TEXTURES: dict[str, Texture] = {
     "zigzag": lambda x, y: (y + abs(x % 24 - 12)) % 18 < 7,
     "two-tone": lambda x, y: y > 68,
 }
-"""Where the second colour of a pattern is; x and y are float64 arrays in hundredths of the drawing."""
+"""Where the second colour of a pattern is.
+
+X and y are float64 arrays in hundredths of the drawing.
+"""
 
 
 @cache

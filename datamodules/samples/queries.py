@@ -29,7 +29,7 @@ ASKED_COUNT = {2: 0.3, 3: 0.4, 4: 0.2, 5: 0.1}
 """How many of them a query names."""
 
 MOST_ANSWERS = 40
-"""A text query with more answers in full than that asks too little to be judged by its first hits."""
+"""A text query with more full matches is too vague to be judged by its first hits."""
 
 CHINESE = 0.15
 """How often somebody types Chinese."""
@@ -56,7 +56,7 @@ class Query(NamedTuple):
 
 
 def draw_queries(listings: Sequence[Listing], seed: int) -> list[Query]:
-    """Text queries for a sixth of the listings, and for val and test photos and one product query per thing."""
+    """Text queries for a sixth of the listings; photos and products for val and test things."""
     rng = np.random.default_rng((seed, 1))
     return [
         *text_queries(listings, len(listings) // 6, rng),
@@ -66,7 +66,7 @@ def draw_queries(listings: Sequence[Listing], seed: int) -> list[Query]:
 
 
 def text_queries(listings: Sequence[Listing], count: int, rng: np.random.Generator) -> list[Query]:
-    """Up to `count` combinations of facts, each of which some listing has, and each with answers of its own."""
+    """Up to `count` combinations of facts that some listing has, each with other matches."""
     words = [listing.thing.words() for listing in listings]
     truth = {fact: np.array([w[fact].word for w in words]) for fact in ("kind", *ASKED)}
     answered_before: set[bytes] = set()

@@ -91,7 +91,9 @@ class Text(NamedTuple):
 def write_text(
     facts: Mapping[str, Words], seller: int, described: bool, rng: np.random.Generator
 ) -> Text:
-    """Title and description by one seller; only facts of `IN_TITLE` are ever mentioned, and the kind always.
+    """Title and description by one seller.
+
+    Only facts of `IN_TITLE` are ever mentioned, and the kind always.
 
     Args:
         facts: fact -> its words.

@@ -28,7 +28,7 @@ from tritower.terminal.progress import counted
 logger = logging.getLogger(__name__)
 
 Placed = tuple[Source, NDArray[np.int64] | int]
-"""Encoded vectors, and the new row of each of their rows (-1 to leave it out), or the first new row."""
+"""Encoded vectors, and the new row of each (-1 leaves it out), or the first new row."""
 
 
 def write_mapped(
@@ -82,7 +82,9 @@ def write_products(file: Path, parts: Iterable[pa.Table]) -> None:
 
 
 def attach_attributes(folder: Path, sources: Sequence[AttributeSource]) -> dict[str, Any]:
-    """Write what is known of the products whose ids were written; returns what the manifest says of it.
+    """Write what is known of the products whose ids were written.
+
+    Returns what the manifest says of it.
 
     Args:
         folder: of the version.

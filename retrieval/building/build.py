@@ -138,13 +138,15 @@ def build_index(
     design = parse_mapped(choice.factory)
     if design is None and (recipe.spill or (target is not None and choice.factory != "Flat")):
         raise ValueError(
-            f"factory {choice.factory!r} has no mapped lists, which {'spill' if recipe.spill else 'a target'} is for: "
+            f"factory {choice.factory!r} has no mapped lists, which "
+            f"{'spill' if recipe.spill else 'a target'} is for: "
             "factories such as IVF1024,PQ64x4fsr,Refine(SQ8) have"
         )
     if queries is not None:
         if target is None and not recipe.is_default:
             raise ValueError(
-                f"queries choose how to reach a target, and factory={recipe.factory!r} with nprobe={recipe.nprobe} and "
+                f"queries choose how to reach a target, and factory={recipe.factory!r} with "
+                f"nprobe={recipe.nprobe} and "
                 f"k_factor={recipe.k_factor} has none: name one (recall), or none of these three"
             )
         _check_queries(reader, queries)
@@ -152,7 +154,8 @@ def build_index(
         target = Target(DEFAULT_RECALL, strict=False)
     if versions.occupied(output) and not overwrite:
         raise ArtefactError(
-            f"{output} already exists and holds an index: choose another place, or publish a new version (overwrite)"
+            f"{output} already exists and holds an index: choose another place, or publish a new "
+            "version (overwrite)"
         )
     source = known_source(reader.meta) if attributes is None else open_source(attributes)
     meta: dict[str, Any] = {"format": FORMAT}
@@ -228,7 +231,8 @@ def _check_queries(reader: EmbeddingReader, queries: EmbeddingReader) -> None:
     ):
         if mine != theirs and None not in (mine, theirs):
             raise ValueError(
-                f"{queries.source} has {name} {theirs}, the products {mine}: embed both with one model"
+                f"{queries.source} has {name} {theirs}, the products {mine}: embed both with one "
+                "model"
             )
 
 
@@ -282,7 +286,10 @@ def _learn(
     queries: EmbeddingReader | None,
     size: int,
 ) -> tuple[Trained, dict[str, Any]]:
-    """Choose the index where a target says so, and train it; with what the manifest says of both."""
+    """Choose the index where a target says so, and train it.
+
+    With what the manifest says of both.
+    """
     design, table = parse_mapped(choice.factory), None
     assert design is not None
     compares = _compares(recipe, target)
@@ -367,12 +374,14 @@ def _measured_settings(
     problems = reached(tuning, target)
     if problems and target.strict:
         raise ValueError(
-            f"the index does not reach recall@{target.k} of {target.recall:g} ({'; '.join(problems)}) and is not "
+            f"the index does not reach recall@{target.k} of {target.recall:g} "
+            f"({'; '.join(problems)}) and is not "
             "published: ask for less, or allow more memory or latency"
         )
     for problem in problems:
         logger.warning(
-            "the default index does not reach recall@%d of %g for queries of kind %s: they are searched with its best "
+            "the default index does not reach recall@%d of %g for queries of kind %s: they are "
+            "searched with its best "
             "settings. Build with --factory Flat for exact search, or --recall %g for finer codes",
             target.k,
             target.recall,
@@ -483,8 +492,10 @@ def make_index(factory: str, dim: int) -> Any:
     except RuntimeError as error:
         pieces = [m for m in range(1, dim + 1) if dim % m == 0]
         raise ValueError(
-            f"factory {factory!r} does not fit {dim} dimensions: {_faiss_message(error)}. PQ sizes that fit without a "
-            f"reduction: {', '.join(map(str, pieces))}; examples: Flat, IVF256,PQ{dim}x4fsr,Refine(SQ8)"
+            f"factory {factory!r} does not fit {dim} dimensions: {_faiss_message(error)}. PQ sizes "
+            "that fit without a "
+            f"reduction: {', '.join(map(str, pieces))}; examples: Flat, "
+            f"IVF256,PQ{dim}x4fsr,Refine(SQ8)"
         ) from None
     return index
 
@@ -524,12 +535,14 @@ def _check_enough(factory: str, lists: Any, size: int, strict: bool) -> None:
         centroids, bits, pieces = quantizer.ksub, quantizer.nbits, quantizer.M
     if nlist > size:
         raise ValueError(
-            f"factory {factory!r} needs at least {nlist} training vectors and has {size}: at most IVF{size}, "
+            f"factory {factory!r} needs at least {nlist} training vectors and has {size}: at most "
+            f"IVF{size}, "
             f"well trained IVF{max(size // MIN_POINTS_PER_LIST, 1)}; or Flat"
         )
     if centroids > size:
         raise ValueError(
-            f"factory {factory!r} needs at least {centroids} training vectors for its {bits}-bit codes and has "
+            f"factory {factory!r} needs at least {centroids} training vectors for its {bits}-bit "
+            "codes and has "
             f"{size}: at most {int(np.log2(size))} bits (PQ{pieces}x{int(np.log2(size))}), or Flat"
         )
     if nlist and size < MIN_POINTS_PER_LIST * nlist:

@@ -64,7 +64,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Chosen:
-    """The winner, what was trained for it, all candidates in the order of their cost, and why it won."""
+    """The winner, what was trained for it, all candidates by cost, and why it won."""
 
     winner: Candidate
     trained: Trained
@@ -103,7 +103,8 @@ def candidates(count: int, dim: int, target: Target, finer: str = "SQ8") -> list
     ][:1]
     if not sizes:
         raise ValueError(
-            f"{dim} dimensions cannot be cut into equal pieces of 2 to 16: name a factory, for example IVF{lists},SQ8"
+            f"{dim} dimensions cannot be cut into equal pieces of 2 to 16: name a factory, for "
+            f"example IVF{lists},SQ8"
         )
     shapes = [
         (lists, size, spill)
@@ -121,8 +122,10 @@ def candidates(count: int, dim: int, target: Target, finer: str = "SQ8") -> list
     if all(candidate.why_not for candidate in found):
         least = min(candidate.hot_bytes for candidate in found)
         raise ValueError(
-            f"{count:,} vectors of {dim} dimensions need at least {decimal(least)} of memory to search, "
-            f"{decimal(target.memory or 0)} was asked for: allow more memory, or use embeddings of fewer dimensions"
+            f"{count:,} vectors of {dim} dimensions need at least {decimal(least)} of memory to "
+            "search, "
+            f"{decimal(target.memory or 0)} was asked for: allow more memory, or use embeddings of "
+            "fewer dimensions"
         )
     fine_enough = [c for c in found if c.design.pieces > dim // 8]
     # Codes of 8 dimensions find little: only where memory allows no better ones.
@@ -150,7 +153,8 @@ def choose(predictor: Predictor) -> Chosen:
         best = max((c.best for c in predicted if c.best is not None), default=0.0)
         latency = "" if target.latency_ms is None else f" within {target.latency_ms:g} ms"
         raise ValueError(
-            f"no index reaches recall@{target.k} of {target.recall:g}{latency}; the best one would have {best:.3f}: "
+            f"no index reaches recall@{target.k} of {target.recall:g}{latency}; the best one would "
+            f"have {best:.3f}: "
             "ask for less recall, or allow more latency or memory"
         )
     others = (
@@ -159,7 +163,8 @@ def choose(predictor: Predictor) -> Chosen:
         else ""
     )
     reason = (
-        f"the fastest{others}: {_qps(winner.point):,.0f} queries a second predicted at recall@{target.k} "
+        f"the fastest{others}: {_qps(winner.point):,.0f} queries a second predicted at "
+        f"recall@{target.k} "
         f"{winner.point.recall:.3f}; no learned rotation: re-ranking makes its gain vanish"
     )
     return Chosen(winner, learned, predicted, reason)
@@ -185,5 +190,8 @@ def _qps(point: Point | None) -> float:
 
 
 def enough_for_codes(count: int) -> bool:
-    """Whether there are vectors enough to train codes; with fewer, exact search is the answer to any target."""
+    """Whether there are vectors enough to train codes.
+
+    With fewer, exact search is the answer to any target.
+    """
     return count >= CODEBOOK * MIN_POINTS_PER_LIST

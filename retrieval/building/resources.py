@@ -109,15 +109,18 @@ def check(need: Need, place: Path, limit: int | None = None) -> None:
     if have is not None and need.memory > have:
         whose = "allowed" if limit is not None else f"there ({MEMORY_SHARE:.0%} of what is free)"
         raise ValueError(
-            f"the build needs about {decimal(need.memory)} of memory, {decimal(have)} is {whose}: lower train_sample "
+            f"the build needs about {decimal(need.memory)} of memory, {decimal(have)} is {whose}: "
+            "lower train_sample "
             "(--train-sample) or the number of lists (--factory), or allow more"
         )
     existing = next(folder for folder in (place, *place.absolute().parents) if folder.is_dir())
     have = int(DISK_SHARE * shutil.disk_usage(existing).free)
     if need.disk > have:
         raise ValueError(
-            f"the build needs about {decimal(need.disk)} of disk at {existing}, {decimal(have)} is there "
-            f"({DISK_SHARE:.0%} of what is free): write elsewhere, remove old versions, or store smaller vectors for "
+            f"the build needs about {decimal(need.disk)} of disk at {existing}, {decimal(have)} is "
+            "there "
+            f"({DISK_SHARE:.0%} of what is free): write elsewhere, remove old versions, or store "
+            "smaller vectors for "
             "re-ranking (Refine(SQ8), or none, in --factory)"
         )
 
@@ -167,7 +170,10 @@ def _proc_available() -> int | None:
 
 
 def _cgroup_available(folder: Path, limit: str, used: str, prefix: str) -> int | None:
-    """What the limit of a container leaves; pages of files count as used there, but give way when memory is needed."""
+    """What the limit of a container leaves.
+
+    Pages of files count as used there, but give way when memory is needed.
+    """
     try:
         most, now = (int((folder / name).read_text(encoding="ascii")) for name in (limit, used))
         lines = (folder / "memory.stat").read_text(encoding="ascii").splitlines()

@@ -85,7 +85,10 @@ class Workspace(WorkFolder):
     def trained(
         self, train: Callable[[], tuple[Trained, dict[str, Any]]]
     ) -> tuple[Trained, dict[str, Any]]:
-        """What an earlier run has learned, else what `train` learns; and what the manifest says of the training."""
+        """What an earlier run has learned, else what `train` learns.
+
+        And what the manifest says of the training.
+        """
         if self._learned() is None:
             for block in self.path.glob("*.parquet"):  # of another training
                 files.system.unlink(block)
@@ -132,7 +135,10 @@ class Workspace(WorkFolder):
         return about if digests == about["files"] else None
 
     def encode(self, reader: EmbeddingReader, trained: Trained) -> list[Path]:
-        """Encode what earlier runs have not; returns the files of all blocks in the order of their rows."""
+        """Encode what earlier runs have not.
+
+        Returns the files of all blocks in the order of their rows.
+        """
         names = []
         for name, batch in counted(
             _named(reader), reader.count, lambda pair: len(pair[1].ids), "encode", "vectors"

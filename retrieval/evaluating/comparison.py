@@ -1,4 +1,4 @@
-"""A trained model beside the best search without training, per kind of query, with paired intervals."""
+"""A trained model beside the best search without training, with paired intervals."""
 
 from __future__ import annotations
 

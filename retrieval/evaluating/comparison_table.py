@@ -54,7 +54,8 @@ def terminal_table(report: Mapping[str, Any]) -> Table:
     it is below 0.
     """
     caption = (
-        "± half a 95 % interval. sum: of the better words and all towers; floor: the same with weights chosen on other "
+        "± half a 95 % interval. sum: of the better words and all towers; floor: the same with "
+        "weights chosen on other "
         "queries. gain: nDCG@10 above the best row without training (*), on the same queries."
     )
     table = Table(title="What is found, per kind of query", caption=caption, box=box.SIMPLE_HEAD)
@@ -96,14 +97,15 @@ def gain_of(report: Mapping[str, Any], kind: str, key: str) -> tuple[str, str, b
 
 
 def below_floor(report: Mapping[str, Any]) -> list[str]:
-    """One line for each kind of query for which the model finds less than the best search without training."""
+    """One line for each query type for which the model is below search without training."""
     lines = []
     for kind, differences in report.get("differences", {}).items():
         figure = differences.get("exact", {}).get("ndcg@10")
         if figure is not None and figure["value"] < 0:
             chance = " (within chance)" if figure["high"] >= 0 else ""
             lines.append(
-                f"{kind} queries: the model's nDCG@10 is {-figure['value']:.3f} below {row_name(differences['best'])}, "
+                f"{kind} queries: the model's nDCG@10 is {-figure['value']:.3f} below "
+                f"{row_name(differences['best'])}, "
                 f"which needs no training{chance}"
             )
     return lines

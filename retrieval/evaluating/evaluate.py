@@ -214,7 +214,10 @@ def _choosing_questions(
     questions: Questions,
     options: Options,
 ) -> Questions | None:
-    """The judged queries of the val split, where other queries are measured; None where there are none."""
+    """The judged queries of the val split, where other queries are measured.
+
+    None where there are none.
+    """
     if (
         table is None
         or options.split in (None, "val")
@@ -347,7 +350,7 @@ def _tasks(questions: Questions, found: Mapping[str, NDArray[np.int64]]) -> dict
 
 
 def compare(rows: NDArray[np.int64], exact: NDArray[np.int64]) -> dict[str, Any]:
-    """The same metrics of an approximate ranking, with exact search's first k as the relevant products.
+    """The same metrics of an approximate ranking, with exact search's first k as relevant.
 
     MRR, nDCG@10 and mAP take its first 10, all alike.
     """
@@ -422,11 +425,11 @@ def _untrained_queries(
 
 
 COSTS = 0.01
-"""A kind of query that loses more than this of hit@10 or recall@10 by the index is worth a warning."""
+"""A loss of hit@10 or recall@10 through the index that is worth a warning."""
 
 
 def index_warnings(report: Mapping[str, Any]) -> list[str]:
-    """What queries lose because the index is not exact, one line for each kind that loses more than a point.
+    """What the index costs in recall: one line for each query type that loses over a point.
 
     Args:
         report: with `tasks`, as `evaluate` makes it.
@@ -444,7 +447,8 @@ def index_warnings(report: Mapping[str, Any]) -> list[str]:
         ]
         if lost:
             warnings.append(
-                f"queries of kind {kind} lose by the index ({', '.join(lost)}, exact search -> index): build it with "
+                f"queries of kind {kind} lose by the index ({', '.join(lost)}, exact search -> "
+                "index): build it with "
                 "--recall 0.99 --queries QUERIES, or with --factory Flat for exact search"
             )
     return warnings
@@ -469,7 +473,8 @@ def failed_gates(report: Mapping[str, Any], gates: Sequence[str]) -> list[str]:
         for name in kinds if kind == "*" else [kind]:
             if name not in kinds or metric not in kinds[name]:
                 raise ValueError(
-                    f"gate {gate!r}: no {name}.{metric} in task {task}; kinds are {', '.join(kinds)}"
+                    f"gate {gate!r}: no {name}.{metric} in task {task}; kinds are "
+                    f"{', '.join(kinds)}"
                 )
             value = kinds[name][metric]["value"]
             if not value >= float(floor):
@@ -478,6 +483,6 @@ def failed_gates(report: Mapping[str, Any], gates: Sequence[str]) -> list[str]:
 
 
 def read_oracle(file: Path) -> dict[str, Any]:
-    """The recall of an oracle per subset of modalities, as `tritower.datamodules.samples` writes it."""
+    """The oracle's recall per set of modalities, from oracle.json of the sample catalogue."""
     data: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return data

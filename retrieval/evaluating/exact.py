@@ -80,7 +80,8 @@ def _index_rows(ids: pa.ChunkedArray, index: ProductIndex) -> NDArray[np.int64]:
     rows = index.rows_of(ids)
     if (missing := int((rows < 0).sum())) or len(ids) != len(index):
         raise ArtefactError(
-            f"{index.path} holds {len(index):,} products, the embeddings {len(ids):,}, of which {missing:,} are not in "
+            f"{index.path} holds {len(index):,} products, the embeddings {len(ids):,}, of which "
+            f"{missing:,} are not in "
             "the index: build the index from these embeddings, or update it with them"
         )
     return rows

@@ -61,8 +61,10 @@ def make_questions(
             dropped[kinds[i]] += 1
     if not keep:
         raise ValueError(
-            f"{reader.source}: none of {len(ids):,} queries is left: {int(chosen.sum()):,} are of split {split!r}, "
-            f"{sum(dropped.values()):,} of them have no product with a grade of {threshold:g} or more: "
+            f"{reader.source}: none of {len(ids):,} queries is left: {int(chosen.sum()):,} are of "
+            f"split {split!r}, "
+            f"{sum(dropped.values()):,} of them have no product with a grade of {threshold:g} or "
+            "more: "
             "choose another split or a lower threshold"
         )
     relevant = [rows[values >= threshold] for rows, values in zip(judged, grades, strict=True)]
@@ -114,7 +116,10 @@ def _facts(queries: pa.Table | None, split: str | None) -> dict[str, str | None]
 
 
 def _of_others(qrels: pa.Table, queries: pa.Table) -> pa.Table:
-    """The judgements but those of a product for itself; by id, since an index need not hold the product that asks."""
+    """The judgements but those of a product for itself.
+
+    By id, since an index need not hold the product that asks.
+    """
     asked = pc.index_in(
         qrels.column("query_id"), value_set=queries.column("query_id").combine_chunks()
     )
@@ -125,7 +130,10 @@ def _of_others(qrels: pa.Table, queries: pa.Table) -> pa.Table:
 def _answers(
     qrels: pa.Table, index: ProductIndex, asked: set[str]
 ) -> tuple[dict[str, tuple[NDArray[np.int64], NDArray[np.float64]]], int]:
-    """Query id -> rows and grades of its judged products; and how many products the index does not hold."""
+    """Query id -> rows and grades of its judged products.
+
+    And how many products the index does not hold.
+    """
     qrels = qrels.filter(
         pc.and_(
             pc.greater(qrels.column("relevance"), 0),

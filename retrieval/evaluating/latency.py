@@ -1,4 +1,4 @@
-"""How long a search takes, one query at a time, and how many queries a second all threads answer."""
+"""Latency of one query at a time, and queries per second of all threads."""
 
 from __future__ import annotations
 

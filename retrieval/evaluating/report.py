@@ -1,4 +1,4 @@
-"""An evaluation as a table in the terminal, as report.json and as one self-contained page with plots and examples."""
+"""An evaluation as a terminal table, report.json and one self-contained page."""
 
 from __future__ import annotations
 
@@ -30,10 +30,13 @@ COLUMNS = (
     "map",
 )
 NOTES = {
-    "exact": "Relevant products, found by comparing with every vector: how good the embeddings are. Some rows need "
-    "no training; the best of them has a star, and the gain is what the model adds to it on the same queries.",
+    "exact": "Relevant products, found by comparing with every vector: how good the embeddings "
+    "are. Some rows need "
+    "no training; the best of them has a star, and the gain is what the model adds to it on the "
+    "same queries.",
     "ann": "Relevant products, found through the index: what users get.",
-    "ann_vs_exact": "The index against exact search, whose first k results are the relevant ones: what it costs.",
+    "ann_vs_exact": "The index against exact search, whose first k results are the relevant ones: "
+    "what it costs.",
 }
 
 
@@ -70,14 +73,16 @@ def summary(report: Mapping[str, Any]) -> str:
     """One sentence of what was measured."""
     index, settings, latency = report["index"], report["settings"], report.get("latency")
     parts = [
-        f"{index['count']:,} products, {index['factory']}, {index['bytes_per_product']:,.0f} bytes a product",
+        f"{index['count']:,} products, {index['factory']}, {index['bytes_per_product']:,.0f} bytes "
+        "a product",
         f"split {settings['split'] or 'all'}, relevant from grade {settings['threshold']:g}",
     ]
     if settings["nprobe"]:
         parts.append(f"{settings['nprobe']} lists probed")
     if latency:
         parts.append(
-            f"{latency['p50_ms']:.2f} ms p50, {latency['p99_ms']:.2f} ms p99 a query on one thread, "
+            f"{latency['p50_ms']:.2f} ms p50, {latency['p99_ms']:.2f} ms p99 a query on one "
+            "thread, "
             f"{latency['qps']:,.0f} queries/s on {latency['threads']} (load {latency['load']})"
         )
     if report["dropped_queries"]:
@@ -85,7 +90,8 @@ def summary(report: Mapping[str, Any]) -> str:
     if report["identical_to_source"]:
         what = "left out" if settings["exclude_identical"] else "counted"
         parts.append(
-            f"{report['identical_to_source']:,} queries met products with the same vector as theirs ({what})"
+            f"{report['identical_to_source']:,} queries met products with the same vector as "
+            f"theirs ({what})"
         )
     return "; ".join(parts)
 
@@ -148,7 +154,7 @@ def _interval(figure: Mapping[str, float]) -> str:
 
 
 def _html_table(task: str, report: Mapping[str, Any]) -> dict[str, Any]:
-    """One task as a table; that of exact search also has the rows without training, and what the model gains."""
+    """One task as a table; exact search also has the untrained rows and the model's gain."""
     rows = []
     for kind in report["queries"]:
         shown = [

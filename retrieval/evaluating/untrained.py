@@ -101,7 +101,7 @@ class UntrainedSearch:
     def search(
         self, queries: Untrained, source: NDArray[np.int64], choice: Choice, k: int
     ) -> dict[str, Hits]:
-        """What each block finds by itself, what their plain sum finds, and what the chosen sum finds.
+        """The hits of each block alone, of their plain sum, and of the chosen sum.
 
         Args:
             queries: Q queries.
@@ -266,7 +266,9 @@ def weighted_sum(
 
 
 def best_of(scores: NDArray[np.float32], source: NDArray[np.int64], k: int) -> Hits:
-    """The k products with the highest scores above 0, equal scores by row; never a query's own source.
+    """The k products with the highest scores above 0, equal scores by row.
+
+    Never a query's own source.
 
     Args:
         scores: (Q, N) float32.

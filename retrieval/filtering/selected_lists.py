@@ -39,8 +39,8 @@ ANCHOR = 2
 """Rows met per result wanted before that distance begins."""
 
 UNRELATED = 0.1
-"""Variance of the lists' shares beyond chance, in parts of the mean share squared, up to which a selection counts as
-one that has nothing to do with the vectors."""
+"""Variance of the lists' shares beyond chance, relative to the squared mean share, up to which a
+selection counts as unrelated to the vectors."""
 
 COMPARED = 6000
 """Lists that are all compared with a query sooner than looked up."""
@@ -234,7 +234,10 @@ def _is_unrelated(rows: NDArray[np.int64], sizes: NDArray[np.int64], share: floa
 
 
 def _compact(lists: NDArray[np.int64], scores: Vectors, kept: Mask | None = None) -> Lists:
-    """The lists that are kept, moved to the front; what is passed over must not have a score, or it spoils rounding."""
+    """The lists that are kept, moved to the front.
+
+    What is passed over must not have a score, or it spoils rounding.
+    """
     kept = lists >= 0 if kept is None else kept
     if kept.all() and kept.size:
         return lists, scores

@@ -87,7 +87,10 @@ class Selection:
         return SelectedLists(self._engine.ivf, self._lists_of(), self.mask)
 
     def parameters(self, lists: int) -> Any:
-        """Search parameters of a scan of so many lists; making them anew for each search would cost too much."""
+        """Search parameters of a scan of so many lists.
+
+        Making them anew for each search would cost too much.
+        """
         if lists not in self._parameters:
             self._parameters[lists] = make.SearchParametersIVF(nprobe=lists, sel=self.selector)
         return self._parameters[lists]
@@ -299,7 +302,8 @@ def part_of(engine: Engine, rows: Rows) -> Any:
         vectors = (engine.index if fine is None else fine).reconstruct_batch(rows)
     except RuntimeError as error:
         raise ValueError(
-            "this kind of index cannot search among some rows only, since it has neither lists nor vectors to give "
+            "this kind of index cannot search among some rows only, since it has neither lists nor "
+            "vectors to give "
             f"back: build it with lists (IVF...) or as Flat ({error})"
         ) from None
     part = faiss.IndexFlatIP(engine.index.d)

@@ -189,7 +189,8 @@ def misfit(test: Test, kinds: Mapping[str, Kind]) -> str | None:
         if (kind == "number") != isinstance(value, float):
             if kind == "number":
                 return f"{name} is a number, {value!r} is text"
-            return f"{name} is a {kind}, {_value_text(value)} is a number: put it in quotes for the text"
+            number = _value_text(value)
+            return f"{name} is a {kind}, {number} is a number: put it in quotes for the text"
         if isinstance(value, str) and not value.strip():
             return f"{name}: a blank text is stored as unknown: write {test.attribute} is missing"
     return None

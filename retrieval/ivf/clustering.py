@@ -25,7 +25,7 @@ from tritower.retrieval.ivf import gpu
 from tritower.terminal.progress import counted
 
 FLAT_LISTS = 1024
-"""Up to so many lists, one level of k-means is affordable and comparing with every centroid is fast."""
+"""Up to so many lists, one level of k-means is affordable."""
 
 ITERATIONS = 10
 GROUPS_VISITED = 4
@@ -192,7 +192,10 @@ def _nearest_group(vectors: Vectors, groups: Vectors) -> NDArray[np.int64]:
 
 
 def _shares(sizes: NDArray[np.int64], count: int) -> NDArray[np.int64]:
-    """Lists for each group, in proportion to its size, never more than it has vectors; they sum to `count`."""
+    """Lists for each group, in proportion to its size, never more than it has vectors.
+
+    They sum to `count`.
+    """
     ideal = sizes * (count / sizes.sum())
     shares = np.minimum(np.floor(ideal).astype(np.int64), sizes)
     while (missing := count - shares.sum()) > 0:

@@ -46,7 +46,10 @@ class Source(Protocol):
         """Number of rows."""
 
     def sizes(self, num_lists: int, kept: NDArray[np.bool_] | None = None) -> NDArray[np.int64]:
-        """(L,) entries of each list; only of the rows that are `kept`, (N,) bool, where that is given."""
+        """(L,) entries of each list.
+
+        Only of the rows that are `kept`, (N,) bool, where that is given.
+        """
 
     def entries(self, first: int, end: int) -> Iterator[Entries]:
         """What stands in lists first to end - 1, in as many parts as is convenient."""
@@ -61,7 +64,7 @@ class Source(Protocol):
 def to_table(
     ids: pa.Array, encoded: Encoded, contents: NDArray[np.int64] | None = None
 ) -> pa.Table:
-    """Encoded vectors with their ids, and digests of what they are of, as a table which `Blocks` reads."""
+    """Encoded vectors with ids and content digests, as a table that `Blocks` reads."""
     spread = {f"list{i}": pa.array(column) for i, column in enumerate(encoded.lists.T)}
     codes = {f"code{i}": _binary(codes) for i, codes in enumerate(encoded.codes)}
     fine = {"fine": _binary(encoded.fine)} if encoded.fine.shape[1] else {}
@@ -89,7 +92,10 @@ class Blocks:
         return sum(self._counts)
 
     def sizes(self, num_lists: int, kept: NDArray[np.bool_] | None = None) -> NDArray[np.int64]:
-        """(L,) entries of each list; only of the rows that are `kept`, (N,) bool, where that is given."""
+        """(L,) entries of each list.
+
+        Only of the rows that are `kept`, (N,) bool, where that is given.
+        """
         sizes = np.zeros(num_lists, np.int64)
         row = 0
         for file, count in zip(self.files, self._counts, strict=True):

@@ -49,7 +49,8 @@ class Settings(NamedTuple):
             raise ValueError(f"nprobe={self.nprobe}, but this index has no lists to probe")
         if lists is not None and not (is_whole(self.nprobe) and 1 <= self.nprobe <= lists):  # type: ignore[operator]
             raise ValueError(
-                f"nprobe={self.nprobe!r}; expected an integer from 1 to {lists}, the number of lists"
+                f"nprobe={self.nprobe!r}; expected an integer from 1 to {lists}, the number of "
+                "lists"
             )
         if not self.k_factor >= 1:
             raise ValueError(f"k_factor={self.k_factor}; expected a number of at least 1")
@@ -114,7 +115,8 @@ class Engine:
             raise ArtefactError(f"{folder} cannot be opened as an index: {error}") from None
         if (engine.index.ntotal, engine.index.d) != (rows, dim):
             raise ArtefactError(
-                f"{folder}: files do not belong together: manifest {rows} vectors of {dim} dimensions, index "
+                f"{folder}: files do not belong together: manifest {rows} vectors of {dim} "
+                "dimensions, index "
                 f"{engine.index.ntotal} of {engine.index.d}"
             )
         return engine
@@ -159,7 +161,8 @@ class Engine:
         if self.fine is None and isinstance(self.ivf, faiss.IndexIVFFastScan):
             # Once read from a file, asking it kills the process.
             raise ValueError(
-                'it keeps only fast-scan codes, which give no vectors back: build with ",Refine(SQ8)"'
+                "it keeps only fast-scan codes, which give no vectors back: build with "
+                '",Refine(SQ8)"'
             )
         if self.fine is None and self.ivf is not None:
             self.ivf.make_direct_map()
@@ -176,7 +179,10 @@ class Engine:
 
 
 def lists_of(index: Any) -> Any:
-    """The part of a FAISS index that has lists, under whatever is wrapped around it; None for an index without."""
+    """The part of a FAISS index that has lists, under whatever is wrapped around it.
+
+    None for an index without.
+    """
     lists = faiss.try_extract_index_ivf(index)
     return None if lists is None else faiss.downcast_index(lists)
 
@@ -187,7 +193,10 @@ def is_whole(number: Any) -> bool:
 
 
 def _parameters_of(index: Any, settings: Settings, selector: Any) -> Any:
-    """Search parameters for every layer of a FAISS index; set on a wrapper, nprobe would be ignored without a word."""
+    """Search parameters for every layer of a FAISS index.
+
+    Set on a wrapper, nprobe would be ignored without a word.
+    """
     if isinstance(index, faiss.IndexRefine):
         inner = _parameters_of(faiss.downcast_index(index.base_index), settings, selector)
         return make.IndexRefineSearchParameters(k_factor=settings.k_factor, base_index_params=inner)

@@ -1,4 +1,7 @@
-"""Nearest centroids on a GPU where FAISS sees one, in bounded memory of it; what is stored never knows of GPUs."""
+"""Nearest centroids on a GPU where FAISS sees one, in bounded memory of it.
+
+What is stored never knows of GPUs.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,9 @@ def give_up(problem: Exception) -> None:
 def nearest(
     vectors: NDArray[np.float32], centres: NDArray[np.float32], count: int
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """The `count` centres with the highest inner products, on the GPU or else on the CPU; exact on both.
+    """The `count` centres with the highest inner products, on the GPU or else on the CPU.
+
+    Exact on both.
 
     Args:
         vectors: (B, D) float32.

@@ -98,12 +98,14 @@ def attach(index: Any, file: Path, sizes: NDArray[np.int64]) -> Any:
     """
     if sizes.ndim != 1 or sizes.dtype != np.int64:
         raise ValueError(
-            f"sizes of lists are {sizes.dtype} of shape {sizes.shape}; expected int64, one for each list"
+            f"sizes of lists are {sizes.dtype} of shape {sizes.shape}; expected int64, one for "
+            "each list"
         )
     expected = file_bytes(sizes, index.code_size)
     if len(sizes) != index.nlist or (sizes < 0).any() or file.stat().st_size != expected:
         raise ValueError(
-            f"{file.name} has {file.stat().st_size} bytes; {len(sizes)} lists of {index.code_size}-byte codes for an "
+            f"{file.name} has {file.stat().st_size} bytes; {len(sizes)} lists of "
+            f"{index.code_size}-byte codes for an "
             f"index of {index.nlist} lists need {expected}"
         )
     return map_lists(index, file, extents(sizes, index.code_size))

@@ -187,7 +187,9 @@ def search_parameters(index: Any, nprobe: int, selector: Any = None) -> Any:
 
 
 def quantizer_parameters(index: Any, nprobe: int) -> Any:
-    """How the quantizer of an IVF index finds `nprobe` lists; where that is through groups, enough groups are visited.
+    """How the quantizer of an IVF index finds `nprobe` lists.
+
+    Where that is through groups, enough groups are visited.
 
     Args:
         index: an IVF index.
@@ -231,6 +233,7 @@ def open_fine(file: Path, count: int, dim: int) -> Any:
         raise ArtefactError(f"{file} cannot be opened: {error}") from None
     if (finer.ntotal, finer.d) != (count, dim):
         raise ArtefactError(
-            f"{file} holds {finer.ntotal} vectors of {finer.d} dimensions, expected {count} of {dim}"
+            f"{file} holds {finer.ntotal} vectors of {finer.d} dimensions, expected {count} of "
+            f"{dim}"
         )
     return finer

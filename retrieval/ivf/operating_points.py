@@ -83,7 +83,7 @@ class Point:
         return self.recall if self.held_out is None else min(self.recall, self.held_out)
 
     def reaches(self, recall: float) -> bool:
-        """Whether the queries that chose reach this recall, and those that check stay at most `MARGIN` below it."""
+        """Whether the choosing queries reach this recall, and the others nearly (`MARGIN`)."""
         return self.recall >= recall and (self.held_out is None or self.held_out >= recall - MARGIN)
 
 
@@ -117,14 +117,16 @@ class Tuning:
             best = self.nearest(recall, name)
             if not best.reaches(recall):
                 raise ValueError(
-                    f"recall@{self.k} of {recall:g} is not reached for queries of kind {name!r}: the best measured "
-                    f"point has {best.proven:.4f} (nprobe {best.nprobe}, k_factor {best.k_factor:g}): name nprobe and "
+                    f"recall@{self.k} of {recall:g} is not reached for queries of kind {name!r}: "
+                    "the best measured "
+                    f"point has {best.proven:.4f} (nprobe {best.nprobe}, k_factor "
+                    f"{best.k_factor:g}): name nprobe and "
                     "k_factor yourself, or build with a higher recall"
                 )
         return self.nearest_settings(recall, kind)
 
     def nearest_settings(self, recall: float, kind: str | None = None) -> Settings:
-        """As `settings_for`; where no point of a kind reaches the recall, those of its best point."""
+        """As `settings_for`; the best point's settings where no point reaches the recall."""
         chosen = [self.nearest(recall, name) for name in self._kinds(kind)]
         return Settings(max(p.nprobe for p in chosen), max(p.k_factor for p in chosen))
 

@@ -28,7 +28,7 @@ CODEBOOK = 16
 """Centroids of a 4-bit code."""
 
 EXACT_NUMBERS = 30_000 * 256
-"""Up to so many numbers, products times dimensions, the default index compares a query with every product.
+"""Up to so many numbers, products times dimensions, the default index is exact search.
 
 An exact search reads all of them once, so what it costs follows from their number: about 1 ms on
   one quiet core, where
@@ -95,12 +95,15 @@ def choose_factory(count: int, dim: int) -> Choice:
     """
     if count * dim > EXACT_NUMBERS:
         return choose_lists(count, dim)
-    why = f"{count:,} vectors of {dim} dimensions are few enough to compare a query with each of them: nothing is lost"
+    why = (
+        f"{count:,} vectors of {dim} dimensions are few enough to compare a query with each of "
+        "them: nothing is lost"
+    )
     return Choice("Flat", f"{why} (up to {EXACT_NUMBERS // dim:,})")
 
 
 def choose_lists(count: int, dim: int) -> Choice:
-    """The index with lists for a catalogue of any size, and exact search for one that is too small to train codes.
+    """The index with lists for any size; exact search for too few vectors to train codes.
 
     Args:
         count: number of vectors, at least 1.
@@ -110,7 +113,8 @@ def choose_lists(count: int, dim: int) -> Choice:
     if count < smallest:
         return Choice(
             "Flat",
-            f"{count:,} vectors are fewer than the {smallest} that train a 4-bit code: exact search instead",
+            f"{count:,} vectors are fewer than the {smallest} that train a 4-bit code: exact "
+            "search instead",
         )
     lists = num_lists(count)
     why = f"{lists:,} lists of about {count / lists:,.0f} vectors"
@@ -130,7 +134,10 @@ def num_lists(count: int) -> int:
 
 
 def num_pieces(dim: int) -> int | None:
-    """The number of sub-vectors of 4 dimensions, or of the nearest size to 8 that divides D; None where none does."""
+    """The number of sub-vectors of 4 dimensions, or of the nearest size to 8 that divides D.
+
+    None where none does.
+    """
     return next((dim // size for size in (4, 3, 2, 5, 6, 7, 8) if dim % size == 0), None)
 
 

@@ -23,7 +23,10 @@ STOP_WORDS: Mapping[str, frozenset[str]] = {
     "swedish": frozenset(lists.STOPWORDS_SWEDISH),
     "turkish": frozenset(lists.STOPWORDS_TURKISH),
 }
-"""Language -> its stop words, by the bm25s library; the languages have a Snowball stemmer of the same name."""
+"""Language -> its stop words, by the bm25s library.
+
+The languages have a Snowball stemmer of the same name.
+"""
 
 MIN_STOP_WORD_SHARE = 0.02
 """A catalogue with fewer stop words among its tokens has no language that we could tell."""

@@ -58,7 +58,8 @@ class Scoring:
             )
         if not (self.k1 > 0 and 0 <= self.b <= 1 and min(self.weights.values(), default=0) >= 0):
             raise ValueError(
-                f"k1={self.k1}, b={self.b}, weights={dict(self.weights)}: choose k1 above 0, b from 0 to 1 and weights "
+                f"k1={self.k1}, b={self.b}, weights={dict(self.weights)}: choose k1 above 0, b "
+                "from 0 to 1 and weights "
                 "of at least 0"
             )
 

@@ -49,7 +49,7 @@ Batches = Iterator[pa.Array]
 
 
 class AttributeSource(Protocol):
-    """Attributes of products, which `tritower.retrieval.products.attribute_table` joins to the rows of an index by id."""
+    """Attributes of products, which `attribute_table` joins to the rows of an index by id."""
 
     @property
     def name(self) -> str:
@@ -163,7 +163,8 @@ class FileSource:
             attribute = GROUPINGS.get(field.name, field.name)
             if attribute in self._columns:
                 raise ValueError(
-                    f"{path}: {self._columns[attribute]!r} and {field.name!r} are both a {attribute}"
+                    f"{path}: {self._columns[attribute]!r} and {field.name!r} are both a "
+                    f"{attribute}"
                 )
             self.kinds[attribute], self._columns[attribute] = (
                 checked_kind(found, field.name),
@@ -182,7 +183,8 @@ class FileSource:
             missing = pc.or_kleene(pc.is_null(ids), pc.equal(ids, ""))
             if pc.any(missing).as_py():
                 raise ValueError(
-                    f"{self.name}: row {row + pc.index(missing, True).as_py()} has no id ({self._id})"
+                    f"{self.name}: row {row + pc.index(missing, True).as_py()} has no id "
+                    f"({self._id})"
                 )
             yield ids
             row += len(ids)
@@ -207,7 +209,8 @@ class FileSource:
         for file, schema in zip(self._files, schemas, strict=True):
             if not schema.equals(schemas[0], check_metadata=False):
                 raise ValueError(
-                    f"{file} has other columns than {self._files[0]}: {schema.names}, {schemas[0].names}"
+                    f"{file} has other columns than {self._files[0]}: {schema.names}, "
+                    f"{schemas[0].names}"
                 )
         return schemas[0]
 

@@ -67,7 +67,9 @@ class Texts:
 
 
 class AttributeTable:
-    """Attributes by row. Opening it reads nothing but the names of its columns; several threads may use it at once.
+    """Attributes by row. Opening it reads nothing but the names of its columns.
+
+    Several threads may use it at once.
 
     Args:
         file: as `tritower.retrieval.products.attribute_writer` wrote it.
@@ -116,11 +118,17 @@ class AttributeTable:
             return self._columns[name]
 
     def group_codes(self) -> Codes | None:
-        """(N,) int32, equal for products of one group, -1 for those of none; None where there are no groups."""
+        """(N,) int32, equal for products of one group, -1 for those of none.
+
+        None where there are no groups.
+        """
         return self._codes(GROUP)
 
     def family_codes(self) -> Codes | None:
-        """(N,) int32, equal for products of one family, -1 for those of none; None where there are no families."""
+        """(N,) int32, equal for products of one family, -1 for those of none.
+
+        None where there are no families.
+        """
         return self._codes(FAMILY)
 
     def rows_of_group(self, code: int) -> NDArray[np.int64]:
@@ -188,7 +196,7 @@ class TableSource:
         name: what it is, for messages.
     """
 
-    ignored: dict[str, str] = {}  # noqa: RUF012 (every column of a table is an attribute)
+    ignored: dict[str, str] = {}  # noqa: RUF012
     block = 1 << 18
 
     def __init__(self, table: AttributeTable, ids: pa.ChunkedArray, name: str) -> None:

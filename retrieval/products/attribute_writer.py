@@ -83,7 +83,8 @@ def _common_kinds(sources: Sequence[AttributeSource]) -> dict[str, Kind]:
         for name, kind in source.kinds.items():
             if kinds.setdefault(name, kind) != kind:
                 raise ValueError(
-                    f"attribute {name!r} is a {kinds[name]} in {first[name]} and a {kind} in {source.name}: "
+                    f"attribute {name!r} is a {kinds[name]} in {first[name]} and a {kind} in "
+                    f"{source.name}: "
                     "name its kind where it was guessed, or leave the column out"
                 )
             first.setdefault(name, source.name)
@@ -93,7 +94,10 @@ def _common_kinds(sources: Sequence[AttributeSource]) -> dict[str, Kind]:
 def _join(
     ids: list[pa.Array], sources: Sequence[AttributeSource]
 ) -> tuple[NDArray[np.int64], dict[str, JSON]]:
-    """(N,) place of each row among the products of all sources, one source after another; -1 where there is none."""
+    """(N,) place of each row among the products of all sources, one source after another.
+
+    -1 where there is none.
+    """
     rows = pa.chunked_array([batch.cast(TEXT) for batch in ids], TEXT)
     places = np.full(len(rows), -1, np.int64)
     start = unused = 0

@@ -116,7 +116,7 @@ class PreparedCatalogue:
         return [name for name, kind in self.attributes.items() if kind == "number"]
 
     def records(self) -> Iterator[tuple[list[str], list[Record], NDArray[np.float64]]]:
-        """Shard by shard: B product ids, their records for lexical search, and (B, A) numbers, NaN where missing."""
+        """Per shard: B product ids, their records, and (B, A) numbers, NaN where missing."""
         title = self.text_fields[0] if self.text_fields else ""
         for file in self._shards("products"):
             there = pq.read_schema(file).names
@@ -144,7 +144,7 @@ class PreparedCatalogue:
     def _rows(
         self, table: str, id_column: str, ids: Collection[str], columns: Sequence[str]
     ) -> list[dict[str, Any]]:
-        """Rows by id; reads the ids of all, and the rest only of row groups that hold one of them."""
+        """Rows by id. Reads all ids, and the rest of row groups that hold one of them."""
         wanted, found = pa.array(list(ids), pa.string()), []
         for file in self._shards(table) if len(ids) else ():
             parquet = pq.ParquetFile(file)
@@ -199,7 +199,8 @@ def read_qrels(file: Path) -> pa.Table:
     if not pc.all(pc.fill_null(fine, False)).as_py():
         row = pc.fill_null(fine, False).index(False).as_py()
         raise ValueError(
-            f"{file}: row {row}: relevance {table.column('relevance')[row].as_py()}; expected a number >= 0"
+            f"{file}: row {row}: relevance {table.column('relevance')[row].as_py()}; expected a "
+            "number >= 0"
         )
     return table
 

@@ -82,7 +82,10 @@ def hit_at_k_per_query(retrieved: ArrayLike, relevant: ArrayLike, k: int) -> NDA
 
 
 def recall_at_k_per_query(retrieved: ArrayLike, relevant: ArrayLike, k: int) -> NDArray[np.float64]:
-    """The share of each query's relevant products found in its first k results; arguments as `hit_at_k_per_query`."""
+    """The share of each query's relevant products found in its first k results.
+
+    Arguments as `hit_at_k_per_query`.
+    """
     found = _found(retrieved, relevant)
     count: NDArray[np.int64] = found[:, : _checked_k(k, found.shape[1])].sum(axis=1)
     return np.asarray(count / _num_relevant(relevant))
@@ -95,14 +98,16 @@ def best_recall_at_k_per_query(relevant: ArrayLike, k: int) -> NDArray[np.float6
 
 
 def mrr_per_query(retrieved: ArrayLike, relevant: ArrayLike) -> NDArray[np.float64]:
-    """1 / rank of each query's first relevant product, 0 where none of the K results is relevant."""
+    """(Q,) 1 / rank of the first relevant product, 0 where none of the K hits is relevant."""
     found = _found(retrieved, relevant)
     first = found.argmax(axis=1) if found.shape[1] else np.zeros(len(found), np.int64)
     return np.where(found.any(axis=1), 1.0 / (first + 1.0), 0.0)
 
 
 def average_precision_per_query(retrieved: ArrayLike, relevant: ArrayLike) -> NDArray[np.float64]:
-    """Mean, over a query's relevant products, of the precision at the rank of each; 0 for those not retrieved.
+    """Mean, over a query's relevant products, of the precision at the rank of each.
+
+    0 for those not retrieved.
 
     Only K results are seen: with more than K relevant products even a perfect ranking stays below
       1.
@@ -182,7 +187,7 @@ def bootstrap_interval(
 
 
 def _found(retrieved: ArrayLike, relevant: ArrayLike) -> NDArray[np.bool_]:
-    """(Q, K) bool: is the product at this rank relevant? Refuses queries without relevant products."""
+    """(Q, K) bool: the hit is relevant. Refuses queries without relevant products."""
     _num_relevant(relevant)
     return _position(retrieved, relevant) >= 0
 
@@ -201,7 +206,7 @@ def _num_relevant(relevant: ArrayLike) -> NDArray[np.int64]:
 
 
 def _position(retrieved: ArrayLike, relevant: ArrayLike) -> NDArray[np.int64]:
-    """(Q, K) column of `relevant` in which the product at this rank stands, -1 where it is not relevant."""
+    """(Q, K) column of `relevant` that holds the hit, -1 where it is not relevant."""
     got, wanted = _as_ids(retrieved, "retrieved"), _as_ids(relevant, "relevant")
     if len(got) != len(wanted):
         raise ValueError(f"retrieved has {len(got)} queries, relevant has {len(wanted)}")
@@ -229,7 +234,8 @@ def _as_ids(array: ArrayLike, name: str) -> NDArray[np.int64]:
     ids = np.asarray(array)
     if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
         raise ValueError(
-            f"{name} has shape {ids.shape} and dtype {ids.dtype}; expected a (Q, K) array of integers"
+            f"{name} has shape {ids.shape} and dtype {ids.dtype}; expected a (Q, K) array of "
+            "integers"
         )
     return ids.astype(np.int64, copy=False)
 

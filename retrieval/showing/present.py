@@ -63,7 +63,8 @@ class Found:
             return f"{count} hits: the filter matches {self.matching:,} products"
         if len(self.index) <= self.wanted:
             return f"{count} hits: the index holds {len(self.index)} products"
-        return f"{count} of {self.wanted} hits found in {self.settings.nprobe} lists: visit more with nprobe"
+        lists = self.settings.nprobe
+        return f"{count} of {self.wanted} hits found in {lists} lists: visit more with nprobe"
 
     def hits_with_cards(self, images: bool = False) -> list[Hit]:
         """The hits with what the catalogue knows of them."""
@@ -132,7 +133,7 @@ class Found:
 
 
 def find_catalogue(index: ProductIndex, path: Path | None) -> PreparedCatalogue | None:
-    """The catalogue that is named, else the one the index remembers, provided that it is still the same.
+    """The catalogue that is named, else the one the index was made from, if unchanged.
 
     Raises:
         ArtefactError: the named folder is no catalogue.
@@ -160,7 +161,8 @@ def find_model(index: ProductIndex, path: Path | None) -> Path:
     hint = index.manifest.meta.get("hints", {}).get("model")
     if path is None and (hint is None or not Path(hint).is_dir()):
         raise ArtefactError(
-            f"no model at hand to encode the query with (the index names {hint}): name it with --model"
+            f"no model at hand to encode the query with (the index names {hint}): name it with "
+            "--model"
         )
     path = Path(hint) if path is None else path
     index.check_model(storage.read_manifest(path, "model").fingerprint, str(path))
@@ -183,7 +185,8 @@ def describe_index(path: Path, manifest: Manifest) -> Table:
     if training["vectors"]:
         per_list = f", {training['per_list']:g} for each list" if "per_list" in training else ""
         facts["trained"] = (
-            f"on {training['vectors']:,} vectors (seed {training['seed']}){per_list}, {training['device']}"
+            f"on {training['vectors']:,} vectors (seed {training['seed']}){per_list}, "
+            f"{training['device']}"
         )
     table = Table(show_header=False, box=None)
     for name, fact in facts.items():

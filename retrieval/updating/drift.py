@@ -252,10 +252,12 @@ def verdict(built: Drift, now: Drift) -> str:
         ("what their codes say", now.new_code_error, built.code_error),
     ):
         if new is not None and usual is not None and new > ERROR_LIMIT * max(usual, 1e-4):
-            far = f"new products lie {new / max(usual, 1e-4):.2f} times as far from {what} as those it was built for"
+            ratio = new / max(usual, 1e-4)
+            far = f"new products lie {ratio:.2f} times as far from {what} as those it was built for"
             reasons.append(f"{far} (limit: {ERROR_LIMIT:g})")
     if now.new_fine_error is not None and now.new_fine_error > FINE_LIMIT:
-        lost = f"vectors to re-rank by lose {now.new_fine_error:.2%} of new products (limit: {FINE_LIMIT:.2%})"
+        limit = f"(limit: {FINE_LIMIT:.2%})"
+        lost = f"vectors to re-rank by lose {now.new_fine_error:.2%} of new products {limit}"
         reasons.append(f"{lost}: their ranges are too narrow for them")
     if now.count > GROWTH_LIMIT * built.count:
         grown = f"it was built for {built.count:,} products and holds {now.count:,}"

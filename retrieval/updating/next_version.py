@@ -91,7 +91,7 @@ class NextVersion:
             )
 
     def choose(self, compact: bool, attributes: Path | None) -> None:
-        """Decide whether rows are closed up, where attributes come from, and whether there is anything to do."""
+        """Decide whether rows are closed up and where attributes come from."""
         meta, table = self.index.manifest.meta, self.index.version / ATTRIBUTES_FILE
         new = known_source(self.meta) if attributes is None else open_source(attributes)
         another = (
@@ -221,7 +221,10 @@ class NextVersion:
             faiss.write_index(new, faiss.PyCallbackIOWriter(file.write))
 
     def _new(self) -> Iterable[tuple[str, Any, NDArray[np.bool_]]]:
-        """Name, embeddings and (B,) bool mask of what is new of them, block by block; the same in every run."""
+        """Name, embeddings and (B,) bool mask of what is new of them, block by block.
+
+        The same in every run.
+        """
         if self.reader is None:
             return
         batches = counted(

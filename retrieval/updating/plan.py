@@ -89,7 +89,8 @@ def make_plan(
     unknown = leaving.filter(pa.array(rows < 0)).to_pylist()
     if strict and unknown:
         raise ValueError(
-            f"{len(unknown)} ids to delete are not in {index.path} (strict): {', '.join(unknown[:5])}"
+            f"{len(unknown)} ids to delete are not in {index.path} (strict): "
+            f"{', '.join(unknown[:5])}"
         )
     gone[rows[rows >= 0]] = True
     before = 0 if unchanged is None else len(unchanged)
@@ -115,7 +116,10 @@ def make_plan(
 def known_digests(
     index: ProductIndex, rows: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """(B,) int64 digests of what rows were embedded from, and (B,) bool whether that is known; -1 is no row."""
+    """(B,) int64 digests of what rows were embedded from, and (B,) bool whether that is known.
+
+    -1 is no row.
+    """
     contents = index.contents()
     digests = pc.fill_null(contents, 0).to_numpy()
     known = pc.is_valid(contents).to_numpy()

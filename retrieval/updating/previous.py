@@ -26,7 +26,7 @@ BLOCK = 65_536
 
 
 class Version:
-    """The encoded vectors of an opened index whose lists are mapped (`tritower.retrieval.ivf.encoded.Source`).
+    """The encoded vectors of an opened index with mapped lists, as a source for the next one.
 
     Args:
         index: the version.

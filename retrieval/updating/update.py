@@ -190,7 +190,8 @@ def _check_kind(index: ProductIndex) -> None:
         and not (index.version / LISTS_FILE).exists()
     ):
         raise ArtefactError(
-            f"{index.path} is {index.manifest.meta['factory']}, which cannot be updated: build it anew, with a factory "
+            f"{index.path} is {index.manifest.meta['factory']}, which cannot be updated: build it "
+            "anew, with a factory "
             "such as IVF1024,PQ64x4fsr,Refine(SQ8) if it is to be updated often"
         )
 
@@ -206,8 +207,10 @@ def _identity(index: ProductIndex, upsert: EmbeddingReader | Catalogue | None) -
     model = upsert.meta.get("model")
     if model is None and index.model is not None:
         raise ArtefactError(
-            f"{upsert.source} does not say which model made it, and {index.path} is of model {index.model}: give the "
-            "embeddings folder that `embed` made, or the catalogue; or build an index from embeddings like these"
+            f"{upsert.source} does not say which model made it, and {index.path} is of model "
+            f"{index.model}: give the "
+            "embeddings folder that `embed` made, or the catalogue; or build an index from "
+            "embeddings like these"
         )
     index.check_model(model, str(upsert.source))
     metric = upsert.meta.get("metric", upsert.metric)

@@ -1,4 +1,4 @@
-"""Checks in front of FAISS, which takes a wrong dimension, NaN or an unnormalised vector without a word."""
+"""Checks in front of FAISS, which accepts wrong dimensions, NaN and unnormalized vectors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ kl: a query's probabilities and a product's log-probabilities plus log D, so pro
 """
 
 NORM_TOLERANCE = 0.01
-"""Lengths this close to 1 count as rounding (float16) and are made exact; others are refused or normalised if asked.
+"""Lengths this close to 1 count as rounding (float16) and are made exact.
+
+Others are refused or normalised if asked.
 So do sums of probabilities."""
 
 EXACT = 1e-6
@@ -67,7 +69,8 @@ def checked_vectors(
     """
     if metric == "kl" and normalize:
         raise ValueError(
-            f"{where}: kl compares probabilities, which another length would spoil: do not normalise"
+            f"{where}: kl compares probabilities, which another length would spoil: do not "
+            "normalise"
         )
     if metric == "cosine" and _is_fine_already(vectors, dim):
         return vectors
@@ -87,7 +90,8 @@ def checked_vectors(
             row = int(bad.argmax())
             name = "" if names is None else f" (id {names[row]!r})"
             raise ValueError(
-                f"{where}: row {first_row + row}{name} {problem}; {int(bad.sum())} of {len(bad)} rows are like this"
+                f"{where}: row {first_row + row}{name} {problem}; {int(bad.sum())} of {len(bad)} "
+                "rows are like this"
             )
 
     length = _lengths(array)
@@ -101,7 +105,8 @@ def checked_vectors(
         worst = length[bad.argmax()] if len(length) else 1.0
         refuse(
             bad,
-            f"has length {worst:.4g}, cosine needs 1: normalise (--normalize) or name metric inner_product",
+            f"has length {worst:.4g}, cosine needs 1: normalise (--normalize) or name metric "
+            "inner_product",
         )
     if ((length < 1e-30) | (length > 1e30)).any():  # outside float32's range
         return np.divide(array, length[:, None], out=np.empty_like(array), casting="same_kind")
@@ -126,9 +131,12 @@ def checked_queries(
         if bad.any():
             row = int(bad.argmax())
             raise ValueError(
-                f"{where}: row {row} holds numbers from {vectors[row].min():.3g} to {vectors[row].max():.3g} with the "
-                f"sum {vectors[row].sum():.4g}; under kl a query is probabilities with the sum 1 (a product's vector "
-                f"asks as tritower.retrieval.vectors.checks.as_queries makes it); {int(bad.sum())} of {len(bad)} rows are like this"
+                f"{where}: row {row} holds numbers from {vectors[row].min():.3g} to "
+                f"{vectors[row].max():.3g} with the "
+                f"sum {vectors[row].sum():.4g}; under kl a query is probabilities with the sum 1 "
+                "(a product's vector "
+                f"asks as tritower.retrieval.vectors.checks.as_queries makes it); {int(bad.sum())} "
+                f"of {len(bad)} rows are like this"
             )
     return vectors
 

@@ -141,12 +141,15 @@ class EmbeddingBatch(NamedTuple):
     contents: NDArray[np.int64] | None = None
 
     def digests(self) -> NDArray[np.int64]:
-        """(B,) int64: equal where a row's content is; of the vectors where nothing is known of what was embedded."""
+        """(B,) int64: equal where a row's content is.
+
+        Of the vectors where nothing is known of what was embedded.
+        """
         return content_of(self.vectors) if self.contents is None else self.contents
 
 
 class EmbeddingReader:
-    """Streams ids and vectors from an embeddings folder of ours, or from anyone's Parquet or NumPy files.
+    """Streams ids and vectors from an embeddings folder, or from Parquet or NumPy files.
 
     Args:
         source: an embeddings folder, a folder of Parquet files or of .npy files, or one such file.
@@ -263,7 +266,8 @@ class EmbeddingReader:
         repeated = [product_id for product_id, count in seen.items() if count > 1]
         if repeated:
             raise ValueError(
-                f"{self.source}: {len(repeated)} ids appear more than once; {repeated[0]!r} {seen[repeated[0]]} times. "
+                f"{self.source}: {len(repeated)} ids appear more than once; {repeated[0]!r} "
+                f"{seen[repeated[0]]} times. "
                 "Ids must be unique"
             )
 

@@ -94,7 +94,8 @@ def find_parts(
     if files[0].suffix == ".npy":
         if ids is None:
             raise ValueError(
-                f"{source}: .npy files hold no ids: name them with ids (.txt, .npy, .csv or .parquet)"
+                f"{source}: .npy files hold no ids: name them with ids (.txt, .npy, .csv or "
+                ".parquet)"
             )
         parts = [NumpyPart(file, _partner(file, files, ids)) for file in files]
     else:
@@ -118,7 +119,7 @@ def _open(file: Path) -> pq.ParquetFile:
 
 
 class ParquetPart:
-    """A Parquet file with a column of ids and a column of vectors (list or fixed-size list of floats).
+    """A Parquet file with a column of ids and a column of vectors (lists of floats).
 
     Args:
         file: where it is.
@@ -231,7 +232,8 @@ def read_ids(file: Path, count: int) -> pa.Array:
         array = np.load(file, allow_pickle=False)
         if array.dtype.kind not in "Uiu" or array.ndim != 1:
             raise ValueError(
-                f"{file}: dtype {array.dtype}, shape {array.shape}; expected (B,) integers or strings"
+                f"{file}: dtype {array.dtype}, shape {array.shape}; expected (B,) integers or "
+                "strings"
             )
         return pa.array([str(value) for value in array.tolist()], pa.large_string())
     if file.suffix == ".parquet":
@@ -315,7 +317,8 @@ def find_column(
     if named is not None:
         if named not in fitting:
             raise ValueError(
-                f"{what}: {named!r} is not one of the fitting columns {fitting} (all: {schema.names})"
+                f"{what}: {named!r} is not one of the fitting columns {fitting} (all: "
+                f"{schema.names})"
             )
         return named
     for name in preferred:

@@ -25,7 +25,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def quick() -> Iterator[None]:
-    """A flush takes long; what flushes are worth is told by a disk that loses power, not by the machine's own."""
+    """A flush takes long; what flushes are worth is told by a disk that loses power, not by the
+    machine's own.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
         yield

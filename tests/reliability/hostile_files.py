@@ -1,4 +1,6 @@
-"""Open and search indexes whose files were changed on purpose, digests and all; prints what came of it as JSON.
+"""Open and search indexes whose files were changed on purpose, digests and all.
+
+Prints what came of it as JSON.
 
 python hostile_files.py INDEX FOLDER CASES MEMORY_MIB SECONDS
 
@@ -94,7 +96,10 @@ def changed(name: str, data: bytes, chance: random.Random) -> bytes:
 
 
 def changed_array(data: bytes, chance: random.Random) -> bytes:
-    """An array of another type, shape or content; among them one that would run code if it were believed."""
+    """An array of another type, shape or content.
+
+    Among them one that would run code if it were believed.
+    """
     way, end = chance.randrange(4), data.index(b"\n")
     if way == 0:
         return data.replace(b"<i8", chance.choice([b"<f8", b"|O8", b">i8", b"<u8"]))

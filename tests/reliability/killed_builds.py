@@ -108,7 +108,9 @@ def main(embeddings: str, folder: Path, kills: int, old: str, factory: str) -> N
 
 
 def _versions_made(root: Path, had_version: bool) -> int:
-    """A build killed after it has published, before it has ended, is made once more when it is run again."""
+    """A build killed after it has published, before it has ended, is made once more when it is run
+    again.
+    """
     return int(versions.current(root).name) - had_version
 
 

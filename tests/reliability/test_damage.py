@@ -54,7 +54,10 @@ def indexes(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
-    """Factory -> an index of two versions, of other products each, and what the older one answers."""
+    """Factory -> an index of two versions, of other products each.
+
+    And what the older one answers.
+    """
     folder = tmp_path_factory.mktemp("two")
     embeddings = [embed(folder / f"e{seed}", 200, seed=seed) for seed in (5, 0)]
     attributes = [describe(each) for each in embeddings]
@@ -86,7 +89,10 @@ def refused(root, what, name):
 
 
 def offsets(size):
-    """Every byte of a small file where the whole tier runs, else some; always the first and the last."""
+    """Every byte of a small file where the whole tier runs, else some.
+
+    Always the first and the last.
+    """
     wanted = size if FULL and size <= 64 << 10 else 200 if FULL else 12
     chosen = np.linspace(0, size - 1, min(size, wanted)).astype(int)
     return sorted({*chosen.tolist()})
@@ -275,7 +281,9 @@ def test_a_damaged_stored_index_is_refused(tmp_path, name, figures):
 
 @pytest.mark.skipif(not __debug__, reason="this is that run")
 def test_nothing_of_this_depends_on_assertions():
-    """The tests of damage and of ids once more, in a Python that skips `assert` in the code that is tested."""
+    """The tests of damage and of ids once more, in a Python that skips `assert` in the code that is
+    tested.
+    """
     here = Path(__file__).parent
     run = [
         sys.executable,

@@ -114,7 +114,10 @@ def test_of_two_builders_at_once_one_wins_and_the_other_is_told(
 
 
 class Meeting(files.System):
-    """Whoever is about to make its version the one in use waits for another who is, for a moment."""
+    """Whoever is about to make its version the one in use waits for another who is.
+
+    For a moment.
+    """
 
     def __init__(self):
         self.barrier = threading.Barrier(2)

@@ -1,4 +1,7 @@
-"""An index that products come to, change in and leave, for as long as is asked, killed at random operations."""
+"""An index that products come to, change in and leave.
+
+For as long as is asked, killed at random operations.
+"""
 
 import os
 

@@ -28,7 +28,9 @@ def vector_of(group: int, name: str, noise: float) -> np.ndarray:
 def write_embeddings(
     catalogue: Path, folder: Path, noise: float = 0.5, model: str = "model-a"
 ) -> Path:
-    """Write folder/products and folder/queries as `embed` does, one shard per shard of the catalogue."""
+    """Write folder/products and folder/queries as `embed` does, one shard per shard of the
+    catalogue.
+    """
     fingerprint = storage.fingerprint(catalogue)
     hints = {"model": "nowhere", "catalogue": str(catalogue)}
     products = EmbeddingWriter(folder / "products", dim=DIM, model=model, catalogue=fingerprint)

@@ -104,7 +104,9 @@ class Watched(files.System):
 
 
 class Failing(Watched):
-    """The operation number `fail_at`, counted from 1, fails; a failing write leaves half of its bytes.
+    """The operation number `fail_at`, counted from 1, fails.
+
+    A failing write leaves half of its bytes.
 
     Args:
         fail_at: which one.

@@ -184,7 +184,10 @@ class LivingIndex(RuleBasedStateMachine):
         )
 
     def follow_rows(self, old):
-        """What has not changed keeps its row, unless rows were closed up; then all keep their order."""
+        """What has not changed keeps its row, unless rows were closed up.
+
+        Then all keep their order.
+        """
         index = ProductIndex.open(self.root)
         compacted = index.manifest.meta.get("update", {}).get(
             "compacted", False

@@ -72,7 +72,10 @@ def _imports(node: ast.AST, *, lazy: bool) -> Iterator[Import]:
 
 
 def _imported(module: str, name: str) -> str:
-    """`from tritower.towers import text` is a module; `from tritower.towers.text import pool` is `towers.text`."""
+    """`from tritower.towers import text` is a module.
+
+    `from tritower.towers.text import pool` is `towers.text`.
+    """
     return f"{module}.{name}" if f"{module}.{name}" in module_names() else module
 
 

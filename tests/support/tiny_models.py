@@ -1,4 +1,7 @@
-"""Tiny models of the libraries that towers are made of, with random weights, written as those libraries write them."""
+"""Tiny models of the libraries that towers are made of.
+
+With random weights, written as those libraries write them.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,10 @@ WORDS = "red green blue crimson shoe sneaker mug coffee lamp query passage a by 
 
 
 def write_bert(folder: Path, seed: int = 0) -> Path:
-    """A BERT of two layers for the transformers library, with a tokenizer of a few words and of all letters."""
+    """A BERT of two layers for the transformers library.
+
+    With a tokenizer of a few words and of all letters.
+    """
     from transformers import BertConfig, BertModel, BertTokenizerFast
 
     folder.mkdir(parents=True)
@@ -45,7 +51,9 @@ def write_bert(folder: Path, seed: int = 0) -> Path:
 def write_open_clip(
     folder: Path, seed: int = 0, context_length: int = 16, tokenizer: Path | None = None
 ) -> Path:
-    """A CLIP of one layer on each side for open_clip's `local-dir:`; with open_clip's own tokenizer, or with another.
+    """A CLIP of one layer on each side for open_clip's `local-dir:`.
+
+    With open_clip's own tokenizer, or with another.
 
     Args:
         folder: to be made.
@@ -103,7 +111,10 @@ TIMM_ARGS = {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16]}
 
 
 def write_timm(path: Path, seed: int = 0) -> torch.nn.Module:
-    """Weights of a small timm model, classifier included, as .safetensors or .pth; returns the model."""
+    """Weights of a small timm model, classifier included, as .safetensors or .pth.
+
+    Returns the model.
+    """
     import timm
 
     torch.manual_seed(seed)
@@ -120,7 +131,7 @@ def write_timm(path: Path, seed: int = 0) -> torch.nn.Module:
 
 
 def write_timm_hub(cache: Path, repo: str, seed: int = 0) -> None:
-    """What the Hugging Face hub client would have kept of a small timm model after downloading it."""
+    """The cache that the Hugging Face hub client keeps of a small timm model."""
     folder = cache / f"models--{repo.replace('/', '--')}"
     snapshot = folder / "snapshots" / "1"
     snapshot.mkdir(parents=True)

@@ -95,7 +95,10 @@ def entries(path: Path) -> list[dict[str, Any]]:
 def run_program(
     script: str, *arguments: str, timeout_s: float = 150
 ) -> subprocess.CompletedProcess[str]:
-    """`python SCRIPT ...` with all the processes it starts; they are killed when it takes too long."""
+    """`python SCRIPT ...` with all the processes it starts.
+
+    They are killed when it takes too long.
+    """
     process = subprocess.Popen(
         [sys.executable, str(ROOT / script), *arguments],
         env={**os.environ, "PYTHONPATH": str(ROOT)},

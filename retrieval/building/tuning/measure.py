@@ -23,14 +23,14 @@ ENOUGH = 0.002
 """More candidates to re-rank that bring less recall than this are not tried, nor more lists."""
 
 LOSS = 0.03
-"""So few candidates that they lose more recall than this are not tried with more lists, where they lose no less."""
+"""More lists are not tried with so few candidates that they lose more recall than this."""
 
 TIMED = 100
 """Searches whose latency is taken."""
 
 
 def measure(engine: Engine, probes: Sequence[Probe], target: Target) -> Tuning:
-    """All points of a finished index, per kind of query, each checked by queries that had no part in choosing it."""
+    """Operating points of a finished index, per query type, each checked on other queries."""
     points = {}
     for probe in probes:
         chosen = sweep(engine, probe.half(held_out=False), target.k, max(target.recall, 0.99))
@@ -59,7 +59,7 @@ def reached(tuning: Tuning, target: Target) -> list[str]:
 
 
 def sweep(engine: Engine, probe: Probe, k: int, enough: float) -> list[Point]:
-    """Points from few lists to as many as bring more than `enough` recall, none beaten in both recall and latency."""
+    """The points that no other beats in both recall and latency, up to `enough` recall."""
     points: list[Point] = []
     best, first = -1.0, 0
     factors = K_FACTORS if engine.fine is not None else K_FACTORS[:1]
@@ -107,7 +107,7 @@ def time_point(engine: Engine, probe: Probe, k: int, point: Point) -> Point:
 
 
 def timed(engine: Engine, probe: Probe, k: int, points: Sequence[Point]) -> list[Point]:
-    """Points with their queries a second, a batch on all threads, and their latency on one, once memory is warm."""
+    """Points with their queries per second on all threads and their latency on one, warm."""
     found = []
     for point in points:
         call = partial(engine.search, probe.vectors, min(k, engine.count), point.settings)

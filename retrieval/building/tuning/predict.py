@@ -38,7 +38,7 @@ from tritower.retrieval.ivf.operating_points import Point, Target
 from tritower.retrieval.ivf.spec import MIN_POINTS_PER_LIST, Mapped
 
 CROWD = 40
-"""For k results, codes of so many times k vectors of all are compared, and of 80 in the sample at least."""
+"""Codes of so many times k vectors are compared for k hits; at least 80 in the sample."""
 
 CEILING = 0.99
 """Where re-ranking by 8-bit vectors could not reach this recall, 16-bit ones are stored:
@@ -151,7 +151,10 @@ class Predictor:
     def _ways(
         self, depth: Rows, crowd: NDArray[np.float64], ceiling: float, design: Mapped
     ) -> tuple[list[Point], float]:
-        """The fewest lists for each number of candidates, while more candidates save lists; and the best recall."""
+        """The fewest lists for each number of candidates, while more candidates save lists.
+
+        And the best recall.
+        """
         ways: list[Point] = []
         factors = K_FACTORS if design.finer is not None else (1.0,)
         for factor in factors:
@@ -168,7 +171,7 @@ class Predictor:
 
 
 def nearest_in(sample: Vectors, probes: Sequence[Probe], k: int, count: int) -> list[Probe]:
-    """Probes with their nearest rows of a sample, as many as decide what becomes of their k nearest vectors of all."""
+    """Tuning queries with the nearest rows of a sample that stand for their k nearest of all."""
     return with_truth(
         probes,
         iter([sample]),
