@@ -85,7 +85,7 @@ def call(function: Callable[..., Any], values: Mapping[str, Any]) -> Any:
     types = get_type_hints(function)
     arguments = {}
     for name in inspect.signature(function).parameters:
-        kind = types[name]
+        kind: Any = types[name]
         if is_dataclass(kind):
             group = {field.name: values[field.name] for field in fields(kind)}
             arguments[name] = kind(**group)

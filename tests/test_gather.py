@@ -44,10 +44,10 @@ def make_batch(encoder: Encoder, queries: list[int], products: list[int]) -> Bat
         weight=weight[queries],
         label=torch.tensor([1.0, torch.nan, 0.0, 0.5, 0.3, torch.nan, 1.0, 0.0])[queries],
         frequency=torch.linspace(0.5, 2.0, QUERIES + EXTRA)[products],
-        judged=torch.tensor(
+        judged_products=torch.tensor(
             [[i * 5 % 12, NO_KEY if i % 3 else i * 7 % 12] for i in range(QUERIES)]
         )[queries],
-        grades=torch.linspace(0.1, 1.0, 2 * QUERIES).view(QUERIES, 2)[queries],
+        judgement_weights=torch.linspace(0.1, 1.0, 2 * QUERIES).view(QUERIES, 2)[queries],
     )
 
 

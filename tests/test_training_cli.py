@@ -339,7 +339,7 @@ def test_an_unknown_key_of_a_configuration_is_named(
         ),
         (
             ["--data.validation.threshold=0"],
-            "error: threshold=0.0: products of relevance 0 are no answers",
+            "error: threshold=0.0: products of relevance 0 are not relevant",
         ),
         (
             ["--model.product.text.template={name}"],
@@ -378,10 +378,7 @@ def test_queries_that_are_not_there_are_no_way_to_choose(
     )
     assert fit(mates, tmp_path / "b", *pictures, "--data.examples.positives=none") == 1
     error = last_line(capsys)
-    assert (
-        "val queries (titles that ask for their product) has anything that this model reads (image)"
-        in error
-    )
+    assert "val queries (titles of products) has anything that this model reads (image)" in error
 
 
 def test_queries_that_a_model_cannot_read_find_nothing_and_are_counted(
@@ -459,7 +456,7 @@ def test_help_explains_the_options(capsys: pytest.CaptureFixture[str]) -> None:
     for words in (
         "Go on from the run's newest valid checkpoint",
         "learning rate of pretrained towers",
-        "whose views may ask for a product",
+        "whose views may be the query of a product",
         "items that are encoded at once",
     ):
         assert words in text

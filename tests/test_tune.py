@@ -52,7 +52,8 @@ def stored(reader):
 
 
 def measured(index, vectors, truth, **options):
-    return metrics.recall_at_k(index.search(vectors, 10, **options).rows, truth, 10)
+    hits = index.search(vectors, 10, settings=index.resolve(**options))
+    return metrics.recall_at_k(hits.rows, truth, 10)
 
 
 def test_every_kind_of_query_reaches_the_recall_asked_for(tuned, products, queries):

@@ -60,7 +60,7 @@ def built(origin, tmp_path):
 
 def found(root, queries, k=10, **options):
     index = ProductIndex.open(root)
-    hits = index.search(queries, k, **options)
+    hits = index.search(queries, k, settings=index.resolve(**options))
     return index.ids(hits.rows), hits
 
 

@@ -38,8 +38,10 @@ class GatedFusion(nn.Module):
         super().__init__()
         joined = num_modalities * dim + num_modalities
         self.gate = nn.Linear(joined, num_modalities)
-        self.residual = nn.Sequential(nn.Linear(joined, dim), nn.GELU(), nn.Linear(dim, dim))
-        for layer in (self.gate, self.residual[-1]):
+        hidden = nn.Linear(joined, dim)
+        last = nn.Linear(dim, dim)
+        self.residual = nn.Sequential(hidden, nn.GELU(), last)
+        for layer in (self.gate, last):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 

@@ -151,9 +151,8 @@ class Ours(Arm):
 
     def search(self, queries: Vectors, k: int, point: Point) -> Rows:
         """See `Arm`."""
-        return self.index.search(
-            queries, k, nprobe=point.get("nprobe"), k_factor=point.get("k_factor")
-        ).rows
+        settings = self.index.resolve(point.get("nprobe"), point.get("k_factor"))
+        return self.index.search(queries, k, settings=settings).rows
 
     def extra(self) -> dict[str, Any]:
         """What the index is searched with by default, and how many queries that rests on."""

@@ -54,7 +54,7 @@ def write_mapped(
             write_fine_header(file, trained.finer, count)
             for source, moved in sources:
                 for fine in _kept_fine(source, moved):
-                    file.write(memoryview(np.ascontiguousarray(fine)).cast("B"))
+                    file.write(np.ascontiguousarray(fine).data.cast("B"))
     nlist = trained.index.nlist
     sizes = np.zeros(nlist, np.int64)
     for source, moved in sources:

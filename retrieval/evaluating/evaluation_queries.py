@@ -48,16 +48,16 @@ class Questions:
 
     def take(self, positions: NDArray[np.int64]) -> Questions:
         """The questions at these positions."""
-        parts = (
-            self.ids,
-            self.kinds,
-            self.vectors,
-            self.source,
-            self.relevant,
-            self.judged,
-            self.grades,
+        return Questions(
+            self.ids[positions],
+            self.kinds[positions],
+            self.vectors[positions],
+            self.source[positions],
+            self.relevant[positions],
+            self.judged[positions],
+            self.grades[positions],
+            self.threshold,
         )
-        return Questions(*(part[positions] for part in parts), self.threshold)
 
     def among(self, rows: NDArray[np.int64]) -> Questions:
         """The questions with positions among some ascending rows in place of rows.

@@ -157,12 +157,10 @@ class UntrainedSearch:
 
     def default_choice(self, queries: Untrained) -> Choice:
         """Words by BM25 and all towers, each of weight 1."""
-        words = {}
+        words: dict[str, WordSettings] = {}
         if any(any(record.values()) for record in queries.records):
-            words = {
-                model: WordSettings(Analyzer(self.language), scoring=Scoring(model))
-                for model in WORDS
-            }  # type: ignore[arg-type]
+            for model in WORDS:
+                words[model] = WordSettings(Analyzer(self.language), scoring=Scoring(model))
         towers = [
             name
             for name, features in queries.features.items()
@@ -206,7 +204,8 @@ class UntrainedSearch:
 
         best: dict[str, float] = {}
         best_figure = -1.0
-        for model in sorted(figures, key=lambda name: -figures[name]) or [None]:
+        models = sorted(figures, key=lambda name: -figures[name])
+        for model in models or [""]:
             names = [name for name in blocks if name not in WORDS or name == model]
             weights, figure = choose_weights(names, ndcg_of_sum)
             if figure >= best_figure + MIN_GAIN:

@@ -108,8 +108,9 @@ def search_grouped(
 def first_of_each_code(rows: Rows, codes: Codes) -> Mask:
     """(Q, K) rows -> (Q, K) bool: hits whose code is not that of an earlier hit."""
     code = np.where(rows >= 0, codes[rows], -1).astype(np.int64)
-    # A row without a code gets one of its own.
-    code = np.where(code >= 0, code, len(codes) + 1 + rows)
+    # A row without a code gets one of its own, above all others.
+    own = int(code.max(initial=-1)) + 2 + rows
+    code = np.where(code >= 0, code, own)
     order = np.argsort(code, axis=1, kind="stable")
     ordered = np.take_along_axis(code, order, axis=1)
     is_first = np.ones(rows.shape, np.bool_)

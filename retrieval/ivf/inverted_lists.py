@@ -58,8 +58,8 @@ def write_list(file: BinaryIO, index: Any, codes: Codes, rows: NDArray[np.int64]
     if not len(rows):
         return
     packed = pack(index, codes)
-    file.write(memoryview(packed).cast("B"))
-    file.write(memoryview(np.ascontiguousarray(rows, np.int64)).cast("B"))
+    file.write(packed.data.cast("B"))
+    file.write(np.ascontiguousarray(rows, np.int64).data.cast("B"))
     file.write(bytes(-(packed.nbytes + 8 * len(rows)) % ALIGNMENT))
 
 

@@ -140,7 +140,8 @@ def _with_weight(settings: WordSettings, name: str, weight: float) -> WordSettin
 
 
 def _with_value(settings: WordSettings, name: str, value: float) -> WordSettings:
-    return replace(settings, scoring=replace(settings.scoring, **{name: value}))
+    change: dict[str, Any] = {name: value}
+    return replace(settings, scoring=replace(settings.scoring, **change))
 
 
 def _analyses(settings: WordSettings) -> Iterator[WordSettings]:

@@ -172,7 +172,8 @@ def _waiting(
 
 def _numbers(batches: Iterator[pa.Array], places: NDArray[np.int64]) -> NDArray[Any]:
     chunks = [pc.fill_null(batch, np.nan).to_numpy(zero_copy_only=False) for batch in batches]
-    return np.concatenate([*chunks, [np.nan]])[places]  # type: ignore[no-any-return]  # place -1 is the last one
+    # Place -1 is the last one.
+    return np.concatenate([*chunks, [np.nan]])[places]
 
 
 def _codes(batches: Iterator[pa.Array], places: NDArray[np.int64]) -> tuple[NDArray[Any], pa.Array]:

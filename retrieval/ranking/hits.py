@@ -57,10 +57,10 @@ class Hits(NamedTuple):
 
     def mean_ranks(self) -> NDArray[np.float64]:
         """(Q, K) ranks from 1; equal scores share the mean of their ranks: 1, 2.5, 2.5, 4."""
-        starts = np.ones(self.rows.shape, bool)
+        starts: NDArray[np.bool_] = np.ones(self.rows.shape, bool)
         starts[:, 1:] = self.scores[:, 1:] != self.scores[:, :-1]
         # Groups of equal scores, numbered through all queries.
         group = starts.cumsum().reshape(starts.shape) - 1
-        rank = np.broadcast_to(np.arange(1.0, starts.shape[1] + 1), starts.shape)
+        rank = np.broadcast_to(np.arange(1.0, self.rows.shape[1] + 1), starts.shape)
         mean = np.bincount(group.ravel(), rank.ravel()) / np.bincount(group.ravel())
         return mean[group]

@@ -254,7 +254,7 @@ class LivingIndex(RuleBasedStateMachine):
         assert len(index) == len(self.truth)
         assert index.manifest.meta["count"] == len(self.truth)
         queries = vectors(3, 3)
-        hits = index.search(queries, len(index), **self.wide)
+        hits = index.search(queries, len(index), settings=index.resolve(**self.wide))
         stored = self.stored(index)
         for query, rows, scores in zip(queries, hits.rows, hits.scores, strict=True):
             found = index.ids(rows).tolist()

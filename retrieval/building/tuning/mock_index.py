@@ -60,6 +60,6 @@ def stand_in(folder: Path, trained: Trained, encoded: Encoded, count: int) -> En
     with (folder / "stand-in.faiss").open("wb") as file:
         write_fine_header(file, trained.finer, rows)
         for start in range(0, rows, len(encoded.fine)):
-            file.write(memoryview(encoded.fine[: rows - start]).cast("B"))
+            file.write(encoded.fine[: rows - start].data.cast("B"))
     fine = open_fine(folder / "stand-in.faiss", rows, index.d)
     return Engine(faiss.IndexRefine(index, fine), rows, spill=trained.spill, keep=(*keep, fine))
