@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 # Before any library reads them: a test that would download fails at once instead of waiting for a
 # network.
@@ -19,6 +20,11 @@ os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"  # of calls inside Light
 os.environ.setdefault(
     "OMP_NUM_THREADS", "1"
 )  # models here are tiny: threads only wait for each other
+
+
+# How long an example takes depends on what else the machine does.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 
 @pytest.fixture(autouse=True)
