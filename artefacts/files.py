@@ -59,7 +59,8 @@ class System:
         """Swap two names in one step where the system can (Linux); returns whether it did."""
         if sys.platform != "linux":
             return False
-        at_cwd, rename_exchange = -100, 2
+        at_cwd = -100
+        rename_exchange = 2
         try:
             renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
         except (AttributeError, OSError):
@@ -117,7 +118,8 @@ class _Descriptor(io.RawIOBase):
 
     def __init__(self, path: Path) -> None:
         self.failure: ArtefactError | None = None
-        self._path, self._written = path, 0
+        self._path = path
+        self._written = 0
         self._descriptor = system.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
 
     def writable(self) -> bool:

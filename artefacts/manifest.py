@@ -69,7 +69,9 @@ def encode(manifest: Manifest) -> bytes:
 
 def _facts(entry: FileEntry) -> dict[str, JSON]:
     facts: dict[str, JSON] = {"bytes": entry.bytes, "sha256": entry.sha256}
-    return facts if entry.sample is None else {**facts, "sample": entry.sample}
+    if entry.sample is None:
+        return facts
+    return {**facts, "sample": entry.sample}
 
 
 def _dump(body: Mapping[str, Any]) -> bytes:

@@ -123,11 +123,10 @@ class ShardFolder:
         return begun
 
     def _check_same(self, begun: Mapping[str, JSON]) -> None:
-        differing = [
-            name
-            for name in {**begun, **self.identity}
-            if begun.get(name) != self.identity.get(name)
-        ]
+        differing = []
+        for name in {**begun, **self.identity}:
+            if begun.get(name) != self.identity.get(name):
+                differing.append(name)
         if differing:
             pairs = "; ".join(
                 f"{n}: there {begun.get(n)!r}, now {self.identity.get(n)!r}"
@@ -140,7 +139,9 @@ class ShardFolder:
 
 def _leaves(schema: pa.Schema) -> list[str]:
     """Names of columns as Parquet knows them: that of a list goes on to its elements."""
-    return [
-        f"{field.name}.list.element" if pa.types.is_fixed_size_list(field.type) else field.name
-        for field in schema
-    ]
+    result = []
+    for field in schema:
+        result.append(
+            f"{field.name}.list.element" if pa.types.is_fixed_size_list(field.type) else field.name
+        )
+    return result

@@ -40,7 +40,8 @@ from tritower.artefacts.temporaries import is_temporary, temporary
 MANIFEST = "manifest.json"
 LARGE_BYTES = 256 << 20
 """Of a file of more bytes, a fast `verify` compares blocks only."""
-SAMPLE_BLOCKS, SAMPLE_BLOCK_BYTES = 256, 64 << 10
+SAMPLE_BLOCKS = 256
+SAMPLE_BLOCK_BYTES = 64 << 10
 T = TypeVar("T")
 
 __all__ = [
@@ -201,9 +202,13 @@ def verify(path: Path | str, kind: str | None = None, *, fast: bool = False) -> 
         if size != entry.bytes:
             raise ArtefactError(f"{file} is damaged: expected {entry.bytes} bytes, found {size}")
         if fast and entry.sample is not None:
-            what, expected, digest = "sha256 of its sample", entry.sample, _sample_sha256(file)
+            what = "sha256 of its sample"
+            expected = entry.sample
+            digest = _sample_sha256(file)
         else:
-            what, expected, digest = "sha256", entry.sha256, _sha256(file)
+            what = "sha256"
+            expected = entry.sha256
+            digest = _sha256(file)
         if digest != expected:
             raise ArtefactError(f"{file} is damaged: expected {what} {expected}, found {digest}")
     return manifest

@@ -51,7 +51,8 @@ class Lock:
 
     def close(self) -> None:
         """Give the lock back."""
-        descriptor, self._descriptor = self._descriptor, None
+        descriptor = self._descriptor
+        self._descriptor = None
         if descriptor is not None:
             with suppress(OSError):  # nothing was written through it
                 files.system.close(descriptor)

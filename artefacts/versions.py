@@ -36,7 +36,8 @@ from tritower.artefacts.temporaries import (
 
 logger = logging.getLogger(__name__)
 
-CURRENT, VERSIONS = "CURRENT", "versions"
+CURRENT = "CURRENT"
+VERSIONS = "versions"
 T = TypeVar("T")
 
 
@@ -126,21 +127,20 @@ def current(root: Path | str) -> Path:
         problem = f"{root / CURRENT} names version {name}, which "
         problem += f"has no {MANIFEST}" if (root / VERSIONS / name).is_dir() else "is not there"
     there = [folder.name for folder in versions(root)]
-    remedy = (
-        f"write one of the versions there into it ({', '.join(there)}), or build anew"
-        if there
-        else "build it"
-    )
+    if there:
+        remedy = f"write one of the versions there into it ({', '.join(there)}), or build anew"
+    else:
+        remedy = "build it"
     raise ArtefactError(f"{problem}: {remedy}")
 
 
 def versions(root: Path | str) -> list[Path]:
     """The folders of all finished versions, oldest first, whether in use or not."""
-    return [
-        folder
-        for _, folder in sorted(_numbered(Path(root)).items())
-        if (folder / MANIFEST).is_file()
-    ]
+    result = []
+    for _, folder in sorted(_numbered(Path(root)).items()):
+        if (folder / MANIFEST).is_file():
+            result.append(folder)
+    return result
 
 
 def open_version(root: Path | str, read: Callable[[Path], T], fall_back: bool = True) -> Opened[T]:
@@ -208,7 +208,9 @@ def _pointer(root: Path) -> bytes | None:
 
 
 def _name_in(pointer: bytes) -> str | None:
-    return pointer[:-1].decode() if re.fullmatch(rb"[0-9]{6,}\n", pointer) else None
+    if re.fullmatch(rb"[0-9]{6,}\n", pointer):
+        return pointer[:-1].decode()
+    return None
 
 
 def _numbered(root: Path) -> dict[int, Path]:
@@ -217,11 +219,11 @@ def _numbered(root: Path) -> dict[int, Path]:
         entries = list((root / VERSIONS).iterdir())
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    return {
-        int(entry.name): entry
-        for entry in entries
-        if re.fullmatch("[0-9]{6,}", entry.name, re.ASCII)
-    }
+    result = {}
+    for entry in entries:
+        if re.fullmatch("[0-9]{6,}", entry.name, re.ASCII):
+            result[int(entry.name)] = entry
+    return result
 
 
 def _next(root: Path) -> Path:
@@ -234,11 +236,9 @@ def _newer_than_current(root: Path) -> list[Path]:
     None where `CURRENT` is damaged.
     """
     name = _name_in(_pointer(root) or b"")
-    return (
-        []
-        if name is None
-        else [folder for number, folder in _numbered(root).items() if number > int(name)]
-    )
+    if name is None:
+        return []
+    return [folder for number, folder in _numbered(root).items() if number > int(name)]
 
 
 def _check_place(root: Path, kind: str) -> None:

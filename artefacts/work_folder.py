@@ -39,8 +39,11 @@ class WorkFolder:
     """
 
     def __init__(self, output: Path, kind: Kind, identity: Mapping[str, Any], ours: str) -> None:
-        self.path, self._output, self._kind = _place(output, kind), output, kind
-        self.identity, self._ours = json.loads(json.dumps(identity)), ours
+        self.path = _place(output, kind)
+        self._output = output
+        self._kind = kind
+        self.identity = json.loads(json.dumps(identity))
+        self._ours = ours
         self._lock = self._take()
         try:
             self._begin()

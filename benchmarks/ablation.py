@@ -199,7 +199,8 @@ def main(
         again: why arms are read on the test split that were read before.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    results, benches = Results(json, Ledger(again=again)), []
+    results = Results(json, Ledger(again=again))
+    benches = []
     catalogues = chosen(only, ARMS)
     asked = chosen(arms, dict.fromkeys(arm for name in catalogues for arm in ARMS[name]))
     for name in catalogues:

@@ -132,12 +132,16 @@ class Catalogue:
     @property
     def salt(self) -> int | None:
         """Of its new splits."""
-        return None if self.splits is None else self.splits.salt
+        if self.splits is None:
+            return None
+        return self.splits.salt
 
     @property
     def folder(self) -> str:
         """Name of what is made of it."""
-        return self.name if self.splits is None else f"{self.name}-{self.splits.salt}"
+        if self.splits is None:
+            return self.name
+        return f"{self.name}-{self.splits.salt}"
 
 
 SPLITS = {"fashion": NewSplits(1), "luma": NewSplits(1, val_share=0.1, test_share=0.3)}
@@ -163,10 +167,12 @@ class Results:
     """
 
     def __init__(self, file: Path, ledger: Ledger) -> None:
-        self.file, self.ledger = file, ledger
-        self.data: dict[str, Any] = (
-            json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        )
+        self.file = file
+        self.ledger = ledger
+        if file.is_file():
+            self.data: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        else:
+            self.data = {}
         for part in ("arms", "missing"):
             self.data.setdefault(part, {})
         self.data["machine"] = {
@@ -227,8 +233,12 @@ class Bench:
         self.all = arms is None
         self.hybrid = hybrid
         self.arms = TRAINED | {name: [] for name in BORROWED} if arms is None else arms
-        self.catalogue, self.weights, self.work, self.split = catalogue, weights, work, split
-        self.results, self.quick = results, quick
+        self.catalogue = catalogue
+        self.weights = weights
+        self.work = work
+        self.split = split
+        self.results = results
+        self.quick = quick
         self.raw = data / catalogue.name
         self.prepared = work / "catalogues" / catalogue.folder
         self.cache = work / "features"
@@ -279,7 +289,8 @@ class Bench:
         """The prepared catalogue."""
         if self.prepared.is_dir():
             return
-        raw, arguments = self.raw, []
+        raw = self.raw
+        arguments = []
         if self.catalogue.splits is not None:
             raw = self.work / "raw" / self.catalogue.folder
             arguments = self.catalogue.splits.write(self.raw, raw)
@@ -297,9 +308,10 @@ class Bench:
         model, command = make()
         figures = self.measure(model, folder, untrained=name in self.hybrid)
         made = folder / "train" / "made.json"
-        trained_at = (
-            json.loads(made.read_text(encoding="utf-8"))["commit"] if made.is_file() else None
-        )
+        if made.is_file():
+            trained_at = json.loads(made.read_text(encoding="utf-8"))["commit"]
+        else:
+            trained_at = None
         self.store(
             "arms", f"{name}/{seed}", {**figures, "command": command, "trained_at": trained_at}
         )
@@ -381,11 +393,10 @@ class Bench:
             self.weights / "tf_efficientnet_lite0.safetensors"
         )
         removed = [a.removesuffix("=null") for a in arguments if a.endswith("=null")]
-        places = (
-            [a for a in (text, image) if not a.startswith(tuple(removed))]
-            if removed
-            else [text, image]
-        )
+        if removed:
+            places = [a for a in (text, image) if not a.startswith(tuple(removed))]
+        else:
+            places = [text, image]
         return [
             "fit",
             f"--config=configs/{config or self.catalogue.name}.yaml",
@@ -413,7 +424,9 @@ class Bench:
     ) -> dict[str, Any]:
         """The figures of a model alone, and fused with words where the floor is measured."""
         evaluation = self.evaluate(model, folder, product, query, untrained)
-        report, questions, found = evaluation.report, evaluation.questions, evaluation.found
+        report = evaluation.report
+        questions = evaluation.questions
+        found = evaluation.found
         rows = {kind: found["exact"][questions.of_kind(kind)] for kind in questions.all_kinds}
         rows |= {
             f"{kind}, hybrid": of[HYBRID]
@@ -439,11 +452,10 @@ class Bench:
     ) -> Evaluation:
         """Embed the catalogue, build an index with lists, ask the split's queries."""
         shutil.rmtree(folder / "embeddings", ignore_errors=True)
-        views = {
-            name: view
-            for name, view in (("product_view", product), ("query_view", query))
-            if view is not None
-        }
+        views = {}
+        for name, view in (("product_view", product), ("query_view", query)):
+            if view is not None:
+                views[name] = view
         embed(
             model,
             self.prepared,
@@ -645,7 +657,9 @@ def chosen(asked: list[str] | None, names: Iterable[str]) -> list[str]:
             raise SystemExit(
                 f'there is no "{name}"; choose of {quoted} (a name with a comma needs its quotes).'
             )
-    return known if asked is None else asked
+    if asked is None:
+        return known
+    return asked
 
 
 def run_all(benches: Sequence[Bench], results: Results, split: Split) -> None:

@@ -36,7 +36,8 @@ def exact(dim: int = 256, counts: list[int] = [10_000, 20_000, 30_000, 50_000]) 
 
 def measure(dim: int, counts: Sequence[int], searches: int = SEARCHES) -> list[tuple[int, float]]:
     """Median milliseconds of a search for 10 products on one thread, by number of products."""
-    vectors, queries = _drawn(max(counts), dim, 0), _drawn(searches, dim, 1)
+    vectors = _drawn(max(counts), dim, 0)
+    queries = _drawn(searches, dim, 1)
     threads = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(1)
     found = []

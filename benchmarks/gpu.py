@@ -108,7 +108,8 @@ def build_and_search(work: Path, gpu: bool) -> dict[str, Any]:
             f"expected training on the {'GPU' if gpu else 'CPU'}, was {training['device']}"
         )
     memory = gpu_says("memory.used") if gpu else None
-    queries, exact = np.load(work / "queries.npy"), np.load(work / "exact.npy")
+    queries = np.load(work / "queries.npy")
+    exact = np.load(work / "exact.npy")
     index = ProductIndex.open(work / "index")
     points = []
     for nprobe in (p for p in PROBED if p <= (index.num_lists or 0)):

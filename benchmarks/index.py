@@ -71,7 +71,8 @@ from tritower.artefacts import storage
 
 ROOT = Path(__file__).parent.parent
 LEVELS = (0.95, 0.99)
-QUICK, FULL = 50_000, 1_000_000
+QUICK = 50_000
+FULL = 1_000_000
 ARMS = ("exact", *ours.ARMS, *(name for name in peers.ARMS if name != "exact"))
 ENVIRONMENTS = {
     "hnswlib": ".venv-peers",
@@ -114,11 +115,9 @@ class Run:
 
     def interpreter(self, arm: str) -> Path:
         """The Python that has the packages of an arm; it may be missing."""
-        return (
-            ROOT / ENVIRONMENTS[arm] / "bin" / "python"
-            if arm in ENVIRONMENTS
-            else Path(sys.executable)
-        )
+        if arm in ENVIRONMENTS:
+            return ROOT / ENVIRONMENTS[arm] / "bin" / "python"
+        return Path(sys.executable)
 
     def index(self, arm: str) -> Path:
         """The folder of an arm's index."""
@@ -362,11 +361,10 @@ def stage(run: Run, arm: str, name: str, options: dict[str, Any] | None = None) 
         except subprocess.TimeoutExpired:
             raise StageFailed(f"{name} took more than {run.limit_s:,.0f} s and was ended") from None
     if done.returncode or not answer.exists():
-        lines = [
-            line
-            for line in log.read_text(encoding="utf-8", errors="replace").splitlines()
-            if line.strip()
-        ]
+        lines = []
+        for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.strip():
+                lines.append(line)
         last = lines[-1] if lines else "no message"
         if done.returncode < 0:
             last = f"ended by signal {-done.returncode}, as when memory runs out; {last}"
@@ -407,7 +405,9 @@ def figures_of(result: dict[str, Any], n: int) -> dict[str, Any]:
     """A result with what follows from it."""
     if result["status"] != "ok":
         return {name: value for name, value in result.items() if name != "identity"}
-    build, search, points = result["build"], result["search"], result["search"]["points"]
+    build = result["build"]
+    search = result["search"]
+    points = result["search"]["points"]
     touched = build.get("predicted", {}).get("hot")
     at: dict[str, Any] = {}
     for level in LEVELS:
@@ -434,14 +434,18 @@ def figures_of(result: dict[str, Any], n: int) -> dict[str, Any]:
 def qps_ratio(mine: dict[str, Any], theirs: dict[str, Any], level: float) -> float | None:
     """Queries a second of ours over theirs at a recall; None where either does not reach it."""
     value = ratio(*(arm["at"].get(str(level), {}).get("qps") for arm in (mine, theirs)))
-    return None if value is None else round(value, 3)
+    if value is None:
+        return None
+    return round(value, 3)
 
 
 def cpu() -> str:
     """The processor's name."""
     text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     found = re.search(r"model name\s*:\s*(.+)", text)
-    return found[1] if found else platform.machine()
+    if found:
+        return found[1]
+    return platform.machine()
 
 
 def machine(threads: int) -> dict[str, Any]:

@@ -30,7 +30,8 @@ class Ledger:
     """
 
     def __init__(self, file: Path = LEDGER, again: str | None = None) -> None:
-        self.file, self.again = file, again
+        self.file = file
+        self.again = again
         self.commit = commit()  # of the start: the ledger itself changes while a run goes on
         text = file.read_text(encoding="utf-8") if file.is_file() else "[]"
         self.reads: list[dict[str, Any]] = json.loads(text)
@@ -98,4 +99,6 @@ def command() -> str:
 
 def _short(argument: str) -> str:
     name, equals, value = argument.rpartition("=")
-    return name + equals + Path(value).name if value.startswith("/") else argument
+    if value.startswith("/"):
+        return name + equals + Path(value).name
+    return argument

@@ -41,7 +41,8 @@ from tritower.artefacts import storage
 from tritower.datamodules.catalogue import Table, product_item
 from tritower.towers.image import PicturePreprocess
 
-SIZE, BATCH = 224, 64
+SIZE = 224
+BATCH = 64
 
 
 class Files(Dataset[Tensor]):
@@ -71,7 +72,8 @@ class Pictures(Dataset[Tensor]):
     """Ours: a batch at a time."""
 
     def __init__(self, read: Callable[[int], bytes]) -> None:
-        self.read, self.preprocess = read, PicturePreprocess(SIZE)
+        self.read = read
+        self.preprocess = PicturePreprocess(SIZE)
 
     def __getitem__(self, numbers: list[int]) -> Tensor:
         return self.preprocess([self.read(number) for number in numbers])
@@ -110,7 +112,8 @@ def main(arguments: list[str] | None = None) -> int:
         help="folder of the pictures",
     )
     options = parser.parse_args(arguments)
-    raw, prepared = options.work / "raw", options.work / "catalogue"
+    raw = options.work / "raw"
+    prepared = options.work / "catalogue"
     if (
         not raw.is_dir()
     ):  # a catalogue has pictures of its queries, and second views of some products
@@ -179,7 +182,8 @@ def ours(read: Callable[[int], bytes], count: int) -> DataLoader[Tensor]:
 
 def rate(make: Callable[[], DataLoader[Tensor]]) -> float:
     """Pictures per second from the second batch on: the first one waits for the process."""
-    count, started = 0, 0.0
+    count = 0
+    started = 0.0
     for number, batch in enumerate(make()):
         count += len(batch) if number else 0
         started = started or time.perf_counter()

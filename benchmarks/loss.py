@@ -84,7 +84,8 @@ def measure(arm: str, size: int, dim: int) -> dict[str, Any]:
     loss(small, small).backward()
     query, product = (F.normalize(torch.randn(size, dim), dim=1).requires_grad_() for _ in range(2))
     (query.sum() + product.sum()).backward()  # gradients have their place
-    before, started = peak(), time.perf_counter()
+    before = peak()
+    started = time.perf_counter()
     loss(query, product).backward()
     seconds = time.perf_counter() - started
     return {
@@ -103,10 +104,8 @@ def peak() -> int:
 
 def tritower() -> Callable[[Tensor, Tensor], Tensor]:
     """InfoNCE with its defaults on products that are all different."""
-    loss, nothing = (
-        InfoNCE(),
-        Items(None, None, None, None, torch.ones(0, len(MODALITIES), dtype=torch.bool)),
-    )
+    loss = InfoNCE()
+    nothing = Items(None, None, None, None, torch.ones(0, len(MODALITIES), dtype=torch.bool))
 
     def of(query: Tensor, product: Tensor) -> Tensor:
         keys = torch.full((len(query), len(RELATIONS)), NO_KEY)

@@ -176,7 +176,8 @@ def main(
         again: why arms are read on the test split that were read before.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    asked, made = chosen(arms, ARMS), Trials(trials)
+    asked = chosen(arms, ARMS)
+    made = Trials(trials)
     results = Results(json, Ledger(again=again))
     catalogue = Catalogue("fashion", seeds=seeds, trained=tuple(asked), splits=SPLITS["fashion"])
     table: dict[str, list[str]] = {}

@@ -99,7 +99,9 @@ class Classifier(TwoTower):
     @property
     def embed_dim(self) -> int:
         """The number of classes."""
-        return len(self.class_of) if hasattr(self, "class_of") else super().embed_dim
+        if hasattr(self, "class_of"):
+            return len(self.class_of)
+        return super().embed_dim
 
     def logits(self, items: Items) -> Tensor:
         """(B, classes)."""
@@ -157,7 +159,8 @@ def ranks(model: Path, bench: Bench, folder: Path) -> dict[str, list[int]]:
     result: dict[str, list[int]] = {}
     for photo in rows(bench.raw / "photos.csv"):
         if photo["split"] == bench.split:
-            near, own = similarity[query_row[photo["photo_id"]]], column[photo["product_id"]]
+            near = similarity[query_row[photo["photo_id"]]]
+            own = column[photo["product_id"]]
             result.setdefault(photo["product_id"], []).append(int((near > near[own]).sum()))
     return result
 
@@ -169,10 +172,11 @@ def without_new(raw: Path, folder: Path) -> list[str]:
     ids = [product["id"] for product in rows(raw / "products.csv")]
     new = sorted(ids, key=lambda product_id: hashlib.sha256(product_id.encode()).hexdigest())[:NEW]
     for name, key in (("products", "id"), ("queries", "query_id")):
-        changed = [
-            row | {"split": "test"} if answers.get(row[key], row[key]) in new else row
-            for row in rows(raw / f"{name}.csv")
-        ]
+        changed = []
+        for row in rows(raw / f"{name}.csv"):
+            changed.append(
+                row | {"split": "test"} if answers.get(row[key], row[key]) in new else row
+            )
         with (folder / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, changed[0])
             writer.writeheader()
@@ -241,10 +245,8 @@ def main(
         bench = Bench(Catalogue("grocery", seeds=seeds), data, weights, work, split, results, quick)
         new: list[str] = []
         if arm.endswith(SOME_NEW):
-            bench.raw, bench.prepared = (
-                work / "raw" / "grocery_new",
-                work / "catalogues" / "grocery_new",
-            )
+            bench.raw = work / "raw" / "grocery_new"
+            bench.prepared = work / "catalogues" / "grocery_new"
             new = without_new(data / "grocery", bench.raw)
         bench.prepare()
         arguments_of = [*ARMS[arm], *given]

@@ -68,11 +68,10 @@ def main(data: Path, only: str = "luma", split: Split = "val") -> None:
         for name in ("products", "queries", "qrels")
     )
     row = {product_id: number for number, product_id in enumerate(products["id"])}
-    asks = {
-        q: row[s]
-        for q, s in zip(queries["query_id"], queries["source_product_id"], strict=True)
-        if s
-    }
+    asks = {}
+    for q, s in zip(queries["query_id"], queries["source_product_id"], strict=True):
+        if s:
+            asks[q] = row[s]
     grades = np.zeros((len(row), len(row)))
     for query_id, product_id, grade in zip(
         *(qrels[c] for c in ("query_id", "product_id", "relevance")), strict=True
@@ -86,7 +85,8 @@ def main(data: Path, only: str = "luma", split: Split = "val") -> None:
     of_split = {name: np.array(products["split"]) == name for name in ("train", split)}
     asked = np.flatnonzero(of_split[split] & (grades == grades.max()).any(1))
     mates = family[:, None] == family
-    links, known = (grades > 0) & ~mates, np.outer(of_split["train"], of_split["train"])
+    links = (grades > 0) & ~mates
+    known = np.outer(of_split["train"], of_split["train"])
     print(f"{only}, {len(asked)} products of {split} ask, nDCG@10")
     for name, counted in (
         ("judgements of train", links & known),

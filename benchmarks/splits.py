@@ -50,7 +50,9 @@ class NewSplits:
         if row["source_product_id"]:
             return ""
         digest = hashlib.blake2b(f"{self.salt}:{row['text']}".encode(), digest_size=8).digest()
-        return "test" if int.from_bytes(digest, "big") / 2**64 < self.typed_test_share else "val"
+        if int.from_bytes(digest, "big") / 2**64 < self.typed_test_share:
+            return "test"
+        return "val"
 
 
 def _rewrite(source: Path, target: Path, split_of: Callable[[dict[str, str]], str]) -> None:

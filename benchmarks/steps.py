@@ -85,11 +85,10 @@ def main(arguments: list[str] | None = None) -> int:
             ("of_tuned", row["arm"], "tuned"),
             ("over_open_clip", "open_clip", row["arm"]),
         ):
-            row[name] = (
-                round(seconds[base] / seconds[other], 3)
-                if {base, other} <= seconds.keys()
-                else None
-            )
+            if {base, other} <= seconds.keys():
+                row[name] = round(seconds[base] / seconds[other], 3)
+            else:
+                row[name] = None
     gpu = torch.cuda.get_device_name() if DEVICE == "cuda" else None
     versions = {"torch": torch.__version__, "open_clip": open_clip.__version__}
     machine = {
@@ -132,7 +131,8 @@ def measure(arm: str, model: str, batch: int, chunk: int | None, steps: int) -> 
 def inputs(model: str, batch: int) -> tuple[Tensor, Tensor]:
     """Random tokens and uint8 pixels."""
     config = open_clip.get_model_config(model)
-    size, length = config["vision_cfg"]["image_size"], config["text_cfg"].get("context_length", 77)
+    size = config["vision_cfg"]["image_size"]
+    length = config["text_cfg"].get("context_length", 77)
     tokens = torch.randint(1, 1000, (batch, length))
     tokens[:, -1] = config["text_cfg"].get("vocab_size", 49408) - 1  # the end of a text
     return tokens.to(DEVICE), torch.randint(
@@ -143,7 +143,8 @@ def inputs(model: str, batch: int) -> tuple[Tensor, Tensor]:
 def of_open_clip(model: str, batch: int) -> Callable[[], Tensor]:
     """open_clip's model, loss and optimiser, as its training runs them on one device."""
     clip = open_clip.create_model(model, load_weights=False).to(DEVICE).train()
-    loss, optimizer = open_clip.ClipLoss(), torch.optim.AdamW(clip.parameters(), lr=1e-6)
+    loss = open_clip.ClipLoss()
+    optimizer = torch.optim.AdamW(clip.parameters(), lr=1e-6)
     tokens, pixels = inputs(model, batch)
     mean, std = (
         torch.tensor(v, device=DEVICE).view(1, 3, 1, 1)

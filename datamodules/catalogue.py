@@ -39,7 +39,9 @@ class Table:
                 f"No shard-*.parquet in {folder}. Make it with: python -m datamodules.prepare"
             )
         self.cached_groups = cached_groups
-        sizes, self.groups, self.shard_starts = [], [], [0]
+        sizes = []
+        self.groups = []
+        self.shard_starts = [0]
         for number, shard in enumerate(self.shards):
             metadata = pq.read_metadata(shard)
             self.groups += [(number, group) for group in range(metadata.num_row_groups)]
@@ -104,10 +106,9 @@ def item_digest(item: Item) -> int:
 
     Another one where anything has changed.
     """
-    facts = {
-        name: list(value) if isinstance(value, tuple) else value
-        for name, value in item.attributes.items()
-    }
+    facts = {}
+    for name, value in item.attributes.items():
+        facts[name] = list(value) if isinstance(value, tuple) else value
     data = json.dumps(
         [dict(item.text), facts], sort_keys=True, ensure_ascii=False, default=list
     ).encode()
@@ -139,7 +140,8 @@ def product_keys(row: Mapping[str, Any]) -> list[int]:
 
     It answers no query by itself.
     """
-    text, images = row.get("text") or {}, row.get("images")
+    text = row.get("text") or {}
+    images = row.get("images")
     title = next(iter(text.values()), None)
     return [
         stable_hash(row["product_id"]),
@@ -160,7 +162,8 @@ MODEL = ("model", "model_number", "mpn", "part_number", "style_number")
 
 def attribute_keys(attributes: Mapping[str, Any]) -> list[int]:
     """The keys `model`, `category` and `branch` of a product's attributes."""
-    brand, path = attributes.get("brand"), attributes.get("category")
+    brand = attributes.get("brand")
+    path = attributes.get("category")
     model = next((attributes[name] for name in MODEL if attributes.get(name)), None)
     levels = [path] if isinstance(path, str) and path else list(path or ())
     return [

@@ -90,7 +90,9 @@ class AllQueries:
     @property
     def first_generated(self) -> int:
         """The number of the first generated query."""
-        return 0 if self.table is None else len(self.table)
+        if self.table is None:
+            return 0
+        return len(self.table)
 
     def __len__(self) -> int:
         return self.first_generated + len(self.generated)

@@ -232,7 +232,9 @@ def _orientation(image: Image.Image) -> int:
         value = image.getexif().get(0x0112, 1)
     except Exception:  # damaged EXIF says nothing about the pixels
         return 1
-    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+    if isinstance(value, int) and 1 <= value <= 8:
+        return value
+    return 1
 
 
 def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:

@@ -103,19 +103,17 @@ class ItemPreprocess:
         if self.attribute is not None:
             attribute = self.attribute([item.attributes for item in items])
             number, category = attribute
-            known = (
-                ~number.isnan().all(1)
-                if number.shape[1]
-                else torch.zeros(len(items), dtype=torch.bool)
-            )
+            if number.shape[1]:
+                known = ~number.isnan().all(1)
+            else:
+                known = torch.zeros(len(items), dtype=torch.bool)
             present[:, 2] = (known | (category != 0).flatten(1).any(1)).numpy()
             if not present[:, 2].any():
                 attribute = None
-        part = (
-            None
-            if rngs is None
-            else np.stack([part_of(row, rng) for row, rng in zip(present, rngs, strict=True)])
-        )
+        if rngs is None:
+            part = None
+        else:
+            part = np.stack([part_of(row, rng) for row, rng in zip(present, rngs, strict=True)])
         return Items(
             text,
             image,

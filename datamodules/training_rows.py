@@ -76,7 +76,9 @@ class ExampleOptions:
     def times(self) -> dict[ExampleType, int]:
         """How often the examples of each type are shown in an epoch."""
         types = ["catalogue", "pairs"] if self.types is None else self.types
-        return dict(types) if isinstance(types, dict) else dict.fromkeys(types, 1)
+        if isinstance(types, dict):
+            return dict(types)
+        return dict.fromkeys(types, 1)
 
 
 class TrainingRows:

@@ -80,7 +80,9 @@ class TuningQueries:
         count = min(len(words), int(rng.integers(1, WORDS + 1)))
         places = np.sort(rng.permutation(len(words))[:count])
         text = " ".join(words[place] for place in places)
-        return None if text in self._judged else Item({"query": text})
+        if text in self._judged:
+            return None
+        return Item({"query": text})
 
 
 def _plain(text: str) -> str:

@@ -41,7 +41,9 @@ class Views:
 
     def __call__(self, item: Item, rng: np.random.Generator) -> Item:
         """A view of `item`; the same for the same state of `rng`."""
-        text, images, attributes = dict(item.text), tuple(item.images), dict(item.attributes)
+        text = dict(item.text)
+        images = tuple(item.images)
+        attributes = dict(item.attributes)
         there = [bool(text), bool(images), bool(attributes)]
         keep_text, keep_images, keep_attributes = keep_some(there, self.modality_dropout, rng)
         return Item(
@@ -53,10 +55,9 @@ class Views:
 
 def keep_some(there: list[bool], dropout: float, rng: np.random.Generator) -> list[bool]:
     """Drop each that is there with chance `dropout`, but never all of them."""
-    kept = [
-        is_there and chance >= dropout
-        for is_there, chance in zip(there, rng.random(len(there)), strict=True)
-    ]
+    kept = []
+    for is_there, chance in zip(there, rng.random(len(there)), strict=True):
+        kept.append(is_there and chance >= dropout)
     if any(there) and not any(kept):
         candidates = np.flatnonzero(there)
         kept[int(candidates[rng.integers(len(candidates))])] = True

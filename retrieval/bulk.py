@@ -96,7 +96,8 @@ def bulk_search(
     folder = ShardFolder(
         output.with_name(f"{output.name}.parts") if single else output, kind=KIND, identity=identity
     )
-    names, searched = [], 0
+    names = []
+    searched = 0
     blocks = counted(
         _blocks(queries), queries.count, lambda block: len(block[1].ids), "search", "queries"
     )

@@ -296,7 +296,9 @@ class ProductIndex:
             vector = self.engine.vector(self.row_of(product_id))
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}") from None
-        return vector / np.linalg.norm(vector) if self.metric == "cosine" else vector
+        if self.metric == "cosine":
+            return vector / np.linalg.norm(vector)
+        return vector
 
 
 def open_files(path: Path) -> IndexFiles:

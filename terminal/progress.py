@@ -34,7 +34,8 @@ def counted(
         TimeRemainingColumn,
     )
 
-    started, done = time.perf_counter(), 0
+    started = time.perf_counter()
+    done = 0
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

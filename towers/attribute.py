@@ -42,7 +42,9 @@ def levels(attribute: Attribute, value: Value) -> list[str]:
     A size may be 38 or 38.0, and is "38" in both cases. Empty values stand for nothing.
     """
     if not isinstance(value, Sequence):
-        return [] if math.isnan(value) else [f"{value:.15g}"]
+        if math.isnan(value):
+            return []
+        return [f"{value:.15g}"]
     values = [value] if isinstance(value, str) else list(value)
     if attribute.kind == "path":
         values = [" > ".join(values[: depth + 1]) for depth in range(len(values))]
@@ -60,7 +62,8 @@ class AttributePreprocess:
 
     def __call__(self, attributes: Sequence[Mapping[str, Value]]) -> AttributeTensors:
         """The attributes of B items."""
-        numbers, categories = self.schema.numbers, self.schema.categories
+        numbers = self.schema.numbers
+        categories = self.schema.categories
         number = np.full((len(attributes), len(numbers)), math.nan, np.float32)
         hashes: list[tuple[int, int, list[int]]] = []
         for row, facts in enumerate(attributes):
@@ -140,9 +143,12 @@ class AttributeTower(Tower):
             raise ValueError(f"num_buckets={num_buckets} is not a power of two, e.g. {1 << 14}.")
         if not 1 <= num_hashes <= 4:
             raise ValueError(f"num_hashes={num_hashes}: choose 1 to 4.")
-        self.out_dim, self.value_dim = out_dim, value_dim
-        self.num_buckets, self.num_hashes = num_buckets, num_hashes
-        self.num_frequencies, self.frequency_scale = num_frequencies, frequency_scale
+        self.out_dim = out_dim
+        self.value_dim = value_dim
+        self.num_buckets = num_buckets
+        self.num_hashes = num_hashes
+        self.num_frequencies = num_frequencies
+        self.frequency_scale = frequency_scale
         self.exact_numbers = exact_numbers
         self.dropout = nn.Dropout(dropout)
         self.schema: Schema | None = None
@@ -165,7 +171,8 @@ class AttributeTower(Tower):
                 "The catalogue has no attributes: leave the attribute tower out (attribute: null)."
             )
         self.schema = schema
-        numbers, dim = schema.numbers, self.value_dim
+        numbers = schema.numbers
+        dim = self.value_dim
         self.register_buffer(
             "log", torch.tensor([a.log for a in numbers], dtype=torch.bool), persistent=False
         )

@@ -34,11 +34,9 @@ class ChangedProducts:
     """
 
     def __init__(self, model: Path, catalogue: Path, options: Options | None = None) -> None:
-        self._model, self._catalogue, self._options = (
-            model,
-            catalogue,
-            options or Options(devices=1),
-        )
+        self._model = model
+        self._catalogue = catalogue
+        self._options = options or Options(devices=1)
         self.meta: Mapping[str, Any] = {
             "model": storage.read_manifest(model, "model").fingerprint,
             "catalogue": storage.verify(catalogue, "catalogue").fingerprint,

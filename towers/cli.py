@@ -71,16 +71,15 @@ class RunCheckpoint(ModelCheckpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As ModelCheckpoint, which forgets all scores when its folder has another name."""
-        old, new = state_dict["dirpath"], str(self.dirpath)
+        old = state_dict["dirpath"]
+        new = str(self.dirpath)
 
         def moved(value: Any) -> Any:
             if isinstance(value, dict):
                 return {moved(path): score for path, score in value.items()}
-            return (
-                new + value.removeprefix(old)
-                if isinstance(value, str) and value.startswith(old)
-                else value
-            )
+            if isinstance(value, str) and value.startswith(old):
+                return new + value.removeprefix(old)
+            return value
 
         super().load_state_dict({name: moved(value) for name, value in state_dict.items()})
 
@@ -105,7 +104,8 @@ class WithinEpochs(RunCheckpoint):
 
 
 def _validation_follows(trainer: L.Trainer, batch_idx: int) -> bool:
-    every, epochs = trainer.val_check_batch, trainer.check_val_every_n_epoch
+    every = trainer.val_check_batch
+    epochs = trainer.check_val_every_n_epoch
     if not trainer.enable_validation or every is None or every == float("inf"):
         return False
     if epochs is None:
@@ -311,11 +311,10 @@ class TrainingCLI(LightningCLI):
             self._show_floor(untrained)
         if self._get(self.config_init, "then_test"):
             self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
-            figures = {
-                n: float(v)
-                for n, v in self.trainer.callback_metrics.items()
-                if n.startswith("test/")
-            }
+            figures = {}
+            for n, v in self.trainer.callback_metrics.items():
+                if n.startswith("test/"):
+                    figures[n] = float(v)
             write_json(self.run_folder / "test.json", figures)
             show_figures(figures)
 
@@ -391,11 +390,10 @@ class TrainingCLI(LightningCLI):
             ]
             self.model.load_state_dict(state)
         if self.trainer.is_global_zero:
-            meta = (
-                {}
-                if best.best_model_score is None
-                else {str(best.monitor): float(best.best_model_score)}
-            )
+            if best.best_model_score is None:
+                meta = {}
+            else:
+                meta = {str(best.monitor): float(best.best_model_score)}
             save_model(
                 self.model,
                 self.run_folder / "model",

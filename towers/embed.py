@@ -100,18 +100,17 @@ def embed(
     options = Options(batch_size, num_workers, accelerator, devices, precision)
     two_tower = load_model(model)
     storage.read_manifest(catalogue, kind="catalogue")
-    tables = {
-        side: Table(catalogue / side)
-        for side in ("products", "queries")
-        if (catalogue / side).is_dir()
-    }
-    products, queries = tables["products"], tables.get("queries")
+    tables = {}
+    for side in ("products", "queries"):
+        if (catalogue / side).is_dir():
+            tables[side] = Table(catalogue / side)
+    products = tables["products"]
+    queries = tables.get("queries")
     tuning = TuningQueries(products, queries)
-    towers = (
-        load_untrained(model, two_tower)
-        if untrained and queries is not None
-        else {"product": {}, "query": {}}
-    )
+    if untrained and queries is not None:
+        towers = load_untrained(model, two_tower)
+    else:
+        towers = {"product": {}, "query": {}}
     preprocess = two_tower.preprocess
     if feature_cache is not None:
         items = partial(all_items, tables, tuning)
@@ -128,18 +127,18 @@ def embed(
         writer = EmbeddingWriter(
             folder, dim=two_tower.embed_dim, metric=two_tower.metric, id_column=id_column, **about
         )
-        own_towers = (
-            {} if name == "tuning" else towers["product" if name == "products" else "query"]
-        )
-        untrained_writers = {
-            tower_name: EmbeddingWriter(
+        if name == "tuning":
+            own_towers = {}
+        else:
+            own_towers = towers["product" if name == "products" else "query"]
+        untrained_writers = {}
+        for tower_name, tower in own_towers.items():
+            untrained_writers[tower_name] = EmbeddingWriter(
                 output / "untrained" / tower_name / name,
                 dim=tower.out_dim,
                 id_column=id_column,
                 **about,
             )
-            for tower_name, tower in own_towers.items()
-        }
         hints = {"model": str(model.resolve()), "catalogue": str(catalogue.resolve())}
         before = Untrained(own_towers, untrained_writers)
         embed_rows(
@@ -262,7 +261,9 @@ class ProductTable(Dataset[NumberedItems]):
     """Products by row number."""
 
     def __init__(self, products: Table, preprocess: ItemPreprocess, view: ItemView) -> None:
-        self.products, self.preprocess, self.view = products, preprocess, view
+        self.products = products
+        self.preprocess = preprocess
+        self.view = view
 
     def __getitem__(self, rows: np.ndarray) -> NumberedItems:
         items = [self.view(product_item(self.products.row(int(row)))) for row in rows]
@@ -278,12 +279,10 @@ class QueryTable(Dataset[NumberedItems]):
     def __init__(
         self, queries: Table, products: Table, preprocess: ItemPreprocess, view: ItemView
     ) -> None:
-        self.queries, self.products, self.preprocess, self.view = (
-            queries,
-            products,
-            preprocess,
-            view,
-        )
+        self.queries = queries
+        self.products = products
+        self.preprocess = preprocess
+        self.view = view
         self.source = index_in(queries.column("source_product_id"), products.column("product_id"))
 
     def __getitem__(self, rows: np.ndarray) -> NumberedItems:
@@ -307,7 +306,10 @@ class TuningTable(Dataset[NumberedItems]):
     def __init__(
         self, tuning: TuningQueries, products: Table, preprocess: ItemPreprocess, view: ItemView
     ) -> None:
-        self.tuning, self.products, self.preprocess, self.view = tuning, products, preprocess, view
+        self.tuning = tuning
+        self.products = products
+        self.preprocess = preprocess
+        self.view = view
 
     def __getitem__(self, rows: np.ndarray) -> NumberedItems:
         return numbered_by_kind(rows, self.kinds, self.preprocess, self.view)
@@ -368,8 +370,10 @@ class ShardLoaders(L.LightningDataModule):
         self.allow_zero_length_dataloader_with_multiple_devices = (
             True  # fewer shards than processes
         )
-        self.data, self.rows = data, rows
-        self.batch_size, self.num_workers = batch_size, num_workers
+        self.data = data
+        self.rows = rows
+        self.batch_size = batch_size
+        self.num_workers = num_workers
 
     def predict_dataloader(self) -> DataLoader[NumberedItems]:
         """The rows of this process's shards, in order."""
@@ -405,7 +409,8 @@ class _Encode(L.LightningModule):
     def __init__(self, model: TwoTower, side: Side, towers: UntrainedTowers) -> None:
         super().__init__()
         self.encoder = model.query if side == "query" else model.product
-        self.side, self.metric = side, model.metric
+        self.side = side
+        self.metric = model.metric
         self.towers = dict(towers)
         self.copies = as_modules(towers, self.encoder)
 
@@ -430,7 +435,9 @@ class ShardWriter(L.Callback):
         rows: Mapping[int, np.ndarray],
         untrained: Mapping[str, EmbeddingWriter],
     ) -> None:
-        self.writer, self.table, self.rows = writer, table, rows
+        self.writer = writer
+        self.table = table
+        self.rows = rows
         self.untrained = untrained
         self.pending: list[Prediction] = []
         self.unknown = 0
@@ -479,9 +486,10 @@ class ShardWriter(L.Callback):
         name = self.table.shards[shard].stem
         numbers = row // (len(KINDS) if is_query else 1) - start
         own_ids = np.array([ids[number] for number in numbers], object)
-        kinds = (
-            np.array([KINDS[number % len(KINDS)] for number in row], object) if is_query else None
-        )
+        if is_query:
+            kinds = np.array([KINDS[number % len(KINDS)] for number in row], object)
+        else:
+            kinds = None
         contents = None if is_query else product_digests(self.table.shards[shard])[row - start]
 
         def write_rows(writer: EmbeddingWriter, vectors: np.ndarray, some: np.ndarray) -> None:

@@ -85,7 +85,9 @@ class Encoder(nn.Module):
             raise ValueError(f"fusion={fusion!r}: choose one of {', '.join(FUSIONS)}.")
         if not 0 <= feature_dropout < 1:
             raise ValueError(f"feature_dropout={feature_dropout} is a chance: choose 0 to below 1.")
-        self.embed_dim, self.fusion_name, self.feature_dropout = embed_dim, fusion, feature_dropout
+        self.embed_dim = embed_dim
+        self.fusion_name = fusion
+        self.feature_dropout = feature_dropout
         self.columns = [MODALITIES.index(name) for name in self.towers]
         self.projections = nn.ModuleDict(
             {name: projection(tower.out_dim, embed_dim) for name, tower in self.towers.items()}

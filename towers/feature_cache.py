@@ -156,9 +156,10 @@ def fingerprint(tower: Tower) -> str:
     architecture = {
         name: value for name, value in tower.architecture().items() if name not in NOT_OF_CONTENT
     }
-    pixels = (
-        asdict(replace(tower.preprocess, augment=False)) if isinstance(tower, ImageTower) else {}
-    )
+    if isinstance(tower, ImageTower):
+        pixels = asdict(replace(tower.preprocess, augment=False))
+    else:
+        pixels = {}
     about = [type(tower).__name__, architecture, pixels]
     digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
     for name, tensor in sorted(
@@ -241,9 +242,10 @@ def cached(
                 needed = contents(items(), plain, name, options.every_view)
                 fill(cache, tower, needed, options.device, options.batch_size)
             for side in own:
-                inner = (
-                    CachedText(tower.preprocess, cache) if name == "text" else CachedImage(cache)
-                )
+                if name == "text":
+                    inner = CachedText(tower.preprocess, cache)
+                else:
+                    inner = CachedImage(cache)
                 result[side] = replace(result[side], **{name: inner})
     return Preprocess(**result)
 

@@ -166,7 +166,12 @@ def _queries(rows: QueryRows) -> Iterator[Query]:
     for number in range(len(rows.held_out)):
         item = rows.item(number)
         if rows.held_out.own[number] < 0:
-            kind = "fused" if item.text and item.images else "image" if item.images else "text"
+            if item.text and item.images:
+                kind = "fused"
+            elif item.images:
+                kind = "image"
+            else:
+                kind = "text"
             yield Query(number, kind, item)
             continue
         yield Query(number, "fused", item)

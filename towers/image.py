@@ -68,26 +68,28 @@ class PicturePreprocess:
         pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
         mirror = False
         if rng is not None:
-            pixels, mirror = (
-                part_of(pixels, float(rng.uniform(0.7, 1.0)), rng),
-                bool(rng.random() < 0.5),
-            )
+            pixels = part_of(pixels, float(rng.uniform(0.7, 1.0)), rng)
+            mirror = bool(rng.random() < 0.5)
         height, width = pixels.shape[1:]
         if self.resize == "crop":
             side = min(width, height)
-            top, left = (height - side) // 2, (width - side) // 2
+            top = (height - side) // 2
+            left = (width - side) // 2
             pixels = pixels[:, top : top + side, left : left + side]
         if self.resize == "pad" and width != height:
             scale = self.size / max(width, height)
             inner = self._resized(
                 pixels, max(1, round(height * scale)), max(1, round(width * scale))
             )
-            top, left = (self.size - inner.shape[1]) // 2, (self.size - inner.shape[2]) // 2
+            top = (self.size - inner.shape[1]) // 2
+            left = (self.size - inner.shape[2]) // 2
             pixels = torch.full((3, self.size, self.size), 255, dtype=torch.uint8)
             pixels[:, top : top + inner.shape[1], left : left + inner.shape[2]] = inner
         else:
             pixels = self._resized(pixels, self.size, self.size)
-        return pixels.flip(2) if mirror else pixels
+        if mirror:
+            return pixels.flip(2)
+        return pixels
 
     def _resized(self, pixels: Tensor, height: int, width: int) -> Tensor:
         """(3, H, W) uint8 to (3, height, width).
@@ -249,7 +251,8 @@ class TimmImage(ImageTower):
             mean,
             std,
         )
-        self.name, self.model_args = model, dict(model_args or {})
+        self.name = model
+        self.model_args = dict(model_args or {})
         if model.startswith("hf-hub:"):  # the model folder must not need the hub again
             _, self.name, hub_args = timm.models.load_model_config_from_hf(
                 model.removeprefix("hf-hub:")

@@ -44,7 +44,9 @@ class NgramPreprocess:
 
     def render(self, item: Item, side: Side) -> str:
         """The text of an item; empty where it has none, or is a typed query that is not read."""
-        return "" if "query" in item.text and not self.typed else self.template.render(item)
+        if "query" in item.text and not self.typed:
+            return ""
+        return self.template.render(item)
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """(B, G) int64 hashes of the different n-grams of each text, 0 = padding.

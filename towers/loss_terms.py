@@ -37,7 +37,9 @@ class LossTerm:
 
     def __str__(self) -> str:
         name = f"{self.query}-{self.product}"
-        return name if self.loss is None else f"{name}-{type(self.loss).__name__}"
+        if self.loss is None:
+            return name
+        return f"{name}-{type(self.loss).__name__}"
 
 
 class LossTerms(nn.Module):

@@ -69,11 +69,16 @@ class HardNegatives(L.Callback):
                 f"first_rank={first_rank}, last_rank={last_rank}: choose 1 <= first_rank <= "
                 "last_rank."
             )
-        self.every_n_epochs, self.per_example, self.ramp = every_n_epochs, per_example, ramp
-        self.first_rank, self.last_rank, self.max_similarity = first_rank, last_rank, max_similarity
-        self.related: list[Relation] = (
-            related if related is not None else ["product", "group", "family", "title", "picture"]
-        )
+        self.every_n_epochs = every_n_epochs
+        self.per_example = per_example
+        self.ramp = ramp
+        self.first_rank = first_rank
+        self.last_rank = last_rank
+        self.max_similarity = max_similarity
+        if related is not None:
+            self.related: list[Relation] = related
+        else:
+            self.related = ["product", "group", "family", "title", "picture"]
 
     def on_train_batch_end(
         self,
@@ -156,7 +161,8 @@ class HardNegatives(L.Callback):
             similar.
         """
         there = (found >= 0) & (found != own[:, None])
-        mine, theirs = keys[own][:, None, :], keys[found]
+        mine = keys[own][:, None, :]
+        theirs = keys[found]
         related = ((mine == theirs) & (mine != NO_KEY)).any(-1) & there
         mates = np.where(related, scores, np.inf).min(axis=1)
         limit = self.max_similarity * np.where(np.isfinite(mates), mates, 1.0)
@@ -173,12 +179,14 @@ def _embed(trainer: L.Trainer, model: TwoTower, folder: Path) -> None:
     """Write the embeddings of the products that are trained on, each process some of the shards."""
     from tritower.retrieval.vectors.embeddings import EmbeddingWriter
 
-    data, rows = trainer.datamodule, trainer.datamodule.training.split
+    data = trainer.datamodule
+    rows = trainer.datamodule.training.split
     if trainer.is_global_zero:
         shutil.rmtree(folder.parent, ignore_errors=True)
         EmbeddingWriter(folder, dim=model.embed_dim)  # begins it
     trainer.strategy.barrier()
-    writer, was_training = EmbeddingWriter(folder, dim=model.embed_dim), model.training
+    writer = EmbeddingWriter(folder, dim=model.embed_dim)
+    was_training = model.training
     shards = np.array_split(rows, max(-(-len(rows) // SHARD), min(trainer.world_size, len(rows))))
     names = [f"shard-{number:05d}" for number in range(len(shards))]
     model.eval()

@@ -92,11 +92,10 @@ def save_model(
             json.dumps(config, indent=1, ensure_ascii=False), encoding="utf-8"
         )
         model.schema.save(new / "schema.json")
-        weights = {
-            f"{s}.{k}": v.cpu().contiguous()
-            for s, e in encoders.items()
-            for k, v in e.state_dict().items()
-        }
+        weights = {}
+        for s, e in encoders.items():
+            for k, v in e.state_dict().items():
+                weights[f"{s}.{k}"] = v.cpu().contiguous()
         save_file(weights, new / "model.safetensors")
         if before := _tuned_weights(model, untrained or {}):
             save_file(before, new / "untrained.safetensors")
@@ -144,11 +143,10 @@ def load_untrained(folder: Path | str, model: TwoTower) -> dict[Side, dict[str, 
     """
     folder = Path(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    tuned = (
-        load_file(folder / "untrained.safetensors")
-        if (folder / "untrained.safetensors").is_file()
-        else {}
-    )
+    if (folder / "untrained.safetensors").is_file():
+        tuned = load_file(folder / "untrained.safetensors")
+    else:
+        tuned = {}
     encoders: dict[Side, Encoder] = {"product": model.product, "query": model.query}
     result: dict[Side, dict[str, Tower]] = {}
     for side, encoder in encoders.items():
@@ -156,11 +154,10 @@ def load_untrained(folder: Path | str, model: TwoTower) -> dict[Side, dict[str, 
         result[side] = {}
         for name, tower in encoder.towers.items():
             prefix = f"{stored}.{name}."
-            weights = {
-                key.removeprefix(prefix): value
-                for key, value in tuned.items()
-                if key.startswith(prefix)
-            }
+            weights = {}
+            for key, value in tuned.items():
+                if key.startswith(prefix):
+                    weights[key.removeprefix(prefix)] = value
             if weights:
                 result[side][name] = copied(tower)
                 result[side][name].load_state_dict(weights)

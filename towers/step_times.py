@@ -34,7 +34,8 @@ class StepTimes(L.Callback):
                 f"warn_above={warn_above}, steps={steps}: choose a share above 0, and at least one "
                 "step."
             )
-        self.warn_above, self.steps = warn_above, steps
+        self.warn_above = warn_above
+        self.steps = steps
         self._last = 0.0
         self._seen = 0
         self._now = dict.fromkeys(PARTS, 0.0)
@@ -83,10 +84,9 @@ class StepTimes(L.Callback):
         self._take("optimiser")
         self._seen += 1
         if trainer.log_every_n_steps and self._seen % trainer.log_every_n_steps == 0:
-            means = {
-                f"train/seconds_{part}": value / trainer.log_every_n_steps
-                for part, value in self._now.items()
-            }
+            means = {}
+            for part, value in self._now.items():
+                means[f"train/seconds_{part}"] = value / trainer.log_every_n_steps
             pl_module.log_dict(means, rank_zero_only=True)
             self._now = dict.fromkeys(PARTS, 0.0)
         if self._seen == FIRST + self.steps:

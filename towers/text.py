@@ -48,11 +48,11 @@ class Template:
     @property
     def fields(self) -> list[str]:
         """The fields that the template names."""
-        return [
-            field
-            for _, field, _, _ in string.Formatter().parse(self.template or "")
-            if field is not None
-        ]
+        result = []
+        for _, field, _, _ in string.Formatter().parse(self.template or ""):
+            if field is not None:
+                result.append(field)
+        return result
 
     def check(self, schema: Schema) -> None:
         """Refuse a template that would leave every product without text.
@@ -76,7 +76,9 @@ class Template:
         text = ""
         for literal, field, _, _ in string.Formatter().parse(self.template):
             if field is None:
-                return text + literal if text else text
+                if text:
+                    return text + literal
+                return text
             if value := item.text.get(field):
                 text += (literal if text else literal.lstrip(" .,;|-")) + value
         return text
@@ -104,9 +106,9 @@ class TextPreprocess:
     def render(self, item: Item, side: Side) -> str:
         """The text of an item with the prefix of its side; empty where it has none."""
         text = self.template.render(item)
-        return (
-            (self.query_prefix if side == "query" else self.product_prefix) + text if text else ""
-        )
+        if text:
+            return (self.query_prefix if side == "query" else self.product_prefix) + text
+        return ""
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """(B, L) int64 token ids."""
@@ -233,7 +235,8 @@ class BiLSTM(TextTower):
         super().__init__(
             TextPreprocess(tokenizer, Template(template), query_prefix, product_prefix)
         )
-        self.word_dim, self.hidden_dim = word_dim, hidden_dim
+        self.word_dim = word_dim
+        self.hidden_dim = hidden_dim
         self.out_dim = 2 * hidden_dim
         self.words = nn.Embedding(num_buckets, word_dim, padding_idx=0)
         self.lstm = nn.LSTM(word_dim, hidden_dim, batch_first=True, bidirectional=True)

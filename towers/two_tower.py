@@ -87,7 +87,9 @@ class TwoTower(HeldOutSearch):
     @property
     def query(self) -> Encoder:
         """The encoder of queries."""
-        return self.product if self.own_query is None else self.own_query
+        if self.own_query is None:
+            return self.product
+        return self.own_query
 
     @property
     def encoders(self) -> tuple[Encoder, Encoder]:

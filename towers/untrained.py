@@ -29,11 +29,11 @@ def untrained_towers(encoder: Encoder) -> dict[str, Tower]:
 
     Copies of those that training would change.
     """
-    return {
-        name: tower if tower.frozen else copied(tower)
-        for name, tower in encoder.towers.items()
-        if tower.pretrained and isinstance(tower, TextTower | ImageTower)
-    }
+    result = {}
+    for name, tower in encoder.towers.items():
+        if tower.pretrained and isinstance(tower, TextTower | ImageTower):
+            result[name] = tower if tower.frozen else copied(tower)
+    return result
 
 
 def copied(tower: Tower) -> Tower:

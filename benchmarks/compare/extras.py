@@ -88,7 +88,8 @@ def measure_filters(index: ProductIndex, data: Path, k: int) -> list[dict[str, A
 
 def measure_updates(index: ProductIndex, data: Path, work: Path) -> dict[str, Any]:
     """Seconds of an update that adds, changes and deletes 1 % of the products, and of its drift."""
-    root, count = work / "updated", max(1, round(CHANGED * len(index)))
+    root = work / "updated"
+    count = max(1, round(CHANGED * len(index)))
     shutil.rmtree(root, ignore_errors=True)
     shutil.copytree(index.path, root)
     vectors = np.load(data / "vectors.npy", mmap_mode="r")

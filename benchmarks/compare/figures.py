@@ -45,7 +45,9 @@ def cheapest(points: Sequence[Point], level: float) -> Point | None:
 
 def ratio(mine: float | None, theirs: float | None) -> float | None:
     """How many times theirs mine is; None where either is missing."""
-    return None if mine is None or not theirs else mine / theirs
+    if mine is None or not theirs:
+        return None
+    return mine / theirs
 
 
 def train_add(arm: Mapping[str, Any]) -> float | None:

@@ -64,7 +64,8 @@ class Ours(Arm):
     """
 
     def __init__(self, recipe: Recipe, target: Target | None = None) -> None:
-        self._recipe, self._target = recipe, target
+        self._recipe = recipe
+        self._target = target
         self.packages = tuple(name for name in ("faiss-gpu", "faiss-cpu") if installed(name))
 
     def load(self) -> None:
@@ -139,11 +140,11 @@ class Ours(Arm):
 
     def usual(self) -> Point:
         """See `Arm`."""
-        return {
-            name: value
-            for name, value in self.index.settings._asdict().items()
-            if self.lists is not None
-        }
+        result = {}
+        for name, value in self.index.settings._asdict().items():
+            if self.lists is not None:
+                result[name] = value
+        return result
 
     def threads(self, count: int) -> None:
         """See `Arm`."""

@@ -140,10 +140,9 @@ class VectorFile:
         if size >= self.count:
             return self.all()
         chosen = np.sort(np.random.default_rng(seed).permutation(self.count)[:size])
-        parts = [
-            block[chosen[(chosen >= s) & (chosen < s + len(block))] - s]
-            for s, block in self.blocks()
-        ]
+        parts = []
+        for s, block in self.blocks():
+            parts.append(block[chosen[(chosen >= s) & (chosen < s + len(block))] - s])
         return np.concatenate(parts)
 
 
@@ -212,7 +211,8 @@ class Stages(dict[str, float]):
 
 class _Stage:
     def __init__(self, stages: Stages, name: str) -> None:
-        self._stages, self._name = stages, name
+        self._stages = stages
+        self._name = name
 
     def __enter__(self) -> None:
         self._started = time.perf_counter()
@@ -247,7 +247,8 @@ class FaissArm(Arm):
         faiss.omp_set_num_threads(task.threads)
         factory = self._factory(vectors.count, vectors.dim)
         index = faiss.index_factory(vectors.dim, factory, faiss.METRIC_INNER_PRODUCT)
-        stages, said = Stages(), factory
+        stages = Stages()
+        said = factory
         if not index.is_trained:
             size = min(
                 vectors.count, max(65_536, PER_CENTROID * int(_number(factory, r"IVF(\d+)")))
@@ -292,7 +293,9 @@ class FaissArm(Arm):
                 else [{"nprobe": p}]
                 for p in probes
             ]
-        return [[{"efSearch": ef}] for ef in EFS] if hasattr(self._index, "hnsw") else [[{}]]
+        if hasattr(self._index, "hnsw"):
+            return [[{"efSearch": ef}] for ef in EFS]
+        return [[{}]]
 
     def threads(self, count: int) -> None:
         """See `Arm`."""
@@ -493,7 +496,8 @@ class ScaNN(Arm):
     def build(self, vectors: VectorFile, folder: Path, task: Task) -> dict[str, Any]:
         """See `Arm`."""
         pybind = importlib.import_module("scann").scann_ops_pybind
-        leaves, sample = round(2 * math.sqrt(vectors.count)), min(vectors.count, 250_000)
+        leaves = round(2 * math.sqrt(vectors.count))
+        sample = min(vectors.count, 250_000)
         stages = Stages()
         with stages.timed("read"):
             array = vectors.all()
@@ -531,7 +535,8 @@ class ScaNN(Arm):
 
     def search(self, queries: Vectors, k: int, point: Point) -> Rows:
         """See `Arm`. One query at a time takes the call for single queries, without threads."""
-        leaves, reorder = point["nprobe"], point["reorder"]
+        leaves = point["nprobe"]
+        reorder = point["reorder"]
         if len(queries) == 1:
             rows = self._index.search(queries[0], k, reorder, leaves)[0][None]
         elif self._threads == 1:
@@ -609,7 +614,8 @@ def measure(arm: Arm, task: Task) -> dict[str, Any]:
     exact = np.load(task.data / "exact.npy")[:, : task.k]
     arm.load()
     give_back()
-    before, load = {name: memory(name) for name in ("RssAnon", "RssFile")}, os.getloadavg()[0]
+    before = {name: memory(name) for name in ("RssAnon", "RssFile")}
+    load = os.getloadavg()[0]
     started = time.perf_counter()
     arm.open(task.folder, task)
     opened = time.perf_counter() - started
@@ -663,10 +669,12 @@ def sweep(arm: Arm, queries: Vectors, exact: Rows, task: Task) -> list[Point]:
 def _batch(arm: Arm, queries: Vectors, exact: Rows, settings: Point, task: Task) -> Point:
     """Recall, and the best throughput of at least three batches where the budget allows."""
     first, rows = _timed(partial(arm.search, queries, task.k, settings))
-    spent, best = first, first
+    spent = first
+    best = first
     while spent + first < task.budget_s and spent < 4 * first + 0.2:
         seconds, _ = _timed(partial(arm.search, queries, task.k, settings))
-        best, spent = min(best, seconds), spent + seconds
+        best = min(best, seconds)
+        spent = spent + seconds
     return {
         "settings": settings,
         "recall": round(recall_of(rows, exact), 5),
@@ -687,7 +695,8 @@ def _singles(
         arm.search(queries[row : row + 1], k, settings)
         if time.perf_counter() > end:
             break
-    end, seconds = time.perf_counter() + budget_s, []
+    end = time.perf_counter() + budget_s
+    seconds = []
     for row in rows:
         seconds.append(_timed(partial(arm.search, queries[row : row + 1], k, settings))[0])
         if len(seconds) >= 20 and time.perf_counter() > end:
@@ -760,7 +769,9 @@ def memory_available() -> int:
 
 def _number(text: str, pattern: str) -> str:
     found = re.search(pattern, text)
-    return found[1] if found else "0"
+    if found:
+        return found[1]
+    return "0"
 
 
 def installed(package: str) -> bool:

@@ -56,7 +56,8 @@ def _filters(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _builds(report: dict[str, Any]) -> Table:
-    data, machine = report["data"], report["machine"]
+    data = report["data"]
+    machine = report["machine"]
     table = _table(
         f"{data['n']:,} vectors of {data['dim']} dimensions, {machine['threads']} threads of "
         f"{machine['cpu']}",
@@ -255,4 +256,6 @@ def _table(title: str, caption: str) -> Table:
 
 
 def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else f"{value:,{form}}"
+    if value is None:
+        return "-"
+    return f"{value:,{form}}"

@@ -171,7 +171,9 @@ def _read(folder: Path) -> Vectors:
 
 def _with_noise(vectors: Vectors, noise: float, random: np.random.Generator) -> Vectors:
     added = random.standard_normal(vectors.shape, np.float32)
-    return unit(vectors + noise * unit(added)) if len(vectors) else vectors
+    if len(vectors):
+        return unit(vectors + noise * unit(added))
+    return vectors
 
 
 def unit(vectors: NDArray[Any]) -> Vectors:

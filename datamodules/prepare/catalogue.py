@@ -58,7 +58,9 @@ class Reading:
             raise BadValue("NOT_A_TEXT", f"{excerpt(cell)} is not text")
         if cell is not None and not isinstance(cell, str):
             cell = "\n".join(parse_list(cell, "\n"))
-        return self._clean(cell) if cell else None
+        if cell:
+            return self._clean(cell)
+        return None
 
     def attribute(self, kind: str, cell: Cell, columns: Columns) -> Value | None:
         """The value of an attribute; None where it is missing."""
@@ -155,11 +157,9 @@ class ProductParser:
         cell = None if column is None else record.cells.get(column.column)
         if column is None or cell is None or cell == "":
             return None
-        return (
-            read_split(notebook, column.name, cell)
-            if role == "split"
-            else notebook.read(column.name, _key, cell)
-        )
+        if role == "split":
+            return read_split(notebook, column.name, cell)
+        return notebook.read(column.name, _key, cell)
 
 
 def _key(cell: Cell) -> str:

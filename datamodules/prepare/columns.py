@@ -146,7 +146,12 @@ class Override:
 
 def _listed(names: object, role: Role, path: Path) -> list[str]:
     """The column names of one line of the file."""
-    listed: list[object] = names if isinstance(names, list) else [] if names is None else [names]
+    if isinstance(names, list):
+        listed: list[object] = names
+    elif names is None:
+        listed = []
+    else:
+        listed = [names]
     if role in SINGLE and len(listed) > 1:
         raise CatalogueError(f"{path}: {role} is one column, not {listed}")
     wrong = [name for name in listed if not isinstance(name, str)]

@@ -109,11 +109,10 @@ def guess_columns(
     roles: dict[str, Guess] = {name: (role, "as you say") for name, role in override.roles.items()}
     others = [profile for profile in profiles if profile.name not in roles]
     for role in SINGLE:
-        best = (
-            None
-            if role in override.closed
-            else _single(role, [p for p in others if p.name not in roles], rows)
-        )
+        if role in override.closed:
+            best = None
+        else:
+            best = _single(role, [p for p in others if p.name not in roles], rows)
         if best is not None:
             roles[best[0].name] = (role, best[1])
     if all(role != "id" for role, _ in roles.values()):
@@ -125,9 +124,10 @@ def guess_columns(
     for profile in others:
         if profile.name not in roles:
             role, why = _guess(profile, rows)
-            roles[profile.name] = (
-                ("ignore", f"{why}, but not a {role}") if role in override.closed else (role, why)
-            )
+            if role in override.closed:
+                roles[profile.name] = ("ignore", f"{why}, but not a {role}")
+            else:
+                roles[profile.name] = (role, why)
     _second_thoughts(roles, found, override)
     columns = [
         Column(p.name, p.column, p.key, *roles[p.name], filled=p.filled, examples=tuple(p.examples))
@@ -197,7 +197,9 @@ def _guess(p: Profile, rows: int) -> Guess:
 
 def _different(p: Profile) -> str:
     more = " or more" if p.seen < p.filled else ""
-    return "always the same value" if p.distinct == 1 else f"{p.distinct:,} different values{more}"
+    if p.distinct == 1:
+        return "always the same value"
+    return f"{p.distinct:,} different values{more}"
 
 
 def _not_values(p: Profile, rows: int) -> Guess | None:
@@ -208,7 +210,9 @@ def _not_values(p: Profile, rows: int) -> Guess | None:
     if re.fullmatch(r"(?:column|unnamed)_\d+", plain_name(p.name)):
         return "ignore", "has no name"
     if p.objects > 0.5 * p.seen:
-        return ("json", "each key is an attribute") if p.key is None else ("ignore", "nested")
+        if p.key is None:
+            return ("json", "each key is an attribute")
+        return ("ignore", "nested")
     if p.key is not None and p.filled < RARE * rows:
         return "ignore", f"in fewer than {RARE:.0%} of the rows"
     return None
@@ -219,7 +223,9 @@ def _picture(p: Profile, name: str) -> Guess | None:
         return "image", "binary"
     if p.share(p.pictures) > 0.8 or (_IMAGE.search(name) and p.pictures + p.addresses > 0):
         return "image", "names of picture files"
-    return ("ignore", "web addresses") if p.share(p.addresses) > 0.9 else None
+    if p.share(p.addresses) > 0.9:
+        return ("ignore", "web addresses")
+    return None
 
 
 def _by_name(p: Profile, name: str) -> Guess | None:
@@ -240,11 +246,9 @@ def _number(p: Profile, name: str) -> Guess | None:
     same_length = len(p.lengths) == 1 and min(p.lengths) >= 6 and not p.fractions
     if p.codes or same_length or _CODE.search(name):
         unique = p.seen >= MANY_ROWS and p.distinct > 0.9 * p.seen
-        return (
-            ("ignore", "a code of its own in every row")
-            if unique
-            else ("category", "codes made of digits")
-        )
+        if unique:
+            return ("ignore", "a code of its own in every row")
+        return ("category", "codes made of digits")
     if p.distinct >= 20 or (p.fractions and p.distinct >= 3):
         return "number", f"{p.distinct:,} different numbers"
     return "category", f"only {p.distinct} different numbers"
@@ -265,7 +269,9 @@ def _by_values(p: Profile, name: str, rows: int) -> Guess | None:
         return "text", f"about {words:.0f} words, mostly different"
     if unique and words < 1.5:
         return "ignore", "a code of its own in every row"
-    return ("set", "several values in a cell") if p.bars or p.lists else None
+    if p.bars or p.lists:
+        return ("set", "several values in a cell")
+    return None
 
 
 def _second_thoughts(

@@ -32,7 +32,9 @@ class Judgements:
     """
 
     def __init__(self) -> None:
-        self.query, self.product, self.weight = array("q"), array("q"), array("f")
+        self.query = array("q")
+        self.product = array("q")
+        self.weight = array("f")
         self.irrelevant = 0
         self.repeated = 0
 
@@ -69,11 +71,10 @@ class Judgements:
                 parts.get("query_id", ""), self._query, notebook.id, queries, asked
             )
             product = notebook.read(parts["product"], self._product, cells["product"], products)
-            weight = (
-                notebook.read(parts["weight"], parse_weight, cells["weight"])
-                if "weight" in parts
-                else 1.0
-            )
+            if "weight" in parts:
+                weight = notebook.read(parts["weight"], parse_weight, cells["weight"])
+            else:
+                weight = 1.0
             if query is None or product is None or weight is None:
                 yield notebook.row(None)
                 continue

@@ -49,7 +49,8 @@ def parse_records(
     if num_workers is None:
         yield from map(parse, islice(rest, FEW))
         more = list(islice(rest, 1))
-        rest, num_workers = chain(more, rest), _cores() if more else 0
+        rest = chain(more, rest)
+        num_workers = _cores() if more else 0
     if num_workers == 0:
         yield from map(parse, rest)
         return
@@ -70,7 +71,9 @@ def parse_records(
 
 
 def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _result(chunk: Sequence[Record], future: Future[list[Row]]) -> list[Row]:

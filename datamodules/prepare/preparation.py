@@ -138,7 +138,8 @@ class Preparation:
         layout = product_columns(text, statistics.attributes())
         with ShardWriter(self.folder / "products", layout) as writer:
             for number in watched(arrangement.order, len(spool), "writing products"):
-                item, split = spool[number], arrangement.splits[number]
+                item = spool[number]
+                split = arrangement.splits[number]
                 statistics.add(item.attributes, split == "train")
                 writer.write(
                     {
@@ -194,11 +195,10 @@ class Preparation:
         known += [name for name in table.columns if name not in {*parts.values(), *known}]
 
     def _read_judgements(self, table: Table, pairs: bool) -> None:
-        parts = (
-            find_parts(table, ["product"])
-            if pairs
-            else find_parts(table, ["query_id"], ["product"])
-        )
+        if pairs:
+            parts = find_parts(table, ["product"])
+        else:
+            parts = find_parts(table, ["query_id"], ["product"])
         self._note_unread(table, parts)
         rows = self.judgements.read(table, parts, self.queries, self.numbers, pairs)
         for row in watched(rows, None, "reading judgements"):
@@ -249,7 +249,8 @@ def watched(rows: Iterable[T], total: int | None, what: str) -> Iterator[T]:
         TimeRemainingColumn(),
     )
     screen = console(stderr=True)
-    start, done = time.monotonic(), 0
+    start = time.monotonic()
+    done = 0
     with Progress(
         *columns, console=screen, transient=True, disable=not screen.is_terminal
     ) as progress:

@@ -79,7 +79,9 @@ class Profile:
 
     def share(self, count: float) -> float:
         """`count` as a share of the values seen, 0 to 1."""
-        return count / self.seen if self.seen else 0.0
+        if self.seen:
+            return count / self.seen
+        return 0.0
 
     def add(self, cell: Cell) -> None:
         """Count one value."""

@@ -65,7 +65,9 @@ class PartCells:
         self.cells = record.cells
 
     def __getitem__(self, part: Part) -> Cell:
-        return self.cells.get(self.parts[part]) if part in self.parts else None
+        if part in self.parts:
+            return self.cells.get(self.parts[part])
+        return None
 
     def asked(self) -> str:
         """A digest of what is asked: equal for equal text, picture and product."""
@@ -81,8 +83,12 @@ class PartCells:
         """
         if "query_id" in self.parts:
             id = self["query_id"]
-            return id if isinstance(id, str) else ""
-        return f"q-{self.asked()}" if any(self[part] for part in ASKED) else ""
+            if isinstance(id, str):
+                return id
+            return ""
+        if any(self[part] for part in ASKED):
+            return f"q-{self.asked()}"
+        return ""
 
 
 @dataclass(frozen=True)
@@ -114,9 +120,10 @@ class QueryParser:
         item = (
             Item() if cells["type"] == "product" else self._item(cells, notebook)
         )  # there, the rest are copies
-        split = (
-            read_split(notebook, self.parts["split"], cells["split"]) if cells["split"] else None
-        )
+        if cells["split"]:
+            split = read_split(notebook, self.parts["split"], cells["split"])
+        else:
+            split = None
         if not (item.text or item.images or source):
             notebook.note(
                 "", BadValue("NOTHING_USABLE", "no text, no picture and no product to ask with")
@@ -195,7 +202,8 @@ class QuerySet:
             )
             if not (row.item.text or row.item.images):
                 return unknown
-            row, source = unknown._replace(item=row.item), None
+            row = unknown._replace(item=row.item)
+            source = None
         item = row.item
         assert item is not None
         content = hashlib.blake2b(

@@ -124,7 +124,9 @@ def _json_record(line: str) -> tuple[Mapping[str, Cell], BadValue | None]:
 def _with_lone_surrogate(cell: Cell) -> str | None:
     """The first key or text that is not Unicode; None where all is well."""
     if isinstance(cell, str):
-        return cell if _UNDECODED.search(cell) else None
+        if _UNDECODED.search(cell):
+            return cell
+        return None
     if isinstance(cell, Mapping):
         return next(
             (key for key, part in cell.items() if any(map(_with_lone_surrogate, (key, part)))), None
@@ -145,20 +147,19 @@ def parquet_records(path: Path, columns: Sequence[str]) -> Iterator[Record]:
                 row += 1
                 cells = dict(zip(columns, values, strict=True))
                 bad = _with_lone_surrogate(cells)
-                fault = (
-                    None
-                    if bad is None
-                    else BadValue("ENCODING_ERROR", f"column {excerpt(bad)} is not utf-8")
-                )
+                if bad is None:
+                    fault = None
+                else:
+                    fault = BadValue("ENCODING_ERROR", f"column {excerpt(bad)} is not utf-8")
                 yield Record(row, 0, cells, fault)
 
 
 def _parquet_values(array: pa.Array) -> list[Cell]:
     if pa.types.is_float32(array.type) or pa.types.is_float16(array.type):
-        return [
-            None if v is None or np.isnan(v) else _as_cell(float(str(np.float32(v))))
-            for v in array.to_pylist()
-        ]
+        result = []
+        for v in array.to_pylist():
+            result.append(None if v is None or np.isnan(v) else _as_cell(float(str(np.float32(v)))))
+        return result
     try:
         return [_as_cell(value) for value in array.to_pylist(maps_as_pydicts="lossy")]
     except UnicodeDecodeError:
@@ -178,7 +179,9 @@ def _as_cell(value: Any) -> Cell:
     if value is None or isinstance(value, (str, bytes)):
         return value
     if isinstance(value, bool):
-        return "true" if value else "false"
+        if value:
+            return "true"
+        return "false"
     if isinstance(value, float):
         if value != value:
             return None
@@ -189,7 +192,9 @@ def _as_cell(value: Any) -> Cell:
         return {str(key): _as_cell(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
         return [_as_cell(part) for part in value]
-    return value.isoformat() if isinstance(value, (datetime.date, datetime.time)) else str(value)
+    if isinstance(value, (datetime.date, datetime.time)):
+        return value.isoformat()
+    return str(value)
 
 
 class Lines:
@@ -214,7 +219,9 @@ class Lines:
     @property
     def first(self) -> str:
         """The first line of the record that was read last."""
-        return self.taken[0].rstrip("\r\n") if self.taken else ""
+        if self.taken:
+            return self.taken[0].rstrip("\r\n")
+        return ""
 
     def start(self) -> int:
         """Begin a record; returns the number of its first line."""

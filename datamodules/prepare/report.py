@@ -146,7 +146,9 @@ class ProblemLog:
 def console(stderr: bool = False) -> Console:
     """Where tables go; a file or a pipe gets lines long enough not to be folded."""
     found = Console(highlight=False, stderr=stderr)
-    return found if found.is_terminal else Console(highlight=False, stderr=stderr, width=160)
+    if found.is_terminal:
+        return found
+    return Console(highlight=False, stderr=stderr, width=160)
 
 
 def columns_grid(columns: Columns, rows: int) -> Grid:
@@ -176,16 +178,22 @@ def columns_grid(columns: Columns, rows: int) -> Grid:
 
 def files_grid(files: Mapping[str, Counts]) -> Grid:
     """Rows in, accepted and rejected of every file."""
-    lines = [
-        (
-            file,
-            *(
-                f"{n:,}"
-                for n in (counts.rows, counts.accepted, counts.rejected, len(counts.with_problem))
-            ),
+    lines = []
+    for file, counts in files.items():
+        lines.append(
+            (
+                file,
+                *(
+                    f"{n:,}"
+                    for n in (
+                        counts.rows,
+                        counts.accepted,
+                        counts.rejected,
+                        len(counts.with_problem),
+                    )
+                ),
+            )
         )
-        for file, counts in files.items()
-    ]
     header = ("file", "rows", "accepted", "rejected", "with a problem")
     return _grid(header, lines, right=header[1:])
 

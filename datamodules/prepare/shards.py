@@ -146,13 +146,15 @@ class ShardWriter:
             )
         self.file.write_table(pa.Table.from_pylist(self.rows, schema=self.columns))
         self.in_shard += len(self.rows)
-        self.rows, self.bytes = [], 0
+        self.rows = []
+        self.bytes = 0
 
     def _finish_shard(self) -> None:
         self._finish_group()
         if self.file is not None:
             self.file.close()
-            self.file, self.in_shard = None, 0
+            self.file = None
+            self.in_shard = 0
             self.shards += 1
 
     def __enter__(self) -> ShardWriter:

@@ -68,7 +68,9 @@ class SplitPolicy(NamedTuple):
         number = _hash(f"{self.seed}:{key}")
         if number < self.test_share:
             return "test"
-        return "val" if number < self.test_share + self.val_share else "train"
+        if number < self.test_share + self.val_share:
+            return "val"
+        return "train"
 
 
 class Arrangement(NamedTuple):
@@ -106,7 +108,8 @@ class _Sets:
         """Join numbers that have a key in common."""
         first: dict[Hashable, int] = {}
         for number, key in keys:
-            one, other = self.find(first.setdefault(key, number)), self.find(number)
+            one = self.find(first.setdefault(key, number))
+            other = self.find(number)
             self.parent[max(one, other)] = min(one, other)
 
     def roots(self) -> list[int]:
@@ -168,20 +171,17 @@ def _splits(members: Members, roots: Sequence[int], policy: SplitPolicy) -> list
     named: dict[int, str] = {}
     keys: dict[int, tuple[int, str]] = {}
     for number, root in enumerate(roots):
-        split, group, family = (
-            members.splits[number],
-            members.groups[number],
-            members.families[number],
-        )
+        split = members.splits[number]
+        group = members.groups[number]
+        family = members.families[number]
         if split is not None:
             named.setdefault(root, split)
-        key = (
-            (0, group)
-            if group is not None
-            else (1, family)
-            if family is not None
-            else (2, members.ids[number])
-        )
+        if group is not None:
+            key = (0, group)
+        elif family is not None:
+            key = (1, family)
+        else:
+            key = (2, members.ids[number])
         keys[root] = min(keys.get(root, key), key)
     return [
         own or named.get(root) or policy.draw(f"{keys[root][0]}:{keys[root][1]}")

@@ -73,4 +73,6 @@ def _skewness(values: np.ndarray) -> float:
     """The third standardised moment; 0 where the values do not vary."""
     centred = values - values.mean()
     deviation = centred.std()
-    return float((centred**3).mean() / deviation**3) if deviation > 0 else 0.0
+    if deviation > 0:
+        return float((centred**3).mean() / deviation**3)
+    return 0.0

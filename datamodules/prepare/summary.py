@@ -17,7 +17,8 @@ def make_report(
     run: Preparation, columns: Columns, arrangement: Arrangement, query_splits: list[str]
 ) -> Report:
     """What report.json says; it depends on nothing but the input and the settings."""
-    members, counts = run.members, next(iter(run.log.files.values()))
+    members = run.members
+    counts = next(iter(run.log.files.values()))
     moved = sum(
         own != family for own, family in zip(members.families, arrangement.families, strict=True)
     )
@@ -64,7 +65,8 @@ def _of_two_or_more(keys: list[str | None]) -> int:
 
 def summary(report: Report, seconds: float, output: Path) -> dict[str, str]:
     """What a person wants to know of a run, by name."""
-    products, queries = report["products"], report["queries"]
+    products = report["products"]
+    queries = report["queries"]
     leaking = [
         f"{kind} {leak['count']:,}" for kind, leak in report["leaks"].items() if leak["count"]
     ]
@@ -87,15 +89,15 @@ def summary(report: Report, seconds: float, output: Path) -> dict[str, str]:
         )
     if queries["count"]:
         facts["queries"] = f"{queries['count']:,}: {_numbers(queries['splits'])}"
-        repeated = (
-            f", and {queries['repeated']:,} rows that repeat one" if queries["repeated"] else ""
-        )
+        if queries["repeated"]:
+            repeated = f", and {queries['repeated']:,} rows that repeat one"
+        else:
+            repeated = ""
         facts["judgements"] = f"{queries['judgements']:,}{repeated}"
-        unread = [
-            f"{name}: {', '.join(columns)}"
-            for name, columns in queries["unread_columns"].items()
-            if columns
-        ]
+        unread = []
+        for name, columns in queries["unread_columns"].items():
+            if columns:
+                unread.append(f"{name}: {', '.join(columns)}")
         if unread:
             facts["not read"] = "; ".join(unread)
     facts["time"] = f"{seconds:,.1f} s, {report['rows'] / max(seconds, 0.1):,.0f} rows/s"

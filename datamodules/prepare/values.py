@@ -119,7 +119,9 @@ def _read_number(text: str, decimal: Decimal, prefix: str) -> float:
     if match is None or not text or (match[1] and match[2]):
         raise BadValue(f"{prefix}_UNPARSEABLE", f"{excerpt(text)} is not a number")
     value = _read_digits(match[3], decimal, prefix, text)
-    return -value if (match[1] or match[2]) in ("-", "−") else value
+    if (match[1] or match[2]) in ("-", "−"):
+        return -value
+    return value
 
 
 def _read_digits(digits: str, decimal: Decimal, prefix: str, text: str) -> float:
@@ -158,7 +160,9 @@ def _one_separator(
 
 
 def _with(decimal: Decimal) -> str:
-    return "" if decimal == "auto" else f" with --decimal {decimal}"
+    if decimal == "auto":
+        return ""
+    return f" with --decimal {decimal}"
 
 
 def clean_html(text: str) -> str:
@@ -168,21 +172,26 @@ def clean_html(text: str) -> str:
         cleaned = "".join(_without_tags(text))
     if "&" in cleaned:
         cleaned = _ENTITY.sub(lambda match: html.unescape(match[0]), cleaned)
-    return text if cleaned == text else " ".join(cleaned.split())
+    if cleaned == text:
+        return text
+    return " ".join(cleaned.split())
 
 
 def _without_tags(text: str) -> Iterator[str]:
     """The pieces of a text between its tags; what a script or a style sheet holds is left out."""
-    end, skipping = 0, ""
+    end = 0
+    skipping = ""
     last_closing = {match[1].lower(): match.start() for match in _HIDDEN_END.finditer(text)}
     for match in _TAG.finditer(text):
-        closing, name = match[1], (match[2] or "").lower()
+        closing = match[1]
+        name = (match[2] or "").lower()
         if not skipping:
             yield text[end : match.start()]
             yield "" if name in _INLINE else " "
         elif not (closing and name == skipping):
             continue
-        end, skipping = match.end(), ""
+        end = match.end()
+        skipping = ""
         if not closing and last_closing.get(name, -1) >= end:
             skipping = name
     yield text[end:]
@@ -199,9 +208,10 @@ def parse_list(cell: Cell, separator: str) -> list[str]:
     if isinstance(cell, str):
         text = cell.strip()
         listed = _json_list(text) if text.startswith("[") and text.endswith("]") else None
-        parts: Sequence[Cell] = (
-            text.split(separator.strip() or separator) if listed is None else listed
-        )
+        if listed is None:
+            parts: Sequence[Cell] = text.split(separator.strip() or separator)
+        else:
+            parts = listed
     elif isinstance(cell, (bytes, Mapping)):
         raise BadValue("NOT_A_LIST", f"{excerpt(cell)} is not a list of values")
     else:
@@ -240,7 +250,9 @@ def _once(pairs: list[tuple[str, Cell]]) -> dict[str, Cell]:
 
 def _booleans_as_text(value: Cell) -> Cell:
     if isinstance(value, bool):
-        return "true" if value else "false"
+        if value:
+            return "true"
+        return "false"
     if isinstance(value, dict):
         return {key: _booleans_as_text(part) for key, part in value.items()}
     if isinstance(value, list):
@@ -253,4 +265,6 @@ def _json_list(text: str) -> Sequence[Cell] | None:
         value = parse_json(text)
     except ValueError:
         return None
-    return value if isinstance(value, list) else None
+    if isinstance(value, list):
+        return value
+    return None

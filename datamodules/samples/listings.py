@@ -95,7 +95,8 @@ def draw_family(family: int, rng: np.random.Generator) -> list[Thing]:
         int(rng.integers(count)) for count in (len(KINDS), CHOICES, CHOICES, CHOICES)
     )
     brand = int(rng.choice(BRANDS_PER_USE, p=BRAND_SHARES))
-    colourways, sizes = rng.permutation(CHOICES).tolist(), rng.permutation(CHOICES).tolist()
+    colourways = rng.permutation(CHOICES).tolist()
+    sizes = rng.permutation(CHOICES).tolist()
     if rng.random() < 0.6:
         variants = [(colourway, sizes[0]) for colourway in colourways]
     else:
@@ -152,13 +153,13 @@ def evidence(listings: Sequence[Listing]) -> dict[str, Evidence]:
         "attribute": {"kind": everywhere, "use": everywhere, "brand": branded},
     }
     nothing = np.full(len(listings), np.nan)
-    return {
-        modality: Evidence(
+    result = {}
+    for modality, facts in shown.items():
+        result[modality] = Evidence(
             {fact: np.where(facts.get(fact, ~everywhere), truth[fact], UNKNOWN) for fact in SHARES},
             _prices(listings) if modality == "attribute" else nothing,
         )
-        for modality, facts in shown.items()
-    }
+    return result
 
 
 def _prices(listings: Sequence[Listing]) -> np.ndarray:

@@ -82,7 +82,8 @@ def log_ratio(evidence: Evidence, query: np.ndarray) -> np.ndarray:
     """
     score = price_log_ratio(evidence.price[query][:, None], evidence.price[None])
     for fact, shares in SHARES.items():
-        asked, shown = evidence.codes[fact][query][:, None], evidence.codes[fact][None]
+        asked = evidence.codes[fact][query][:, None]
+        shown = evidence.codes[fact][None]
         score += np.where(
             (asked == UNKNOWN) | (shown == UNKNOWN),
             0.0,

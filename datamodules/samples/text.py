@@ -128,7 +128,9 @@ def _title(style: Style, facts: Mapping[str, Words], rng: np.random.Generator) -
         words = _in_order(style.order.split(), facts, language, rng)
         parts.append(("" if language == "zh" else style.separator).join(words))
     title = " ".join(parts)
-    return title.upper() if style.capitals else title[:1].upper() + title[1:]
+    if style.capitals:
+        return title.upper()
+    return title[:1].upper() + title[1:]
 
 
 def _in_order(
@@ -147,7 +149,9 @@ def word_of(words: Words, language: str, rng: np.random.Generator) -> str:
     """What a writer calls a fact."""
     if language == "zh":
         return words.chinese
-    return words.synonym if rng.random() < SYNONYM_SHARE else words.word
+    if rng.random() < SYNONYM_SHARE:
+        return words.synonym
+    return words.word
 
 
 def write_query(facts: Mapping[str, Words], language: str, rng: np.random.Generator) -> str:

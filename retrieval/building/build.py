@@ -133,7 +133,8 @@ def build_index(
         ArtefactError: `output` holds an index or something else, or it could not be written
             completely.
     """
-    recipe, output = recipe or Recipe(), Path(output)
+    recipe = recipe or Recipe()
+    output = Path(output)
     choice = _choose(reader, recipe, target)
     design = parse_mapped(choice.factory)
     if design is None and (recipe.spill or (target is not None and choice.factory != "Flat")):
@@ -253,9 +254,10 @@ def _mapped(
     _check_enough(choice.factory, default, size, recipe.strict)
     compares = _compares(recipe, target)
     _check_resources(reader, default, recipe.spill, recipe, output, samples=1 + compares)
-    settings: dict[str, Any] = (
-        {} if target is not None else _settings(recipe, default.lists)._asdict()
-    )
+    if target is not None:
+        settings: dict[str, Any] = {}
+    else:
+        settings = _settings(recipe, default.lists)._asdict()
     request = choice.factory
     if target is not None:
         by = None if queries is None else queries.fingerprint or queries.stamp()
@@ -290,7 +292,8 @@ def _learn(
 
     With what the manifest says of both.
     """
-    design, table = parse_mapped(choice.factory), None
+    design = parse_mapped(choice.factory)
+    table = None
     assert design is not None
     compares = _compares(recipe, target)
     rows = sample_rows(reader.count, size, recipe.seed)
@@ -326,11 +329,9 @@ def _learn(
         chosen = choose(
             Predictor(sample, unseen, compared, target, reader.count, recipe.seed, known)
         )
-        choice, trained, table = (
-            Choice(chosen.winner.factory, chosen.reason),
-            chosen.trained,
-            chosen.to_json(),
-        )
+        choice = Choice(chosen.winner.factory, chosen.reason)
+        trained = chosen.trained
+        table = chosen.to_json()
         design = chosen.winner.design
     # Codes or vectors may take more than by default.
     _check_resources(reader, design, trained.spill, recipe, output, samples=1 + compares)
@@ -526,13 +527,18 @@ def _sample_size(reader: EmbeddingReader, lists: int, recipe: Recipe) -> int:
 
 def _check_enough(factory: str, lists: Any, size: int, strict: bool) -> None:
     """Refuse too few training vectors, and warn of few."""
-    nlist, codes = (
-        (lists.lists, None) if isinstance(lists, Mapped) else (getattr(lists, "nlist", 0), lists)
-    )
+    if isinstance(lists, Mapped):
+        nlist = lists.lists
+        codes = None
+    else:
+        nlist = getattr(lists, "nlist", 0)
+        codes = lists
     centroids, bits = (CODEBOOK, 4) if isinstance(lists, Mapped) else (0, 0)
     pieces = lists.pieces if isinstance(lists, Mapped) else 0
     if (quantizer := getattr(codes, "pq", None)) is not None:
-        centroids, bits, pieces = quantizer.ksub, quantizer.nbits, quantizer.M
+        centroids = quantizer.ksub
+        bits = quantizer.nbits
+        pieces = quantizer.M
     if nlist > size:
         raise ValueError(
             f"factory {factory!r} needs at least {nlist} training vectors and has {size}: at most "
@@ -575,7 +581,8 @@ def take(reader: EmbeddingReader, rows: NDArray[np.int64]) -> NDArray[np.float32
         last = first + len(batch.ids)
         end = np.searchsorted(ascending, last)
         vectors[places[filled:end]] = batch.vectors[ascending[filled:end] - first]
-        first, filled = last, end
+        first = last
+        filled = end
     return vectors
 
 
@@ -596,7 +603,9 @@ def _fit(index: Any, sample: NDArray[np.float32], seed: int) -> str:
     finally:
         if lists:
             lists.clustering_index = None  # the stored index knows nothing of GPUs
-    return "cpu" if gpu is None else "gpu"
+    if gpu is None:
+        return "cpu"
+    return "gpu"
 
 
 def _gpu_assigner(dim: int) -> Any:

@@ -73,19 +73,21 @@ class Chosen:
 
     def to_json(self) -> list[dict[str, Any]]:
         """The candidates as plain JSON, in the order of their cost."""
-        return [
-            {
-                "factory": c.factory,
-                "spill": c.spill,
-                "hot_bytes": c.hot_bytes,
-                "disk_bytes": c.disk_bytes,
-                "seconds": c.seconds,
-                "best_recall": c.best,
-                "point": None if c.point is None else asdict(c.point),
-                "why_not": c.why_not,
-            }
-            for c in self.candidates
-        ]
+        result = []
+        for c in self.candidates:
+            result.append(
+                {
+                    "factory": c.factory,
+                    "spill": c.spill,
+                    "hot_bytes": c.hot_bytes,
+                    "disk_bytes": c.disk_bytes,
+                    "seconds": c.seconds,
+                    "best_recall": c.best,
+                    "point": None if c.point is None else asdict(c.point),
+                    "why_not": c.why_not,
+                }
+            )
+        return result
 
 
 def candidates(count: int, dim: int, target: Target, finer: str = "SQ8") -> list[Candidate]:
@@ -129,7 +131,9 @@ def candidates(count: int, dim: int, target: Target, finer: str = "SQ8") -> list
         )
     fine_enough = [c for c in found if c.design.pieces > dim // 8]
     # Codes of 8 dimensions find little: only where memory allows no better ones.
-    return fine_enough if any(not c.why_not for c in fine_enough) else found
+    if any(not c.why_not for c in fine_enough):
+        return fine_enough
+    return found
 
 
 def choose(predictor: Predictor) -> Chosen:
@@ -139,14 +143,16 @@ def choose(predictor: Predictor) -> Chosen:
         ValueError: no candidate fits the memory, or none reaches the recall within the latency.
     """
     target = predictor.target
-    winner, learned = None, None
+    winner = None
+    learned = None
     predicted = []
     for candidate in candidates(predictor.count, predictor.dim, target, predictor.finer):
         if not candidate.why_not:
             prediction = predictor.predict(candidate.design, candidate.spill)
             candidate = _with(candidate, prediction, target)
             if winner is None or _qps(candidate.point) > _qps(winner.point):
-                winner, learned = candidate, prediction.trained
+                winner = candidate
+                learned = prediction.trained
         predicted.append(candidate)
     predicted.sort(key=lambda c: -_qps(c.point))
     if winner is None or winner.point is None or learned is None:
@@ -157,11 +163,10 @@ def choose(predictor: Predictor) -> Chosen:
             f"have {best:.3f}: "
             "ask for less recall, or allow more latency or memory"
         )
-    others = (
-        f" of {sum(c.point is not None for c in predicted)} that reach it"
-        if len(predicted) > 1
-        else ""
-    )
+    if len(predicted) > 1:
+        others = f" of {sum(c.point is not None for c in predicted)} that reach it"
+    else:
+        others = ""
     reason = (
         f"the fastest{others}: {_qps(winner.point):,.0f} queries a second predicted at "
         f"recall@{target.k} "
@@ -186,7 +191,9 @@ def _cheapest(points: Sequence[Point], target: Target) -> Point | None:
 
 def _qps(point: Point | None) -> float:
     """Queries a second, which candidates are compared by."""
-    return 0.0 if point is None or point.qps is None else point.qps
+    if point is None or point.qps is None:
+        return 0.0
+    return point.qps
 
 
 def enough_for_codes(count: int) -> bool:

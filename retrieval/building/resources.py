@@ -21,7 +21,8 @@ except ImportError:  # Windows has no such limits
 PROCESS_BYTES = 500 << 20
 """Python, NumPy, Arrow and FAISS with their buffers."""
 
-MEMORY_SHARE, DISK_SHARE = 0.8, 0.75
+MEMORY_SHARE = 0.8
+DISK_SHARE = 0.75
 """What a build may take of the memory and of the disk that are free: others live there too."""
 
 ID_BYTES = 40
@@ -105,7 +106,12 @@ def check(need: Need, place: Path, limit: int | None = None) -> None:
         ValueError: with what is needed, what there is, and what to lower.
     """
     free = available_memory()
-    have = limit if limit is not None else None if free is None else int(MEMORY_SHARE * free)
+    if limit is not None:
+        have = limit
+    elif free is None:
+        have = None
+    else:
+        have = int(MEMORY_SHARE * free)
     if have is not None and need.memory > have:
         whose = "allowed" if limit is not None else f"there ({MEMORY_SHARE:.0%} of what is free)"
         raise ValueError(

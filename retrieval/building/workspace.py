@@ -29,7 +29,9 @@ from tritower.retrieval.vectors.embeddings import EmbeddingBatch, EmbeddingReade
 from tritower.terminal.progress import counted
 
 BLOCK_ROWS = 65_536
-TRAINED_FILE, FINER_FILE, TRAINING_FILE = "trained.faiss", "finer.faiss", "training.json"
+TRAINED_FILE = "trained.faiss"
+FINER_FILE = "finer.faiss"
+TRAINING_FILE = "training.json"
 
 
 class Workspace(WorkFolder):
@@ -109,11 +111,10 @@ class Workspace(WorkFolder):
             raise ArtefactError(
                 f"what was written to {self.path} is not what is there: is its disk damaged?"
             )
-        finer = (
-            faiss.read_index(str(self.path / FINER_FILE))
-            if FINER_FILE in about.pop("files")
-            else None
-        )
+        if FINER_FILE in about.pop("files"):
+            finer = faiss.read_index(str(self.path / FINER_FILE))
+        else:
+            finer = None
         index = faiss.read_index(str(self.path / TRAINED_FILE))
         return Trained(index, finer, centroids_of(index), about.pop("spill")), about
 
@@ -126,13 +127,14 @@ class Workspace(WorkFolder):
             about: dict[str, Any] = json.loads(
                 (self.path / TRAINING_FILE).read_text(encoding="utf-8")
             )
-            digests = {
-                name: hashlib.sha256((self.path / name).read_bytes()).hexdigest()
-                for name in about["files"]
-            }
+            digests = {}
+            for name in about["files"]:
+                digests[name] = hashlib.sha256((self.path / name).read_bytes()).hexdigest()
         except (FileNotFoundError, ValueError, KeyError):
             return None
-        return about if digests == about["files"] else None
+        if digests == about["files"]:
+            return about
+        return None
 
     def encode(self, reader: EmbeddingReader, trained: Trained) -> list[Path]:
         """Encode what earlier runs have not.

@@ -168,10 +168,9 @@ def _hybrid_weight(search: UntrainedSearch, choosers: Asked, choice: Choice) -> 
         return 1.0
     choosers = _drawn(choosers, 0)
     words = _words(search, choosers, choice)
-    figures = [
-        ndcg(_fuse(words, choosers.trained, weight), choosers.questions)
-        for weight in HYBRID_WEIGHTS
-    ]
+    figures = []
+    for weight in HYBRID_WEIGHTS:
+        figures.append(ndcg(_fuse(words, choosers.trained, weight), choosers.questions))
     return HYBRID_WEIGHTS[int(np.argmax(figures))]
 
 
@@ -241,10 +240,10 @@ def per_query(
 def with_intervals(values: Mapping[str, NDArray[np.float64]]) -> dict[str, Any]:
     """Metric -> mean over the queries, with the ends of its 95 % bootstrap interval."""
     low, high = metrics.bootstrap_interval(np.stack(list(values.values()), axis=1))
-    return {
-        name: {"value": float(column.mean()), "low": float(low[i]), "high": float(high[i])}
-        for i, (name, column) in enumerate(values.items())
-    }
+    result = {}
+    for i, (name, column) in enumerate(values.items()):
+        result[name] = {"value": float(column.mean()), "low": float(low[i]), "high": float(high[i])}
+    return result
 
 
 def differences(

@@ -134,7 +134,9 @@ def _order_of_row(name: str) -> tuple[int, str]:
     last = ("numbers", "sum", "floor")
     if name in first:
         return first.index(name), name
-    return (10 + last.index(name), name) if name in last else (5, name)
+    if name in last:
+        return (10 + last.index(name), name)
+    return (5, name)
 
 
 def oracle_recall(report: Mapping[str, Any], kind: str) -> float | None:

@@ -316,7 +316,8 @@ def _served(
     rows = np.full((len(questions.vectors), min(DEPTH + spare, len(index))), metrics.NONE)
     asks = questions.source >= 0
     for kind, itself in product(questions.all_kinds, (False, True)):
-        of, settings = questions.of_kind(kind), _settings(index, options, kind)
+        of = questions.of_kind(kind)
+        settings = _settings(index, options, kind)
         of = of[asks[of] == itself]
         if not len(of):
             continue
@@ -398,11 +399,10 @@ def _untrained_queries(
     for query_id, kind, source in zip(
         questions.ids, questions.kinds, questions.source.tolist(), strict=True
     ):
-        record = (
-            record_of_kind(products.records[source], kind)
-            if source >= 0
-            else typed_record(texts.get(query_id))
-        )
+        if source >= 0:
+            record = record_of_kind(products.records[source], kind)
+        else:
+            record = typed_record(texts.get(query_id))
         records.append(record)
     features: dict[str, NDArray[np.floating]] = {}
     for name, (_, queries) in untrained.items():

@@ -50,7 +50,10 @@ def make_questions(
         threshold = pc.max(qrels.column("relevance")).as_py() or 1.0
     answers, unknown = _answers(qrels, index, set(ids[chosen]))
     source_rows = rows_of([facts.get(query_id) or "" for query_id in ids], index)
-    keep, judged, grades, dropped = [], [], [], dict.fromkeys(dict.fromkeys(kinds.tolist()), 0)
+    keep = []
+    judged = []
+    grades = []
+    dropped = dict.fromkeys(dict.fromkeys(kinds.tolist()), 0)
     for i in np.flatnonzero(chosen):
         rows, values = answers.get(ids[i], _NO_ANSWERS)
         if (values >= threshold).any():
@@ -91,11 +94,10 @@ def _read(
 ) -> tuple[NDArray[np.object_], NDArray[np.object_], NDArray[np.float32]]:
     batches = list(reader.batches())
     ids = np.array([i for batch in batches for i in batch.ids.to_pylist()], dtype=object)
-    kinds = [
-        k
-        for b in batches
-        for k in (["query"] * len(b.ids) if b.kinds is None else b.kinds.to_pylist())
-    ]
+    kinds = []
+    for b in batches:
+        for k in ["query"] * len(b.ids) if b.kinds is None else b.kinds.to_pylist():
+            kinds.append(k)
     if len(set(zip(ids, kinds, strict=True))) < len(ids):
         seen: set[tuple[str, str]] = set()
         twice = next(

@@ -71,7 +71,9 @@ def write_report(
 
 def summary(report: Mapping[str, Any]) -> str:
     """One sentence of what was measured."""
-    index, settings, latency = report["index"], report["settings"], report.get("latency")
+    index = report["index"]
+    settings = report["settings"]
+    latency = report.get("latency")
     parts = [
         f"{index['count']:,} products, {index['factory']}, {index['bytes_per_product']:,.0f} bytes "
         "a product",
@@ -104,7 +106,8 @@ def examples(
     hits: int = 8,
 ) -> list[Section]:
     """A few measured queries of each kind with their first hits, drawn at random."""
-    questions, found = evaluation.questions, evaluation.found["ann"]
+    questions = evaluation.questions
+    found = evaluation.found["ann"]
     generator = np.random.default_rng(0)
     chosen = [
         int(i)
@@ -120,21 +123,21 @@ def examples(
     scores = index.search(vectors, DEPTH + 1, nprobe=nprobe) if chosen else None
     sections = []
     for n, i in enumerate(chosen):
-        score_of = (
-            dict(zip(scores.rows[n].tolist(), scores.scores[n].tolist(), strict=True))
-            if scores
-            else {}
-        )
-        shown = [
-            Hit(
-                product_id,
-                score_of.get(row, float("nan")),
-                cards.get(product_id, Card()),
-                row in questions.relevant[i],
-            )
-            for product_id, row in zip(ids[n], rows[n].tolist(), strict=True)
-            if product_id is not None
-        ]
+        if scores:
+            score_of = dict(zip(scores.rows[n].tolist(), scores.scores[n].tolist(), strict=True))
+        else:
+            score_of = {}
+        shown = []
+        for product_id, row in zip(ids[n], rows[n].tolist(), strict=True):
+            if product_id is not None:
+                shown.append(
+                    Hit(
+                        product_id,
+                        score_of.get(row, float("nan")),
+                        cards.get(product_id, Card()),
+                        row in questions.relevant[i],
+                    )
+                )
         query = _as_asked(asked.get(questions.ids[i], Card()), questions.kinds[i])
         sections.append(Section(query, shown, questions.ids[i], f"kind: {questions.kinds[i]}"))
     return sections
@@ -157,11 +160,10 @@ def _html_table(task: str, report: Mapping[str, Any]) -> dict[str, Any]:
     """One task as a table; exact search also has the untrained rows and the model's gain."""
     rows = []
     for kind in report["queries"]:
-        shown = [
-            row
-            for row in rows_of_kind(report, kind)
-            if row[1] == task or (task == "exact" and row[1] not in TASKS)
-        ]
+        shown = []
+        for row in rows_of_kind(report, kind):
+            if row[1] == task or (task == "exact" and row[1] not in TASKS):
+                shown.append(row)
         for name, key, figures in shown:
             mark, gain, is_below = gain_of(report, kind, key)
             cells = [_html_cell(kind), _html_cell(f"{name}{mark}", below=is_below)]
@@ -236,10 +238,12 @@ def _draw_bars(axes: Any, evaluation: Evaluation) -> None:
 
 
 def _draw_curves(axes: Any, evaluation: Evaluation) -> None:
-    questions, cuts = evaluation.questions, [1, 2, 3, 5, 10, 20, 50, CUTS[-1]]
+    questions = evaluation.questions
+    cuts = [1, 2, 3, 5, 10, 20, 50, CUTS[-1]]
     for n, kind in enumerate(questions.all_kinds):
         of = questions.of_kind(kind)
-        found, relevant = evaluation.found["ann"][of], questions.relevant[of]
+        found = evaluation.found["ann"][of]
+        relevant = questions.relevant[of]
         count = (relevant >= 0).sum(axis=1)
         axes.plot(
             cuts,

@@ -161,11 +161,10 @@ class UntrainedSearch:
         if any(any(record.values()) for record in queries.records):
             for model in WORDS:
                 words[model] = WordSettings(Analyzer(self.language), scoring=Scoring(model))
-        towers = [
-            name
-            for name, features in queries.features.items()
-            if name != "numbers" and features.any()
-        ]
+        towers = []
+        for name, features in queries.features.items():
+            if name != "numbers" and features.any():
+                towers.append(name)
         return Choice(words, dict.fromkeys([*list(words)[:1], *towers], 1.0))
 
     def choose(self, queries: Untrained, questions: Questions) -> Choice:
@@ -209,7 +208,8 @@ class UntrainedSearch:
             names = [name for name in blocks if name not in WORDS or name == model]
             weights, figure = choose_weights(names, ndcg_of_sum)
             if figure >= best_figure + MIN_GAIN:
-                best, best_figure = weights, figure
+                best = weights
+                best_figure = figure
         return Choice(words, best, len(queries))
 
 
@@ -246,11 +246,11 @@ def plain_weights(blocks: Mapping[str, NDArray[np.float32]], choice: Choice) -> 
     A sum that nobody has tuned.
     """
     preferred = next((model for model in WORDS if choice.weights.get(model)), WORDS[0])
-    return {
-        name: 1.0
-        for name in blocks
-        if name != "numbers" and (name not in WORDS or name == preferred)
-    }
+    result = {}
+    for name in blocks:
+        if name != "numbers" and (name not in WORDS or name == preferred):
+            result[name] = 1.0
+    return result
 
 
 def weighted_sum(

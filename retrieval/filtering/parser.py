@@ -52,7 +52,8 @@ def parse_term(text: str) -> Term:
 
 def fail(problem: str, text: str, at: int) -> NoReturn:
     """Raise a ValueError that shows where in the text the problem is, in one line."""
-    start, end = max(0, at - 30), at + 40
+    start = max(0, at - 30)
+    end = at + 40
     before, after = (_visible(part) for part in (text[start:at], text[at:end]))
     excerpt = f"{'...' if start else ''}{before}^{after}{'...' if end < len(text) else ''}"
     raise ValueError(f"filter: {problem}, at character {at + 1}: {excerpt}")
@@ -73,7 +74,9 @@ class _Token(NamedTuple):
         return self.kind == "word" and self.text.lower() == word
 
     def __str__(self) -> str:
-        return "the end" if self.kind == "end" else _visible(self.text)
+        if self.kind == "end":
+            return "the end"
+        return _visible(self.text)
 
 
 def _tokens(text: str) -> list[_Token]:
@@ -103,7 +106,8 @@ class _Parser:
     """Recursive descent over tokens; each method takes what the grammar above calls by its name."""
 
     def __init__(self, tokens: list[_Token], text: str) -> None:
-        self._tokens, self._text = tokens, text
+        self._tokens = tokens
+        self._text = text
         self._next = self._depth = 0
 
     @property
@@ -141,14 +145,17 @@ class _Parser:
         return term
 
     def test(self) -> Term:
-        at, name = self.token.at, self.name()
+        at = self.token.at
+        name = self.name()
         if self.take_word("is"):
             holds = not self.take_word("not")
             known = self.take_word("known")
             if not known and not self.take_word("missing"):
                 self.unexpected("missing or known")
             test = Test(name, "known", (), at)
-            return test if known == holds else negated(test)
+            if known == holds:
+                return test
+            return negated(test)
         if self.take_sign("!="):
             return negated(Test(name, "=", (self.value(),), at))
         for sign in ("<=", "<", ">=", ">", "=", "=="):
@@ -167,7 +174,9 @@ class _Parser:
             self.unexpected(
                 "<, <=, >, >=, =, !=, in, under, has or is" if holds else "in, under or has"
             )
-        return test if holds else negated(test)
+        if holds:
+            return test
+        return negated(test)
 
     def name(self) -> str:
         if self.token.kind not in ("word", "quoted") or self.token.text.lower() in KEYWORDS:
@@ -196,7 +205,9 @@ class _Parser:
             if math.isinf(number):
                 fail(f"{token} is too large a number", self._text, token.at)
             return number
-        return token.text if token.kind == "word" else self.unquoted(token)
+        if token.kind == "word":
+            return token.text
+        return self.unquoted(token)
 
     def unquoted(self, token: _Token) -> str:
         def escape(found: re.Match[str]) -> str:
@@ -226,7 +237,8 @@ class _Parser:
 
     def unexpected(self, wanted: str) -> NoReturn:
         found = self.token
-        hint = (
-            "; put it in quotes" if found.kind == "word" and found.text.lower() in KEYWORDS else ""
-        )
+        if found.kind == "word" and found.text.lower() in KEYWORDS:
+            hint = "; put it in quotes"
+        else:
+            hint = ""
         fail(f"expected {wanted}, found {found}{hint}", self._text, found.at)

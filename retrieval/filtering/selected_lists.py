@@ -29,7 +29,8 @@ from tritower.retrieval.ivf.ivf_pq import quantizer_parameters
 SHARE_EXPONENT = 0.35
 """What a list counts: its share of rows that may be found to this power."""
 
-NEAR, FAR = 0.5, 1.5
+NEAR = 0.5
+FAR = 1.5
 """How much further away lists are visited, in that unit:
 
 for a query among the rows that may be found, and at most.
@@ -73,7 +74,8 @@ class SelectedLists:
     """
 
     def __init__(self, ivf: Any, lists_of: NDArray[Any], mask: Mask) -> None:
-        self._ivf, self._quantizer = ivf, faiss.downcast_index(ivf.quantizer)
+        self._ivf = ivf
+        self._quantizer = faiss.downcast_index(ivf.quantizer)
         self._total = int(ivf.nlist)
         sizes = _count(lists_of, self._total)
         self._rows = _count((lists[mask] for lists in lists_of), self._total)
@@ -99,10 +101,8 @@ class SelectedLists:
             queries, nprobe if few else max(nprobe, stepped(1.5 * nprobe / self._mean_weight))
         )
         own = found[1][:, :nprobe]
-        best, span = (
-            own[:, :1],
-            own[:, :1] - np.where(own > NOTHING, own, np.inf).min(axis=1, keepdims=True),
-        )
+        best = own[:, :1]
+        span = own[:, :1] - np.where(own > NOTHING, own, np.inf).min(axis=1, keepdims=True)
         done = np.zeros(len(queries), np.bool_)
         if not few:
             needed, done = self._needed(*found, best, span, nprobe, k)
@@ -160,7 +160,8 @@ class SelectedLists:
 
     def _ranked(self, queries: Vectors) -> Lists:
         """(Q, H) all lists that hold rows, nearest first."""
-        held, dim = self._held, queries.shape[1]
+        held = self._held
+        dim = queries.shape[1]
         if len(queries) == 1:  # without a copy of their centres
             scores = np.empty((1, len(held)), np.float32)
             pointers = (
@@ -207,7 +208,8 @@ def lists_of_rows(engine: Engine) -> NDArray[Any]:
                 found[0, rows] = number
             else:
                 taken = found[0, rows] < total
-                found[0, rows[~taken]], found[1, rows[taken]] = number, number
+                found[0, rows[~taken]] = number
+                found[1, rows[taken]] = number
             lists.release_ids(number, held)
     return found
 
@@ -244,23 +246,21 @@ def _compact(lists: NDArray[np.int64], scores: Vectors, kept: Mask | None = None
     width = min(
         lists.shape[1], stepped(int(kept.sum(axis=1).max(initial=1)))
     )  # FAISS takes no more than there are
-    front, front_scores = (
-        np.full((len(lists), width), -1, np.int64),
-        np.zeros((len(lists), width), np.float32),
-    )
+    front = np.full((len(lists), width), -1, np.int64)
+    front_scores = np.zeros((len(lists), width), np.float32)
     query, place = np.nonzero(kept)
     to = (np.cumsum(kept, axis=1) - 1)[query, place]
-    front[query, to], front_scores[query, to] = lists[query, place], scores[query, place]
+    front[query, to] = lists[query, place]
+    front_scores[query, to] = scores[query, place]
     return front, front_scores
 
 
 def _merged(first: Mask, some: Lists, others: Lists) -> Lists:
     """The lists of all queries, of which the first ones are those where (Q,) `first` is True."""
     width = max(some[0].shape[1], others[0].shape[1])
-    lists, scores = (
-        np.full((len(first), width), -1, np.int64),
-        np.zeros((len(first), width), np.float32),
-    )
+    lists = np.full((len(first), width), -1, np.int64)
+    scores = np.zeros((len(first), width), np.float32)
     for which, (numbers, closeness) in ((first, some), (~first, others)):
-        lists[which, : numbers.shape[1]], scores[which, : numbers.shape[1]] = numbers, closeness
+        lists[which, : numbers.shape[1]] = numbers
+        scores[which, : numbers.shape[1]] = closeness
     return lists, scores

@@ -65,7 +65,8 @@ class Selection:
 
     def __init__(self, engine: Engine, lists_of: Callable[[], NDArray[Any]], mask: Mask) -> None:
         self.count = int(np.count_nonzero(mask))
-        self._engine, self._lists_of = engine, lists_of
+        self._engine = engine
+        self._lists_of = lists_of
         self._bits = np.packbits(mask, bitorder="little")
         self.selector: Any = faiss.IDSelectorBitmap(self._bits)
         self._parameters: dict[int, Any] = {}
@@ -105,7 +106,8 @@ class SelectiveSearch:
     """
 
     def __init__(self, engine: Engine, alive: Mask | None = None) -> None:
-        self.engine, self._alive = engine, alive
+        self.engine = engine
+        self._alive = alive
         self._lock = threading.Lock()
         self._kept: OrderedDict[str, Selection] = OrderedDict()
 
@@ -201,7 +203,8 @@ class SelectiveSearch:
 
     def _width(self, k: int, settings: Settings, selection: Selection) -> int:
         """Candidates of each query."""
-        engine, width = self.engine, float(k)
+        engine = self.engine
+        width = float(k)
         if engine.fine is not None and engine.ivf is not None and not self._is_small(selection):
             width = max(k, FEWEST) * settings.k_factor * (1 if selection.lists.unrelated else WIDER)
             width = max(k, min(width, selection.count))
@@ -230,11 +233,10 @@ class SelectiveSearch:
             selection: the rows.
             lists: to scan.
         """
-        engine, (numbers, closeness) = self.engine, lists
-        scores, rows = (
-            np.empty((len(queries), width), np.float32),
-            np.empty((len(queries), width), np.int64),
-        )
+        engine = self.engine
+        (numbers, closeness) = lists
+        scores = np.empty((len(queries), width), np.float32)
+        rows = np.empty((len(queries), width), np.int64)
         pointers = [faiss.swig_ptr(array) for array in (asked, numbers, closeness, scores, rows)]
         parameters = selection.parameters(numbers.shape[1])
         engine.ivf.search_preassigned_c(
@@ -247,10 +249,8 @@ class SelectiveSearch:
             scores = (vectors @ queries[:, :, None])[:, :, 0]
             scores[rows < 0] = -np.inf
             order = np.argsort(-scores, axis=1, kind="stable")
-            scores, rows = (
-                np.take_along_axis(scores, order, axis=1),
-                np.take_along_axis(rows, order, axis=1),
-            )
+            scores = np.take_along_axis(scores, order, axis=1)
+            rows = np.take_along_axis(rows, order, axis=1)
         scores[rows < 0] = -np.inf
         if engine.spill:
             return first_of_each(Hits(scores, rows), k, beside=engine.fine is not None)
@@ -289,10 +289,12 @@ def part_of(engine: Engine, rows: Rows) -> Any:
     Raises:
         ValueError: the index gives no vectors back.
     """
-    fine, part = engine.fine, None
+    fine = engine.fine
+    part = None
     if isinstance(fine, faiss.IndexScalarQuantizer):
         part = faiss.IndexScalarQuantizer(fine.d, fine.sq.qtype, faiss.METRIC_INNER_PRODUCT)
-        part.sq, part.is_trained = fine.sq, True
+        part.sq = fine.sq
+        part.is_trained = True
     elif isinstance(fine, faiss.IndexFlat):
         part = faiss.IndexFlatIP(fine.d)
     if part is not None:

@@ -90,7 +90,8 @@ class Test:
     def text(self, holds: bool) -> str:
         """As it is written; `holds` is False for its opposite."""
         name = _quoted(self.attribute) if not _is_word(self.attribute) else self.attribute
-        no, values = "" if holds else "not ", ", ".join(map(_value_text, self.values))
+        no = "" if holds else "not "
+        values = ", ".join(map(_value_text, self.values))
         if self.operator == "known":
             return f"{name} is {'known' if holds else 'missing'}"
         if self.operator == "in":
@@ -107,7 +108,9 @@ class Not:
     term: Term
 
     def __str__(self) -> str:
-        return self.term.text(False) if isinstance(self.term, Test) else f"not ({self.term})"
+        if isinstance(self.term, Test):
+            return self.term.text(False)
+        return f"not ({self.term})"
 
 
 @dataclass(frozen=True)
@@ -138,7 +141,9 @@ Term = Test | Not | All | Some
 def all_of(terms: list[Term]) -> Term:
     """`All`, without another one inside."""
     flat = [inner for term in terms for inner in (term.terms if isinstance(term, All) else (term,))]
-    return flat[0] if len(flat) == 1 else All(tuple(flat))
+    if len(flat) == 1:
+        return flat[0]
+    return All(tuple(flat))
 
 
 def some_of(terms: list[Term]) -> Term:
@@ -146,12 +151,16 @@ def some_of(terms: list[Term]) -> Term:
     flat = [
         inner for term in terms for inner in (term.terms if isinstance(term, Some) else (term,))
     ]
-    return flat[0] if len(flat) == 1 else Some(tuple(flat))
+    if len(flat) == 1:
+        return flat[0]
+    return Some(tuple(flat))
 
 
 def negated(term: Term) -> Term:
     """`Not`, without another one inside."""
-    return term.term if isinstance(term, Not) else Not(term)
+    if isinstance(term, Not):
+        return term.term
+    return Not(term)
 
 
 def tests_of(term: Term) -> Iterator[Test]:
@@ -172,17 +181,16 @@ def misfit(test: Test, kinds: Mapping[str, Kind]) -> str | None:
         test: of a filter.
         kinds: attribute -> kind.
     """
-    name, kind = test.attribute, kinds.get(test.attribute)
+    name = test.attribute
+    kind = kinds.get(test.attribute)
     if kind is None:
         nearest = sorted(
             kinds, key=lambda known: -SequenceMatcher(None, name.lower(), known.lower()).ratio()
         )
         more = f" and {len(nearest) - SHOWN} more" if len(nearest) > SHOWN else ""
-        return (
-            f"no attribute {name!r}; there are {', '.join(nearest[:SHOWN])}{more}"
-            if kinds
-            else "no attributes"
-        )
+        if kinds:
+            return f"no attribute {name!r}; there are {', '.join(nearest[:SHOWN])}{more}"
+        return "no attributes"
     if test.operator not in OPERATORS[kind]:
         return f"{name} is {ADVICE[kind]}"
     for value in test.values:
@@ -208,36 +216,40 @@ def matches(term: Term, table: AttributeTable, holds: bool = True) -> Mask:
         return matches(term.term, table, not holds)
     if isinstance(term, Test):
         column = table.column(term.attribute)
-        return (
-            _numbers_match(term, column, holds)
-            if isinstance(column, Numbers)
-            else _texts_match(term, column, table.kinds[term.attribute], holds)
-        )
+        if isinstance(column, Numbers):
+            return _numbers_match(term, column, holds)
+        return _texts_match(term, column, table.kinds[term.attribute], holds)
     join = np.logical_and if isinstance(term, All) == holds else np.logical_or
     masks = (matches(inner, table, holds) for inner in term.terms)
     return reduce(lambda one, other: join(one, other, out=one), masks)
 
 
 def _numbers_match(test: Test, column: Numbers, holds: bool) -> Mask:
-    values, asked = column.values, [float(value) for value in test.values]
+    values = column.values
+    asked = [float(value) for value in test.values]
     if test.operator in COMPARISONS:  # NaN, the unknown, is neither below nor above anything
         compare = COMPARISONS[test.operator if holds else OPPOSITES[test.operator]]
         return cast(Mask, compare(values, asked[0]))
     known = cast(Mask, values == values)
     if test.operator == "known":
-        return known if holds else ~known
+        if holds:
+            return known
+        return ~known
     few = len(asked) <= 8  # compared one by one is faster then
-    equal: Mask = (
-        reduce(np.logical_or, [values == value for value in asked])
-        if few
-        else np.isin(values, asked)
-    )
-    return equal if holds else known & ~equal
+    if few:
+        equal: Mask = reduce(np.logical_or, [values == value for value in asked])
+    else:
+        equal = np.isin(values, asked)
+    if holds:
+        return equal
+    return known & ~equal
 
 
 def _texts_match(test: Test, column: Texts, kind: Kind, holds: bool) -> Mask:
     if test.operator == "known":
-        return column.codes >= 0 if holds else column.codes < 0
+        if holds:
+            return column.codes >= 0
+        return column.codes < 0
     # The vocabulary is asked, and the rows look its answers up; the last one is for code -1.
     answers = np.zeros(len(column.vocabulary) + 1, np.bool_)
     answers[:-1] = _words_match(test, column.vocabulary, kind) == holds
@@ -269,8 +281,12 @@ def _bools(array: pa.Array) -> NDArray[np.bool_]:
 
 def _value_text(value: Value) -> str:
     if isinstance(value, str):
-        return value if _is_word(value) else _quoted(value)
-    return str(int(value)) if value.is_integer() and abs(value) < 1e15 else repr(value)
+        if _is_word(value):
+            return value
+        return _quoted(value)
+    if value.is_integer() and abs(value) < 1e15:
+        return str(int(value))
+    return repr(value)
 
 
 def _is_word(text: str) -> bool:

@@ -86,16 +86,15 @@ class Centroids:
         return best.D, best.I
 
     def _nearest_one(self, vectors: Vectors) -> tuple[Vectors, NDArray[np.int64]]:
-        best, nearest = (
-            np.full(len(vectors), -np.inf, np.float32),
-            np.full(len(vectors), -1, np.int64),
-        )
+        best = np.full(len(vectors), -np.inf, np.float32)
+        nearest = np.full(len(vectors), -1, np.int64)
         for rows, lists in self._meetings(vectors):
             scores = vectors[rows] @ self.vectors[lists].T
             place = scores.argmax(axis=1)
             top = scores[np.arange(len(rows)), place]
             better = top > best[rows]
-            best[rows[better]], nearest[rows[better]] = top[better], lists[place[better]]
+            best[rows[better]] = top[better]
+            nearest[rows[better]] = lists[place[better]]
         return best[:, None], nearest[:, None]
 
     def _meetings(self, vectors: Vectors) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
@@ -106,10 +105,8 @@ class Centroids:
         order = np.argsort(near, kind="stable")
         bounds = np.searchsorted(near[order], np.arange(len(self.groups) + 1))
         for group in range(len(self.groups)):
-            rows, lists = (
-                order[bounds[group] : bounds[group + 1]] // visited,
-                np.flatnonzero(self.group_of == group),
-            )
+            rows = order[bounds[group] : bounds[group + 1]] // visited
+            lists = np.flatnonzero(self.group_of == group)
             if len(rows) and len(lists):
                 yield rows, lists
 
@@ -129,7 +126,8 @@ class Centroids:
         # With centres of unit length, all products of the residuals x - c and x - c' follow from
         # x.c, x.c' and c.c'.
         square = np.einsum("bd,bd->b", vectors, vectors)[:, None]
-        first, others = scores[:, :1], np.where(near[:, 1:] < 0, 0, scores[:, 1:])
+        first = scores[:, :1]
+        others = np.where(near[:, 1:] < 0, 0, scores[:, 1:])
         centres = self.vectors[near]  # (B, 1 + C, D); a missing list borrows the last one
         between = np.matmul(centres[:, 1:], centres[:, 0, :, None])[..., 0]
         length = square - 2 * first + 1
@@ -161,17 +159,16 @@ def find_centroids(sample: Vectors, count: int, seed: int) -> Centroids:
     sizes = np.bincount(group_of_vector, minlength=num_groups)
     shares = _shares(sizes, count)
     members = np.split(np.argsort(group_of_vector, kind="stable"), np.cumsum(sizes)[:-1])
-    found = [
-        _kmeans(sample[rows], int(share), seed)
-        for rows, share in counted(
-            zip(members, shares, strict=True),
-            len(sample),
-            lambda pair: len(pair[0]),
-            "k-means",
-            "vectors",
-        )
-        if share
-    ]
+    found = []
+    for rows, share in counted(
+        zip(members, shares, strict=True),
+        len(sample),
+        lambda pair: len(pair[0]),
+        "k-means",
+        "vectors",
+    ):
+        if share:
+            found.append(_kmeans(sample[rows], int(share), seed))
     return grouped(np.concatenate(found), groups)
 
 

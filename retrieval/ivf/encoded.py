@@ -152,11 +152,10 @@ def grouped_lists(
     while first < len(sizes):
         before = ends[first - 1] if first else 0
         end = max(first + 1, int(np.searchsorted(ends, before + budget, side="right")))
-        parts = [
-            _moved(entries, moved)
-            for source, moved in sources
-            for entries in source.entries(first, end)
-        ]
+        parts = []
+        for source, moved in sources:
+            for entries in source.entries(first, end):
+                parts.append(_moved(entries, moved))
         lists, rows, codes = (np.concatenate(column) for column in zip(*parts, strict=True))
         order = np.lexsort((rows, lists))
         bounds = np.searchsorted(lists[order], np.arange(first, end + 1))

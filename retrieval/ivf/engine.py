@@ -75,7 +75,10 @@ class Engine:
     def __init__(
         self, index: Any, count: int, *, spill: bool = False, keep: tuple[Any, ...] = ()
     ) -> None:
-        self.index, self.count, self.spill, self._keep = index, count, spill, keep
+        self.index = index
+        self.count = count
+        self.spill = spill
+        self._keep = keep
         self.ivf = lists_of(index)
         self.lists: int | None = None if self.ivf is None else int(self.ivf.nlist)
         self.fine: Any = None
@@ -94,7 +97,8 @@ class Engine:
         Raises:
             ArtefactError: files that cannot be opened or do not belong together.
         """
-        rows, dim = meta.get("rows", meta["count"]), meta["dim"]
+        rows = meta.get("rows", meta["count"])
+        dim = meta["dim"]
         try:
             # One file, one flag. This one maps finer vectors, which IO_FLAG_MMAP does not; both
             # read fast-scan codes.
@@ -109,7 +113,8 @@ class Engine:
                 index = stored
                 if (folder / FINE_FILE).exists():
                     fine = open_fine(folder / FINE_FILE, rows, dim)
-                    index, keep = faiss.IndexRefine(stored, fine), (*keep, fine)
+                    index = faiss.IndexRefine(stored, fine)
+                    keep = (*keep, fine)
                 engine = cls(index, rows, spill=bool(meta.get("spill")), keep=keep)
         except Exception as error:  # whatever a library makes of a file that is none of its own
             raise ArtefactError(f"{folder} cannot be opened as an index: {error}") from None
@@ -184,7 +189,9 @@ def lists_of(index: Any) -> Any:
     None for an index without.
     """
     lists = faiss.try_extract_index_ivf(index)
-    return None if lists is None else faiss.downcast_index(lists)
+    if lists is None:
+        return None
+    return faiss.downcast_index(lists)
 
 
 def is_whole(number: Any) -> bool:
@@ -205,7 +212,9 @@ def _parameters_of(index: Any, settings: Settings, selector: Any) -> Any:
         return make.SearchParametersPreTransform(index_params=inner)
     if isinstance(index, faiss.IndexIVF):
         return search_parameters(index, settings.nprobe or index.nprobe, selector)
-    return None if selector is None else make.SearchParameters(sel=selector)
+    if selector is None:
+        return None
+    return make.SearchParameters(sel=selector)
 
 
 def first_of_each(found: Hits, k: int, *, beside: bool) -> Hits:
@@ -217,7 +226,8 @@ def first_of_each(found: Hits, k: int, *, beside: bool) -> Hits:
         beside: a row scores the same from both of its lists, so it stands beside itself. Codes
             alone score differently.
     """
-    (scores, rows), hits = found, Hits.empty(len(found.rows), k)
+    (scores, rows) = found
+    hits = Hits.empty(len(found.rows), k)
     if (
         len(rows) == 1
     ):  # for a few dozen results, a loop takes a third of what a dozen calls of NumPy do
@@ -226,9 +236,11 @@ def first_of_each(found: Hits, k: int, *, beside: bool) -> Hits:
             if row >= 0 and row not in places:
                 places[row] = place
         kept = list(places.values())[:k]
-        hits.scores[0, : len(kept)], hits.rows[0, : len(kept)] = scores[0, kept], rows[0, kept]
+        hits.scores[0, : len(kept)] = scores[0, kept]
+        hits.rows[0, : len(kept)] = rows[0, kept]
         return hits
-    same, tied = rows[:, 1:] == rows[:, :-1], scores[:, 1:] == scores[:, :-1]
+    same = rows[:, 1:] == rows[:, :-1]
+    tied = scores[:, 1:] == scores[:, :-1]
     first = rows >= 0
     first[:, 1:] &= ~same
     apart = (tied & ~same & (rows[:, 1:] >= 0)).any(
@@ -242,5 +254,6 @@ def first_of_each(found: Hits, k: int, *, beside: bool) -> Hits:
     first &= place < k
     query, column = np.nonzero(first)
     to = place[query, column]
-    hits.scores[query, to], hits.rows[query, to] = scores[query, column], rows[query, column]
+    hits.scores[query, to] = scores[query, column]
+    hits.rows[query, to] = rows[query, column]
     return hits

@@ -65,7 +65,8 @@ def write_list(file: BinaryIO, index: Any, codes: Codes, rows: NDArray[np.int64]
 
 def extents(sizes: NDArray[np.int64], code_size: int) -> NDArray[np.uint64]:
     """(L, 3) uint64 size, room and first byte of each list, as FAISS's on-disk lists keep them."""
-    room, taken = _room(sizes), _bytes_of(sizes, code_size)
+    room = _room(sizes)
+    taken = _bytes_of(sizes, code_size)
     return np.stack([sizes, room, np.cumsum(taken) - taken], axis=1).astype(np.uint64)
 
 
@@ -123,8 +124,11 @@ def map_lists(index: Any, file: Path, table: NDArray[np.uint64]) -> Any:
         The mapped lists; they must live as long as the index.
     """
     lists: Any = faiss.OnDiskInvertedLists()
-    lists.nlist, lists.code_size = index.nlist, index.code_size
-    lists.filename, lists.totsize, lists.read_only = str(file), file.stat().st_size, True
+    lists.nlist = index.nlist
+    lists.code_size = index.code_size
+    lists.filename = str(file)
+    lists.totsize = file.stat().st_size
+    lists.read_only = True
     lists.prefetch_nthread = 0  # its threads cost more than a page fault
     lists.lists.resize(index.nlist)
     faiss.memcpy(lists.lists.data(), faiss.swig_ptr(table.view(np.uint8).ravel()), table.nbytes)
@@ -142,7 +146,8 @@ def read_lists(
     (n, C) uint8 codes and (n,) int64 rows.
     """
     data = np.memmap(file, np.uint8, "r") if sizes.any() else np.empty(0, np.uint8)
-    packer, code_size = index.get_CodePacker(), index.code_size
+    packer = index.get_CodePacker()
+    code_size = index.code_size
     for size, room, start in extents(sizes, code_size).astype(np.int64)[first:end]:
         stop = start + room * code_size
         packed = data[start:stop].reshape(-1, BLOCK * code_size)

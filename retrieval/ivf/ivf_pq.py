@@ -70,7 +70,8 @@ class Trained:
 
     def encode(self, vectors: Vectors) -> Encoded:
         """Lists, codes and finer vectors of (B, D) float32 vectors."""
-        lists, codes = [], []
+        lists = []
+        codes = []
         block = (
             16_384 if self.spill else 65_536
         )  # choosing second lists compares many residuals at a time
@@ -79,11 +80,10 @@ class Trained:
             found = self.centroids.lists_of(part, self.spill)
             lists.append(found.astype(np.int32))
             codes.append(np.stack([self._codes(part, column) for column in found.T]))
-        fine = (
-            np.empty((len(vectors), 0), np.uint8)
-            if self.finer is None
-            else self.finer.sa_encode(vectors)
-        )
+        if self.finer is None:
+            fine = np.empty((len(vectors), 0), np.uint8)
+        else:
+            fine = self.finer.sa_encode(vectors)
         return Encoded(np.concatenate(lists), np.concatenate(codes, axis=1), fine)
 
     def _codes(self, vectors: Vectors, lists: NDArray[np.int64]) -> NDArray[np.uint8]:
@@ -115,9 +115,10 @@ def train(
     )
     index.by_residual = design.residual
     some = sample[:: max(1, len(sample) // TRAINED_CODES)]
-    residuals = (
-        some - centroids.vectors[centroids.nearest(some)[1][:, 0]] if design.residual else some
-    )
+    if design.residual:
+        residuals = some - centroids.vectors[centroids.nearest(some)[1][:, 0]]
+    else:
+        residuals = some
     index.pq.cp.seed = seed % 2**31
     index.pq.cp.min_points_per_centroid = 1
     index.pq.train(np.ascontiguousarray(residuals))

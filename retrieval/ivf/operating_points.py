@@ -80,7 +80,9 @@ class Point:
     @property
     def proven(self) -> float:
         """The lower of both recalls."""
-        return self.recall if self.held_out is None else min(self.recall, self.held_out)
+        if self.held_out is None:
+            return self.recall
+        return min(self.recall, self.held_out)
 
     def reaches(self, recall: float) -> bool:
         """Whether the choosing queries reach this recall, and the others nearly (`MARGIN`)."""
@@ -139,7 +141,9 @@ class Tuning:
 
     def _kinds(self, kind: str | None) -> list[str]:
         """The kind, where it was measured, else all that were."""
-        return [kind] if kind in self.points else list(self.points)
+        if kind in self.points:
+            return [kind]
+        return list(self.points)
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON."""

@@ -53,7 +53,9 @@ class Analyzer:
             return token
         if self.stop_words and token in STOP_WORDS[self.language]:
             return None
-        return self._stemmer.stemWord(token) if self.stem and token.isalpha() else token
+        if self.stem and token.isalpha():
+            return self._stemmer.stemWord(token)
+        return token
 
     @cached_property
     def _stemmer(self) -> Stemmer.Stemmer:
@@ -75,4 +77,6 @@ def detect_language(counts: Mapping[str, int]) -> str | None:
         name: sum(counts.get(word, 0) for word in words) for name, words in STOP_WORDS.items()
     }
     best = max(covered, key=lambda name: covered[name])
-    return best if covered[best] >= MIN_STOP_WORD_SHARE * max(total, 1) else None
+    if covered[best] >= MIN_STOP_WORD_SHARE * max(total, 1):
+        return best
+    return None

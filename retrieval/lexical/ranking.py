@@ -117,7 +117,8 @@ class WordIndex:
         hits = Hits.empty(len(queries), k)
         for first, scores in self._score_blocks(queries, scoring):
             for number, (start, stop) in enumerate(pairwise(scores.indptr)):
-                values, rows = scores.data[start:stop], scores.indices[start:stop]
+                values = scores.data[start:stop]
+                rows = scores.indices[start:stop]
                 best = highest(values, rows, k)
                 hits.scores[first + number, : len(best)] = values[best]
                 hits.rows[first + number, : len(best)] = rows[best]
@@ -204,7 +205,8 @@ class WordIndex:
 
     def _idf(self, scoring: Scoring) -> NDArray[np.float32]:
         """(V,) float32 inverse document frequencies."""
-        count, frequency = self._count, self._document_frequency
+        count = self._count
+        frequency = self._document_frequency
         if scoring.model == "bm25":
             return np.log1p((count - frequency + 0.5) / (frequency + 0.5)).astype(np.float32)
         return (np.log((1 + count) / (1 + frequency)) + 1).astype(np.float32)

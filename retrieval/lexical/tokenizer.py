@@ -55,4 +55,6 @@ def _split_compound(token: str) -> list[str]:
         parts = parts[:-1]
     whole = "".join(parts)
     is_code = not whole.isalpha() and not whole.isdigit() and not set(token) & set("'’")
-    return [*parts, whole] if is_code and len(parts) > 1 else parts
+    if is_code and len(parts) > 1:
+        return [*parts, whole]
+    return parts

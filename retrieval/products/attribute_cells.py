@@ -15,7 +15,8 @@ import pyarrow.compute as pc
 
 Kind = Literal["number", "category", "path", "set"]
 
-GROUP, FAMILY = "group", "family"
+GROUP = "group"
+FAMILY = "family"
 LEVEL_SEPARATOR = " > "
 BLANKS = " \t\n\r\f\v"
 LEVEL_BORDER = f"[{BLANKS}]*>[{BLANKS}]*"
@@ -115,12 +116,11 @@ def _numbers(column: pa.Array) -> pa.Array:
 
 def _joined(lists: pa.Array, separator: str) -> pa.Array:
     """(B,) texts of lists of texts (large_list); missing and empty elements are left out."""
-    rows, elements = pc.list_parent_indices(lists), lists.flatten()
+    rows = pc.list_parent_indices(lists)
+    elements = lists.flatten()
     kept = pc.fill_null(pc.not_equal(elements, ""), False)
-    rows, elements = (
-        rows.filter(kept),
-        pc.replace_substring(elements.filter(kept), VALUE_SEPARATOR, " "),
-    )
+    rows = rows.filter(kept)
+    elements = pc.replace_substring(elements.filter(kept), VALUE_SEPARATOR, " ")
     offsets = np.searchsorted(rows.to_numpy(), np.arange(len(lists) + 1))
     whole = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), elements)
     return pc.binary_join(whole, pa.scalar(separator, TEXT))

@@ -89,7 +89,8 @@ class CatalogueSource:
         self.ignored: dict[str, str] = {}
         for field, kind in catalogue.attributes.items():
             name = f"attributes.{field}" if field in (GROUP, FAMILY) else field
-            self.kinds[name], self._fields[name] = checked_kind(kind, field), field
+            self.kinds[name] = checked_kind(kind, field)
+            self._fields[name] = field
 
     def ids(self) -> Batches:
         """See `AttributeSource`."""
@@ -99,15 +100,15 @@ class CatalogueSource:
 
     def column(self, attribute: str) -> Batches:
         """See `AttributeSource`."""
-        field, kind = self._fields[attribute], self.kinds[attribute]
+        field = self._fields[attribute]
+        kind = self.kinds[attribute]
         for file in self._files:
             column = attribute if field is None else f"attributes.{field}"
             for batch in pq.ParquetFile(file).iter_batches(columns=[column]):
-                values = (
-                    batch.column(attribute)
-                    if field is None
-                    else _field(batch.column("attributes"), field)
-                )
+                if field is None:
+                    values = batch.column(attribute)
+                else:
+                    values = _field(batch.column("attributes"), field)
                 yield cells(values, kind)
 
 
@@ -166,10 +167,8 @@ class FileSource:
                     f"{path}: {self._columns[attribute]!r} and {field.name!r} are both a "
                     f"{attribute}"
                 )
-            self.kinds[attribute], self._columns[attribute] = (
-                checked_kind(found, field.name),
-                field.name,
-            )
+            self.kinds[attribute] = checked_kind(found, field.name)
+            self._columns[attribute] = field.name
 
     def ids(self) -> Batches:
         """See `AttributeSource`.
@@ -195,7 +194,8 @@ class FileSource:
         Raises:
             ValueError: a value that is not of the column's kind.
         """
-        kind, column = self.kinds[attribute], self._columns[attribute]
+        kind = self.kinds[attribute]
+        column = self._columns[attribute]
         for batch in self._read(column):
             try:
                 yield cells(batch, kind)
@@ -220,32 +220,30 @@ class FileSource:
 
     def _guess(self, field: pa.Field) -> str:
         """The kind of a column, or why it is no attribute."""
-        types, type_ = pa.types, field.type
+        types = pa.types
+        type_ = field.type
         if types.is_dictionary(type_):
             type_ = type_.value_type
         if field.name in GROUPINGS:
-            return (
-                "category"
-                if is_id(field.type)
-                else f"{field.name} holds {field.type}; expected texts or integers"
-            )
+            if is_id(field.type):
+                return "category"
+            return f"{field.name} holds {field.type}; expected texts or integers"
         if types.is_integer(type_) or types.is_floating(type_) or types.is_decimal(type_):
             return "number"
         if types.is_boolean(type_):
             return "category"
         if is_list(type_):
-            return (
-                "set"
-                if is_text(type_.value_type)
-                else f"lists of {type_.value_type}; expected texts"
-            )
-        return (
-            self._guess_text(field.name) if is_text(type_) else f"{type_} is no kind of attribute"
-        )
+            if is_text(type_.value_type):
+                return "set"
+            return f"lists of {type_.value_type}; expected texts"
+        if is_text(type_):
+            return self._guess_text(field.name)
+        return f"{type_} is no kind of attribute"
 
     def _guess_text(self, column: str) -> str:
         known = characters = 0
-        path, numbers = False, self._files[0].suffix not in (".parquet", "")
+        path = False
+        numbers = self._files[0].suffix not in (".parquet", "")
         for batch in self._read(column):
             values = batch.cast(TEXT).drop_null()
             known += len(values)
@@ -258,7 +256,11 @@ class FileSource:
             return "it is empty"
         if characters > LONG_TEXT * known:
             return f"texts of {characters / known:,.0f} characters"
-        return "number" if numbers else "path" if path else "category"
+        if numbers:
+            return "number"
+        if path:
+            return "path"
+        return "category"
 
 
 def open_source(path: Path) -> AttributeSource:
@@ -268,7 +270,9 @@ def open_source(path: Path) -> AttributeSource:
         ValueError: see `FileSource`.
         ArtefactError: see `CatalogueSource`.
     """
-    return CatalogueSource(path) if (path / storage.MANIFEST).exists() else FileSource(path)
+    if (path / storage.MANIFEST).exists():
+        return CatalogueSource(path)
+    return FileSource(path)
 
 
 def known_source(meta: Mapping[str, Any]) -> AttributeSource | None:
@@ -282,16 +286,17 @@ def known_source(meta: Mapping[str, Any]) -> AttributeSource | None:
         same = path is not None and PreparedCatalogue(path).fingerprint == meta.get("catalogue")
     except (ArtefactError, OSError, ValueError):
         return None
-    return CatalogueSource(path) if same else None
+    if same:
+        return CatalogueSource(path)
+    return None
 
 
 def _files(path: Path) -> list[Path]:
     if path.is_dir():
-        files = [
-            file
-            for file in path.iterdir()
-            if file.suffix == ".parquet" and not file.name.startswith(".")
-        ]
+        files = []
+        for file in path.iterdir():
+            if file.suffix == ".parquet" and not file.name.startswith("."):
+                files.append(file)
         if not files:
             raise ValueError(f"{path}: no .parquet files there")
         return sorted(files, key=natural_key)

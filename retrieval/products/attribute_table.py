@@ -32,7 +32,8 @@ from tritower.retrieval.products.attribute_providers import Batches
 ATTRIBUTES_FILE = "attributes.arrow"
 """Where an index keeps it."""
 
-KIND_KEY, ROWS_KEY = b"kind", b"rows"
+KIND_KEY = b"kind"
+ROWS_KEY = b"rows"
 """Of the metadata of a column, and of the file."""
 
 CACHED_MASKS = 16
@@ -134,11 +135,9 @@ class AttributeTable:
     def rows_of_group(self, code: int) -> NDArray[np.int64]:
         """The rows of a group, ascending; none for -1."""
         codes = self.group_codes()
-        return (
-            np.flatnonzero(codes == code)
-            if codes is not None and code >= 0
-            else np.empty(0, np.int64)
-        )
+        if codes is not None and code >= 0:
+            return np.flatnonzero(codes == code)
+        return np.empty(0, np.int64)
 
     def decoded(self, name: str, rows: NDArray[np.int64]) -> pa.Array:
         """The values of some rows, as they are stored: numbers, or texts; null where unknown."""
@@ -170,7 +169,9 @@ class AttributeTable:
         return mask
 
     def _codes(self, name: str) -> Codes | None:
-        return cast(Texts, self.column(name)).codes if name in self.kinds else None
+        if name in self.kinds:
+            return cast(Texts, self.column(name)).codes
+        return None
 
     def _open(self, name: str) -> Numbers | Texts:
         kind = self.kinds[name]
@@ -202,7 +203,9 @@ class TableSource:
     def __init__(self, table: AttributeTable, ids: pa.ChunkedArray, name: str) -> None:
         if len(ids) != table.count:
             raise ArtefactError(f"{name}: {len(ids)} ids for {table.count} rows of attributes")
-        self.name, self._table, self._ids = name, table, ids
+        self.name = name
+        self._table = table
+        self._ids = ids
         self.kinds = dict(table.kinds)
 
     def ids(self) -> Batches:

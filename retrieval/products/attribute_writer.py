@@ -56,7 +56,8 @@ def write_attributes(
     places, report = _join(list(ids), sources)
     with tempfile.TemporaryFile(dir=work) as waiting:
         columns = [_waiting(sources, name, kind, places, waiting) for name, kind in kinds.items()]
-        arrays, start = [], 0
+        arrays = []
+        start = 0
         for column in columns:
             arrays.append(column.array(waiting, start, len(places)))
             start += column.dtype.itemsize * len(places)
@@ -141,16 +142,15 @@ class _Column:
 
     def array(self, file: BinaryIO, start: int, count: int) -> pa.Array:
         """The column as Arrow has it, its values mapped from where they wait."""
-        values = (
-            np.memmap(file, self.dtype, "r", start, (count,)) if count else np.empty(0, self.dtype)
-        )
+        if count:
+            values = np.memmap(file, self.dtype, "r", start, (count,))
+        else:
+            values = np.empty(0, self.dtype)
         buffers = [pa.py_buffer(self.valid), pa.py_buffer(values)]
         array = pa.Array.from_buffers(pa.from_numpy_dtype(self.dtype), count, buffers)
-        return (
-            array
-            if self.vocabulary is None
-            else pa.DictionaryArray.from_arrays(array, self.vocabulary, safe=False)
-        )
+        if self.vocabulary is None:
+            return array
+        return pa.DictionaryArray.from_arrays(array, self.vocabulary, safe=False)
 
 
 def _waiting(
@@ -161,9 +161,11 @@ def _waiting(
     file: BinaryIO,
 ) -> _Column:
     batches = _batches(sources, name, kind)
-    values, vocabulary = (
-        (_numbers(batches, places), None) if kind == "number" else _codes(batches, places)
-    )
+    if kind == "number":
+        values = _numbers(batches, places)
+        vocabulary = None
+    else:
+        values, vocabulary = _codes(batches, places)
     file.write(values.data)
     file.flush()
     known = ~np.isnan(values) if vocabulary is None else values >= 0

@@ -92,11 +92,9 @@ class PreparedCatalogue:
         """All queries without pictures: query_id, split, text, source_product_id."""
         columns = ["query_id", "split", "text", "source_product_id"]
         tables = [pq.read_table(file, columns=columns) for file in self._shards("queries")]
-        return (
-            pa.concat_tables(tables)
-            if tables
-            else pa.table({name: pa.array([], pa.string()) for name in columns})
-        )
+        if tables:
+            return pa.concat_tables(tables)
+        return pa.table({name: pa.array([], pa.string()) for name in columns})
 
     def qrels(self) -> pa.Table:
         """All judgements: query_id, product_id, relevance.
@@ -145,7 +143,8 @@ class PreparedCatalogue:
         self, table: str, id_column: str, ids: Collection[str], columns: Sequence[str]
     ) -> list[dict[str, Any]]:
         """Rows by id. Reads all ids, and the rest of row groups that hold one of them."""
-        wanted, found = pa.array(list(ids), pa.string()), []
+        wanted = pa.array(list(ids), pa.string())
+        found = []
         for file in self._shards(table) if len(ids) else ():
             parquet = pq.ParquetFile(file)
             there = [name for name in columns if name in parquet.schema_arrow.names]
@@ -179,11 +178,10 @@ def read_qrels(file: Path) -> pa.Table:
         if name not in table.column_names:
             raise ValueError(f"{file}: no column {name!r} among {', '.join(table.column_names)}")
     try:
-        relevance = (
-            table.column("relevance").cast(pa.float64())
-            if "relevance" in table.column_names
-            else [1.0] * len(table)
-        )
+        if "relevance" in table.column_names:
+            relevance = table.column("relevance").cast(pa.float64())
+        else:
+            relevance = [1.0] * len(table)
     except pa.ArrowInvalid as error:
         raise ValueError(f"{file}: relevance is not a number: {error}") from None
     table = pa.table(

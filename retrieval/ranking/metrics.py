@@ -207,7 +207,8 @@ def _num_relevant(relevant: ArrayLike) -> NDArray[np.int64]:
 
 def _position(retrieved: ArrayLike, relevant: ArrayLike) -> NDArray[np.int64]:
     """(Q, K) column of `relevant` that holds the hit, -1 where it is not relevant."""
-    got, wanted = _as_ids(retrieved, "retrieved"), _as_ids(relevant, "relevant")
+    got = _as_ids(retrieved, "retrieved")
+    wanted = _as_ids(relevant, "relevant")
     if len(got) != len(wanted):
         raise ValueError(f"retrieved has {len(got)} queries, relevant has {len(wanted)}")
     if ((got[:, :-1] == NONE) & (got[:, 1:] != NONE)).any():

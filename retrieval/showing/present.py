@@ -69,9 +69,10 @@ class Found:
     def hits_with_cards(self, images: bool = False) -> list[Hit]:
         """The hits with what the catalogue knows of them."""
         scored = self.scored()
-        cards = (
-            self.catalogue.products({i for i, _ in scored}, images=images) if self.catalogue else {}
-        )
+        if self.catalogue:
+            cards = self.catalogue.products({i for i, _ in scored}, images=images)
+        else:
+            cards = {}
         return [
             Hit(product_id, score, cards.get(product_id, Card())) for product_id, score in scored
         ]
@@ -90,9 +91,10 @@ class Found:
             table.add_column(Text(name), overflow="fold")
         for rank, hit in enumerate(hits, 1):
             facts = dict(facts_of(hit.card.attributes, len(hit.card.attributes)))
-            words = (
-                [hit.card.title, *(facts.get(name, "") for name in names)] if self.catalogue else []
-            )
+            if self.catalogue:
+                words = [hit.card.title, *(facts.get(name, "") for name in names)]
+            else:
+                words = []
             table.add_row(
                 str(rank), f"{hit.score:.4f}", *(Text(word) for word in (hit.product_id, *words))
             )
@@ -100,16 +102,17 @@ class Found:
 
     def as_json(self) -> str:
         """The hits and how they were found, as one JSON object."""
-        hits = [
-            {
-                "rank": rank,
-                "product_id": hit.product_id,
-                "score": round(hit.score, 6),
-                "text": dict(hit.card.text),
-                "attributes": dict(hit.card.attributes),
-            }
-            for rank, hit in enumerate(self.hits_with_cards(), 1)
-        ]
+        hits = []
+        for rank, hit in enumerate(self.hits_with_cards(), 1):
+            hits.append(
+                {
+                    "rank": rank,
+                    "product_id": hit.product_id,
+                    "score": round(hit.score, 6),
+                    "text": dict(hit.card.text),
+                    "attributes": dict(hit.card.attributes),
+                }
+            )
         report: dict[str, Any] = {
             "query": {"text": dict(self.query.text), "attributes": dict(self.query.attributes)},
             "wanted": self.wanted,
@@ -145,11 +148,9 @@ def find_catalogue(index: ProductIndex, path: Path | None) -> PreparedCatalogue 
         catalogue = PreparedCatalogue(hint) if hint else None
     except ArtefactError:
         return None
-    return (
-        catalogue
-        if catalogue and catalogue.fingerprint == index.manifest.meta["catalogue"]
-        else None
-    )
+    if catalogue and catalogue.fingerprint == index.manifest.meta["catalogue"]:
+        return catalogue
+    return None
 
 
 def find_model(index: ProductIndex, path: Path | None) -> Path:
@@ -218,7 +219,8 @@ def describe_candidates(manifest: Manifest) -> Table:
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
     count = manifest.meta["count"]
     for place, one in enumerate(manifest.meta["candidates"]):
-        design, point = parse_mapped(one["factory"]), one["point"]
+        design = parse_mapped(one["factory"])
+        point = one["point"]
         figures = ["", "", "", ""]
         if point is not None:
             figures = [
@@ -308,7 +310,8 @@ def describe_update(report: UpdateReport) -> Table:
         for name, words in names.items():
             values = (getattr(state, name) for state in (report.before, report.after))
             table.add_row(words, *("" if value is None else f"{value:.4f}" for value in values))
-    table.caption, table.caption_justify = report.verdict, "left"
+    table.caption = report.verdict
+    table.caption_justify = "left"
     return table
 
 

@@ -209,17 +209,16 @@ def _errors(engine: Engine, centroids: Centroids, vectors: NDArray[np.float32]) 
     """What is lost of (B, D) vectors."""
     nearest = faiss.knn(vectors, centroids.vectors, 1, metric=faiss.METRIC_INNER_PRODUCT)[1][:, 0]
     centres = centroids.vectors[nearest]
-    pq, origin = engine.ivf.pq, centres if engine.ivf.by_residual else np.float32(0)
+    pq = engine.ivf.pq
+    origin = centres if engine.ivf.by_residual else np.float32(0)
     coded = pq.decode(pq.compute_codes(vectors - origin)) + origin
     fine = None if engine.fine is None else engine.fine.sa_decode(engine.fine.sa_encode(vectors))
     square = float(np.square(vectors).sum(axis=1).mean())
 
     def error(kept: NDArray[np.float32] | None) -> float | None:
-        return (
-            None
-            if kept is None
-            else round(float(np.square(vectors - kept).sum(axis=1).mean()) / square, 6)
-        )
+        if kept is None:
+            return None
+        return round(float(np.square(vectors - kept).sum(axis=1).mean()) / square, 6)
 
     return Errors(error(centres), error(coded), error(fine))
 
@@ -264,9 +263,8 @@ def verdict(built: Drift, now: Drift) -> str:
         reasons.append(f"{grown} (limit: {GROWTH_LIMIT:g} times): more lists would be faster")
     if reasons:
         return f"build anew: {'; '.join(reasons)}"
-    unknown = (
-        "; without vectors to re-rank by, only the sizes of lists can tell"
-        if now.recall is None
-        else ""
-    )
+    if now.recall is None:
+        unknown = "; without vectors to re-rank by, only the sizes of lists can tell"
+    else:
+        unknown = ""
     return f"no need to build anew{unknown}"

@@ -72,7 +72,11 @@ class NextVersion:
         plan: Plan,
         work: WorkFolder,
     ) -> None:
-        self.index, self.reader, self.meta, self.plan, self.work = index, reader, meta, plan, work
+        self.index = index
+        self.reader = reader
+        self.meta = meta
+        self.plan = plan
+        self.work = work
         self.alive = index.alive()
         self.gone = plan.gone | ~self.alive
         self.count = int((~self.gone).sum()) + plan.new
@@ -81,7 +85,8 @@ class NextVersion:
 
         whatever they are from describes all of them.
         """
-        self.compacted, self.rows = False, len(self.gone) + plan.new
+        self.compacted = False
+        self.rows = len(self.gone) + plan.new
         self.attributes: list[AttributeSource] = []
         self.needed = plan.changes
         self._sample: list[NDArray[np.float32]] = []
@@ -92,7 +97,8 @@ class NextVersion:
 
     def choose(self, compact: bool, attributes: Path | None) -> None:
         """Decide whether rows are closed up and where attributes come from."""
-        meta, table = self.index.manifest.meta, self.index.version / ATTRIBUTES_FILE
+        meta = self.index.manifest.meta
+        table = self.index.version / ATTRIBUTES_FILE
         new = known_source(self.meta) if attributes is None else open_source(attributes)
         another = (
             self.whole and new is not None and self.meta.get("catalogue") != meta.get("catalogue")
@@ -146,7 +152,8 @@ class NextVersion:
 
     def _about(self) -> dict[str, Any]:
         """What the manifest says of the update, and of where the products are from."""
-        plan, meta = self.plan, self.index.manifest.meta
+        plan = self.plan
+        meta = self.index.manifest.meta
         update = {
             "generation": meta.get("update", {}).get("generation", 0) + 1,
             "base": self.index.version.name,
@@ -163,7 +170,8 @@ class NextVersion:
         index = self.index
         known = index.manifest.meta.get("drift")
         if known:
-            built, before = Drift.from_json(known["built"]), Drift.from_json(known["after"])
+            built = Drift.from_json(known["built"])
+            before = Drift.from_json(known["after"])
         else:
             built = before = gauge(index.engine, index.settings, self.alive, index.metric)
         kept = np.ones(self.rows - self.plan.new, bool) if self.compacted else ~self.gone
@@ -202,7 +210,8 @@ class NextVersion:
 
     def _write_flat(self, folder: Path) -> None:
         """An exact index has no rows to spare: it is written anew."""
-        old, new = self.index.engine.index, faiss.IndexFlatIP(self.index.dim)
+        old = self.index.engine.index
+        new = faiss.IndexFlatIP(self.index.dim)
 
         def products() -> Iterable[pa.Table]:
             row = 0
@@ -240,7 +249,8 @@ class NextVersion:
         first = 0
         for number, batch in enumerate(batches):
             of = slice(first, first + len(batch.ids))
-            kept, first = self.plan.keep[of], of.stop
+            kept = self.plan.keep[of]
+            first = of.stop
             if kept.any():
                 self._sample.append(batch.vectors[sampled[of]])
                 yield f"{number:06d}", batch, kept

@@ -100,7 +100,8 @@ def make_plan(
     given = pa.chunked_array(list(upsert.ids()), pa.large_string())
     _check_not_both(given, leaving)
     rows = index.rows_of(given)
-    there, same = rows >= 0, _same(index, upsert, rows)
+    there = rows >= 0
+    same = _same(index, upsert, rows)
     gone[rows[there & ~same]] = True
     return Plan(
         gone,
@@ -131,7 +132,8 @@ def _same(
 ) -> NDArray[np.bool_]:
     """(M,) bool: embeddings of the very content that the index holds."""
     digests, known = known_digests(index, rows)
-    parts, first = [], 0
+    parts = []
+    first = 0
     for batch in upsert.batches(BLOCK):
         of = slice(first, first + len(batch.ids))
         parts.append(known[of] & (digests[of] == batch.digests()))

@@ -35,7 +35,8 @@ class Version:
     """
 
     def __init__(self, index: ProductIndex, gone: NDArray[np.bool_]) -> None:
-        self._index, self._gone = index, gone
+        self._index = index
+        self._gone = gone
         self._file = index.version / LISTS_FILE
         self._sizes: NDArray[np.int64] = np.load(index.version / SIZES_FILE, allow_pickle=False)
 

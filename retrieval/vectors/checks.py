@@ -83,7 +83,8 @@ def checked_vectors(
         expected = "(B, D)" if dim is None else f"(B, {dim})"
         raise ValueError(f"{where}: shape {array.shape}; expected {expected}, one vector per row")
     with np.errstate(over="ignore"):
-        given, array = array, np.ascontiguousarray(array, dtype=np.float32)
+        given = array
+        array = np.ascontiguousarray(array, dtype=np.float32)
 
     def refuse(bad: NDArray[np.bool_], problem: str) -> None:
         if bad.any():
@@ -151,7 +152,9 @@ def as_queries(products: NDArray[np.float32], metric: Metric) -> NDArray[np.floa
     Returns:
         (..., D) float32: the same, or under kl their probabilities.
     """
-    return probabilities(products) if metric == "kl" else products
+    if metric == "kl":
+        return probabilities(products)
+    return products
 
 
 def probabilities(logits: NDArray[np.floating[Any]]) -> NDArray[np.float32]:

@@ -63,7 +63,9 @@ class EmbeddingWriter:
         metric: Metric = "cosine",
     ) -> None:
         self.path = Path(folder)
-        self.dim, self.id_column, self.metric = dim, id_column, checked_metric(metric)
+        self.dim = dim
+        self.id_column = id_column
+        self.metric = checked_metric(metric)
         identity = {
             "model": model,
             "catalogue": catalogue,
@@ -145,7 +147,9 @@ class EmbeddingBatch(NamedTuple):
 
         Of the vectors where nothing is known of what was embedded.
         """
-        return content_of(self.vectors) if self.contents is None else self.contents
+        if self.contents is None:
+            return content_of(self.vectors)
+        return self.contents
 
 
 class EmbeddingReader:
@@ -184,7 +188,8 @@ class EmbeddingReader:
         files: list[Path] | None = None
         if any((self.source / name).exists() for name in (storage.MANIFEST, BEGUN)):
             manifest = storage.verify(self.source, KIND)
-            self.meta, self.fingerprint = manifest.meta, manifest.fingerprint
+            self.meta = manifest.meta
+            self.fingerprint = manifest.fingerprint
             files = [self.source / name for name in manifest.files if name.endswith(".parquet")]
         self.metric: Metric = checked_metric(metric or self.meta.get("metric", "cosine"))
         self.normalize = normalize

@@ -84,9 +84,10 @@ def find_parts(
     """
     ours = files is not None
     if files is None:
-        files = (
-            [source] if source.is_file() else _listed(source, ".parquet") or _listed(source, ".npy")
-        )
+        if source.is_file():
+            files = [source]
+        else:
+            files = _listed(source, ".parquet") or _listed(source, ".npy")
     if not files:
         raise ValueError(f"{source}: no .parquet and no .npy files there")
     files = sorted(files, key=natural_key)
@@ -132,10 +133,12 @@ class ParquetPart:
     def __init__(
         self, file: Path, id_column: str | None, embedding_column: str | None, ours: bool
     ) -> None:
-        self.name, self.files = str(file), [file]
+        self.name = str(file)
+        self.files = [file]
         try:
             with _open(file) as opened:
-                schema, self.count = opened.schema_arrow, opened.metadata.num_rows
+                schema = opened.schema_arrow
+                self.count = opened.metadata.num_rows
         except pa.ArrowInvalid as error:
             raise ValueError(f"{file} is not a Parquet file: {error}") from None
         self._embedding = find_column(
@@ -175,7 +178,9 @@ class ParquetPart:
             return int(column_type.list_size)
         with _open(self.files[0]) as file:
             first = next(file.iter_batches(1, columns=[self._embedding]), None)
-        return 0 if first is None or not first.num_rows else len(first.column(0)[0].as_py() or ())
+        if first is None or not first.num_rows:
+            return 0
+        return len(first.column(0)[0].as_py() or ())
 
     def _matrix(self, column: pa.Array, row: int) -> NDArray[Any]:
         lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False)
@@ -196,7 +201,9 @@ class NumpyPart:
     """A .npy file of (B, D) floats and a file of B ids in the same order."""
 
     def __init__(self, file: Path, ids: Path) -> None:
-        self.name, self.files, self.reads = str(file), [file, ids], ""
+        self.name = str(file)
+        self.files = [file, ids]
+        self.reads = ""
         try:
             self._vectors = np.load(file, mmap_mode="r", allow_pickle=False)
         except (ValueError, EOFError) as error:
@@ -306,7 +313,9 @@ def _partner(file: Path, files: Sequence[Path], ids: Path) -> Path:
 
 def _last_number(path: Path) -> int | None:
     numbers = re.findall(r"\d+", path.stem)
-    return int(numbers[-1]) if numbers else None
+    if numbers:
+        return int(numbers[-1])
+    return None
 
 
 def find_column(

@@ -34,12 +34,16 @@ class _GatherRows(torch.autograd.Function):
 
 def num_processes() -> int:
     """The number of training processes; 1 where training is not distributed."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_world_size()
+    return 1
 
 
 def rank_offset(num_rows: int) -> int:
     """The position of this process's first row among the gathered ones."""
-    return num_rows * dist.get_rank() if num_processes() > 1 else 0
+    if num_processes() > 1:
+        return num_rows * dist.get_rank()
+    return 0
 
 
 def gather_rows(rows: Tensor) -> Tensor:

@@ -97,4 +97,6 @@ def slots_of(keys: Tensor, num_slots: int) -> Tensor:
 
 def _log(value: float) -> float:
     """The logarithm in float32, and -inf for 0."""
-    return math.log(value) if value > 0 else -math.inf
+    if value > 0:
+        return math.log(value)
+    return -math.inf

@@ -122,7 +122,9 @@ def judgement_weights(rows: LossRows, columns: LossRows) -> Tensor | None:
     """
     if columns.judged_products.shape[1]:
         transposed = judgement_weights(columns, rows)
-        return None if transposed is None else transposed.T
+        if transposed is None:
+            return None
+        return transposed.T
     if not rows.judged_products.shape[1]:
         return None
     # Each judged product's place among the distinct products of the columns.

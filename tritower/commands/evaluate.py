@@ -131,4 +131,6 @@ def evaluate(
     failures = measuring.failed_gates(measured.report, report.gate)
     for failure in failures:
         print(f"error: gate not reached: {failure}", file=sys.stderr)
-    return 1 if failures else 0
+    if failures:
+        return 1
+    return 0

@@ -59,10 +59,14 @@ class EffortOptions:
 
 def one_side(embeddings: Path, side: str) -> Path:
     """EMBEDDINGS/products where `embed` made both sides, else the folder itself."""
-    return embeddings / side if (embeddings / side).is_dir() else embeddings
+    if (embeddings / side).is_dir():
+        return embeddings / side
+    return embeddings
 
 
 def tuning_queries_beside(products: Path) -> Path | None:
     """The tuning queries that `embed` made beside the products; None where there are none."""
     tuning = products.parent / "tuning"
-    return tuning if products.name == "products" and tuning.is_dir() else None
+    if products.name == "products" and tuning.is_dir():
+        return tuning
+    return None

@@ -212,4 +212,6 @@ def type_of_query(text: str, image: list[Path], attribute: list[str], more: bool
     """The type of a query of one modality; None for a mix of several."""
     shown = {"text": text, "image": image, "product:attribute": attribute, "product": more}
     kinds = [kind for kind, what in shown.items() if what]
-    return kinds[0] if len(kinds) == 1 else None
+    if len(kinds) == 1:
+        return kinds[0]
+    return None

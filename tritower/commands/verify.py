@@ -33,4 +33,6 @@ def verify(index: Path) -> int:
         print(f"in use: {versions.current(index).name}")
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
-    return 1 if problems else 0
+    if problems:
+        return 1
+    return 0

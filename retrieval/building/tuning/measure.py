@@ -61,10 +61,12 @@ def reached(tuning: Tuning, target: Target) -> list[str]:
 def sweep(engine: Engine, probe: Probe, k: int, enough: float) -> list[Point]:
     """The points that no other beats in both recall and latency, up to `enough` recall."""
     points: list[Point] = []
-    best, first = -1.0, 0
+    best = -1.0
+    first = 0
     factors = K_FACTORS if engine.fine is not None else K_FACTORS[:1]
     for nprobe in [p for p in PROBED if p < engine.lists] + [engine.lists]:  # type: ignore[operator]
-        before, reached = 0.0, {}
+        before = 0.0
+        reached = {}
         for number in range(first, len(factors)):
             started = time.perf_counter()
             recall = float(recalls_of(engine, probe, k, Settings(nprobe, factors[number])).mean())

@@ -21,7 +21,8 @@ from tritower.retrieval.ivf.engine import Engine
 from tritower.retrieval.ivf.inverted_lists import BLOCK, extents, file_bytes, map_lists, pack
 from tritower.retrieval.ivf.ivf_pq import Encoded, Trained, open_fine, write_fine_header
 
-SHARED_CODES, SHARED_VECTORS = 32 << 20, 128 << 20
+SHARED_CODES = 32 << 20
+SHARED_VECTORS = 128 << 20
 """Bytes of codes and rows that all lists share, and of finer vectors."""
 
 
@@ -35,15 +36,15 @@ def stand_in(folder: Path, trained: Trained, encoded: Encoded, count: int) -> En
         count: N.
     """
     index = faiss.clone_index(trained.index)
-    rows = (
-        count
-        if trained.finer is None
-        else min(count, max(1, SHARED_VECTORS // encoded.fine.shape[1]))
-    )
+    if trained.finer is None:
+        rows = count
+    else:
+        rows = min(count, max(1, SHARED_VECTORS // encoded.fine.shape[1]))
     sizes = np.full(index.nlist, max(1, round(count * (1 + trained.spill) / index.nlist)))
     distinct = max(1, min(index.nlist, SHARED_CODES // file_bytes(sizes[:1], index.code_size)))
     table = extents(sizes[:distinct], index.code_size)
-    blocks, generator = pack(index, encoded.codes[0]), np.random.default_rng(0)
+    blocks = pack(index, encoded.codes[0])
+    generator = np.random.default_rng(0)
     with (folder / "stand-in.bin").open("wb") as file:
         for size, room, start in table.astype(np.int64):
             file.seek(start)

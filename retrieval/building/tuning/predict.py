@@ -97,8 +97,12 @@ class Predictor:
         seed: int,
         known: Mapping[int, Centroids],
     ) -> None:
-        self._sample, self._unseen, self._seed = sample, unseen, seed
-        self.target, self.count, self.dim = target, count, sample.shape[1]
+        self._sample = sample
+        self._unseen = unseen
+        self._seed = seed
+        self.target = target
+        self.count = count
+        self.dim = sample.shape[1]
         self._share = len(unseen) / count
         self._held = max(1, round(target.k * self._share))
         self._near = nearest_in(unseen, probes, target.k, count)
@@ -226,7 +230,9 @@ def precision_for(sample: Vectors, asked: Sequence[Probe], k: int, count: int) -
     """
     near = nearest_in(sample, asked, k, count)
     held = max(1, round(k * len(sample) / count))
-    return "SQ8" if min(ceiling_of_8_bits(sample, near, held)) >= CEILING else "SQfp16"
+    if min(ceiling_of_8_bits(sample, near, held)) >= CEILING:
+        return "SQ8"
+    return "SQfp16"
 
 
 def ceiling_of_8_bits(sample: Vectors, near: Sequence[Probe], held: int) -> list[float]:
@@ -257,7 +263,7 @@ def _as_scanned(trained: Trained, encoded: Encoded) -> list[Vectors]:
     decoded = [trained.index.pq.decode(np.ascontiguousarray(codes)) for codes in encoded.codes]
     if not trained.index.by_residual:
         return decoded
-    return [
-        part + trained.centroids.vectors[lists]
-        for part, lists in zip(decoded, encoded.lists.T, strict=True)
-    ]
+    result = []
+    for part, lists in zip(decoded, encoded.lists.T, strict=True):
+        result.append(part + trained.centroids.vectors[lists])
+    return result
