@@ -12,14 +12,14 @@ from typing import Any, TypeAlias
 JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
 
 VERSION = 2
-"""Of the manifest's own layout; what a kind of folder holds is versioned in its `meta`.
+"""Of the manifest's own layout; what a type of folder holds is versioned in its `meta`.
 
-A manifest without samples is
-written as version 1, which knew none."""
+A manifest without samples is written as version 1, which knew none.
+"""
 
 
 class ArtefactError(Exception):
-    """An artefact is missing, unfinished, damaged, of another kind, or in the way."""
+    """An artefact is missing, unfinished, damaged, of another type, or in the way."""
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,13 @@ class Manifest:
     """What a finished folder holds.
 
     Attributes:
-        kind: what the folder is: "catalogue", "embeddings", "model", "index".
+        artefact_type: what the folder is: "catalogue", "embeddings", "model", "index".
         meta: facts about the content, plain JSON.
         files: name inside the folder ("products/shard-00000.parquet") -> size and digest.
         fingerprint: sha256 over names and digests of the files: equal content, equal fingerprint.
     """
 
-    kind: str
+    artefact_type: str
     meta: Mapping[str, Any]
     files: Mapping[str, FileEntry]
     fingerprint: str
@@ -57,7 +57,7 @@ class Manifest:
 def encode(manifest: Manifest) -> bytes:
     """The bytes of `manifest.json`: readable JSON that ends with a digest of all the rest."""
     body: dict[str, Any] = {
-        "kind": manifest.kind,
+        "kind": manifest.artefact_type,
         "version": VERSION if any(entry.sample for entry in manifest.files.values()) else 1,
         "meta": dict(manifest.meta),
         "files": {name: _facts(entry) for name, entry in manifest.files.items()},

@@ -29,7 +29,7 @@ class ShardFolder:
 
     Args:
         path: the folder; made when missing.
-        kind: the kind of artefact folder it becomes.
+        artefact_type: the type of artefact folder it becomes.
         identity: what decides the content (model, source, settings). A folder begun with another
             one is refused.
 
@@ -37,13 +37,15 @@ class ShardFolder:
         ArtefactError: the folder holds something else; the message shows both identities.
     """
 
-    def __init__(self, path: Path | str, *, kind: str, identity: Mapping[str, JSON]) -> None:
+    def __init__(
+        self, path: Path | str, *, artefact_type: str, identity: Mapping[str, JSON]
+    ) -> None:
         self.path = Path(path)
-        self.kind = kind
+        self.artefact_type = artefact_type
         self.identity = json.loads(json.dumps(identity))
         self.finished = (self.path / storage.MANIFEST).exists()
         if self.finished:
-            meta = storage.verify(self.path, kind).meta
+            meta = storage.verify(self.path, artefact_type).meta
             self._check_same({name: meta.get(name) for name in self.identity})
         elif (self.path / BEGUN).exists():
             self._check_same(self._read_begun())
@@ -91,7 +93,7 @@ class ShardFolder:
             ArtefactError: shards are missing or one too many is there, by name.
         """
         if self.finished:
-            return storage.read_manifest(self.path, self.kind)
+            return storage.read_manifest(self.path, self.artefact_type)
         wanted = {self._file(shard).name for shard in shards}
         there = {file.name for file in self.path.glob("*.parquet")}
         if missing := sorted(wanted - there):
@@ -105,7 +107,9 @@ class ShardFolder:
             )
         count = sum(pq.read_metadata(self.path / name).num_rows for name in wanted)
         manifest = storage.seal(
-            self.path, kind=self.kind, meta={**(meta or {}), **self.identity, "count": count}
+            self.path,
+            artefact_type=self.artefact_type,
+            meta={**(meta or {}), **self.identity, "count": count},
         )
         self.finished = True
         return manifest

@@ -69,7 +69,7 @@ __all__ = [
 def new_folder(
     path: Path | str,
     *,
-    kind: str,
+    artefact_type: str,
     meta: Mapping[str, JSON] = MappingProxyType({}),
     overwrite: bool = False,
 ) -> Iterator[Path]:
@@ -77,28 +77,28 @@ def new_folder(
 
     Args:
         path: the folder to make; its parents are made when missing.
-        kind: what the folder is; whoever opens it asks for this word.
+        artefact_type: what the folder is; whoever opens it asks for this word.
         meta: facts to store in the manifest, read when the block ends: counts may be filled in
             until then.
-        overwrite: replace a finished folder of the same kind, in one step; the old one is removed
+        overwrite: replace a finished folder of the same type, in one step; the old one is removed
             afterwards.
 
     Raises:
         ArtefactError: `path` exists and `overwrite` is False, or it is not a finished folder of
-            this kind.
+            this type.
     """
     path = Path(path)
-    _check_place(path, kind, overwrite)
+    _check_place(path, artefact_type, overwrite)
     with temporary(path, folder=True) as new:
         yield new.path
-        seal(new.path, kind=kind, meta=meta)
+        seal(new.path, artefact_type=artefact_type, meta=meta)
         verify(new.path)
-        _check_place(path, kind, overwrite)
+        _check_place(path, artefact_type, overwrite)
         _move_folder(new.path, path)
 
 
 def seal(
-    folder: Path | str, *, kind: str, meta: Mapping[str, JSON] = MappingProxyType({})
+    folder: Path | str, *, artefact_type: str, meta: Mapping[str, JSON] = MappingProxyType({})
 ) -> Manifest:
     """Flush every file of a folder to disk, then write its manifest.
 
@@ -113,7 +113,7 @@ def seal(
     for directory in sorted({above for name in names for above in Path(name).parents} | {Path()}):
         files.fsync(folder / directory)
     entries = {name: _entry(folder / name) for name in names}
-    manifest = Manifest(kind, meta, entries, fingerprint_of(entries))
+    manifest = Manifest(artefact_type, meta, entries, fingerprint_of(entries))
     write_bytes(folder / MANIFEST, encode(manifest))
     return manifest
 
@@ -150,19 +150,21 @@ def write_json(path: Path | str, data: JSON) -> None:
     write_text(path, json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def read_manifest(path: Path | str, kind: str | None = None) -> Manifest:
+def read_manifest(path: Path | str, artefact_type: str | None = None) -> Manifest:
     """Read the manifest of a finished folder.
 
     Args:
         path: the folder.
-        kind: what the folder must be; None for any.
+        artefact_type: what the folder must be; None for any.
 
     Raises:
         ArtefactError: no such folder, not finished, manifest damaged, written by a newer version,
-            or another kind.
+            or another type.
     """
     path = Path(path)
-    wanted = "a finished artefact" if kind is None else f"a finished {kind} folder"
+    wanted = (
+        "a finished artefact" if artefact_type is None else f"a finished {artefact_type} folder"
+    )
     if not path.is_dir():
         raise ArtefactError(f"{path}: no such folder; expected {wanted}")
     try:
@@ -173,17 +175,19 @@ def read_manifest(path: Path | str, kind: str | None = None) -> Manifest:
             "again"
         ) from None
     manifest = decode(data, path / MANIFEST)
-    if kind is not None and manifest.kind != kind:
-        raise ArtefactError(f"{path} is a folder of kind {manifest.kind!r}; expected {kind!r}")
+    if artefact_type is not None and manifest.artefact_type != artefact_type:
+        raise ArtefactError(
+            f"{path} is a folder of type {manifest.artefact_type!r}; expected {artefact_type!r}"
+        )
     return manifest
 
 
-def verify(path: Path | str, kind: str | None = None, *, fast: bool = False) -> Manifest:
+def verify(path: Path | str, artefact_type: str | None = None, *, fast: bool = False) -> Manifest:
     """Compare size and digest of every file with the manifest, which is returned.
 
     Args:
         path: the folder.
-        kind: what the folder must be; None for any.
+        artefact_type: what the folder must be; None for any.
         fast: of files over 256 MiB read 256 blocks only, spread evenly: finds a file that is cut,
             exchanged or partly lost, not each flipped bit.
 
@@ -191,7 +195,7 @@ def verify(path: Path | str, kind: str | None = None, *, fast: bool = False) -> 
         ArtefactError: naming the file, what the manifest says and what is there.
     """
     path = Path(path)
-    manifest = read_manifest(path, kind)
+    manifest = read_manifest(path, artefact_type)
     for name, entry in manifest.files.items():
         file = path / name
         if not file.is_file():
@@ -293,8 +297,8 @@ def _sample_sha256(file: Path) -> str:
     return digest.hexdigest()
 
 
-def _check_place(path: Path, kind: str, overwrite: bool) -> None:
-    """Refuse to replace anything but a finished folder of the same kind, when asked to."""
+def _check_place(path: Path, artefact_type: str, overwrite: bool) -> None:
+    """Refuse to replace anything but a finished folder of the same type, when asked to."""
     if not (path.exists() or path.is_symlink()):
         return
     if not overwrite:
@@ -303,8 +307,10 @@ def _check_place(path: Path, kind: str, overwrite: bool) -> None:
         )
     if path.is_symlink():
         raise ArtefactError(f"{path} is a symbolic link: give the folder itself to overwrite it")
-    if read_manifest(path).kind != kind:
-        raise ArtefactError(f"{path} is not a folder of kind {kind!r} and is not overwritten")
+    if read_manifest(path).artefact_type != artefact_type:
+        raise ArtefactError(
+            f"{path} is not a folder of type {artefact_type!r} and is not overwritten"
+        )
 
 
 def _move_folder(new: Path, path: Path) -> None:

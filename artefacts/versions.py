@@ -62,7 +62,7 @@ class Opened(NamedTuple, Generic[T]):
 def publish(
     root: Path | str,
     *,
-    kind: str,
+    artefact_type: str,
     meta: Mapping[str, JSON],
     base: str | None = None,
     keep: int = 2,
@@ -73,7 +73,7 @@ def publish(
 
     Args:
         root: the place of all versions; made when missing.
-        kind: what a version is; whoever opens it asks for this word.
+        artefact_type: what a version is; whoever opens it asks for this word.
         meta: facts to store in the manifest, read when the block ends.
         base: name of the version that this work started from; None = the one in use when the block
             begins. If another one is in use when the block ends, nothing is published.
@@ -86,12 +86,12 @@ def publish(
     root = Path(root)
     if keep < 1:
         raise ValueError(f"keep={keep}; expected at least 1, the version in use")
-    _check_place(root, kind)
+    _check_place(root, artefact_type)
     started_from = _pointer(root) if base is None else f"{base}\n".encode()
     _check_base(root, started_from)
     with temporary(root / VERSIONS / "version", folder=True) as new:
         yield new.path
-        storage.seal(new.path, kind=kind, meta=meta)
+        storage.seal(new.path, artefact_type=artefact_type, meta=meta)
         storage.verify(new.path)
         new.lock.share()  # from CURRENT's change on it has readers
         with _alone(root):
@@ -241,22 +241,22 @@ def _newer_than_current(root: Path) -> list[Path]:
     return [folder for number, folder in _numbered(root).items() if number > int(name)]
 
 
-def _check_place(root: Path, kind: str) -> None:
+def _check_place(root: Path, artefact_type: str) -> None:
     """Refuse a place that holds something else."""
     if root.exists() and not root.is_dir():
         raise ArtefactError(f"{root} is a file; expected a folder, or nothing")
     if there := versions(root):
         with suppress(ArtefactError):
             there.append(current(root))
-        _check_kind(there[-1], kind)
+        _check_artefact_type(there[-1], artefact_type)
     elif (root / MANIFEST).exists():
-        _check_kind(root, kind)
+        _check_artefact_type(root, artefact_type)
         if root.parent.name == VERSIONS:
             raise ArtefactError(
                 f"{root} is one version, which never changes: name {root.parent.parent}"
             )
         raise ArtefactError(
-            f"{root} is an artefact folder without versions ({kind}): choose another place"
+            f"{root} is an artefact folder without versions ({artefact_type}): choose another place"
         )
     elif others := _other_things(root):
         raise ArtefactError(
@@ -264,16 +264,16 @@ def _check_place(root: Path, kind: str) -> None:
         )
 
 
-def _check_kind(folder: Path, kind: str) -> None:
+def _check_artefact_type(folder: Path, artefact_type: str) -> None:
     try:
-        there = storage.read_manifest(folder).kind
+        there = storage.read_manifest(folder).artefact_type
     except ArtefactError:
         if folder.parent.name == VERSIONS:  # a damaged version may be replaced by a good one
             return
         raise
-    if there != kind:
+    if there != artefact_type:
         raise ArtefactError(
-            f"{folder} is a folder of kind {there!r}, not {kind!r}, and is not replaced"
+            f"{folder} is a folder of type {there!r}, not {artefact_type!r}, and is not replaced"
         )
 
 

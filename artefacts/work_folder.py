@@ -17,7 +17,7 @@ from tritower.artefacts.temporaries import Lock, is_temporary, lock
 
 logger = logging.getLogger(__name__)
 
-Kind = Literal["build", "update"]
+Task = Literal["build", "update"]
 
 
 class WorkFolder:
@@ -29,7 +29,7 @@ class WorkFolder:
     Args:
         output: the place of the artefact; the folder is called as it is, with .building or
             .updating behind.
-        kind: of the work.
+        task: of the work.
         identity: what is made from what; with another one, all is removed that an earlier run has
             left.
         ours: pattern of the names that runs make there; a folder with others is refused.
@@ -38,10 +38,10 @@ class WorkFolder:
         ArtefactError: another process works there, or the folder holds other things.
     """
 
-    def __init__(self, output: Path, kind: Kind, identity: Mapping[str, Any], ours: str) -> None:
-        self.path = _place(output, kind)
+    def __init__(self, output: Path, task: Task, identity: Mapping[str, Any], ours: str) -> None:
+        self.path = _place(output, task)
         self._output = output
-        self._kind = kind
+        self._task = task
         self.identity = json.loads(json.dumps(identity))
         self._ours = ours
         self._lock = self._take()
@@ -57,7 +57,7 @@ class WorkFolder:
 
     def __exit__(
         self,
-        kind: type[BaseException] | None,
+        error_type: type[BaseException] | None,
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
@@ -66,7 +66,9 @@ class WorkFolder:
         What is finished stays, unless that is nothing or the input was refused.
         """
         try:
-            if kind is not None and (issubclass(kind, ValueError) or not self.worth_keeping()):
+            if error_type is not None and (
+                issubclass(error_type, ValueError) or not self.worth_keeping()
+            ):
                 files.remove(self.path)
         finally:
             self._lock.close()
@@ -87,7 +89,7 @@ class WorkFolder:
             files.make_folder(self.path)
             held = lock(self.path)
             if held is not None and held.held is False:
-                doing = f"{_doing(self._kind)} {self._output}"
+                doing = f"{_doing(self._task)} {self._output}"
                 raise ArtefactError(
                     f"another run is {doing} (in {self.path}): wait for it, or stop it"
                 )
@@ -102,7 +104,7 @@ class WorkFolder:
         names = sorted(file.name for file in self.path.iterdir())
         if others := [name for name in names if not (own.fullmatch(name) or is_temporary(name))]:
             raise ArtefactError(
-                f"{self.path} is where this {self._kind} would work, but holds other things "
+                f"{self.path} is where this {self._task} would work, but holds other things "
                 f"({', '.join(others[:5])}): "
                 "move them, or choose another place"
             )
@@ -115,16 +117,16 @@ class WorkFolder:
             return
         for name in names:
             logger.info(
-                "removed from an unfinished %s of something else: %s", self._kind, self.path / name
+                "removed from an unfinished %s of something else: %s", self._task, self.path / name
             )
             remove = files.system.rmtree if (self.path / name).is_dir() else files.system.unlink
             remove(self.path / name)
         storage.write_json(begun, self.identity)
 
 
-def remove_work(output: Path, kind: Kind) -> None:
+def remove_work(output: Path, task: Task) -> None:
     """Remove the folder of finished work, unless another run works there by now."""
-    path = _place(output, kind)
+    path = _place(output, task)
     held = lock(path)
     if held is None:
         return
@@ -133,10 +135,10 @@ def remove_work(output: Path, kind: Kind) -> None:
             files.remove(path)
 
 
-def _doing(kind: Kind) -> str:
-    return f"{kind.removesuffix('e')}ing"
+def _doing(task: Task) -> str:
+    return f"{task.removesuffix('e')}ing"
 
 
-def _place(output: Path, kind: Kind) -> Path:
+def _place(output: Path, task: Task) -> Path:
     output = output.absolute()  # a place such as "." has no name
-    return output.with_name(f"{output.name}.{_doing(kind)}")
+    return output.with_name(f"{output.name}.{_doing(task)}")

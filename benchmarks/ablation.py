@@ -42,9 +42,9 @@ SMALL_BATCH = [
     "--model.optimizer.lr=7.5e-4",
 ]  # of 4e-4, 7.5e-4, 1.5e-3 the highest nDCG@10 on val
 PRODUCTS = [CATALOGUE, "--model.product.lexical.init_args.typed=false"]
-"""Products alone, for losses that know no weights:
+"""Products alone, for losses that know no weights.
 
-typed queries of facets would weigh as much as products.
+Typed queries of facets would weigh as much as products.
 """
 
 

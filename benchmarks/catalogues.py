@@ -10,9 +10,9 @@ makes the rest. The test split is read once: `benchmarks.ledger` keeps what was 
 a second time.
 
 Keys of FILE:
-    arms        "CATALOGUE/ARM/SEED" -> {"split", "splits", "command", "seconds", "kinds"}
+    arms        "CATALOGUE/ARM/SEED" -> {"split", "splits", "command", "seconds", "query types"}
                 splits: salt of `benchmarks.splits`, null for the catalogue's own
-                kinds: {KIND: {METRIC: [value, low, high]}}
+                query_types: {TYPE: {METRIC: [value, low, high]}}
                 METRIC: hit@1, hit@10, recall@10, best_recall@10, ndcg@10 by exact search;
                     ann_vs_exact_recall@10 and
                 ann_hit@10 of the default index
@@ -47,18 +47,20 @@ from benchmarks.splits import NewSplits
 from tritower.artefacts.storage import write_json
 from tritower.datamodules.batch import Item
 from tritower.datamodules.schema import Schema
-from tritower.retrieval.building.build import Recipe, build_index
-from tritower.retrieval.evaluating.comparison import COMPARED, HYBRID, measure, per_query
-from tritower.retrieval.evaluating.evaluate import (
-    Evaluation,
-    Options,
-    TowerReaders,
-    evaluate,
-    open_untrained,
+from tritower.retrieval.building.build import build_index
+from tritower.retrieval.building.choose_spec import choose_lists
+from tritower.retrieval.building.options import BuildOptions
+from tritower.retrieval.evaluating.evaluate import Evaluation, evaluate
+from tritower.retrieval.evaluating.evaluation_queries import EvaluationQueries
+from tritower.retrieval.evaluating.metric_report import (
+    SHOWN_METRICS,
+    metrics_per_query,
+    ranking_metrics,
 )
-from tritower.retrieval.evaluating.evaluation_queries import Questions
+from tritower.retrieval.evaluating.search_tasks import EvaluationOptions
+from tritower.retrieval.evaluating.untrained_comparison import HYBRID
+from tritower.retrieval.evaluating.untrained_inputs import TowerReaders, open_tower_features
 from tritower.retrieval.index import ProductIndex
-from tritower.retrieval.ivf.spec import choose_lists
 from tritower.retrieval.products.catalogue import PreparedCatalogue
 from tritower.retrieval.ranking.metrics import bootstrap_interval
 from tritower.retrieval.vectors.embeddings import EmbeddingReader
@@ -331,28 +333,30 @@ class Bench:
         image = TimmImage("tf_efficientnet_lite0", pretrained=weights, freeze=True)
         model = TwoTower(
             Encoder(64, text, image, AttributeTower())
-        )  # so that each kind of query is asked
+        )  # so that each query type is asked
         model.set_schema(Schema.load(self.prepared / "schema.json"))
         folder = self.work / "runs" / self.catalogue.folder / "without training"
         save_model(model, folder / "model", overwrite=True)
         started = time.monotonic()
         evaluation = self.evaluate(folder / "model", folder, untrained=True)
         with_image = self.ask(
-            folder, {"image": open_untrained(folder / "embeddings" / "untrained")["image"]}
+            folder, {"image": open_tower_features(folder / "embeddings" / "untrained")["image"]}
         )
-        found = {kind: dict(rows) for kind, rows in evaluation.untrained.items()}
+        found = {query_type: dict(rows) for query_type, rows in evaluation.untrained.items()}
         if "fused" in found:
             found["fused"]["words + image"] = with_image.untrained["fused"]["sum"]
         for name in UNTRAINED:
-            kinds = {kind: rows[name] for kind, rows in found.items() if name in rows}
-            if kinds and not self.done("arms", f"{name}/0"):
-                figures, values = figures_of(evaluation.questions, kinds)
+            query_types = {
+                query_type: rows[name] for query_type, rows in found.items() if name in rows
+            }
+            if query_types and not self.done("arms", f"{name}/0"):
+                figures, values = figures_of(evaluation.queries, query_types)
                 about = {"command": "", "seconds": round(time.monotonic() - started, 1)}
                 chosen = evaluation.report["chosen"] if name == "floor" else {}
                 self.store(
                     "arms",
                     f"{name}/0",
-                    {"kinds": figures, "values": values, "chosen": chosen, **about},
+                    {"query_types": figures, "values": values, "chosen": chosen, **about},
                 )
                 yield self.key(f"{name}/0")
 
@@ -425,22 +429,25 @@ class Bench:
         """The figures of a model alone, and fused with words where the floor is measured."""
         evaluation = self.evaluate(model, folder, product, query, untrained)
         report = evaluation.report
-        questions = evaluation.questions
-        found = evaluation.found
-        rows = {kind: found["exact"][questions.of_kind(kind)] for kind in questions.all_kinds}
+        queries = evaluation.queries
+        found = evaluation.rows
+        rows = {
+            query_type: found["exact"][queries.positions_of_type(query_type)]
+            for query_type in queries.distinct_types
+        }
         rows |= {
-            f"{kind}, hybrid": of[HYBRID]
-            for kind, of in evaluation.untrained.items()
+            f"{query_type}, hybrid": of[HYBRID]
+            for query_type, of in evaluation.untrained.items()
             if HYBRID in of
         }
-        figures, values = figures_of(questions, rows)
-        for kind in questions.all_kinds:
-            figures[kind]["ann_hit@10"] = triple(report["tasks"]["ann"][kind]["hit@10"])
-            figures[kind]["ann_vs_exact_recall@10"] = triple(
-                report["tasks"]["ann_vs_exact"][kind]["recall@10"]
+        figures, values = figures_of(queries, rows)
+        for query_type in queries.distinct_types:
+            figures[query_type]["ann_hit@10"] = triple(report["tasks"]["ann"][query_type]["hit@10"])
+            figures[query_type]["ann_vs_exact_recall@10"] = triple(
+                report["tasks"]["ann_vs_exact"][query_type]["recall@10"]
             )
-            figures[kind]["queries"] = report["queries"][kind]["count"]
-        return {"kinds": figures, "values": values, "index": report["index"]["factory"]}
+            figures[query_type]["queries"] = report["queries"][query_type]["count"]
+        return {"query_types": figures, "values": values, "index": report["index"]["factory"]}
 
     def evaluate(
         self,
@@ -468,9 +475,9 @@ class Bench:
         lists = choose_lists(
             products.count, products.dim
         )  # the default index of so few products would be exact
-        build_index(products, folder / "index", Recipe(lists.factory), overwrite=True)
+        build_index(products, folder / "index", BuildOptions(lists.factory), overwrite=True)
         return self.ask(
-            folder, open_untrained(folder / "embeddings" / "untrained") if untrained else None
+            folder, open_tower_features(folder / "embeddings" / "untrained") if untrained else None
         )
 
     def ask(self, folder: Path, towers: Mapping[str, TowerReaders] | None) -> Evaluation:
@@ -484,7 +491,9 @@ class Bench:
             EmbeddingReader(folder / "embeddings" / "queries"),
             catalogue=PreparedCatalogue(self.prepared),
             untrained=towers,
-            options=Options(split=self.split, latency_queries=0, untrained=towers is not None),
+            options=EvaluationOptions(
+                split=self.split, latency_queries=0, untrained=towers is not None
+            ),
         )
 
     def missing(self, name: str, seed: int) -> Iterator[str]:
@@ -516,26 +525,26 @@ class Without:
 
 
 def figures_of(
-    questions: Questions, found: Mapping[str, NDArray[np.int64]]
+    queries: EvaluationQueries, found: Mapping[str, NDArray[np.int64]]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What rankings are worth.
 
     Args:
-        questions: what was asked.
-        found: kind, or "KIND, hybrid" -> (Q', DEPTH) rows.
+        queries: the queries that were ranked for.
+        found: query type, or "TYPE, hybrid" -> (Q', DEPTH) rows.
 
     Returns:
-        Kind -> metric -> value with its interval; kind -> metric -> value of each query, for paired
-        comparisons.
+        Query type -> metric -> value with its interval; query type -> metric -> value of each
+        query, for paired comparisons.
     """
     figures: dict[str, Any] = {}
     values: dict[str, Any] = {}
-    for kind, rows in found.items():
-        own = questions.take(questions.of_kind(kind.removesuffix(", hybrid")))
-        measured = measure(rows, own.relevant, own.judged, own.grades)
-        figures[kind] = {metric: triple(measured[metric]) for metric in METRICS}
-        each = per_query(rows, own.relevant, own.judged, own.grades)
-        values[kind] = {metric: each[metric].round(4).tolist() for metric in COMPARED}
+    for query_type, rows in found.items():
+        own = queries.select(queries.positions_of_type(query_type.removesuffix(", hybrid")))
+        measured = ranking_metrics(rows, own)
+        figures[query_type] = {metric: triple(measured[metric]) for metric in METRICS}
+        each = metrics_per_query(rows, own)
+        values[query_type] = {metric: each[metric].round(4).tolist() for metric in SHOWN_METRICS}
     return figures, values
 
 
@@ -552,13 +561,13 @@ def call(*arguments: str) -> None:
 
 
 def show(results: Results, split: Split) -> None:
-    """One table per catalogue and kind of query; figures of several seeds are their mean."""
+    """One table per catalogue and query type; figures of several seeds are their mean."""
     console = Console(width=150)
-    for (catalogue, kind), arms in sorted(arms_by_kind(results, split).items()):
+    for (catalogue, query_type), arms in sorted(arms_by_query_type(results, split).items()):
         table = RichTable(
-            title=f"{catalogue}, {kind} queries of the {split} split", title_justify="left"
+            title=f"{catalogue}, {query_type} queries of the {split} split", title_justify="left"
         )
-        for column in ("arm", "seeds", *COMPARED, "nDCG@10 above the best without training"):
+        for column in ("arm", "seeds", *SHOWN_METRICS, "nDCG@10 above the best without training"):
             table.add_column(column, justify="left" if column == "arm" else "right")
         for row in table_rows(arms):
             table.add_row(*row)
@@ -569,15 +578,15 @@ Arms = dict[str, list[dict[str, list[float]]]]
 """Arm -> for each seed, metric -> values of the queries."""
 
 
-def arms_by_kind(results: Results, split: Split) -> dict[tuple[str, str], Arms]:
-    """(Catalogue, kind) -> arms; those of a kind and of its hybrid share a table."""
+def arms_by_query_type(results: Results, split: Split) -> dict[tuple[str, str], Arms]:
+    """(Catalogue, query type) -> arms; those of a query type and of its hybrid share a table."""
     found: dict[tuple[str, str], Arms] = {}
     for part in ("arms", "missing"):
         for key, arm in results.data[part].items():
             catalogue, name, _, *rest = key.split("/")
-            for kind, values in arm["values"].items() if arm["split"] == split else ():
-                plain = kind.removesuffix(", hybrid")
-                label = ", ".join([name, *rest, *(["hybrid"] if plain != kind else [])])
+            for query_type, values in arm["values"].items() if arm["split"] == split else ():
+                plain = query_type.removesuffix(", hybrid")
+                label = ", ".join([name, *rest, *(["hybrid"] if plain != query_type else [])])
                 found.setdefault((catalogue, plain), {}).setdefault(label, []).append(values)
     return found
 
@@ -585,14 +594,16 @@ def arms_by_kind(results: Results, split: Split) -> dict[tuple[str, str], Arms]:
 def table_rows(arms: Arms) -> Iterator[list[str]]:
     """Cells of each arm: name, seeds, metrics with intervals, paired gain over the floor."""
     means = {
-        name: {metric: np.mean([seed[metric] for seed in seeds], axis=0) for metric in COMPARED}
+        name: {
+            metric: np.mean([seed[metric] for seed in seeds], axis=0) for metric in SHOWN_METRICS
+        }
         for name, seeds in arms.items()
     }
     untrained = [name for name in UNTRAINED if name in means]
     best = max(untrained, key=lambda name: means[name]["ndcg@10"].mean(), default=None)
     order = [*untrained, *(name for name in means if name not in untrained)]
     for name in order:
-        cells = [with_interval(means[name][metric]) for metric in COMPARED]
+        cells = [with_interval(means[name][metric]) for metric in SHOWN_METRICS]
         own = means[name]["ndcg@10"]
         gain = ""
         if best is not None and name not in untrained and len(own) == len(means[best]["ndcg@10"]):

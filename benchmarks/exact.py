@@ -17,7 +17,7 @@ import faiss
 import numpy as np
 from jsonargparse import auto_cli
 
-from tritower.retrieval.ivf.spec import EXACT_NUMBERS
+from tritower.retrieval.building.choose_spec import EXACT_NUMBERS
 
 SEARCHES = 500
 

@@ -38,7 +38,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.compare.vectors import Source, prepare
+from benchmarks.compare.vectors import EncodedSource, prepare
 from tritower.artefacts import storage
 from tritower.retrieval.building.build import build_index
 from tritower.retrieval.evaluating.latency import measure_latency
@@ -46,7 +46,7 @@ from tritower.retrieval.index import ProductIndex
 from tritower.retrieval.ranking import metrics
 from tritower.retrieval.vectors.embeddings import EmbeddingReader
 
-PROBED = (32, 64, 128, 256)
+NPROBES = (32, 64, 128, 256)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -76,7 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def measure(n: int, num_queries: int, work: Path) -> dict[str, Any]:
     """Both arms on the same vectors."""
-    source = Source(n, queries=2 * num_queries)
+    source = EncodedSource(n, queries=2 * num_queries)
     data = alone(prepare, source, work)
     arms = {name: alone(build_and_search, work, name == "gpu") for name in ("gpu", "cpu")}
     return {
@@ -112,7 +112,7 @@ def build_and_search(work: Path, gpu: bool) -> dict[str, Any]:
     exact = np.load(work / "exact.npy")
     index = ProductIndex.open(work / "index")
     points = []
-    for nprobe in (p for p in PROBED if p <= (index.num_lists or 0)):
+    for nprobe in (p for p in NPROBES if p <= (index.num_lists or 0)):
         rows = index.search(queries, 10, nprobe=nprobe).rows
         qps = measure_latency(index, queries, repeats=len(queries), settings=index.resolve(nprobe))[
             "qps"

@@ -32,7 +32,7 @@ Keys of FILE, and a plot of recall and queries a second beside it:
         points   recall (recall@10 against exact search), qps (a batch on all threads), p50_ms and
         p99_ms (one query at
                  a time on one thread), lists_share, settings; only those that no other one beats
-        hot_per_vector, touched_per_vector (codes, rows and centres that searches touch, mapped or
+        hot_per_vector, touched_per_vector (codes, rows and centers that searches touch, mapped or
         not), disk_per_vector at       recall level -> qps, p50_ms, lists_share between the points
         around it; bound: even the cheapest
                  setting finds more, so qps is less than could be; point: the cheapest measured
@@ -66,7 +66,7 @@ from jsonargparse import ArgumentParser
 from benchmarks.compare import ours, peers, tables
 from benchmarks.compare.figures import at_recall, cheapest, ratio, train_add
 from benchmarks.compare.peers import Task
-from benchmarks.compare.vectors import Source, prepare
+from benchmarks.compare.vectors import EncodedSource, prepare
 from tritower.artefacts import storage
 
 ROOT = Path(__file__).parent.parent
@@ -184,7 +184,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"unknown arms {', '.join(unknown)}; there are {', '.join(ARMS)}")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     n = options.n or (QUICK if options.quick else FULL)
-    source = Source(n, options.real, options.noise)
+    source = EncodedSource(n, options.real, options.noise)
     threads = options.threads or len(os.sched_getaffinity(0))
     folder = source.folder(options.work)
     about = prepare(source, folder)
@@ -422,9 +422,9 @@ def figures_of(result: dict[str, Any], n: int) -> dict[str, Any]:
         "status": "ok",
         "build": build,
         "search": search,
-        "hot_per_vector": round(search["hot_bytes"] / n, 1),
+        "hot_per_vector": round(search["resident_bytes"] / n, 1),
         "touched_per_vector": round(
-            (touched if touched is not None else search["hot_bytes"]) / n, 1
+            (touched if touched is not None else search["resident_bytes"]) / n, 1
         ),
         "disk_per_vector": round(build["disk_bytes"] / n, 1),
         "at": at,

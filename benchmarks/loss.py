@@ -5,8 +5,8 @@ Memory beside its embeddings, and seconds, beside open_clip's loss.
     python -m benchmarks.loss --json FILE [--sizes 1024,4096,16384,65536] [--dim 256]
 
 Each size and arm runs in a process of its own: random unit vectors, loss and gradients once.
-  open_clip's ClipLoss holds
-all similarities; it is left out where they would need more than half of the free memory.
+open_clip's ClipLoss holds all similarities; it is left out where they would need more than half of
+the free memory.
 
 Keys of FILE:
     machine   cores, threads, torch

@@ -83,9 +83,9 @@ class MultipleNegativesRanking(ContrastiveLoss):
 class CachedMultipleNegativesRanking(ContrastiveLoss):
     """sentence-transformers' CachedMultipleNegativesRankingLoss, for batches of thousands.
 
-    It holds the similarities of a few queries at a time.
-    Loss and gradients are those of MultipleNegativesRankingLoss.
-    Where towers are trained, `model.encoding.chunk_size` caches gradients as the library does.
+    It holds the similarities of a few queries at a time. Loss and gradients are those of
+    MultipleNegativesRankingLoss. Where towers are trained, `model.encoding.chunk_size` caches
+    gradients as the library does.
 
     Args:
         temperature: in cosine; 1 / 20 is its default.

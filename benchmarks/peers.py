@@ -2,13 +2,12 @@
 
     python -m benchmarks.peers --data DIR --weights DIR --json FILE [--split val|test]
 
-Every arm has the same towers, examples and epochs.
-Every arm has `TRIALS` trials of its own, of learning rates and temperatures.
-The defaults of its library are among them.
-A trial says its temperature itself, so that the configuration's is never in effect.
-The trial of the highest nDCG@10 of product queries on the val split is chosen.
-Its settings are trained with every seed, and measured as `benchmarks.catalogues` measures.
-They are trained for as many epochs as the trials: a learning rate suits the length of its schedule.
+Every arm has the same towers, examples and epochs. Every arm has `TRIALS` trials of its own, of
+learning rates and temperatures. The defaults of its library are among them. A trial says its
+temperature itself, so that the configuration's is never in effect. The trial of the highest nDCG@10
+of product queries on the val split is chosen. Its settings are trained with every seed, and
+measured as `benchmarks.catalogues` measures. They are trained for as many epochs as the trials: a
+learning rate suits the length of its schedule.
 
 `benchmarks/peer_trials.json` keeps the trials; those that it lacks are made first, on val alone.
 Its keys: "ARM/NUMBER" -> {"splits", "arguments", "epochs", "val": {METRIC: value}, "seconds"}.

@@ -4,10 +4,9 @@
     10] [--arms ...]
 
 A text tower asks for the pictures of the other side, on random tokens and pixels that are on the
-  device already: no
-loading of data, all else (preprocessing on the device, forward, loss, backward, AdamW). On a GPU in
-bfloat16, on a CPU in float32. Untrained weights: time does not depend on them. Arms run one after
-another in this process.
+device already: no loading of data, all else (preprocessing on the device, forward, loss, backward,
+AdamW). On a GPU in bfloat16, on a CPU in float32. Untrained weights: time does not depend on them.
+Arms run one after another in this process.
 
 Keys of FILE:
     machine   device, threads, versions

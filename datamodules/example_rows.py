@@ -13,7 +13,8 @@ from tritower.datamodules.catalogue import Table
 
 NO_ROW = -1
 """In `ExampleRows.query` and `.query_product`: the query is a view of the product itself, or of
-another product of its group."""
+another product of its group.
+"""
 
 
 @dataclass(frozen=True)
@@ -110,8 +111,8 @@ def judgement_examples(
     if options.max_per_query is not None:
         keep &= _is_most_relevant(query, relevance, keep, options)
 
-    highest = max(float(relevance.max(initial=0.0)), 1e-9)
-    weight = np.where(relevance > 0, (relevance / highest) ** options.power, 0.0)
+    top_positions = max(float(relevance.max(initial=0.0)), 1e-9)
+    weight = np.where(relevance > 0, (relevance / top_positions) ** options.power, 0.0)
     weight = weight.astype(np.float32)
     label = weight if options.labelled else np.full(len(weight), np.nan, np.float32)
     is_product_query = query_product >= 0

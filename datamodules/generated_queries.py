@@ -21,7 +21,8 @@ MAX_QUERIES = 20_000
 
 MAX_PRODUCTS = 64
 """A query that more products match names a further attribute, or is left out: a batch holds no
-more judged products of a query."""
+more judged products of a query.
+"""
 
 MEANINGLESS = frozenset(
     {"yes", "no", "true", "false", "none", "na", "n/a", "other", "others", "0", "1"}
@@ -162,7 +163,9 @@ def generate_queries(
 
 def _read_values(products: Table, rows: Rows, schema: Schema) -> _ValueTable:
     names = [attribute.name for attribute in schema.categories]
-    paths = [attribute.name for attribute in schema.categories if attribute.kind == "path"]
+    paths = [
+        attribute.name for attribute in schema.categories if attribute.attribute_type == "path"
+    ]
     code_of: dict[str, int] = {}
     owners = array("q")
     codes = array("q")

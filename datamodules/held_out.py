@@ -15,8 +15,8 @@ from tritower.datamodules.positives import GroupRelation, SameGroup
 
 logger = logging.getLogger(__name__)
 
-QueryKind = Literal["judged queries", "products with a group", "titles of products"]
-TITLES: QueryKind = "titles of products"
+QueryOrigin = Literal["judged queries", "products with a group", "titles of products"]
+TITLES: QueryOrigin = "titles of products"
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class HeldOut:
         own: (Q,) int64 position of the query's own product among the candidates, which is no hit;
             -1 where there is none.
         threshold: the lowest grade that is relevant; every query has a product of it.
-        kind: of the queries. Titles alone are the known-item test of a catalogue without queries
+        origin: of the queries. Titles alone are the known-item test of a catalogue without queries
             and groups.
     """
 
@@ -43,7 +43,7 @@ class HeldOut:
     grade: np.ndarray
     own: np.ndarray
     threshold: float
-    kind: QueryKind
+    origin: QueryOrigin
 
     @property
     def relevant(self) -> np.ndarray:
@@ -151,13 +151,13 @@ def held_out_queries(
             relevant product.
     """
     rng = np.random.default_rng((seed, 1))
-    kind: QueryKind = "judged queries"
+    origin: QueryOrigin = "judged queries"
     chosen = _judged_queries(products, queries, qrels, split, options.threshold)
     if not len(chosen.query):
-        kind = "products with a group"
+        origin = "products with a group"
         chosen = _grouped_products(products, relation, split)
     if not len(chosen.query):
-        kind = TITLES
+        origin = TITLES
         chosen = _titles(products, split)
     if not len(chosen.query):
         raise ValueError(
@@ -184,7 +184,7 @@ def held_out_queries(
         judged[i, : len(rows)] = np.searchsorted(candidates, rows)
         grade[i, : len(rows)] = chosen.grades[i]
     own = np.searchsorted(candidates, np.maximum(chosen.query_product, 0))
-    own = np.where(is_query & (kind != TITLES), own, -1)
+    own = np.where(is_query & (origin != TITLES), own, -1)
     return HeldOut(
         chosen.query,
         chosen.query_product,
@@ -193,7 +193,7 @@ def held_out_queries(
         grade,
         own,
         chosen.threshold,
-        kind,
+        origin,
     )
 
 
@@ -217,13 +217,13 @@ def _judged_queries(
     relevance = qrels["relevance"].to_numpy().astype(np.float32)
     keep = (relevance > 0) & is_split(queries, split)[query] & (product >= 0) & (query >= 0)
     keep &= query_product[query] != product
-    highest = max(float(relevance.max()), 1e-9)
+    top_positions = max(float(relevance.max()), 1e-9)
     if threshold is None:
-        threshold = highest
-    lowest = float(np.float32(threshold) / np.float32(highest))
+        threshold = top_positions
+    lowest = float(np.float32(threshold) / np.float32(top_positions))
     query = query[keep]
     product = product[keep]
-    grade = relevance[keep] / np.float32(highest)
+    grade = relevance[keep] / np.float32(top_positions)
 
     # Of several judgements of one pair the highest counts.
     order = np.lexsort((-grade, product, query))
@@ -233,7 +233,9 @@ def _judged_queries(
     # Queries without a relevant product are left out.
     keep = np.isin(pairs[:, 0], pairs[best >= lowest, 0])
     if not keep.all():
-        _report_dropped(split, pairs[:, 0], keep, lowest * highest, float(best.max()) * highest)
+        _report_dropped(
+            split, pairs[:, 0], keep, lowest * top_positions, float(best.max()) * top_positions
+        )
     pairs = pairs[keep]
     best = best[keep]
     rows, starts = np.unique(pairs[:, 0], return_index=True)

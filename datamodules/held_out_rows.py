@@ -52,7 +52,7 @@ class QueryRows(Dataset[NumberedItems]):
             assert self.queries is not None
             return query_item(self.queries.row(number))
         item = product_item(self.products.row(int(self.held_out.query_product[position])))
-        if self.held_out.kind == TITLES:
+        if self.held_out.origin == TITLES:
             return Item(text=dict(list(item.text.items())[:1]))
         return item
 

@@ -248,7 +248,7 @@ def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image
         return image
     if image.mode not in ("1", "L", "P", "CMYK", "YCbCr", "HSV"):
         raise ImageError(
-            "UNSUPPORTED_MODE", f"pixels of kind {image.mode!r} have no defined colours"
+            "UNSUPPORTED_MODE", f"pixels of kind {image.mode!r} have no defined colors"
         )
     return image.convert("RGB")
 

@@ -132,7 +132,9 @@ class ProductDataModule(L.LightningDataModule):
         )
         self.held_out[split] = held_out
         candidates = len(held_out.candidates)
-        logger.info("%s: %d %s, among %d products", split, len(held_out), held_out.kind, candidates)
+        logger.info(
+            "%s: %d %s, among %d products", split, len(held_out), held_out.origin, candidates
+        )
 
     @property
     def negatives(self) -> Negatives | None:

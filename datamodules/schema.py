@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-AttributeKind = Literal["number", "category", "path", "set"]
+AttributeType = Literal["number", "category", "path", "set"]
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,8 @@ class Attribute:
 
     Attributes:
         name: as in `Item.attributes`.
-        kind: `number` (float), `category` (str), `path` (category levels, root first) or `set`
-            (several values).
+        attribute_type: `number` (float), `category` (str), `path` (category levels, root first) or
+            `set` (several values).
         log: the number is skewed: its statistics are those of log1p(value).
         mean: of the train split, after the log.
         std: of the train split, after the log; 1 where the values do not vary.
@@ -33,7 +33,7 @@ class Attribute:
     """
 
     name: str
-    kind: AttributeKind
+    attribute_type: AttributeType
     log: bool = False
     mean: float = 0.0
     std: float = 1.0
@@ -58,13 +58,13 @@ class Schema:
 
     @property
     def numbers(self) -> tuple[Attribute, ...]:
-        """Attributes of kind `number`, in order: the columns of `AttributeTensors.number`."""
-        return tuple(a for a in self.attributes if a.kind == "number")
+        """Attributes of type `number`, in order: the columns of `AttributeTensors.number`."""
+        return tuple(a for a in self.attributes if a.attribute_type == "number")
 
     @property
     def categories(self) -> tuple[Attribute, ...]:
         """All other attributes, in order: the columns of `AttributeTensors.category`."""
-        return tuple(a for a in self.attributes if a.kind != "number")
+        return tuple(a for a in self.attributes if a.attribute_type != "number")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON and checkpoints."""

@@ -18,15 +18,15 @@ MOST_PRODUCTS = 1000
 """Products that ask: a recall of .98 is then known to less than half a point."""
 
 SHARE = 0.1
-"""Of the products of a small catalogue, so many ask:
+"""Of the products of a small catalogue, so many ask.
 
-embedding them must not take longer than the products.
+Embedding them must not take longer than the products.
 """
 
 ROW_GROUPS = 64
-"""Products are drawn from so many row groups of the catalogue:
+"""Products are drawn from so many row groups of the catalogue.
 
-a group is read as a whole, with its pictures.
+A group is read as a whole, with its pictures.
 """
 
 WORDS = 3

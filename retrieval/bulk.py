@@ -22,9 +22,9 @@ from tritower.retrieval.filtering.filters import Filter, parse
 from tritower.retrieval.index import ProductIndex, checked_k
 from tritower.retrieval.ivf.engine import Settings
 from tritower.retrieval.vectors.embeddings import EmbeddingBatch, EmbeddingReader
-from tritower.terminal.progress import counted
+from tritower.terminal.progress import show_progress
 
-KIND = "hits"
+ARTEFACT_TYPE = "hits"
 BLOCK = 16_384
 
 
@@ -55,7 +55,7 @@ def bulk_search(
 ) -> BulkResult:
     """Write the nearest products of every query.
 
-    Query_id, product_id, rank (from 1), score, and kind if queries have.
+    Query_id, product_id, rank (from 1), score, and query type if queries have.
 
     Each block of queries is written as a shard of its own; the same call goes on after a kill.
 
@@ -94,11 +94,13 @@ def bulk_search(
         "group_by": group_by,
     }
     folder = ShardFolder(
-        output.with_name(f"{output.name}.parts") if single else output, kind=KIND, identity=identity
+        output.with_name(f"{output.name}.parts") if single else output,
+        artefact_type=ARTEFACT_TYPE,
+        identity=identity,
     )
     names = []
     searched = 0
-    blocks = counted(
+    blocks = show_progress(
         _blocks(queries), queries.count, lambda block: len(block[1].ids), "search", "queries"
     )
     for name, batch in blocks:
@@ -145,8 +147,8 @@ def _search(
     rank = kept_before[1:] - kept_before[first_of_query]
     keep &= rank <= k
     columns = {"query_id": query_ids}
-    if batch.kinds is not None:
-        columns["kind"] = batch.kinds.take(pa.array(query)).cast(pa.string())
+    if batch.query_types is not None:
+        columns["query_type"] = batch.query_types.take(pa.array(query)).cast(pa.string())
     columns |= {
         "product_id": product_ids,
         "rank": pa.array(rank.astype(np.int32)),

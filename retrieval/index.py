@@ -44,7 +44,7 @@ from tritower.retrieval.vectors.checks import (
     checked_vectors,
 )
 
-KIND = "index"
+ARTEFACT_TYPE = "index"
 FORMAT = 2
 READABLE = (FORMAT,)
 """Formats that open."""
@@ -217,7 +217,7 @@ class ProductIndex:
         k_factor: float | None = None,
         *,
         recall: float | None = None,
-        kind: str | None = None,
+        query_type: str | None = None,
     ) -> Settings:
         """The settings of a search with these arguments.
 
@@ -226,8 +226,8 @@ class ProductIndex:
             k_factor: candidates to re-rank per hit; None for as many as the recall needs.
             recall: recall against exact search to reach; None for the one the index was built for,
                 or comes nearest to.
-            kind: type of the queries: "text", "image", ...; None: enough for every type that was
-                measured.
+            query_type: type of the queries: "text", "image", ...; None: enough for every type that
+                was measured.
 
         Raises:
             ValueError: a recall that was not measured or not reached, or settings that do not suit
@@ -236,14 +236,16 @@ class ProductIndex:
         settings = self.settings
         if recall is not None:
             if self.tuning is not None:
-                settings = self.tuning.settings_for(recall, kind)
+                settings = self.tuning.settings_for(recall, query_type)
             elif self.engine.lists is not None:
                 raise ValueError(
                     f"{self.path} was not built for a recall: build it with one, or name nprobe"
                 )
-        elif kind is not None and self.tuning is not None and kind in self.tuning.points:
+        elif (
+            query_type is not None and self.tuning is not None and query_type in self.tuning.points
+        ):
             target = self.manifest.meta["target"]["recall"]
-            settings = self.tuning.nearest_settings(target, kind)
+            settings = self.tuning.nearest_settings(target, query_type)
         if nprobe is not None:
             settings = settings._replace(nprobe=nprobe)
         if k_factor is not None:
@@ -307,7 +309,7 @@ def open_files(path: Path) -> IndexFiles:
     Raises:
         ArtefactError: damaged files, of another format, or files that do not belong together.
     """
-    manifest = storage.verify(path, KIND, fast=True)
+    manifest = storage.verify(path, ARTEFACT_TYPE, fast=True)
     if manifest.meta.get("format") not in READABLE:
         raise ArtefactError(
             f"{path}: index format {manifest.meta.get('format')}, this program reads {READABLE}: "

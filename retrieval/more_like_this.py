@@ -103,5 +103,5 @@ def combined(
 
 def centred(part: NDArray[np.float64]) -> NDArray[np.float64]:
     """(D,) with the mean 0: what probabilities tell of their logits."""
-    centre: NDArray[np.float64] = part - part.mean()
-    return centre
+    center: NDArray[np.float64] = part - part.mean()
+    return center

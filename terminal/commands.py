@@ -85,10 +85,10 @@ def call(function: Callable[..., Any], values: Mapping[str, Any]) -> Any:
     types = get_type_hints(function)
     arguments = {}
     for name in inspect.signature(function).parameters:
-        kind: Any = types[name]
-        if is_dataclass(kind):
-            group = {field.name: values[field.name] for field in fields(kind)}
-            arguments[name] = kind(**group)
+        hint: Any = types[name]
+        if is_dataclass(hint):
+            group = {field.name: values[field.name] for field in fields(hint)}
+            arguments[name] = hint(**group)
         else:
             arguments[name] = values[name]
     return function(**arguments)
@@ -125,27 +125,27 @@ def _add_options(
     types = get_type_hints(function)
     helps = _helps(function)
     for name, parameter in inspect.signature(function).parameters.items():
-        kind = types[name]
-        if is_dataclass(kind):
+        hint = types[name]
+        if is_dataclass(hint):
             group = parser.add_argument_group(helps.get(name, name))
-            for option in _options_of(kind):
+            for option in _options_of(hint):
                 _add_option(group, option)
             continue
         default = parameter.default
         if default is inspect.Parameter.empty:
             default = REQUIRED
-        option = Option(name, kind, default, helps.get(name, ""))
+        option = Option(name, hint, default, helps.get(name, ""))
         if name == positional:
-            parser.add_argument(name, type=kind, help=_escaped(option.help))
+            parser.add_argument(name, type=hint, help=_escaped(option.help))
         else:
             _add_option(parser, option)
 
 
-def _options_of(kind: Any) -> Iterator[Option]:
+def _options_of(hint: Any) -> Iterator[Option]:
     """The fields of a dataclass as options."""
-    types = get_type_hints(kind)
-    helps = _helps(kind)
-    for field in fields(kind):
+    types = get_type_hints(hint)
+    helps = _helps(hint)
+    for field in fields(hint):
         default = field.default
         if default is MISSING and field.default_factory is not MISSING:
             default = field.default_factory()

@@ -13,7 +13,7 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
-def counted(
+def show_progress(
     batches: Iterable[T], total: int, size: Callable[[T], int], what: str, unit: str
 ) -> Iterator[T]:
     """Pass batches on while showing how far they are.

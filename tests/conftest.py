@@ -87,9 +87,9 @@ def tiny_catalogue(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def cut_catalogue(tiny_catalogue: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny catalogue with splits drawn at random:
+    """The tiny catalogue with splits drawn at random.
 
-    they cut through groups, families, facets and judgements.
+    They cut through groups, families, facets and judgements.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -178,7 +178,7 @@ def test_case_width_and_space_do_not_matter_but_the_attribute_does() -> None:
         == value_hash("brand", "acme")
         == value_hash("brand", "ＡＣＭＥ")
     )
-    assert value_hash("brand", "red") != value_hash("colour", "red")
+    assert value_hash("brand", "red") != value_hash("color", "red")
 
 
 def test_a_category_given_as_a_number_is_the_text_of_it() -> None:

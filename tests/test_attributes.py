@@ -19,7 +19,7 @@ from tritower.retrieval.products.attribute_providers import CatalogueSource, Fil
 from tritower.retrieval.products.attribute_table import AttributeTable, TableSource
 from tritower.retrieval.products.attribute_writer import write_attributes
 
-KINDS = {
+ATTRIBUTE_TYPES = {
     "price": "number",
     "brand": "category",
     "category": "path",
@@ -39,13 +39,19 @@ def test_attributes_are_joined_by_id_and_never_by_order(tmp_path):
         for n in range(10)
     ]
     order = ["p7", "p0", None, "stranger", "p3", "p9"]
-    table, report = write_table(tmp_path / "a.arrow", order, RowSource(rows, KINDS))
+    table, report = write_table(tmp_path / "a.arrow", order, RowSource(rows, ATTRIBUTE_TYPES))
     assert [row["price"] for row in rows_of(table)] == [7, 0, None, None, 3, 9]
     assert [row["brand"] for row in rows_of(table)] == ["b1", "b0", None, None, "b0", "b0"]
     assert [row["tags"] for row in rows_of(table)] == ["t7", "t0", None, None, "t3", "t9"]
-    assert report == {"kinds": KINDS, "rows": 6, "rows_without": 1, "unused": 6, "ignored": {}}
+    assert report == {
+        "attribute_types": ATTRIBUTE_TYPES,
+        "rows": 6,
+        "rows_without": 1,
+        "unused": 6,
+        "ignored": {},
+    }
     assert table.count == len(table) == 6
-    assert table.kinds == KINDS
+    assert table.attribute_types == ATTRIBUTE_TYPES
 
 
 values = st.none() | st.text(max_size=3)
@@ -62,14 +68,16 @@ row = st.fixed_dictionaries(
 @given(st.dictionaries(st.text(), row, max_size=12), st.randoms())
 @settings(max_examples=100, deadline=None)
 def test_every_value_stands_in_the_row_of_its_id(tmp_path_factory, products, random):
-    kinds = {name: kind for name, kind in KINDS.items() if name != "group"}
+    attribute_types = {
+        name: attribute_type for name, attribute_type in ATTRIBUTE_TYPES.items() if name != "group"
+    }
     ids = [*products, *(f"stranger {n}" for n in range(3) if f"stranger {n}" not in products), None]
     random.shuffle(ids)
     rows = [{"id": id} | values for id, values in products.items()]
     table, report = write_table(
-        tmp_path_factory.mktemp("t") / "a.arrow", ids, RowSource(rows, kinds, batch=4)
+        tmp_path_factory.mktemp("t") / "a.arrow", ids, RowSource(rows, attribute_types, batch=4)
     )
-    nothing = dict.fromkeys(kinds)
+    nothing = dict.fromkeys(attribute_types)
     for id, shown in zip(ids, rows_of(table), strict=True):
         wanted = products.get(id, nothing)
         assert shown["price"] == wanted["price"]
@@ -90,7 +98,7 @@ def test_a_prepared_catalogue_gives_all_it_knows(tmp_path):
     shown = {row["product_id"]: row for row in pq.read_table(catalogue / "products").to_pylist()}
     ids = sorted(shown, reverse=True)
     table, report = write_table(tmp_path / "a.arrow", ids, source)
-    assert table.kinds == {"group": "category", "family": "category"} | {
+    assert table.attribute_types == {"group": "category", "family": "category"} | {
         "price": "number",
         "brand": "category",
         "category": "path",
@@ -131,7 +139,7 @@ def test_a_table_without_groups_has_no_rows_of_any(tmp_path):
 def test_a_later_source_describes_a_product_as_a_whole(tmp_path):
     old = RowSource(
         [{"id": "a", "price": 1.0, "brand": "x"}, {"id": "b", "price": 2.0, "brand": "y"}],
-        KINDS,
+        ATTRIBUTE_TYPES,
         "old",
     )
     new = RowSource(
@@ -172,13 +180,13 @@ def test_the_next_version_keeps_the_attributes_of_what_it_keeps(tmp_path):
         {"id": f"p{n}", "price": float(n), "brand": f"b{n % 3}", "tags": [f"t{n}"] * (n % 2)}
         for n in range(9)
     ]
-    table = table_of(tmp_path / "old.arrow", rows, KINDS)
+    table = table_of(tmp_path / "old.arrow", rows, ATTRIBUTE_TYPES)
     ids = pa.chunked_array(
         [["p0", None, "p2"], ["p3", "p4", "p5", "p6", "p7", "p8"]], TEXT
     )  # p1 was deleted
     kept = TableSource(table, ids, "old")
     kept.block = 4
-    changed = RowSource([{"id": "p3", "price": 33.0}, {"id": "p1", "price": 11.0}], KINDS)
+    changed = RowSource([{"id": "p3", "price": 33.0}, {"id": "p1", "price": 11.0}], ATTRIBUTE_TYPES)
     new, report = write_table(tmp_path / "new.arrow", ["p8", "p1", "p3", "p0", None], kept, changed)
     assert [(r["price"], r["brand"]) for r in rows_of(new)] == [
         (8, "b2"),
@@ -187,12 +195,12 @@ def test_the_next_version_keeps_the_attributes_of_what_it_keeps(tmp_path):
         (0, "b0"),
         (None, None),
     ]
-    assert new.kinds == KINDS
+    assert new.attribute_types == ATTRIBUTE_TYPES
     assert report["rows_without"] == 0
 
 
 def test_a_table_belongs_to_its_ids(tmp_path):
-    table = table_of(tmp_path / "a.arrow", [{"id": "0"}], KINDS)
+    table = table_of(tmp_path / "a.arrow", [{"id": "0"}], ATTRIBUTE_TYPES)
     with pytest.raises(ArtefactError, match=r"version 1: 2 ids for 1 rows of attributes"):
         TableSource(table, pa.chunked_array([["a", "b"]]), "version 1")
 
@@ -215,8 +223,8 @@ b",
 
 def test_csv_columns_are_read_for_what_they_hold(tmp_path):
     file = write_csv(tmp_path / "products.csv", CSV)
-    source = FileSource(file, kinds={"tags": "set"})
-    assert source.kinds == {
+    source = FileSource(file, attribute_types={"tags": "set"})
+    assert source.attribute_types == {
         "price": "number",
         "sku": "category",  # 0042 is a code
         "brand": "category",
@@ -260,7 +268,7 @@ def test_csv_columns_are_read_for_what_they_hold(tmp_path):
 
 def test_tsv_is_read_by_its_suffix(tmp_path):
     source = FileSource(write_csv(tmp_path / "p.tsv", "id\tsize\na\t1,5\nb\t2\n"))
-    assert source.kinds == {"size": "category"}
+    assert source.attribute_types == {"size": "category"}
     assert pa.concat_arrays(source.column("size")).to_pylist() == ["1,5", "2"]
 
 
@@ -286,11 +294,11 @@ def test_parquet_types_tell_the_kind(tmp_path):
         }
     )
     pq.write_table(table, tmp_path / "p.parquet")
-    source = FileSource(tmp_path / "p.parquet", kinds={"levels": "path"})
+    source = FileSource(tmp_path / "p.parquet", attribute_types={"levels": "path"})
     assert source.ignored == {
         "text": "texts of 500 characters",
         "embedding": "lists of double; expected texts",
-        "image": "binary is no kind of attribute",
+        "image": "binary is not an attribute type",
     }
     written, report = write_table(tmp_path / "a.arrow", ["3", "2", "1"], source)
     assert report["ignored"] == source.ignored
@@ -308,7 +316,7 @@ def test_parquet_types_tell_the_kind(tmp_path):
         "dotted.name": 1.5,
         "dotted": 1,
     }
-    assert rows_of(written)[0] == dict.fromkeys(written.kinds) | {
+    assert rows_of(written)[0] == dict.fromkeys(written.attribute_types) | {
         "count": 3,
         "cost": 3,
         "code": "3",
@@ -333,7 +341,7 @@ def test_a_folder_of_parquet_files_is_one_source(tmp_path):
 
 def test_only_the_named_columns_are_taken(tmp_path):
     source = FileSource(write_csv(tmp_path / "p.csv", CSV), columns=["price"], id_column="sku")
-    assert source.kinds == {"price": "number"}
+    assert source.attribute_types == {"price": "number"}
     assert pa.concat_arrays(source.ids()).to_pylist() == ["0042", "17", "5"]
 
 
@@ -343,12 +351,12 @@ def test_only_the_named_columns_are_taken(tmp_path):
         ("id,a,a\n1,2,3\n", {}, r"the column 'a' is there more than once"),
         ("id,a\n1,2,3\n", {}, r"p.csv cannot be read: .*Expected 2 columns, got 3"),
         ("a,b\n1,2\n", {}, r"column of ids: cannot be told; fitting columns \['a', 'b'\]"),
-        ("id,a\n1,2\n", {"kinds": {"b": "set"}}, r"no column 'b' among id, a"),
+        ("id,a\n1,2\n", {"attribute_types": {"b": "set"}}, r"no column 'b' among id, a"),
         ("id,a\n1,2\n", {"columns": ["id"]}, r"no column 'id' among id, a"),
         (
             "id,a\n1,2\n",
-            {"kinds": {"a": "tag"}},
-            r"column 'a': kind 'tag'; expected one of number, category, path, set",
+            {"attribute_types": {"a": "tag"}},
+            r"column 'a': type 'tag'; expected one of number, category, path, set",
         ),
         ("id,group,group_id\n1,2,3\n", {}, r"'group' and 'group_id' are both a group"),
         ("", {}, r"p.csv cannot be read: Empty CSV file"),
@@ -365,7 +373,7 @@ def test_files_that_cannot_be_used_say_why(tmp_path, text, options, message):
         ("id,a\nx,2\n,3\n", {}, r"p.csv: row 1 has no id \(id\)"),
         (
             "id,a\nx,2\ny,many\n",
-            {"kinds": {"a": "number"}},
+            {"attribute_types": {"a": "number"}},
             r"column 'a' cannot be read as number: .*'many'",
         ),
         ("id,a\nx,2\nx,3\n", {}, r"the id 'x' is there more than once, again in row 1"),
@@ -390,7 +398,9 @@ def test_integers_that_would_be_rounded_are_refused(tmp_path):
     ):
         write_table(tmp_path / "a.arrow", ["x"], FileSource(tmp_path / "p.parquet"))
     table, _ = write_table(
-        tmp_path / "b.arrow", ["x"], FileSource(tmp_path / "p.parquet", kinds={"code": "category"})
+        tmp_path / "b.arrow",
+        ["x"],
+        FileSource(tmp_path / "p.parquet", attribute_types={"code": "category"}),
     )
     assert rows_of(table) == [{"code": "9007199254740993"}]
 
@@ -405,7 +415,7 @@ def test_other_files_are_refused(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    ("kind", "values", "stored"),
+    ("attribute_type", "values", "stored"),
     [
         ("number", ["+5", " .5 ", "", None, "1e3"], [5, 0.5, None, None, 1000]),
         ("number", [1.0, float("nan"), float("inf")], [1, None, float("inf")]),
@@ -416,8 +426,8 @@ def test_other_files_are_refused(tmp_path, name):
         ("set", [["a|b", "c"], ["", None], ["a\x1fb"]], ["a|b\x1fc", None, "a b"]),
     ],
 )
-def test_values_as_they_are_stored(kind, values, stored):
-    assert cells(pa.array(values), kind).to_pylist() == stored
+def test_values_as_they_are_stored(attribute_type, values, stored):
+    assert cells(pa.array(values), attribute_type).to_pylist() == stored
 
 
 # --- The file.
@@ -427,7 +437,7 @@ def test_a_table_takes_its_columns_from_the_file_without_a_copy(tmp_path):
     table = table_of(
         tmp_path / "a.arrow",
         [{"id": str(n), "price": n / 2, "brand": "x"} for n in range(100)],
-        KINDS,
+        ATTRIBUTE_TYPES,
     )
     before = pa.total_allocated_bytes()
     price, brand = table.column("price"), table.column("brand")
@@ -440,20 +450,20 @@ def test_a_table_takes_its_columns_from_the_file_without_a_copy(tmp_path):
 
 
 def test_an_empty_index_has_an_empty_table(tmp_path):
-    table = table_of(tmp_path / "a.arrow", [], KINDS)
-    assert (table.count, table.kinds) == (0, KINDS)
+    table = table_of(tmp_path / "a.arrow", [], ATTRIBUTE_TYPES)
+    assert (table.count, table.attribute_types) == (0, ATTRIBUTE_TYPES)
     assert parse("price < 5 and tags has x and category under y").mask(table).tolist() == []
 
 
 @pytest.mark.parametrize("damage", ["cut", "junk", "empty", "absent", "foreign", "batches"])
 def test_what_is_no_table_is_refused(tmp_path, damage):
     file = tmp_path / "a.arrow"
-    table_of(file, [{"id": "0", "price": 1.0}], KINDS)
+    table_of(file, [{"id": "0", "price": 1.0}], ATTRIBUTE_TYPES)
     data = file.read_bytes()
     if damage == "absent":
         file.unlink()
     elif damage in ("foreign", "batches"):
-        schema = pa.schema([pa.field("x", pa.float64(), metadata={"kind": "number"})])
+        schema = pa.schema([pa.field("x", pa.float64(), metadata={"type": "number"})])
         schema = (
             schema.with_metadata({"rows": "2"})
             if damage == "batches"
@@ -470,7 +480,9 @@ def test_what_is_no_table_is_refused(tmp_path, damage):
 
 def test_threads_open_columns_together(tmp_path):
     table = table_of(
-        tmp_path / "a.arrow", [{"id": str(n), "price": float(n)} for n in range(50)], KINDS
+        tmp_path / "a.arrow",
+        [{"id": str(n), "price": float(n)} for n in range(50)],
+        ATTRIBUTE_TYPES,
     )
     seen = []
     threads = [
@@ -492,13 +504,13 @@ def test_a_full_disk_is_named(tmp_path, monkeypatch):
     with pytest.raises(
         ArtefactError, match=r"a.arrow could not be written: No space left on device"
     ):
-        table_of(tmp_path / "a.arrow", [{"id": "0", "price": 1.0}], KINDS)
+        table_of(tmp_path / "a.arrow", [{"id": "0", "price": 1.0}], ATTRIBUTE_TYPES)
 
 
 def test_nothing_is_left_in_the_folder_for_temporary_files(tmp_path):
     (tmp_path / "work").mkdir()
     with storage.create(tmp_path / "a.arrow") as file:
         write_attributes(
-            file, [pa.array(["a"])], [RowSource([{"id": "a"}], KINDS)], tmp_path / "work"
+            file, [pa.array(["a"])], [RowSource([{"id": "a"}], ATTRIBUTE_TYPES)], tmp_path / "work"
         )
     assert list((tmp_path / "work").iterdir()) == []

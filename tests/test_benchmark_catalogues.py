@@ -41,8 +41,8 @@ def test_every_reading_of_the_test_split_is_kept_with_its_arms(tmp_path: Path) -
     made = bench(tmp_path, "figures.json", splits=NewSplits(7))
     made.results.store("arms", "shop/fused/0", {"split": "val"}, salt=7)
     assert not (tmp_path / "reads.json").exists()
-    made.store("arms", "fused/0", {"kinds": {}})
-    made.store("missing", "fused/0/queries without text", {"kinds": {}})
+    made.store("arms", "fused/0", {"query_types": {}})
+    made.store("missing", "fused/0/queries without text", {"query_types": {}})
     [read] = reads(tmp_path)
     assert set(read) == {"date", "commit", "catalogue", "splits", "command", "arms", "reason"}
     assert (read["catalogue"], read["splits"], read["reason"]) == ("shop", 7, None)
@@ -54,7 +54,7 @@ def test_every_reading_of_the_test_split_is_kept_with_its_arms(tmp_path: Path) -
 
 
 def test_an_arm_is_not_read_twice_without_a_reason_that_is_kept(tmp_path: Path) -> None:
-    bench(tmp_path, "figures.json").store("arms", "fused/0", {"kinds": {}})
+    bench(tmp_path, "figures.json").store("arms", "fused/0", {"query_types": {}})
     refused = r"fused/0 of shop \(splits: None\) was read .* --again REASON"
     with pytest.raises(SystemExit, match=refused):
         bench(tmp_path, "other.json").check()
@@ -62,12 +62,12 @@ def test_an_arm_is_not_read_twice_without_a_reason_that_is_kept(tmp_path: Path) 
         bench(tmp_path, "other.json", again=" ").check()
     again = bench(tmp_path, "other.json", again="the index was damaged")
     again.check()
-    again.store("arms", "fused/0", {"kinds": {}})
+    again.store("arms", "fused/0", {"query_types": {}})
     assert [read["reason"] for read in reads(tmp_path)] == [None, "the index was damaged"]
 
 
 def test_a_refused_reading_leaves_everything_as_it_is(tmp_path: Path) -> None:
-    bench(tmp_path, "figures.json").store("arms", "text alone/1", {"kinds": {}})
+    bench(tmp_path, "figures.json").store("arms", "text alone/1", {"query_types": {}})
     before = (tmp_path / "reads.json").read_bytes()
     refused = bench(tmp_path, "other.json")
     with pytest.raises(SystemExit):
@@ -80,10 +80,10 @@ def test_an_interrupted_reading_goes_on_with_the_arms_that_it_lacks(tmp_path: Pa
     first = bench(tmp_path, "figures.json")
     first.check()
     for arm in ("fused/0", "text alone/0", "fused/1"):
-        first.store("arms", arm, {"kinds": {}})
+        first.store("arms", arm, {"query_types": {}})
     second = bench(tmp_path, "figures.json")
     second.check()
-    second.store("arms", "text alone/1", {"kinds": {}})
+    second.store("arms", "text alone/1", {"query_types": {}})
     assert [read["arms"] for read in reads(tmp_path)] == [
         ["fused/0", "text alone/0", "fused/1"],
         ["text alone/1"],
@@ -92,8 +92,8 @@ def test_an_interrupted_reading_goes_on_with_the_arms_that_it_lacks(tmp_path: Pa
 
 def test_new_splits_and_val_are_no_second_reading(tmp_path: Path) -> None:
     first = bench(tmp_path, "figures.json", splits=NewSplits(1))
-    first.store("arms", "fused/0", {"kinds": {}})
-    first.store("arms", "floor/0", {"kinds": {}})  # its weights are chosen, on val
+    first.store("arms", "fused/0", {"query_types": {}})
+    first.store("arms", "floor/0", {"query_types": {}})  # its weights are chosen, on val
     assert [read["arms"] for read in reads(tmp_path)] == [["fused/0", "floor/0"]]
     bench(tmp_path, "other.json", splits=NewSplits(2)).check()
     of_val = bench(tmp_path, "other.json", splits=NewSplits(1))

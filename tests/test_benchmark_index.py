@@ -18,7 +18,7 @@ from benchmarks import index
 from benchmarks.compare import peers, tables, vectors
 from benchmarks.compare.figures import at_recall, cheapest, exponent, ratio
 from benchmarks.compare.peers import Arm, VectorFile, pareto, recall_of
-from benchmarks.compare.vectors import Source, prepare
+from benchmarks.compare.vectors import EncodedSource, prepare
 from benchmarks.index import Run
 from tritower.retrieval.vectors.embeddings import EmbeddingWriter
 
@@ -32,7 +32,7 @@ POINTS = [
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run over 2,000 vectors."""
-    source = Source(2000, queries=100, dim=64)
+    source = EncodedSource(2000, queries=100, dim=64)
     folder = source.folder(tmp_path_factory.mktemp("bench"))
     return Run(folder, prepare(source, folder), 1, 60.0, singles=30, budget_s=0.2)
 
@@ -81,7 +81,7 @@ def test_recall_counts_true_neighbours_in_any_order():
 def test_vectors_are_those_of_the_dataset_whatever_the_blocks(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(vectors, "BLOCK", 700)
     dataset = SyntheticDataset(32, 0, 2000, 100, metric="IP", seed=vectors.SEED)
-    blocks, queries, tuning = vectors.synthetic(Source(2000, queries=100, dim=32))
+    blocks, queries, tuning = vectors.synthetic(EncodedSource(2000, queries=100, dim=32))
     found = np.concatenate(list(blocks))
     np.testing.assert_allclose(found, vectors.unit(dataset.get_database().copy()), atol=1e-6)
     np.testing.assert_allclose(
@@ -107,7 +107,7 @@ def test_copies_of_real_vectors_are_as_far_as_the_noise_says(tmp_path: Path):
     writer.write("shard-00000", [str(row) for row in range(100)], base)
     writer.finish(["shard-00000"])
     blocks, queries, tuning = vectors.jittered(
-        Source(1000, tmp_path / "real", noise=0.3, queries=20)
+        EncodedSource(1000, tmp_path / "real", noise=0.3, queries=20)
     )
     found = np.concatenate(list(blocks))
     assert (found.shape, queries.shape, tuning.shape) == ((1000, 64), (10, 64), (10, 64))
@@ -119,7 +119,7 @@ def test_copies_of_real_vectors_are_as_far_as_the_noise_says(tmp_path: Path):
 
 def test_a_sweep_ends_where_more_gains_nothing(tiny: Run):
     class Half(Arm):
-        """Finds so many of ten neighbours."""
+        """Finds so many of ten neighbors."""
 
         asked: list[int] = []  # noqa: RUF012
 
@@ -160,7 +160,7 @@ def test_report_has_every_figure(
     assert sum(ours["build"]["seconds"].values()) == pytest.approx(
         ours["build"]["total_s"], abs=0.5
     )
-    assert ours["touched_per_vector"] > 16 / 2  # codes of a 4-bit PQ of 8 pieces at least
+    assert ours["touched_per_vector"] > 16 / 2  # codes of a 4-bit PQ of 8 sub-quantizers at least
     expected = ours["at"]["0.95"]["qps"] / exact["at"]["0.95"]["qps"]
     assert report["ratios"]["0.95"]["ours"]["exact"] == pytest.approx(expected, abs=0.001)
     tables.show(report)
@@ -209,7 +209,12 @@ def test_growth_is_from_one_size_to_the_next(tmp_path: Path, capsys: pytest.Capt
         return {
             "data": {"n": n},
             "arms": {
-                "ours": {"status": "ok", "build": build, "search": {"hot_bytes": 1e6}, "at": at}
+                "ours": {
+                    "status": "ok",
+                    "build": build,
+                    "search": {"resident_bytes": 1e6},
+                    "at": at,
+                }
             },
         }
 

@@ -12,7 +12,8 @@ import pytest
 
 from tests.support.embedded import write_embeddings
 from tritower.artefacts.storage import ArtefactError
-from tritower.retrieval.building.build import Recipe, build_index
+from tritower.retrieval.building.build import build_index
+from tritower.retrieval.building.options import BuildOptions
 from tritower.retrieval.filtering.filters import parse
 from tritower.retrieval.index import ProductIndex
 from tritower.retrieval.products.attribute_table import ATTRIBUTES_FILE, AttributeTable, Numbers
@@ -40,14 +41,16 @@ def catalogue_rows(catalogue):
     return {row["product_id"]: row for row in pa.concat_tables(tables).to_pylist()}
 
 
-@pytest.mark.parametrize("recipe", [None, Recipe(factory="IVF4,PQ4x4fsr,Refine(SQ8)", nprobe=4)])
+@pytest.mark.parametrize(
+    "options", [None, BuildOptions(factory="IVF4,PQ4x4fsr,Refine(SQ8)", nprobe=4)]
+)
 def test_the_catalogue_that_was_embedded_gives_the_attributes(
-    products, tiny_catalogue, tmp_path, recipe
+    products, tiny_catalogue, tmp_path, options
 ):
-    index, table = build(products, tmp_path / "index", recipe=recipe)
+    index, table = build(products, tmp_path / "index", options=options)
     known = catalogue_rows(tiny_catalogue)
     ids = index.all_ids().to_pylist()
-    assert table.kinds == {
+    assert table.attribute_types == {
         "group": "category",
         "family": "category",
         "price": "number",
@@ -55,7 +58,10 @@ def test_the_catalogue_that_was_embedded_gives_the_attributes(
         "category": "path",
         "tags": "set",
     }
-    assert index.manifest.meta["attributes"] == {"kinds": table.kinds, "rows_without": 0}
+    assert index.manifest.meta["attributes"] == {
+        "attribute_types": table.attribute_types,
+        "rows_without": 0,
+    }
     cheap = [(known[i]["attributes"]["price"] or np.inf) < 50 for i in ids]
     assert parse("price < 50").mask(table).tolist() == cheap
     assert table.decoded("group", np.arange(len(ids))).to_pylist() == [
@@ -76,7 +82,10 @@ def test_a_file_gives_the_attributes_by_id_in_whatever_order(products, tmp_path,
     expected = {product_id: float(i) for i, product_id in enumerate(ids[:100])}
     found = dict(zip(index.all_ids().to_pylist(), column.values.tolist(), strict=True))
     assert {i: value for i, value in found.items() if not np.isnan(value)} == expected
-    assert index.manifest.meta["attributes"] == {"kinds": {"stock": "number"}, "rows_without": 20}
+    assert index.manifest.meta["attributes"] == {
+        "attribute_types": {"stock": "number"},
+        "rows_without": 20,
+    }
 
 
 def test_a_catalogue_that_is_gone_or_another_gives_none(tiny_catalogue, tmp_path):

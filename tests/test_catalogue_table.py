@@ -73,7 +73,7 @@ def test_an_item_holds_no_nulls_and_no_empty_values_but_zeros() -> None:
     row = {
         "text": {"title": "Mug", "description": None, "brand": ""},
         "images": [b"1"],
-        "attributes": {"price": 0.0, "stock": None, "colour": "", "tags": [], "sizes": ["S"]},
+        "attributes": {"price": 0.0, "stock": None, "color": "", "tags": [], "sizes": ["S"]},
     }
     item = product_item(row)
     assert item == ({"title": "Mug"}, (b"1",), {"price": 0.0, "sizes": ["S"]})

@@ -108,9 +108,9 @@ def test_fewer_lists_than_asked_for_are_filled_up():
 
 
 def test_groups_without_lists_are_left_out_so_that_every_vector_finds_a_list():
-    """Its nearest groups may be without lists:
+    """Its nearest groups may be without lists.
 
-    k-means of few distinct vectors makes such groups.
+    K-means of few distinct vectors makes such groups.
     """
     angles = np.linspace(0, 1, 20)
     groups = np.stack([np.cos(angles), np.sin(angles)], 1).astype(np.float32)
@@ -179,8 +179,8 @@ def soar(vector, first, others):
 def test_the_second_list_points_elsewhere_than_the_first():
     """The vector leans from its first centroid (10 degrees in y).
 
-    One at 20 degrees on the other side is nearer than
-    one at 25 degrees in z, but lies along the same residual: losses by hand 0.2331 and 0.1875.
+    One at 20 degrees on the other side is nearer than one at 25 degrees in z, but lies along the
+    same residual: losses by hand 0.2331 and 0.1875.
     """
 
     def tilted(degrees, axis):

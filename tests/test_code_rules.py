@@ -1,6 +1,6 @@
-"""Rules on the shipped source that no run of it would show:
+"""Rules on the shipped source that no run of it would show.
 
-no code from data, and who may import whom.
+No code from data, and who may import whom.
 """
 
 from __future__ import annotations

@@ -251,9 +251,9 @@ def test_losses_equal_loops_in_float64(drawn: tuple, name: str, seed: int) -> No
 
 
 def test_a_judged_pair_weighs_in_the_sigmoid_loss_what_it_was_judged() -> None:
-    """Of one query with two answers of grades 1/2 and 1, each shown once:
+    """Of one query with two answers of grades 1/2 and 1, each shown once.
 
-    each pair has its grade in each row.
+    Each pair has its grade in each row.
     """
     query, product = unit(1).expand(2, -1), unit(2)
     judged = [[(0, 0.5), (1, 1.0)]] * 2
@@ -540,7 +540,7 @@ def test_no_key_equals_nothing() -> None:
     [
         ({"temperature": 0.005}, r"temperature=0\.005 must be at least min_temperature=0\.01"),
         ({"min_temperature": 0.0}, r"min_temperature=0\.0 > 0"),
-        ({"positives": {"colour": 1.0}}, "'colour' is no relation: choose from product, group"),
+        ({"positives": {"color": 1.0}}, "'color' is no relation: choose from product, group"),
         ({"ignored": ["style"]}, "'style' is no relation"),
         ({"product_share": 1.5}, r"product_share=1\.5: choose 0"),
     ],

@@ -82,9 +82,9 @@ def test_the_oldest_are_forgotten() -> None:
 
 
 def test_a_product_that_comes_again_is_not_pushed_away_from_its_past() -> None:
-    """Its old embedding is a positive:
+    """Its old embedding is a positive.
 
-    with it at hand, the loss of a pair that agrees with it is low.
+    With it at hand, the loss of a pair that agrees with it is low.
     """
     loss, rows = make_loss(), unit(2)
     loss(rows, rows, batch_of(0, 2))

@@ -1,4 +1,4 @@
-"""The index that nobody chose: exact while that is quick, and measured per kind of query beyond."""
+"""The index that nobody chose: exact while that is quick, and measured per query type beyond."""
 
 import logging
 
@@ -8,16 +8,16 @@ import pytest
 from tritower.artefacts.storage import ArtefactError
 from tritower.commands import index as commands
 from tritower.commands.query import type_of_query
+from tritower.retrieval.building import choose_spec
 from tritower.retrieval.building.build import DEFAULT_RECALL, build_index
 from tritower.retrieval.building.tuning.tuning_queries import without_own
 from tritower.retrieval.index import ProductIndex
-from tritower.retrieval.ivf import spec as factory
 from tritower.retrieval.ranking import metrics
 from tritower.retrieval.vectors.embeddings import EmbeddingReader, EmbeddingWriter
 
 DIM = 32
 COUNT = 6000
-KINDS = ("fused", "product:attribute", "text")
+QUERY_TYPES = ("fused", "product:attribute", "text")
 
 
 def unit(array):
@@ -26,31 +26,33 @@ def unit(array):
 
 def clustered(count, seed=0, dim=DIM):
     generator = np.random.default_rng(seed)
-    centres = np.random.default_rng(99).standard_normal((60, dim))
-    rows = centres[generator.integers(0, 60, count)]
+    centers = np.random.default_rng(99).standard_normal((60, dim))
+    rows = centers[generator.integers(0, 60, count)]
     return unit(rows + 0.6 * generator.standard_normal((count, dim)))
 
 
-def asked(kind, count, seed):
+def asked(query_type, count, seed):
     """Whole products lie where products do, typed texts anywhere, attributes in between."""
     near, far = (
         clustered(count, seed),
         unit(np.random.default_rng(seed).standard_normal((count, DIM))),
     )
-    return {"fused": near, "text": far, "product:attribute": unit(near + 0.7 * far)}[kind]
+    return {"fused": near, "text": far, "product:attribute": unit(near + 0.7 * far)}[query_type]
 
 
-def embed(folder, rows, kinds=None, model="model-a"):
-    column = "product_id" if kinds is None else "query_id"
+def embed(folder, rows, query_types=None, model="model-a"):
+    column = "product_id" if query_types is None else "query_id"
     writer = EmbeddingWriter(folder, dim=rows.shape[1], model=model, id_column=column)
-    writer.write("s", [f"p{i}" for i in range(len(rows))], rows, kinds)
+    writer.write("s", [f"p{i}" for i in range(len(rows))], rows, query_types)
     writer.finish(["s"])
     return EmbeddingReader(folder)
 
 
 def write_tuning(folder, count=300, model="model-a"):
-    rows = np.concatenate([asked(kind, count, seed=1) for kind in KINDS])
-    return embed(folder, rows, [kind for kind in KINDS for _ in range(count)], model)
+    rows = np.concatenate([asked(query_type, count, seed=1) for query_type in QUERY_TYPES])
+    return embed(
+        folder, rows, [query_type for query_type in QUERY_TYPES for _ in range(count)], model
+    )
 
 
 def recall_of(index, stored, vectors, **options):
@@ -62,7 +64,7 @@ def recall_of(index, stored, vectors, **options):
 
 @pytest.fixture(scope="module")
 def embeddings(tmp_path_factory):
-    """What `embed` makes of a catalogue: products, judged queries of kind image, and tuning."""
+    """What `embed` makes of a catalogue: products, judged queries of type image, and tuning."""
     folder = tmp_path_factory.mktemp("default") / "embeddings"
     embed(folder / "products", clustered(COUNT))
     embed(folder / "queries", clustered(50, seed=7), ["image"] * 50)
@@ -78,14 +80,14 @@ def stored(embeddings):
 @pytest.fixture
 def low_limit(monkeypatch):
     """As if 1,000 products were too many to be searched exactly."""
-    monkeypatch.setattr(factory, "EXACT_NUMBERS", 1000 * DIM)
+    monkeypatch.setattr(choose_spec, "EXACT_NUMBERS", 1000 * DIM)
 
 
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory, embeddings):
     folder = tmp_path_factory.mktemp("tuned") / "i"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(factory, "EXACT_NUMBERS", 1000 * DIM)
+        patch.setattr(choose_spec, "EXACT_NUMBERS", 1000 * DIM)
         assert build(embeddings, folder) == 0
     return ProductIndex.open(folder)
 
@@ -101,33 +103,37 @@ def test_two_thousand_products_are_searched_exactly_by_every_kind_of_query(tmp_p
     index = ProductIndex.open(tmp_path / "i")
     assert index.manifest.meta["factory"] == "Flat" and index.manifest.meta["target"] is None
     (batch,) = reader.batches()
-    for kind in KINDS:
-        vectors = asked(kind, 100, seed=2)
+    for query_type in QUERY_TYPES:
+        vectors = asked(query_type, 100, seed=2)
         truth = np.argsort(-(vectors @ batch.vectors.T), axis=1)[:, :10]
-        rows = index.search(vectors, 10, settings=index.resolve(kind=kind)).rows
-        assert np.array_equal(rows, truth), kind
+        rows = index.search(vectors, 10, settings=index.resolve(query_type=query_type)).rows
+        assert np.array_equal(rows, truth), query_type
 
 
 def test_beyond_the_limit_each_kind_reaches_the_recall_on_queries_that_did_not_tune(tuned, stored):
     assert tuned.manifest.meta["factory"].startswith("IVF128,PQ8x4fsr,Refine(")
-    assert tuned.tuning.queries == {"product": 500, **dict.fromkeys(KINDS, 300)}
-    for kind in KINDS:
-        vectors = asked(kind, 400, seed=3)
-        assert recall_of(tuned, stored, vectors, kind=kind) >= DEFAULT_RECALL - 0.01, kind
-        # A kind that was not measured, or none named, gets what is enough for all.
-        assert recall_of(tuned, stored, vectors) >= DEFAULT_RECALL - 0.01, kind
+    assert tuned.tuning.queries == {"product": 500, **dict.fromkeys(QUERY_TYPES, 300)}
+    for query_type in QUERY_TYPES:
+        vectors = asked(query_type, 400, seed=3)
+        assert recall_of(tuned, stored, vectors, query_type=query_type) >= DEFAULT_RECALL - 0.01, (
+            query_type
+        )
+        # A query type that was not measured, or none named, gets what is enough for all.
+        assert recall_of(tuned, stored, vectors) >= DEFAULT_RECALL - 0.01, query_type
 
 
 def test_each_kind_is_searched_with_the_cheapest_settings_that_reach_the_recall(tuned):
     target = tuned.manifest.meta["target"]
     assert (target["recall"], target["strict"]) == (DEFAULT_RECALL, False)
-    of = {kind: tuned.resolve(kind=kind) for kind in ("product", *KINDS)}
+    of = {
+        query_type: tuned.resolve(query_type=query_type) for query_type in ("product", *QUERY_TYPES)
+    }
     assert of["fused"].nprobe < of["text"].nprobe
     assert tuned.settings.nprobe == max(settings.nprobe for settings in of.values())
-    for kind, settings in of.items():
-        cheapest = next(p for p in tuned.tuning.points[kind] if p.reaches(DEFAULT_RECALL))
+    for query_type, settings in of.items():
+        cheapest = next(p for p in tuned.tuning.points[query_type] if p.reaches(DEFAULT_RECALL))
         assert settings == cheapest.settings
-    assert tuned.resolve(kind="image") == tuned.settings
+    assert tuned.resolve(query_type="image") == tuned.settings
 
 
 @pytest.mark.parametrize("inside", [False, True])
@@ -136,9 +142,9 @@ def test_the_command_tunes_by_the_folder_beside_the_products_and_never_by_judged
 ):
     assert build(embeddings / "products" if inside else embeddings, tmp_path / "i") == 0
     measured = ProductIndex.open(tmp_path / "i").tuning.queries
-    assert set(measured) == {"product", *KINDS}
+    assert set(measured) == {"product", *QUERY_TYPES}
     said = capsys.readouterr().out
-    assert all(word in said for word in ("Operating points", "0.98 *", *KINDS))
+    assert all(word in said for word in ("Operating points", "0.98 *", *QUERY_TYPES))
 
 
 def test_queries_that_are_named_tune_instead(tmp_path, embeddings, low_limit):
@@ -150,7 +156,7 @@ def test_queries_that_are_named_tune_instead(tmp_path, embeddings, low_limit):
 def test_a_recall_is_checked_for_the_kinds_beside_the_products_too(tmp_path, embeddings):
     assert build(embeddings, tmp_path / "i", "--recall", "0.9") == 0
     index = ProductIndex.open(tmp_path / "i")
-    assert set(index.tuning.queries) == {"product", *KINDS}
+    assert set(index.tuning.queries) == {"product", *QUERY_TYPES}
     assert index.manifest.meta["target"]["strict"] and "candidates" in index.manifest.meta
 
 
@@ -198,21 +204,23 @@ def test_a_kind_that_cannot_reach_the_recall_is_published_and_named(
 ):
     """Vectors that differ by less than half floats tell: nothing finds their true order."""
     generator = np.random.default_rng(0)
-    centres = generator.standard_normal((60, DIM))[generator.integers(0, 60, 3000)]
-    np.save(tmp_path / "v.npy", unit(centres + 1e-4 * generator.standard_normal((3000, DIM))))
+    centers = generator.standard_normal((60, DIM))[generator.integers(0, 60, 3000)]
+    np.save(tmp_path / "v.npy", unit(centers + 1e-4 * generator.standard_normal((3000, DIM))))
     (tmp_path / "ids.txt").write_text("".join(f"{i}\n" for i in range(3000)))
     with caplog.at_level(logging.WARNING, "tritower"):
         assert build(tmp_path / "v.npy", tmp_path / "i", "--ids", tmp_path / "ids.txt") == 0
     (record,) = [r for r in caplog.records if "does not reach recall@10 of 0.98" in r.message]
-    assert "queries of kind product: recall@10 0." in record.message
+    assert "queries of type product: recall@10 0." in record.message
     assert "--factory Flat" in record.message
     assert "below 0.98 *" in capsys.readouterr().out
     index = ProductIndex.open(tmp_path / "i")
-    best = max(index.tuning.points["product"], key=lambda point: point.proven)
-    assert best.proven < DEFAULT_RECALL and index.settings == index.resolve(kind="product")
+    best = max(index.tuning.points["product"], key=lambda point: point.proven_recall)
+    assert best.proven_recall < DEFAULT_RECALL and index.settings == index.resolve(
+        query_type="product"
+    )
     assert index.settings == best.settings
     with pytest.raises(
-        ValueError, match=r"recall@10 of 0\.98 is not reached for queries of kind 'p"
+        ValueError, match=r"recall@10 of 0\.98 is not reached for queries of type 'p"
     ):
         index.resolve(recall=0.98)
 
@@ -236,7 +244,7 @@ def test_tuning_that_is_unfinished_is_refused(tmp_path, low_limit, capsys):
 
 
 @pytest.mark.parametrize(
-    ("shown", "kind"),
+    ("shown", "query_type"),
     [
         ({"text": "red shoe"}, "text"),
         ({"image": ["a.jpg"]}, "image"),
@@ -247,6 +255,6 @@ def test_tuning_that_is_unfinished_is_refused(tmp_path, low_limit, capsys):
         ({}, None),
     ],
 )
-def test_a_query_of_one_modality_is_of_its_kind_and_a_mix_is_searched_for_all(shown, kind):
+def test_a_query_of_one_modality_is_of_its_kind_and_a_mix_is_searched_for_all(shown, query_type):
     everything = {"text": "", "image": [], "attribute": [], "more": False}
-    assert type_of_query(**{**everything, **shown}) == kind
+    assert type_of_query(**{**everything, **shown}) == query_type

@@ -1,4 +1,4 @@
-"""The gauge that says when to build an index anew."""
+"""The drift that says when to build an index anew."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from tests.support.living import DIM, embed, unit, vectors
-from tritower.retrieval.building.build import Recipe, build_index
+from tritower.retrieval.building.build import build_index
+from tritower.retrieval.building.options import BuildOptions
 from tritower.retrieval.index import ProductIndex
 from tritower.retrieval.updating import drift as module
-from tritower.retrieval.updating.drift import Drift, gauge, imbalance_of, verdict
+from tritower.retrieval.updating.drift import Drift, imbalance_of, measure_drift, recommendation
 from tritower.retrieval.updating.update import update_index
 
 GOOD = Drift(
@@ -22,8 +23,8 @@ GOOD = Drift(
     code_error=0.1,
     new_list_error=0.41,
     new_code_error=0.1,
-    new_fine_error=0.0001,
-    dead=0.0,
+    new_refine_error=0.0001,
+    tombstone_share=0.0,
 )
 
 
@@ -33,7 +34,7 @@ def root(tmp_path):
     build_index(
         embed(tmp_path / "e", vectors(800), ids),
         tmp_path / "i",
-        Recipe("IVF16,PQ8x4fsr,Refine(SQ8)"),
+        BuildOptions("IVF16,PQ8x4fsr,Refine(SQ8)"),
     )
     return tmp_path / "i"
 
@@ -49,7 +50,7 @@ def test_recall_is_that_of_comparing_with_every_living_product(root):
     update_index(root, delete=[f"p{i}" for i in range(0, 100, 2)], measure=False)
     index = ProductIndex.open(root)
     alive, engine = index.alive(), index.engine
-    stored = engine.fine.reconstruct_n(0, 800)
+    stored = engine.refine.reconstruct_n(0, 800)
     settings = index.settings._replace(nprobe=2)
     shares = []
     for row in np.flatnonzero(alive):
@@ -64,7 +65,7 @@ def test_recall_is_that_of_comparing_with_every_living_product(root):
         shares.append(len(true & set(found[:10])) / 10)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "PROBES", 800)
-        assert gauge(engine, settings, alive, "cosine").recall == pytest.approx(
+        assert measure_drift(engine, settings, alive, "cosine").recall == pytest.approx(
             np.mean(shares), abs=2e-3
         )
 
@@ -87,31 +88,36 @@ def test_the_same_products_are_asked_wherever_their_rows_are(root):
 def test_errors_by_hand(root):
     index = ProductIndex.open(root)
     new = vectors(40, 3)
-    state = gauge(index.engine, index.settings, index.alive(), index.metric, new)
-    centres = index.engine.ivf.quantizer.reconstruct_n(0, 16)
-    distances = np.square(new[:, None] - centres[None]).sum(axis=2).min(axis=1)
+    state = measure_drift(index.engine, index.settings, index.alive(), index.metric, new)
+    centers = index.engine.ivf.quantizer.reconstruct_n(0, 16)
+    distances = np.square(new[:, None] - centers[None]).sum(axis=2).min(axis=1)
     assert state.new_list_error == pytest.approx(distances.mean(), rel=1e-4)
-    fine = index.engine.fine.sa_decode(index.engine.fine.sa_encode(new))
-    assert state.new_fine_error == pytest.approx(np.square(new - fine).sum(axis=1).mean(), rel=1e-2)
-    assert 0 < state.new_fine_error < 0.01 < state.new_code_error < state.new_list_error
-    assert state.dead == 0 and state.count == 800
+    refine = index.engine.refine.sa_decode(index.engine.refine.sa_encode(new))
+    assert state.new_refine_error == pytest.approx(
+        np.square(new - refine).sum(axis=1).mean(), rel=1e-2
+    )
+    assert 0 < state.new_refine_error < 0.01 < state.new_code_error < state.new_list_error
+    assert state.tombstone_share == 0 and state.count == 800
 
 
 def test_products_of_another_kind_are_told(root, tmp_path):
     report = update_index(root, delete=["p1"])
-    assert report.verdict == "no need to build anew"
+    assert report.recommendation == "no need to build anew"
     assert report.before.recall > 0.8 and report.before.new_list_error is None
-    assert report.after.dead == 0.0012
+    assert report.after.tombstone_share == 0.0012
     strange = unit(np.random.default_rng(1).standard_normal((700, DIM)))
     report = update_index(
         root, upsert=embed(tmp_path / "u", strange, [f"n{i}" for i in range(700)])
     )
     assert (
-        report.verdict.startswith("build anew: ")
-        and "as far from their lists' centres" in report.verdict
+        report.recommendation.startswith("build anew: ")
+        and "as far from their lists' centers" in report.recommendation
     )
     meta = ProductIndex.open(root).manifest.meta
-    assert meta["drift"]["verdict"] == report.verdict and meta["update"]["generation"] == 2
+    assert (
+        meta["drift"]["recommendation"] == report.recommendation
+        and meta["update"]["generation"] == 2
+    )
     assert Drift.from_json(meta["drift"]["built"]).count == 800
 
 
@@ -127,19 +133,22 @@ def test_products_outside_the_ranges_of_vectors_to_rank_by_are_told(root, tmp_pa
         root, upsert=embed(tmp_path / "u", unit(far), [f"n{i}" for i in range(50)])
     )
     assert (
-        "vectors to re-rank by lose" in report.verdict and "ranges are too narrow" in report.verdict
+        "vectors to re-rank by lose" in report.recommendation
+        and "ranges are too narrow" in report.recommendation
     )
 
 
 def test_without_vectors_to_rank_by_lists_and_new_products_tell(tmp_path):
     ids = [f"p{i}" for i in range(800)]
-    build_index(embed(tmp_path / "e", vectors(800), ids), tmp_path / "i", Recipe("IVF16,PQ8x4fs"))
+    build_index(
+        embed(tmp_path / "e", vectors(800), ids), tmp_path / "i", BuildOptions("IVF16,PQ8x4fs")
+    )
     report = update_index(
         tmp_path / "i", upsert=embed(tmp_path / "u", vectors(50, 7), [f"n{i}" for i in range(50)])
     )
     assert report.after.recall is None and report.after.list_error is None
     assert report.after.new_list_error > 0 and report.after.imbalance >= 1
-    assert report.verdict == (
+    assert report.recommendation == (
         "no need to build anew; without vectors to re-rank by, only the sizes of lists can tell"
     )
 
@@ -150,8 +159,8 @@ def test_an_index_of_one_product_has_nothing_to_miss(root):
 
 
 def test_verdicts_by_hand():
-    assert verdict(GOOD, GOOD) == "no need to build anew"
-    assert verdict(GOOD, replace(GOOD, recall=0.951)) == "no need to build anew"
+    assert recommendation(GOOD, GOOD) == "no need to build anew"
+    assert recommendation(GOOD, replace(GOOD, recall=0.951)) == "no need to build anew"
     worse = replace(
         GOOD,
         count=250,
@@ -159,13 +168,13 @@ def test_verdicts_by_hand():
         imbalance=1.8,
         new_list_error=0.6,
         new_code_error=0.2,
-        new_fine_error=0.002,
+        new_refine_error=0.002,
     )
-    said = verdict(GOOD, worse)
+    said = recommendation(GOOD, worse)
     assert "recall@10 on products asked fell from 0.970 to 0.910 (limit: 2 points)" in said
     assert "imbalance of lists rose from 1.10 to 1.80 (limit: 1.5 times)" in said
     assert (
-        "1.50 times as far from their lists' centres" in said
+        "1.50 times as far from their lists' centers" in said
         and "2.00 times as far from what their codes" in said
     )
     assert "lose 0.20% of new products (limit: 0.10%)" in said

@@ -1,4 +1,4 @@
-"""Embedding a catalogue with a model folder: every row once, every kind of query, resumable."""
+"""Embedding a catalogue with a model folder: every row once, every query type, resumable."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def test_every_kind_of_query_shows_what_it_says(
     for query in (queries.row(row) for row in range(len(queries))):
         name = query["query_id"]
         if query["source_product_id"] is None:
-            kind = "image" if query["images"] else "text"
-            expected[name, kind] = Item(
+            query_type = "image" if query["images"] else "text"
+            expected[name, query_type] = Item(
                 {"query": query["text"]} if query["text"] else {}, query["images"]
             )
             continue
@@ -69,10 +69,12 @@ def test_every_kind_of_query_shows_what_it_says(
             "product:image": Item(images=item.images),
             "product:attribute": Item(attributes=item.attributes),
         }
-        expected |= {(name, kind): view for kind, view in views.items() if any(map(bool, view))}
+        expected |= {
+            (name, query_type): view for query_type, view in views.items() if any(map(bool, view))
+        }
     found = read(embedded / "queries")
     assert set(found) == set(expected)
-    assert {kind for _, kind in found} == {
+    assert {query_type for _, query_type in found} == {
         "text",
         "image",
         "fused",
@@ -93,7 +95,7 @@ def test_some_products_ask_in_every_kind_to_tune_by(
     tuning = TuningQueries(products, Table(tiny_catalogue / "queries"))
     found = read(embedded / "tuning")
     assert {by_id[product_id] for product_id, _ in found} == set(tuning.rows.tolist())
-    assert {kind for _, kind in found} == {
+    assert {query_type for _, query_type in found} == {
         "text",
         "fused",
         "product:text",
@@ -110,7 +112,9 @@ def test_some_products_ask_in_every_kind_to_tune_by(
             "product:attribute": Item(attributes=item.attributes),
             "text": tuning.typed(row, item) or Item(),
         }
-        expected |= {(name, kind): view for kind, view in views.items() if any(map(bool, view))}
+        expected |= {
+            (name, query_type): view for query_type, view in views.items() if any(map(bool, view))
+        }
     assert set(found) == set(expected)
     vectors = load_model(tiny_run / "model").encode(list(expected.values()), "query")
     for key, vector in zip(expected, vectors, strict=True):
@@ -172,7 +176,7 @@ def test_features_of_what_is_typed_to_tune_by_are_cached(
         feature_cache=tmp_path / "F",
     )
     plain, cached = (read(tmp_path / name / "tuning") for name in ("plain", "cached"))
-    assert {kind for _, kind in plain} == {"text", "fused", "product:text"}
+    assert {query_type for _, query_type in plain} == {"text", "fused", "product:text"}
     assert plain.keys() == cached.keys()
     np.testing.assert_allclose(
         np.stack(list(plain.values())), np.stack(list(cached.values())), atol=1e-3
@@ -183,7 +187,7 @@ def test_the_folders_know_their_model_and_catalogue(
     embedded: Path, tiny_run: Path, tiny_catalogue: Path
 ) -> None:
     for side in ("products", "queries", "tuning"):
-        meta = storage.verify(embedded / side, kind="embeddings").meta
+        meta = storage.verify(embedded / side, artefact_type="embeddings").meta
         assert meta["model"] == storage.fingerprint(tiny_run / "model")
         assert meta["catalogue"] == storage.fingerprint(tiny_catalogue)
         assert (meta["dim"], meta["metric"]) == (32, "cosine")
@@ -274,12 +278,12 @@ def test_what_the_model_cannot_read_is_reported(
     column = table.schema.get_field_index("text")
     pq.write_table(table.set_column(column, table.schema.field("text"), text), shard)
     (catalogue / "manifest.json").unlink()
-    storage.seal(catalogue, kind="catalogue")
+    storage.seal(catalogue, artefact_type="catalogue")
     with caplog.at_level(logging.INFO, logger="tritower.towers.embed"):
         embed(text_model(tmp_path / "model"), catalogue, tmp_path / "E", accelerator="cpu")
     assert "1 products have nothing that this model reads" in caplog.text
-    kinds = {kind for _, kind in read(tmp_path / "E" / "queries")}
-    assert kinds == {"text", "fused", "product:text"}
+    query_types = {query_type for _, query_type in read(tmp_path / "E" / "queries")}
+    assert query_types == {"text", "fused", "product:text"}
     queries = Table(catalogue / "queries")
     photos = sum(bool(queries.row(row)["images"]) for row in range(len(queries)))
     unread = int(caplog.text.split(" queries show nothing")[0].split()[-1])
@@ -313,11 +317,11 @@ def test_shards_without_rows_are_skipped(tmp_path: Path) -> None:
     table = pq.read_table(catalogue / "products" / "shard-00000.parquet")
     pq.write_table(table.slice(0, 0), catalogue / "products" / "shard-00002.parquet")
     (catalogue / "manifest.json").unlink()
-    storage.seal(catalogue, kind="catalogue")
+    storage.seal(catalogue, artefact_type="catalogue")
     embed(text_model(tmp_path / "model"), catalogue, tmp_path / "E", accelerator="cpu")
     assert len(read(tmp_path / "E" / "products")) == 20
     assert not (tmp_path / "E" / "queries").exists()
-    assert {kind for _, kind in read(tmp_path / "E" / "tuning")} == {
+    assert {query_type for _, query_type in read(tmp_path / "E" / "tuning")} == {
         "text",
         "fused",
         "product:text",
@@ -325,5 +329,5 @@ def test_shards_without_rows_are_skipped(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_no_catalogue_is_refused(tiny_run: Path, tmp_path: Path) -> None:
-    with pytest.raises(ArtefactError, match="kind 'model'; expected 'catalogue'"):
+    with pytest.raises(ArtefactError, match="query type 'model'; expected 'catalogue'"):
         embed(tiny_run / "model", tiny_run / "model", tmp_path / "E", accelerator="cpu")

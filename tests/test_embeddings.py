@@ -55,7 +55,7 @@ def test_queries_keep_their_kinds(tmp_path):
     writer.write("shard-0", ["a", "a"], unit(2), ["text", "fused"])
     writer.finish(["shard-0"])
     (batch,) = EmbeddingReader(tmp_path / "q").batches()
-    assert batch.kinds.to_pylist() == ["text", "fused"]
+    assert batch.query_types.to_pylist() == ["text", "fused"]
 
 
 def test_a_killed_run_goes_on_and_another_model_is_refused(tmp_path):

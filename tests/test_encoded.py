@@ -5,28 +5,28 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tritower.retrieval.building.assemble import write_mapped
+from tritower.retrieval.building.assemble import write_ivf_pq
 from tritower.retrieval.id_table import IdTable
 from tritower.retrieval.ivf import encoded
 from tritower.retrieval.ivf.encoded import Blocks, grouped_lists, to_table
 from tritower.retrieval.ivf.engine import Engine, Settings
-from tritower.retrieval.ivf.ivf_pq import Encoded, train
-from tritower.retrieval.ivf.spec import parse_mapped
+from tritower.retrieval.ivf.ivf_pq import EncodedVectors, train
+from tritower.retrieval.ivf.spec import parse_ivf_pq
 
 LISTS, CODE, FINE = 7, 3, 5
 
 
-def made_up(count, seed, spread=1, fine=FINE):
+def made_up(count, seed, list_columns=1, refine=FINE):
     """Encoded vectors of random lists and codes; with a spread of 2, some have no second list."""
     generator = np.random.default_rng(seed)
-    lists = np.stack([generator.permutation(LISTS)[:spread] for _ in range(count)]).reshape(
-        count, spread
+    lists = np.stack([generator.permutation(LISTS)[:list_columns] for _ in range(count)]).reshape(
+        count, list_columns
     )
-    if spread > 1:
+    if list_columns > 1:
         lists[generator.random(count) < 0.2, 1] = -1
-    codes = generator.integers(0, 256, (spread, count, CODE), np.uint8)
-    return Encoded(
-        lists.astype(np.int32), codes, generator.integers(0, 256, (count, fine), np.uint8)
+    codes = generator.integers(0, 256, (list_columns, count, CODE), np.uint8)
+    return EncodedVectors(
+        lists.astype(np.int32), codes, generator.integers(0, 256, (count, refine), np.uint8)
     )
 
 
@@ -65,16 +65,20 @@ def sizes_of(wanted):
     return np.array([len(wanted[number]) for number in range(LISTS)])
 
 
-@pytest.mark.parametrize("spread", [1, 2])
-def test_what_is_encoded_comes_back_from_blocks(tmp_path, spread):
-    parts = [made_up(20, 0, spread), made_up(1, 1, spread), made_up(13, 2, spread)]
+@pytest.mark.parametrize("list_columns", [1, 2])
+def test_what_is_encoded_comes_back_from_blocks(tmp_path, list_columns):
+    parts = [
+        made_up(20, 0, list_columns),
+        made_up(1, 1, list_columns),
+        made_up(13, 2, list_columns),
+    ]
     source = blocks(tmp_path, parts)
     assert source.count == 34
     assert pa.concat_tables(source.products()).column("product_id").to_pylist() == [
         f"b{number}-{i}" for number, count in enumerate((20, 1, 13)) for i in range(count)
     ]
     assert np.array_equal(
-        np.concatenate(list(source.fine())), np.concatenate([part.fine for part in parts])
+        np.concatenate(list(source.refine())), np.concatenate([part.refine for part in parts])
     )
     wanted = by_hand([(parts, 0)])
     assert np.array_equal(source.sizes(LISTS), sizes_of(wanted))
@@ -88,9 +92,9 @@ def test_what_is_encoded_comes_back_from_blocks(tmp_path, spread):
 
 
 def test_a_table_without_finer_vectors_has_no_such_column(tmp_path):
-    table = to_table(pa.array(["a"]), made_up(1, 0, fine=0))
+    table = to_table(pa.array(["a"]), made_up(1, 0, refine=0))
     assert table.column_names == ["product_id", "content", "list0", "code0"]
-    assert blocks(tmp_path, [made_up(3, 0, fine=0)]).sizes(LISTS).sum() == 3
+    assert blocks(tmp_path, [made_up(3, 0, refine=0)]).sizes(LISTS).sum() == 3
 
 
 @settings(max_examples=30, deadline=None)
@@ -101,12 +105,12 @@ def test_a_table_without_finer_vectors_has_no_such_column(tmp_path):
     st.integers(0, 99),
 )
 def test_lists_are_grouped_alike_in_any_number_of_passes(
-    tmp_path_factory, counts, spread, budget, seed
+    tmp_path_factory, counts, list_columns, budget, seed
 ):
     """Several sources of several blocks; rows of the first are moved and some of them dropped."""
     generator = np.random.default_rng(seed)
     contents = [
-        [made_up(count, int(generator.integers(1 << 30)), spread) for count in source_counts]
+        [made_up(count, int(generator.integers(1 << 30)), list_columns) for count in source_counts]
         for source_counts in counts
     ]
     total = sum(counts[0])
@@ -132,7 +136,7 @@ def test_passes_are_as_few_as_the_budget_allows(tmp_path, monkeypatch):
     """
     sizes = np.array([10, 0, 20, 10, 5, 0, 40])
     lists = np.repeat(np.arange(LISTS), sizes)[:, None].astype(np.int32)
-    part = Encoded(lists, np.zeros((1, 85, CODE), np.uint8), np.zeros((85, 0), np.uint8))
+    part = EncodedVectors(lists, np.zeros((1, 85, CODE), np.uint8), np.zeros((85, 0), np.uint8))
     source, asked = blocks(tmp_path, [part]), []
     original = source.entries
     monkeypatch.setattr(
@@ -148,7 +152,7 @@ def test_an_index_from_two_sources_without_the_rows_that_were_dropped(tmp_path, 
     generator = np.random.default_rng(0)
     vectors = generator.standard_normal((900, 16)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    trained = train(vectors, parse_mapped("IVF8,PQ4x4fsr,Refine(SQ8)"), seed=0, spill=spill)
+    trained = train(vectors, parse_ivf_pq("IVF8,PQ4x4fsr,Refine(SQ8)"), seed=0, spill=spill)
     parts = [
         trained.encode(vectors[:400]),
         trained.encode(vectors[400:600]),
@@ -159,7 +163,7 @@ def test_an_index_from_two_sources_without_the_rows_that_were_dropped(tmp_path, 
     moved = np.where(kept, np.cumsum(kept) - 1, -1)
     folder = tmp_path / "index"
     folder.mkdir()
-    write_mapped(folder, trained, [(old, moved), (new, int(kept.sum()))], quiet=True)
+    write_ivf_pq(folder, trained, [(old, moved), (new, int(kept.sum()))], quiet=True)
     rest = np.concatenate([vectors[:600][kept], vectors[600:]])
     engine = Engine.open(folder, {"count": len(rest), "dim": 16, "spill": spill})
     scores, rows = engine.search(rest, 1, Settings(8, 100.0))

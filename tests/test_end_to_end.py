@@ -137,11 +137,11 @@ def test_the_demo_runs_what_the_readme_shows() -> None:
             if line.strip().startswith("python ")
         }
 
-    recipe = (ROOT / "Makefile").read_text(encoding="utf-8")
+    options = (ROOT / "Makefile").read_text(encoding="utf-8")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     by_hand = readme[readme.index("## The same by hand") : readme.index("## In Python")]
     assert len(commands(by_hand)) == 7
-    assert commands(by_hand) <= commands(recipe)
+    assert commands(by_hand) <= commands(options)
 
 
 def test_moved_model_and_index_still_search(

@@ -5,10 +5,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tritower.artefacts.storage import ArtefactError
-from tritower.retrieval.building.build import Recipe, build_index
+from tritower.retrieval.building.build import build_index
+from tritower.retrieval.building.options import BuildOptions
 from tritower.retrieval.index import ProductIndex
 from tritower.retrieval.ivf import engine as engine_module
-from tritower.retrieval.ivf.engine import Engine, Settings, first_of_each, lists_of
+from tritower.retrieval.ivf.engine import Engine, Settings, drop_repeated_rows, lists_of
 from tritower.retrieval.ranking.hits import Hits
 from tritower.retrieval.vectors.embeddings import EmbeddingReader, EmbeddingWriter
 
@@ -32,7 +33,9 @@ def build(tmp_path_factory):
     def make(factory, spill=False):
         name = f"{factory}{spill}"
         if name not in built:
-            build_index(EmbeddingReader(root / "e"), root / name, Recipe(factory, spill=spill))
+            build_index(
+                EmbeddingReader(root / "e"), root / name, BuildOptions(factory, spill=spill)
+            )
             built[name] = ProductIndex.open(root / name)
         return built[name].engine
 
@@ -42,10 +45,10 @@ def build(tmp_path_factory):
 def test_the_first_of_each_by_hand():
     rows = np.array([[5, 3, 5, 7, 3, 9], [1, 1, -1, -1, -1, -1], [2, 4, 6, 8, 0, 1]])
     scores = np.array([[6, 5, 4, 3, 2, 1]] * 3, np.float32)
-    first, found = first_of_each(Hits(scores, rows), 3, beside=False)
+    first, found = drop_repeated_rows(Hits(scores, rows), 3, beside=False)
     assert found.tolist() == [[5, 3, 7], [1, -1, -1], [2, 4, 6]]
     assert first[0].tolist() == [6, 5, 3] and first[1, 0] == 6 and first[2].tolist() == [6, 5, 4]
-    every = first_of_each(Hits(scores, rows), 6, beside=False)[1].tolist()
+    every = drop_repeated_rows(Hits(scores, rows), 6, beside=False)[1].tolist()
     assert every == [[5, 3, 7, 9, -1, -1], [1, *[-1] * 5], [2, 4, 6, 8, 0, 1]]
 
 
@@ -55,7 +58,7 @@ def test_the_first_of_each_by_hand():
 )
 def test_the_first_of_each_keeps_order_and_pads(rows, k):
     scores = np.tile(np.arange(8, 0, -1, dtype=np.float32), (len(rows), 1))
-    first, found = first_of_each(Hits(scores, np.array(rows)), k, beside=False)
+    first, found = drop_repeated_rows(Hits(scores, np.array(rows)), k, beside=False)
     for given_rows, got, its_scores in zip(rows, found.tolist(), first.tolist(), strict=True):
         distinct = list(dict.fromkeys(row for row in given_rows if row >= 0))[:k]
         assert [row for row in got if row >= 0] == distinct
@@ -79,7 +82,7 @@ def test_rows_that_score_the_same_wherever_they_are_found_are_told_apart_by_a_sh
     scores = np.array([[score_of[row] if row >= 0 else -9 for row in rows[0]]], np.float32)
     for k in (1, 3, rows.shape[1]):
         short, general = (
-            first_of_each(Hits(scores, rows), k, beside=beside) for beside in (True, False)
+            drop_repeated_rows(Hits(scores, rows), k, beside=beside) for beside in (True, False)
         )
         assert np.array_equal(short[0], general[0]) and np.array_equal(short[1], general[1])
 
@@ -155,7 +158,7 @@ def test_it_knows_its_parts(build, factory):
     engine = build(factory)
     assert engine.lists == (None if factory == "Flat" else 16)
     assert (engine.ivf is None) == (factory == "Flat")
-    assert (engine.fine is None) == (factory == "IVF16,Flat")
+    assert (engine.refine is None) == (factory == "IVF16,Flat")
     assert lists_of(engine.index) is None or lists_of(engine.index).nlist == 16
     assert engine.count == 1000
     assert engine.vector(7) @ unit(1000)[7] > 0.999

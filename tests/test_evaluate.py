@@ -11,28 +11,25 @@ import pytest
 from tests.support.catalogues import write_catalogue
 from tests.support.embedded import DIM, unit, write_embeddings
 from tritower.artefacts.storage import ArtefactError
-from tritower.retrieval.building.build import Recipe, build_index
+from tritower.retrieval.building.build import build_index
+from tritower.retrieval.building.options import BuildOptions
 from tritower.retrieval.evaluating import report
-from tritower.retrieval.evaluating.comparison import CUTS, measure
-from tritower.retrieval.evaluating.comparison_table import below_floor, rows_of_kind, terminal_table
-from tritower.retrieval.evaluating.evaluate import (
-    Options,
-    compare,
-    evaluate,
-    failed_gates,
-    index_warnings,
-    open_untrained,
-)
+from tritower.retrieval.evaluating.comparison_table import below_floor, rows_of_type, terminal_table
+from tritower.retrieval.evaluating.evaluate import evaluate
 from tritower.retrieval.evaluating.exact import exact_search
-from tritower.retrieval.evaluating.judgements import make_questions
+from tritower.retrieval.evaluating.gates import failed_gates, index_warnings
+from tritower.retrieval.evaluating.judgements import make_evaluation_queries
+from tritower.retrieval.evaluating.metric_report import CUTS, ann_vs_exact_metrics, ranking_metrics
+from tritower.retrieval.evaluating.search_tasks import EvaluationOptions
+from tritower.retrieval.evaluating.untrained_inputs import open_tower_features
 from tritower.retrieval.index import ProductIndex
 from tritower.retrieval.products.catalogue import Card, PreparedCatalogue, read_qrels
 from tritower.retrieval.ranking import metrics
 from tritower.retrieval.showing.pages import Hit, Section, data_url, facts_of, shown, write_sheet
 from tritower.retrieval.vectors.embeddings import EmbeddingReader, EmbeddingWriter
 
-QUICK = Options(split="test", latency_queries=20, untrained=False)
-UNTRAINED = Options(split="test", latency_queries=0)
+QUICK = EvaluationOptions(split="test", latency_queries=20, untrained=False)
+UNTRAINED = EvaluationOptions(split="test", latency_queries=0)
 
 
 @pytest.fixture(scope="module")
@@ -40,11 +37,13 @@ def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("evaluate")
     write_catalogue(root / "catalogue", num_groups=200)
     write_embeddings(root / "catalogue", root / "embeddings")
-    build_index(EmbeddingReader(root / "embeddings" / "products"), root / "flat", Recipe("Flat"))
+    build_index(
+        EmbeddingReader(root / "embeddings" / "products"), root / "flat", BuildOptions("Flat")
+    )
     build_index(
         EmbeddingReader(root / "embeddings" / "products"),
         root / "ivf",
-        Recipe("IVF8,PQ8x4fsr,Refine(SQ8)", nprobe=2),
+        BuildOptions("IVF8,PQ8x4fsr,Refine(SQ8)", nprobe=2),
     )
     return root
 
@@ -59,8 +58,8 @@ def measured(folders, index="ivf", options=QUICK, **changes):
     return evaluate(**{**parts, **changes}, options=options)
 
 
-def by_hand(folders, kind):
-    """hit@10, recall@10 and nDCG@10 of exact search for one kind, in plain Python."""
+def by_hand(folders, query_type):
+    """hit@10, recall@10 and nDCG@10 of exact search for one query type, in plain Python."""
     products = {}
     for batch in EmbeddingReader(folders / "embeddings" / "products").batches():
         products.update(zip(batch.ids.to_pylist(), batch.vectors, strict=True))
@@ -73,9 +72,9 @@ def by_hand(folders, kind):
     figures = []
     (batch,) = EmbeddingReader(folders / "embeddings" / "queries").batches()
     for query_id, its_kind, vector in zip(
-        batch.ids.to_pylist(), batch.kinds.to_pylist(), batch.vectors, strict=True
+        batch.ids.to_pylist(), batch.query_types.to_pylist(), batch.vectors, strict=True
     ):
-        if its_kind != kind or query_id not in source:
+        if its_kind != query_type or query_id not in source:
             continue
         judged = {p: g for p, g in grades[query_id].items() if p != source[query_id]}
         ranked = sorted(
@@ -101,12 +100,12 @@ def test_the_figures_are_those_computed_by_hand(folders):
         "product:image",
         "product:attribute",
     ]
-    for kind in result["queries"]:
-        wanted, count = by_hand(folders, kind)
-        figures = result["tasks"]["exact"][kind]
+    for query_type in result["queries"]:
+        wanted, count = by_hand(folders, query_type)
+        figures = result["tasks"]["exact"][query_type]
         got = [figures[name]["value"] for name in ("hit@10", "recall@10", "ndcg@10")]
-        assert np.allclose(got, wanted, atol=1e-9), kind
-        assert result["queries"][kind] == {"count": count, "dropped": 0}
+        assert np.allclose(got, wanted, atol=1e-9), query_type
+        assert result["queries"][query_type] == {"count": count, "dropped": 0}
         for figure in figures.values():
             assert figure.get("low", 0) <= figure["value"] <= figure.get("high", 1)
     assert "hit@100" in figures and "map" in figures and "best_recall@1" in figures
@@ -127,10 +126,10 @@ def test_an_approximate_index_is_compared_with_exact_search(folders):
     result = measured(folders).report
     assert result["settings"]["nprobe"] == 2
     assert 0.1 < result["tasks"]["ann_vs_exact"]["text"]["recall@10"]["value"] < 1
-    more = measured(folders, options=Options(nprobe=8, latency_queries=0)).report
-    for kind in result["queries"]:
+    more = measured(folders, options=EvaluationOptions(nprobe=8, latency_queries=0)).report
+    for query_type in result["queries"]:
         few, all_lists = (
-            r["tasks"]["ann_vs_exact"][kind]["recall@10"]["value"] for r in (result, more)
+            r["tasks"]["ann_vs_exact"][query_type]["recall@10"]["value"] for r in (result, more)
         )
         assert few <= all_lists
     assert "latency" not in more
@@ -138,14 +137,14 @@ def test_an_approximate_index_is_compared_with_exact_search(folders):
 
 
 def test_a_bad_index_is_warned_of_and_an_exact_one_is_not(folders, tmp_path):
-    bad = measured(folders, options=Options(nprobe=1, latency_queries=0))
+    bad = measured(folders, options=EvaluationOptions(nprobe=1, latency_queries=0))
     report.write_report(tmp_path / "bad", bad, [])
     written = json.loads((tmp_path / "bad" / "report.json").read_text())
     lossy = []
-    for kind, exact in written["tasks"]["exact"].items():
-        ann = written["tasks"]["ann"][kind]
+    for query_type, exact in written["tasks"]["exact"].items():
+        ann = written["tasks"]["ann"][query_type]
         if any(exact[m]["value"] - ann[m]["value"] > 0.01 for m in ("hit@10", "recall@10")):
-            lossy.append(kind)
+            lossy.append(query_type)
     assert len(lossy) > 2
     assert [warning.split()[3] for warning in written["warnings"]] == lossy
     figures = tuple(
@@ -154,26 +153,30 @@ def test_a_bad_index_is_warned_of_and_an_exact_one_is_not(folders, tmp_path):
     said = next(warning for warning in written["warnings"] if " text " in warning)
     assert "recall@10 {:.3f} -> {:.3f}".format(*figures) in said
     assert "--recall 0.99 --queries" in said and "--factory Flat" in said
-    good = measured(folders, "flat", options=Options(latency_queries=0))
+    good = measured(folders, "flat", options=EvaluationOptions(latency_queries=0))
     report.write_report(tmp_path / "good", good, [])
     assert json.loads((tmp_path / "good" / "report.json").read_text())["warnings"] == []
 
 
 def test_a_loss_of_a_point_is_not_warned_of_and_more_is():
     def tasks(hit, recall):
-        kinds = {"text": {"hit@10": {"value": hit}, "recall@10": {"value": recall}}}
+        query_types = {"text": {"hit@10": {"value": hit}, "recall@10": {"value": recall}}}
         perfect = {"text": {"hit@10": {"value": 0.9}, "recall@10": {"value": 0.8}}}
-        return {"tasks": {"exact": perfect, "ann": kinds}}
+        return {"tasks": {"exact": perfect, "ann": query_types}}
 
     assert index_warnings(tasks(0.89, 0.79)) == index_warnings(tasks(0.95, 0.85)) == []
     (hit,) = index_warnings(tasks(0.76, 0.8))
-    assert "kind text" in hit and "hit@10 0.900 -> 0.760" in hit and "recall@10" not in hit
+    assert (
+        "queries of type text" in hit and "hit@10 0.900 -> 0.760" in hit and "recall@10" not in hit
+    )
     (recall,) = index_warnings(tasks(0.9, 0.78))
     assert "recall@10 0.800 -> 0.780" in recall and "hit@10" not in recall
 
 
 def test_compare_takes_the_first_k_of_exact_search_as_relevant():
-    figures = compare(np.array([[1, 9, 3] + [-1] * 97]), np.array([[1, 2, 3, *range(10, 107)]]))
+    figures = ann_vs_exact_metrics(
+        np.array([[1, 9, 3] + [-1] * 97]), np.array([[1, 2, 3, *range(10, 107)]])
+    )
     assert figures["recall@1"]["value"] == 1
     assert figures["recall@10"]["value"] == pytest.approx(2 / 10)
     assert figures["recall@100"]["value"] == pytest.approx(2 / 100)
@@ -182,10 +185,10 @@ def test_compare_takes_the_first_k_of_exact_search_as_relevant():
 
 def test_a_product_never_finds_itself(folders):
     result = measured(folders)
-    asked = result.questions.source >= 0
-    for rows in result.found.values():
+    asked = result.queries.source >= 0
+    for rows in result.rows.values():
         assert rows.shape[1] == 100
-        assert not (rows[asked] == result.questions.source[asked, None]).any()
+        assert not (rows[asked] == result.queries.source[asked, None]).any()
         assert (rows[:, :50] >= 0).mean() > 0.9
 
 
@@ -199,7 +202,7 @@ def test_products_with_the_same_vector_are_reported_and_left_out_on_request(fold
     queries.write("s", ["q0", "q1"], vectors[:2], ["fused", "fused"])
     queries.finish(["s"])
     products = EmbeddingReader(tmp_path / "products")
-    build_index(products, tmp_path / "index", Recipe("Flat"))
+    build_index(products, tmp_path / "index", BuildOptions("Flat"))
 
     class Stub:
         fingerprint, text_fields = "c", ("title",)
@@ -220,14 +223,14 @@ def test_products_with_the_same_vector_are_reported_and_left_out_on_request(fold
             )
 
     def run(exclude):
-        options = Options(exclude_identical=exclude, untrained=False, latency_queries=0)
+        options = EvaluationOptions(exclude_identical=exclude, untrained=False, latency_queries=0)
         index, reader = ProductIndex.open(tmp_path / "index"), EmbeddingReader(tmp_path / "queries")
         return evaluate(index, products, reader, catalogue=Stub(), options=options)
 
     counted, left_out = run(False), run(True)
     assert counted.report["identical_to_source"] == left_out.report["identical_to_source"] == 1
-    assert set(range(10, 15)) <= set(counted.found["exact"][0].tolist())
-    for rows in left_out.found.values():
+    assert set(range(10, 15)) <= set(counted.rows["exact"][0].tolist())
+    for rows in left_out.rows.values():
         assert not set(range(10, 15)) & set(rows[0].tolist())
         assert set(range(1, 10)) <= set(rows[0].tolist())
     assert left_out.report["settings"]["exclude_identical"] is True
@@ -248,7 +251,7 @@ def test_queries_without_relevant_products_are_dropped_and_counted(folders, tmp_
     with pytest.raises(
         ValueError, match=r"none of \d+ queries is left: 40 are of split|none of .* split 'nope'"
     ):
-        measured(folders, options=Options(split="nope"))
+        measured(folders, options=EvaluationOptions(split="nope"))
 
 
 def test_judged_products_that_the_index_lacks_count_as_never_found(folders, tmp_path):
@@ -279,12 +282,12 @@ def test_words_stand_beside_the_model_for_every_kind_that_has_words(folders):
     assert set(baselines["bm25"]) == set(baselines["tfidf"]) == set(baselines["hybrid"]) == words
     assert set(baselines["numbers"]) == {"fused", "product:attribute"}
     assert baselines["bm25"]["text"]["hit@10"]["value"] == 1  # the query is the title of a product
-    for kind in words:
-        positions = result.questions.of_kind(kind)
-        own = result.questions.take(positions)
-        for name, rows in result.untrained[kind].items():
+    for query_type in words:
+        positions = result.queries.positions_of_type(query_type)
+        own = result.queries.select(positions)
+        for name, rows in result.untrained[query_type].items():
             assert rows.shape == (len(positions), 100)
-            assert measure(rows, own.relevant, own.judged, own.grades) == baselines[name][kind]
+            assert ranking_metrics(rows, own) == baselines[name][query_type]
             asks = own.source >= 0
             assert not (rows[asks] == own.source[asks, None]).any()
 
@@ -294,19 +297,19 @@ def test_differences_to_the_best_row_without_training_are_paired(folders):
     assert (
         "image" not in result.report["differences"]["image"]
     )  # photos have no words, and no towers are given
-    for kind in ("text", "fused"):
-        own = result.questions.take(result.questions.of_kind(kind))
+    for query_type in ("text", "fused"):
+        own = result.queries.select(result.queries.positions_of_type(query_type))
         judged = own.judged, own.grades, 10
         values = {
             name: metrics.ndcg_at_k_per_query(rows, *judged)
-            for name, rows in result.untrained[kind].items()
+            for name, rows in result.untrained[query_type].items()
             if name != "hybrid"
         }
-        difference = result.report["differences"][kind]
+        difference = result.report["differences"][query_type]
         best = difference["best"]
         assert values[best].mean() == max(value.mean() for value in values.values())
         trained = metrics.ndcg_at_k_per_query(
-            result.found["exact"][result.questions.of_kind(kind)], *judged
+            result.rows["exact"][result.queries.positions_of_type(query_type)], *judged
         )
         assert difference["exact"]["ndcg@10"]["value"] == pytest.approx(
             (trained - values[best]).mean()
@@ -319,13 +322,15 @@ def test_differences_to_the_best_row_without_training_are_paired(folders):
 def test_settings_are_chosen_on_val_and_on_halves_where_val_itself_is_measured(
     folders, monkeypatch
 ):
-    monkeypatch.setattr("tritower.retrieval.evaluating.comparison.MIN_CHOOSING", 5)
-    monkeypatch.setattr("tritower.retrieval.evaluating.untrained.MIN_CHOOSING", 5)
+    monkeypatch.setattr("tritower.retrieval.evaluating.untrained_comparison.MIN_CHOOSING", 5)
+    monkeypatch.setattr("tritower.retrieval.evaluating.untrained_search.MIN_CHOOSING", 5)
     for split, parts in (("test", 1), ("val", 2)):
-        chosen = measured(folders, options=Options(split=split, latency_queries=0)).report["chosen"]
-        assert {kind: len(choices) for kind, choices in chosen.items()} == dict.fromkeys(
-            chosen, parts
-        )
+        chosen = measured(
+            folders, options=EvaluationOptions(split=split, latency_queries=0)
+        ).report["chosen"]
+        assert {
+            query_type: len(choices) for query_type, choices in chosen.items()
+        } == dict.fromkeys(chosen, parts)
     assert chosen["text"][0]["words"]["bm25"]["scoring"]["k1"] > 0
     assert chosen["text"][0]["queries"] == chosen["text"][1]["queries"] > 0
 
@@ -368,17 +373,17 @@ def test_features_of_towers_before_training_are_rows_of_their_own(folders, tmp_p
         >= baselines["bm25"]["product:text"]["ndcg@10"]["value"]
     )
     assert {"text", "fused", "product:image"} <= set(baselines["text"])
-    assert open_untrained(tmp_path / "nowhere") == {}
+    assert open_tower_features(tmp_path / "nowhere") == {}
     with pytest.raises(
         FileNotFoundError, match=r"nowhere: no such folder. `index.py embed` writes"
     ):
-        open_untrained(tmp_path / "nowhere", required=True)
+        open_tower_features(tmp_path / "nowhere", required=True)
 
 
 def test_a_model_below_what_needs_no_training_is_red_and_named(folders, tmp_path):
     """Embeddings of noise: words find more."""
     noise = write_embeddings(folders / "catalogue", tmp_path / "noise", noise=50.0)
-    build_index(EmbeddingReader(noise / "products"), tmp_path / "index", Recipe("Flat"))
+    build_index(EmbeddingReader(noise / "products"), tmp_path / "index", BuildOptions("Flat"))
     result = measured(
         folders,
         options=UNTRAINED,
@@ -465,8 +470,8 @@ def test_a_query_twice_in_one_kind_is_refused(folders, tmp_path):
     writer = EmbeddingWriter(tmp_path / "q", dim=DIM, id_column="query_id")
     writer.write("s", ["a", "a"], unit(np.ones((2, DIM))), ["text", "text"])
     writer.finish(["s"])
-    with pytest.raises(ValueError, match="query 'a' appears twice in kind 'text'"):
-        make_questions(
+    with pytest.raises(ValueError, match="query 'a' appears twice in type 'text'"):
+        make_evaluation_queries(
             EmbeddingReader(tmp_path / "q"),
             pa.table({"query_id": ["a"], "product_id": ["b"], "relevance": [1.0]}),
             ProductIndex.open(folders / "flat"),
@@ -495,17 +500,17 @@ def test_random_and_constant_embeddings_find_no_more_than_chance(tmp_path):
             "query_id,product_id\n" + "".join(f"q{i},p{a}\n" for i, a in enumerate(answer))
         )
         products = EmbeddingReader(root / "p.parquet")
-        build_index(products, root / "i", Recipe("Flat"))
+        build_index(products, root / "i", BuildOptions("Flat"))
         result = evaluate(
             ProductIndex.open(root / "i"),
             products,
             EmbeddingReader(root / "q.parquet"),
             qrels=root / "qrels.csv",
-            options=Options(latency_queries=0),
+            options=EvaluationOptions(latency_queries=0),
         ).report
         chance = 10 / count
-        spread = (chance * (1 - chance) / asked) ** 0.5
-        assert abs(result["tasks"]["exact"]["query"]["hit@10"]["value"] - chance) < 4 * spread
+        list_columns = (chance * (1 - chance) / asked) ** 0.5
+        assert abs(result["tasks"]["exact"]["query"]["hit@10"]["value"] - chance) < 4 * list_columns
 
 
 def test_exact_search_does_not_depend_on_the_size_of_blocks(folders):
@@ -534,10 +539,10 @@ def test_gates_name_what_falls_short(folders):
 def test_the_page_stands_alone_and_the_json_reads_back(folders, tmp_path):
     result = measured(folders)
     index, catalogue = ProductIndex.open(folders / "ivf"), PreparedCatalogue(folders / "catalogue")
-    sections = report.examples(result, index, catalogue, per_kind=2)
-    assert [s.heading for s in sections].count("kind: text") == 2
+    sections = report.examples(result, index, catalogue, per_type=2)
+    assert [s.heading for s in sections].count("query type: text") == 2
     assert all(s.hits for s in sections)
-    image_query = next(s for s in sections if s.heading == "kind: product:image")
+    image_query = next(s for s in sections if s.heading == "query type: product:image")
     assert not image_query.query.text and not image_query.query.attributes
     oracle = {"recall@10": {"text": 0.5, "text+image+attribute": 0.9, "text+image": 0.8}}
     report.write_report(tmp_path / "r", result, sections, oracle)
@@ -550,9 +555,9 @@ def test_the_page_stands_alone_and_the_json_reads_back(folders, tmp_path):
     assert page.count("data:image/jpeg") > 20
     assert 'class="card relevant"' in page
     rows = {
-        (kind, name): figures
-        for kind in result.report["queries"]
-        for _, name, figures in rows_of_kind(result.report, kind)
+        (query_type, name): figures
+        for query_type in result.report["queries"]
+        for _, name, figures in rows_of_type(result.report, query_type)
     }
     assert rows["fused", "oracle"] == {"recall@10": {"value": 0.9}}
     assert rows["product:text", "oracle"] == {"recall@10": {"value": 0.5}}
@@ -614,7 +619,7 @@ def test_a_catalogue_without_judgements_says_so(tmp_path):
 
 
 def test_metrics_of_a_perfect_ranking_reach_the_best_recall(folders):
-    questions = measured(folders).questions
+    questions = measured(folders).queries
     width = questions.relevant.shape[1]
     perfect = np.concatenate(
         [questions.relevant, np.full((len(questions.ids), 100 - width), -1)], axis=1

@@ -6,29 +6,28 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tritower.retrieval.building.build import make_index
-from tritower.retrieval.ivf.engine import lists_of
-from tritower.retrieval.ivf.spec import (
+from tritower.retrieval.building.choose_spec import (
     EXACT_NUMBERS,
-    Mapped,
     choose_factory,
     choose_lists,
     default_nprobe,
     num_lists,
-    num_pieces,
-    parse_mapped,
+    num_sub_quantizers,
     train_size,
 )
+from tritower.retrieval.building.faiss_index import make_index
+from tritower.retrieval.ivf.engine import lists_of
+from tritower.retrieval.ivf.spec import IvfPqSpec, parse_ivf_pq
 
 
 @given(st.integers(1, 10**9), st.integers(1, 2048))
 def test_the_default_is_exact_up_to_a_number_of_numbers(count, dim):
-    choice = choose_factory(count, dim)
+    index_spec = choose_factory(count, dim)
     if count * dim <= EXACT_NUMBERS:
-        assert choice.factory == "Flat"
-        assert f"{count:,} vectors of {dim} dimensions are few enough" in choice.reason
+        assert index_spec.factory == "Flat"
+        assert f"{count:,} vectors of {dim} dimensions are few enough" in index_spec.reason
     else:
-        assert choice == choose_lists(count, dim)
+        assert index_spec == choose_lists(count, dim)
 
 
 def test_thirty_thousand_products_of_256_dimensions_are_the_most_that_are_searched_exactly():
@@ -39,21 +38,21 @@ def test_thirty_thousand_products_of_256_dimensions_are_the_most_that_are_search
 
 @given(st.integers(1, 10**9), st.integers(1, 2048))
 def test_the_factory_with_lists_is_always_legal(count, dim):
-    choice = choose_lists(count, dim)
+    index_spec = choose_lists(count, dim)
     if count < 624:
-        assert choice.factory == "Flat" and "fewer than the 624" in choice.reason
+        assert index_spec.factory == "Flat" and "fewer than the 624" in index_spec.reason
         return
-    lists = int(choice.factory.split(",")[0][3:])
+    lists = int(index_spec.factory.split(",")[0][3:])
     assert lists & (lists - 1) == 0 and lists * 39 <= count
-    assert f"{lists:,} lists" in choice.reason
+    assert f"{lists:,} lists" in index_spec.reason
     assert 1 <= default_nprobe(lists) <= lists
-    design = parse_mapped(choice.factory)
-    assert (design is None) == (num_pieces(dim) is None)
-    assert design is None or (
-        design.finer == "SQ8" and design.residual and dim % design.pieces == 0
+    spec = parse_ivf_pq(index_spec.factory)
+    assert (spec is None) == (num_sub_quantizers(dim) is None)
+    assert spec is None or (
+        spec.refine == "SQ8" and spec.residual and dim % spec.sub_quantizers == 0
     )
     if count < 10**5:
-        index = make_index(choice.factory, dim)
+        index = make_index(index_spec.factory, dim)
         assert lists_of(index).nlist == lists and index.d == dim
 
 
@@ -71,9 +70,9 @@ def test_the_factory_with_lists_is_always_legal(count, dim):
     ],
 )
 def test_default_lists_by_size(count, lists):
-    """The power of two nearest to the lesser of 8 sqrt(N) and N / 61:
+    """The power of two nearest to the lesser of 8 sqrt(N) and N / 61.
 
-    of 10,000 that is 164, of 10 million 25,298.
+    Of 10,000 that is 164, of 10 million 25,298.
     """
     assert choose_lists(count, 256).factory == f"IVF{lists},PQ64x4fsr,Refine(SQ8)"
     assert num_lists(count) == lists
@@ -90,18 +89,18 @@ def test_more_vectors_never_have_fewer_lists(count, more):
 
 
 @pytest.mark.parametrize(
-    ("dim", "pieces"),
+    ("dim", "sub_quantizers"),
     [(256, 64), (64, 16), (30, 10), (50, 25), (35, 7), (49, 7), (127, None), (3, 1)],
 )
-def test_pieces_are_of_four_dimensions_or_what_comes_near(dim, pieces):
-    assert num_pieces(dim) == pieces
+def test_pieces_are_of_four_dimensions_or_what_comes_near(dim, sub_quantizers):
+    assert num_sub_quantizers(dim) == sub_quantizers
 
 
 def test_dimensions_that_cannot_be_cut_get_8_bits_each():
-    choice = choose_lists(10**4, 127)
+    index_spec = choose_lists(10**4, 127)
     assert (
-        choice.factory == "IVF128,SQ8"
-        and "127 dimensions cannot be cut into short pieces" in choice.reason
+        index_spec.factory == "IVF128,SQ8"
+        and "127 dimensions cannot be cut into short sub-quantizers" in index_spec.reason
     )
 
 
@@ -111,9 +110,9 @@ def test_dimensions_that_cannot_be_cut_get_8_bits_each():
     st.booleans(),
     st.sampled_from([None, "SQ8", "SQfp16"]),
 )
-def test_a_design_reads_back_from_its_factory_string(lists, pieces, residual, finer):
-    design = Mapped(lists, pieces, residual, finer)
-    assert parse_mapped(str(design)) == design
+def test_a_design_reads_back_from_its_factory_string(lists, sub_quantizers, residual, refine):
+    spec = IvfPqSpec(lists, sub_quantizers, residual, refine)
+    assert parse_ivf_pq(str(spec)) == spec
 
 
 @pytest.mark.parametrize(
@@ -138,24 +137,24 @@ def test_a_design_reads_back_from_its_factory_string(lists, pieces, residual, fi
     ],
 )
 def test_other_factory_strings_are_not_taken_for_such_a_design(factory):
-    assert parse_mapped(factory) is None
+    assert parse_ivf_pq(factory) is None
 
 
 @pytest.mark.parametrize(
     "factory", ["IVF4,PQ8x4fsr", "IVF4,PQ8x4fs,Refine(SQ8)", "IVF4,PQ5x4fsr,Refine(SQfp16)"]
 )
 def test_sizes_are_those_of_faiss(factory):
-    design = parse_mapped(factory)
+    spec = parse_ivf_pq(factory)
     index = make_index(factory, 40)
     lists = lists_of(index)
-    assert (lists.nlist, lists.pq.M, lists.code_size) == (4, design.pieces, design.code_size)
-    assert lists.by_residual == design.residual
-    finer = (
+    assert (lists.nlist, lists.pq.M, lists.code_size) == (4, spec.sub_quantizers, spec.code_size)
+    assert lists.by_residual == spec.residual
+    refine = (
         faiss.downcast_index(index.refine_index).sa_code_size()
         if isinstance(index, faiss.IndexRefine)
         else 0
     )
-    assert design.finer_size(40) == finer
+    assert spec.refine_size(40) == refine
 
 
 def test_how_many_lists_are_visited_by_default():

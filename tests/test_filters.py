@@ -17,7 +17,7 @@ from tritower.retrieval.filtering.parser import MAX_DEPTH
 from tritower.retrieval.filtering.terms import Not, Test, all_of, negated, some_of
 from tritower.retrieval.products.attribute_table import CACHED_MASKS
 
-KINDS = {
+ATTRIBUTE_TYPES = {
     "price": "number",
     "size in cm": "number",
     "brand": "category",
@@ -78,7 +78,7 @@ ROWS = [
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
-    return table_of(tmp_path_factory.mktemp("table") / "attributes.arrow", ROWS, KINDS)
+    return table_of(tmp_path_factory.mktemp("table") / "attributes.arrow", ROWS, ATTRIBUTE_TYPES)
 
 
 def matching(text, table):
@@ -164,7 +164,7 @@ def naive(term, row):
         values = [naive(inner, row) for inner in term.terms]
         stops = type(term).__name__ == "Some"
         return stops if stops in values else None if None in values else not stops
-    kind, value = KINDS[term.attribute], row.get(term.attribute)
+    attribute_type, value = ATTRIBUTE_TYPES[term.attribute], row.get(term.attribute)
     if isinstance(value, list):
         value = [part for part in value if part] or None
     if isinstance(value, str):
@@ -173,9 +173,9 @@ def naive(term, row):
         return value is not None
     if value is None:
         return None
-    if kind == "set":
+    if attribute_type == "set":
         return term.values[0] in value
-    if kind == "path":
+    if attribute_type == "path":
         asked = [tuple(part.strip() for part in text.split(">")) for text in term.values]
         levels = tuple(value)
         match term.operator:
@@ -217,20 +217,20 @@ NUMBERS = st.sampled_from([0.0, -0.0, 1.0, -1.5, 1e300, 59.9, 2.0**53, 1e-7]) | 
 
 
 def one_test(draw):
-    name = draw(st.sampled_from(list(KINDS)))
-    kind = KINDS[name]
+    name = draw(st.sampled_from(list(ATTRIBUTE_TYPES)))
+    attribute_type = ATTRIBUTE_TYPES[name]
     value = {
         "number": NUMBERS,
         "category": WORDS,
         "path": st.lists(LEVELS, min_size=1, max_size=3).map(" > ".join),
         "set": WORDS,
-    }[kind]
+    }[attribute_type]
     operators = {
         "number": ["<", "<=", ">", ">=", "=", "in", "known"],
         "category": ["=", "in", "known"],
         "path": ["=", "in", "under", "has", "known"],
         "set": ["has", "known"],
-    }[kind]
+    }[attribute_type]
     sign = draw(st.sampled_from(operators))
     size = {"known": 0, "in": draw(st.integers(1, 12))}.get(sign, 1)
     return Test(name, sign, tuple(draw(value) for _ in range(size)))
@@ -238,13 +238,15 @@ def one_test(draw):
 
 @st.composite
 def terms(draw, depth=3):
-    kind = draw(st.sampled_from(["test", "test", "not", "all", "some"])) if depth else "test"
-    if kind == "test":
+    attribute_type = (
+        draw(st.sampled_from(["test", "test", "not", "all", "some"])) if depth else "test"
+    )
+    if attribute_type == "test":
         return one_test(draw)
-    if kind == "not":
+    if attribute_type == "not":
         return negated(draw(terms(depth - 1)))
     parts = [draw(terms(depth - 1)) for _ in range(draw(st.integers(2, 3)))]
-    return (all_of if kind == "all" else some_of)(parts)
+    return (all_of if attribute_type == "all" else some_of)(parts)
 
 
 @st.composite
@@ -257,7 +259,11 @@ def rows(draw):
     }
     count = draw(st.integers(0, 20))
     return [
-        {"id": str(row)} | {name: draw(st.none() | values[kind]) for name, kind in KINDS.items()}
+        {"id": str(row)}
+        | {
+            name: draw(st.none() | values[attribute_type])
+            for name, attribute_type in ATTRIBUTE_TYPES.items()
+        }
         for row in range(count)
     ]
 
@@ -265,7 +271,7 @@ def rows(draw):
 @given(terms(), rows())
 @settings(max_examples=300, deadline=None)
 def test_filters_match_what_an_interpreter_of_single_rows_matches(tmp_path_factory, term, rows):
-    table = table_of(tmp_path_factory.mktemp("t") / "a.arrow", rows, KINDS)
+    table = table_of(tmp_path_factory.mktemp("t") / "a.arrow", rows, ATTRIBUTE_TYPES)
     expected = [naive(term, row) is True for row in rows]
     assert Filter(term).mask(table).tolist() == expected
     assert parse(str(Filter(term))).mask(table).tolist() == expected
@@ -348,8 +354,8 @@ def test_any_text_is_a_filter_or_a_value_error_in_one_line(table, text):
         ("brand = \ud800", r"half of a character, at character 9"),
         ("prize < 50", r"no attribute 'prize'; there are price, .*, at character 1: \^prize < 50$"),
         (
-            "price < 50 and (colour = red)",
-            r"no attribute 'colour'; .*, at character 17: price < 50 and \(\^colour = red\)$",
+            "price < 50 and (color = red)",
+            r"no attribute 'color'; .*, at character 17: price < 50 and \(\^color = red\)$",
         ),
         ("price < cheap", r"price is a number, 'cheap' is text, at character 1: \^price < cheap$"),
         ('price < "50"', r"price is a number, '50' is text"),

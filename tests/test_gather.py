@@ -73,9 +73,9 @@ def step(
 
 
 def in_process(rank: int, folder: str) -> None:
-    """One of two processes:
+    """One of two processes.
 
-    its half of the rows, gradients averaged as distributed training does.
+    Its half of the rows, gradients averaged as distributed training does.
     """
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.support.catalogues import KINDS, SCHEMA
+from tests.support.catalogues import PRODUCT_TYPES, SCHEMA
 from tests.support.data_modules import data_module
 from tests.support.training import fit
 from tritower.datamodules import generated_queries as module
@@ -53,7 +53,7 @@ def test_the_answers_are_all_products_with_all_facets(products: Table) -> None:
             row for row in TRAIN if set(text.split()) <= words(products.row(int(row)))
         ]
         assert len(answers) >= 1
-        assert text.split()[-1] in KINDS, "what it is comes last"
+        assert text.split()[-1] in PRODUCT_TYPES, "what it is comes last"
     assert {len(text.split()) for text in found.texts} >= {2, 3}
 
 
@@ -97,12 +97,12 @@ def table_of(folder: Path, attributes: list[dict] | None) -> Table:
 
 def test_values_that_say_nothing_are_no_words(tmp_path: Path) -> None:
     rows = [
-        {"organic": "Yes", "colour": "  Light\tBlue "},
-        {"organic": "Yes", "colour": "N/A"},
-        {"organic": "No", "colour": None},
+        {"organic": "Yes", "color": "  Light\tBlue "},
+        {"organic": "Yes", "color": "N/A"},
+        {"organic": "No", "color": None},
     ]
     schema = Schema(
-        ("title",), False, (Attribute("organic", "category"), Attribute("colour", "category"))
+        ("title",), False, (Attribute("organic", "category"), Attribute("color", "category"))
     )
     found = generate_queries(table_of(tmp_path, rows), np.arange(3), schema, seed=0)
     assert (found.texts, [answers.tolist() for answers in found.products]) == (
@@ -195,6 +195,6 @@ def test_words_are_learned_that_no_title_has(tiny_catalogue: Path, tmp_path: Pat
         query = model.encode([Item(text={"query": " ".join(words)}) for words in asked])
         first = [rows[row]["attributes"]["tags"] for row in (query @ product.T).argmax(1)]
         shares[name] = np.mean(
-            [colour in tags for (colour, _), tags in zip(asked, first, strict=True)]
+            [color in tags for (color, _), tags in zip(asked, first, strict=True)]
         )
     assert shares["with"] > shares["without"] + 0.2, shares

@@ -24,11 +24,11 @@ def device(request, monkeypatch):
         if not request.param:
             raise RuntimeError("Error in somewhere at file.cu:1\nout of GPU memory")
 
-    def knn_gpu(resources, vectors, centres, count, **options):
+    def knn_gpu(resources, vectors, centers, count, **options):
         assert options.pop("metric") == faiss.METRIC_INNER_PRODUCT
         assert set(options) == {"vectorsMemoryLimit", "queriesMemoryLimit"}
         done("nearest")
-        return faiss.knn(vectors, centres, count, metric=faiss.METRIC_INNER_PRODUCT)
+        return faiss.knn(vectors, centers, count, metric=faiss.METRIC_INNER_PRODUCT)
 
     def kmeans(*arguments, gpu=False, **options):
         if gpu:
@@ -45,13 +45,13 @@ def device(request, monkeypatch):
 
 def test_nearest_centres_are_the_same_wherever_they_are_found(device, caplog):
     working, used = device
-    vectors, centres = unit(100), unit(30, seed=1)
+    vectors, centers = unit(100), unit(30, seed=1)
     for _ in range(2):
-        scores, numbers = gpu.nearest(vectors, centres, 5)
+        scores, numbers = gpu.nearest(vectors, centers, 5)
         assert np.array_equal(
-            numbers, np.argsort(-(vectors @ centres.T), axis=1, kind="stable")[:, :5]
+            numbers, np.argsort(-(vectors @ centers.T), axis=1, kind="stable")[:, :5]
         )
-        assert np.allclose(scores, -np.sort(-(vectors @ centres.T), axis=1)[:, :5], atol=1e-6)
+        assert np.allclose(scores, -np.sort(-(vectors @ centers.T), axis=1)[:, :5], atol=1e-6)
     assert used == ["nearest"] * (2 if working else 1)  # once failed, it is not asked again
     assert caplog.text.count("out of GPU memory): on the CPU from here on") == (not working)
     assert gpu.in_use() == working

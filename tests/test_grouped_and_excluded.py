@@ -8,7 +8,8 @@ import pytest
 from tests.support.attribute_rows import table_of
 from tritower.artefacts import storage
 from tritower.artefacts.storage import ArtefactError
-from tritower.retrieval.building.build import Recipe, build_index
+from tritower.retrieval.building.build import build_index
+from tritower.retrieval.building.options import BuildOptions
 from tritower.retrieval.filtering.filtered_search import FEW_EXCLUDED, Exclusion, FilteredSearch
 from tritower.retrieval.filtering.filters import parse
 from tritower.retrieval.index import ProductIndex
@@ -17,7 +18,7 @@ from tritower.retrieval.updating.update import update_index
 from tritower.retrieval.vectors.embeddings import EmbeddingReader, EmbeddingWriter
 
 DIM, COUNT = 16, 2000
-KINDS = {"price": "number", "brand": "category", "group": "category", "family": "category"}
+QUERY_TYPES = {"price": "number", "brand": "category", "group": "category", "family": "category"}
 RNG = np.random.default_rng(0)
 PRICES, BRANDS, GROUPS = (
     RNG.uniform(0, 100, COUNT),
@@ -44,7 +45,7 @@ def table(tmp_path_factory):
         }
         for row in range(COUNT)
     ]
-    return table_of(tmp_path_factory.mktemp("t") / "attributes.arrow", rows, KINDS)
+    return table_of(tmp_path_factory.mktemp("t") / "attributes.arrow", rows, QUERY_TYPES)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,9 @@ def engine(tmp_path_factory):
     writer.write("s", [f"p{i}" for i in range(COUNT)], VECTORS)
     writer.finish(["s"])
     build_index(
-        EmbeddingReader(root / "e"), root / "i", Recipe("IVF32,PQ8x4fsr,Refine(SQ8)", spill=True)
+        EmbeddingReader(root / "e"),
+        root / "i",
+        BuildOptions("IVF32,PQ8x4fsr,Refine(SQ8)", spill=True),
     )
     return ProductIndex.open(root / "i").engine
 
@@ -67,7 +70,7 @@ def finder(engine, table, request, monkeypatch):
 
 def naive(engine, query, k, *, allowed=None, without=(), without_groups=False, codes=None):
     """Walk down the ranking of the vectors that the index keeps."""
-    vectors = engine.fine.reconstruct_n(0, COUNT)
+    vectors = engine.refine.reconstruct_n(0, COUNT)
     banned = {GROUPS[row] for row in without if without_groups and GROUPS[row] >= 0}
     taken, hits = set(), []
     for row in np.argsort(-(vectors @ query), kind="stable"):
@@ -138,7 +141,7 @@ def test_what_is_found_is_the_ranking_without_what_may_not_be_found(finder, engi
     for query, its_scores, found in zip(QUERIES, scores, rows, strict=True):
         expected = naive(engine, query, k, **meaning)
         assert [row < 0 for row in found] == [row < 0 for row in expected]
-        true_scores = (engine.fine.reconstruct_n(0, COUNT) @ query)[found[found >= 0]]
+        true_scores = (engine.refine.reconstruct_n(0, COUNT) @ query)[found[found >= 0]]
         assert np.allclose(its_scores[found >= 0], true_scores, atol=1e-6)
         assert len({*found.tolist()} ^ {*expected}) <= (2 if k > 10 else 0)  # ties
 
@@ -198,8 +201,8 @@ def index(tmp_path_factory):
         for row in order
     ]
     (root / "a.csv").write_text("\n".join(["product_id,price,brand,group_id", *lines]))
-    recipe = Recipe("IVF32,PQ8x4fsr,Refine(SQ8)")
-    build_index(EmbeddingReader(root / "e"), root / "i", recipe, attributes=root / "a.csv")
+    options = BuildOptions("IVF32,PQ8x4fsr,Refine(SQ8)")
+    build_index(EmbeddingReader(root / "e"), root / "i", options, attributes=root / "a.csv")
     update_index(root / "i", delete=[f"p{row}" for row in range(0, COUNT, 7)])
     return ProductIndex.open(root / "i")
 
@@ -244,10 +247,10 @@ def test_an_index_leaves_out_products_and_their_groups(index):
 def test_a_filter_on_an_index_is_checked(index):
     with pytest.raises(
         ValueError,
-        match=r"filter: no attribute 'colour'; there are group, price, brand, at character 1: "
-        r"\^colour",
+        match=r"filter: no attribute 'color'; there are group, price, brand, at character 1: "
+        r"\^color",
     ):
-        index.search(QUERIES, 10, filter="colour = red")
+        index.search(QUERIES, 10, filter="color = red")
     with pytest.raises(ValueError, match=r"filter: expected a value, found the end"):
         index.count("price <")
 
@@ -258,6 +261,6 @@ def test_attributes_of_other_rows_are_refused(index, tmp_path):
     table_of(copy / "attributes.arrow", [{"id": "a", "price": 1.0}], {"price": "number"})
     meta = storage.read_manifest(copy).meta
     (copy / "manifest.json").unlink()
-    storage.seal(copy, kind="index", meta=meta)
+    storage.seal(copy, artefact_type="index", meta=meta)
     with pytest.raises(ArtefactError, match=r"do not belong together: 2000 ids, attributes of 1"):
         ProductIndex.open(copy)

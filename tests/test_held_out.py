@@ -155,7 +155,7 @@ def test_without_judgements_products_ask_for_their_mates(
         (NO_ROW, i, i, m) for i in rows if (m := mates_by_brute_force(world, i, relation, "val"))
     ]
     assert answers(found) == expected
-    assert found.kind == "products with a group" and len(expected) > 3
+    assert found.origin == "products with a group" and len(expected) > 3
 
 
 def test_judgements_that_find_nothing_relevant_are_none(world: dict[str, Any]) -> None:
@@ -221,7 +221,7 @@ def test_without_mates_titles_ask_for_their_products(world: dict[str, Any]) -> N
     found = ask(world, judged=False, mates="none")
     rows = [i for i, p in enumerate(world["products"]) if p["split"] == "val"]
     assert answers(found) == [(NO_ROW, i, -1, frozenset({i})) for i in rows]
-    assert found.kind == "titles of products"
+    assert found.origin == "titles of products"
     queries = QueryRows(world["tables"][0], None, found, ItemPreprocess("query"))
     assert queries.item(0) == Item(text={"title": f"title {rows[0]}"})
 

@@ -31,13 +31,13 @@ def encoded(image: Image.Image, kind: str = "PNG") -> bytes:
 def striped(width: int = 60, height: int = 20) -> bytes:
     """Three vertical stripes, red, green and blue."""
     pixels = np.zeros((height, width, 3), np.uint8)
-    for stripe, colour in enumerate((RED, GREEN, BLUE)):
-        pixels[:, stripe * width // 3 : (stripe + 1) * width // 3] = colour
+    for stripe, color in enumerate((RED, GREEN, BLUE)):
+        pixels[:, stripe * width // 3 : (stripe + 1) * width // 3] = color
     return encoded(Image.fromarray(pixels))
 
 
-def near(pixel: torch.Tensor, colour: tuple[int, int, int]) -> bool:
-    return (pixel.int() - torch.tensor(colour)).abs().max().item() <= 2
+def near(pixel: torch.Tensor, color: tuple[int, int, int]) -> bool:
+    return (pixel.int() - torch.tensor(color)).abs().max().item() <= 2
 
 
 def test_pad_keeps_the_whole_picture_on_white() -> None:

@@ -1,6 +1,6 @@
-"""Pictures as people really have them:
+"""Pictures as people really have them.
 
-turned, grey, transparent, cut off, huge, animated, or no pictures at all.
+Turned, grey, transparent, cut off, huge, animated, or no pictures at all.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
 
 def difference(one: Image.Image, other: Image.Image) -> float:
-    """The largest difference of any pixel's colour, 0 to 255."""
+    """The largest difference of any pixel's color, 0 to 255."""
     assert one.mode == other.mode == "RGB"
     assert one.size == other.size
     return float(np.abs(np.asarray(one, np.int16) - np.asarray(other, np.int16)).max())
@@ -74,12 +74,12 @@ def test_damaged_exif_says_nothing_about_the_pixels() -> None:
 
 
 def test_cmyk_and_inverted_ycck_become_rgb() -> None:
-    for colour, expected in (
+    for color, expected in (
         ((0, 255, 255, 0), RED),
         ((255, 255, 0, 0), BLUE),
         ((0, 0, 0, 255), (0, 0, 0)),
     ):
-        data = encode(Image.new("CMYK", (8, 8), colour), "JPEG", quality=95)
+        data = encode(Image.new("CMYK", (8, 8), color), "JPEG", quality=95)
         assert difference(decode(data), Image.new("RGB", (8, 8), expected)) <= 8
 
 
@@ -140,7 +140,7 @@ def test_float_pixels_are_refused() -> None:
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
 def test_first_frame_of_an_animation(kind: str) -> None:
-    frames = [Image.new("RGB", (12, 10), colour) for colour in (RED, GREEN, BLUE)]
+    frames = [Image.new("RGB", (12, 10), color) for color in (RED, GREEN, BLUE)]
     data = encode(
         frames[0],
         kind,

@@ -17,9 +17,11 @@ from hypothesis import strategies as st
 from tritower.artefacts import storage
 from tritower.artefacts.storage import ArtefactError
 from tritower.retrieval.building import build as build_module
-from tritower.retrieval.building.build import Recipe, build_index, uniform_sample
+from tritower.retrieval.building.build import build_index
+from tritower.retrieval.building.choose_spec import default_nprobe
+from tritower.retrieval.building.options import BuildOptions
+from tritower.retrieval.building.training_sample import uniform_sample
 from tritower.retrieval.index import ProductIndex
-from tritower.retrieval.ivf.spec import default_nprobe
 from tritower.retrieval.ranking import metrics
 from tritower.retrieval.vectors.embeddings import EmbeddingReader, EmbeddingWriter
 
@@ -77,14 +79,14 @@ def stored(reader):
 @pytest.fixture(scope="module")
 def flat(tmp_path_factory, reader):
     folder = tmp_path_factory.mktemp("flat") / "i"
-    build_index(reader, folder, Recipe("Flat"))
+    build_index(reader, folder, BuildOptions("Flat"))
     return ProductIndex.open(folder)
 
 
 @pytest.fixture(scope="module")
 def ivf(tmp_path_factory, reader):
     folder = tmp_path_factory.mktemp("ivf") / "i"
-    build_index(reader, folder, Recipe("IVF128,PQ8x4fsr,Refine(SQfp16)"))
+    build_index(reader, folder, BuildOptions("IVF128,PQ8x4fsr,Refine(SQfp16)"))
     return ProductIndex.open(folder)
 
 
@@ -132,7 +134,7 @@ def test_the_manifest_says_what_the_index_is(ivf, reader):
 def test_nprobe_and_k_factor_reach_the_lists_through_every_wrapper(
     tmp_path, reader, stored, queries, factory, floor
 ):
-    build_index(reader, tmp_path / "i", Recipe(factory))
+    build_index(reader, tmp_path / "i", BuildOptions(factory))
     index = ProductIndex.open(tmp_path / "i")
     truth = exact(queries, stored, 10)
 
@@ -150,13 +152,13 @@ def test_nprobe_and_k_factor_reach_the_lists_through_every_wrapper(
 
 
 def test_all_lists_probed_is_exact(tmp_path, reader, stored, queries):
-    build_index(reader, tmp_path / "i", Recipe("IVF32,Flat"))
+    build_index(reader, tmp_path / "i", BuildOptions("IVF32,Flat"))
     hits = ProductIndex.open(tmp_path / "i").search(queries, 20, nprobe=32)
     assert np.array_equal(hits.rows, exact(queries, stored, 20))
 
 
 def test_settings_are_stored_and_read_back(tmp_path, reader):
-    build_index(reader, tmp_path / "i", Recipe("IVF32,Flat", nprobe=5, k_factor=3))
+    build_index(reader, tmp_path / "i", BuildOptions("IVF32,Flat", nprobe=5, k_factor=3))
     index = ProductIndex.open(tmp_path / "i")
     assert index.settings == (5, 3)
     assert index.resolve(nprobe=7) == (7, 3)
@@ -176,7 +178,7 @@ def test_shards_and_batches_do_not_change_the_index(tmp_path, vectors, reader):
     threads = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(1)
     for source, name in ((reader, "a"), (one, "b"), (reader, "c")):
-        build_index(source, tmp_path / name, Recipe("IVF32,PQ16x4fsr,Refine(SQ8)"))
+        build_index(source, tmp_path / name, BuildOptions("IVF32,PQ16x4fsr,Refine(SQ8)"))
     faiss.omp_set_num_threads(threads)
     a, b, c = (ProductIndex.open(tmp_path / name).manifest for name in "abc")
     assert a.fingerprint == c.fingerprint  # one thread: the same bytes
@@ -203,7 +205,7 @@ def test_many_results_of_an_approximate_index_are_each_there_once(ivf, queries, 
 
 
 def test_too_few_probed_products_are_minus_one_and_have_no_id(tmp_path, reader, queries):
-    build_index(reader, tmp_path / "i", Recipe("IVF128,Flat"))
+    build_index(reader, tmp_path / "i", BuildOptions("IVF128,Flat"))
     index = ProductIndex.open(tmp_path / "i")
     hits = index.search(queries, 500, nprobe=1)
     missing = hits.rows < 0
@@ -250,12 +252,12 @@ def test_vectors_of_mixed_lengths_find_themselves_once_they_are_normalised(tmp_p
     np.save(tmp_path / "v.npy", vectors)
     (tmp_path / "ids.txt").write_text("".join(f"{i}\n" for i in range(1000)))
     with pytest.raises(
-        ValueError, match=r"has length .* cosine needs 1: normalise \(--normalize\)"
+        ValueError, match=r"has length .* cosine needs 1: normalize \(--normalize\)"
     ):
         build_index(EmbeddingReader(tmp_path / "v.npy", ids=tmp_path / "ids.txt"), tmp_path / "i")
     reader = EmbeddingReader(tmp_path / "v.npy", ids=tmp_path / "ids.txt", normalize=True)
     for factory in ("Flat", "IVF16,PQ8x4fsr,Refine(SQfp16)"):
-        build_index(reader, tmp_path / factory, Recipe(factory))
+        build_index(reader, tmp_path / factory, BuildOptions(factory))
         index = ProductIndex.open(tmp_path / factory)
         rows = index.search(unit(vectors), 1, settings=index.resolve(index.num_lists, 50)).rows[
             :, 0
@@ -264,7 +266,7 @@ def test_vectors_of_mixed_lengths_find_themselves_once_they_are_normalised(tmp_p
     as_they_are = EmbeddingReader(
         tmp_path / "v.npy", ids=tmp_path / "ids.txt", metric="inner_product"
     )
-    build_index(as_they_are, tmp_path / "long", Recipe("Flat"))
+    build_index(as_they_are, tmp_path / "long", BuildOptions("Flat"))
     assert (
         ProductIndex.open(tmp_path / "long").search(vectors, 1).rows[:, 0] == np.arange(1000)
     ).mean() < 0.7
@@ -277,7 +279,7 @@ def test_fifty_one_products_are_too_few_for_sixty_four_lists(tmp_path):
             ValueError,
             match=r"at least 64 training .* has 51: at most IVF51, well trained IVF1; or Fl",
         ):
-            build_index(reader, tmp_path / "i", Recipe(factory))
+            build_index(reader, tmp_path / "i", BuildOptions(factory))
     assert os.listdir(tmp_path) == ["e"]
     build_index(reader, tmp_path / "i")
     index = ProductIndex.open(tmp_path / "i")
@@ -357,7 +359,7 @@ def test_queries_of_another_model_are_refused_with_both_shown(ivf, tmp_path):
     "factory", ["Flat", "IVF32,Flat", "IVF32,SQ8", "IVF32,PQ16x4fsr,Refine(SQ8)"]
 )
 def test_the_vector_of_a_product_comes_back(tmp_path, reader, stored, factory):
-    build_index(reader, tmp_path / "i", Recipe(factory))
+    build_index(reader, tmp_path / "i", BuildOptions(factory))
     index = ProductIndex.open(tmp_path / "i")
     for row in (0, 4321, 5999):
         vector = index.vector_of(f"p{row}")
@@ -368,7 +370,7 @@ def test_the_vector_of_a_product_comes_back(tmp_path, reader, stored, factory):
 
 
 def test_codes_that_give_no_vectors_back_say_so(tmp_path, reader):
-    build_index(reader, tmp_path / "i", Recipe("IVF32,PQ16x4fsr"))
+    build_index(reader, tmp_path / "i", BuildOptions("IVF32,PQ16x4fsr"))
     with pytest.raises(ValueError, match=r'fast-scan codes.* build with ",Refine\(SQ8\)"'):
         ProductIndex.open(tmp_path / "i").vector_of("p1")
 
@@ -384,7 +386,7 @@ def test_ids_that_appear_twice_stop_the_build_before_anything_is_there(tmp_path,
         tmp_path / "e", clustered(count), ids=[f"p{i % (count - 1)}" for i in range(count)]
     )
     with pytest.raises(ValueError, match="'p0' 2 times"):
-        build_index(reader, tmp_path / "new" / "i", Recipe(factory))
+        build_index(reader, tmp_path / "new" / "i", BuildOptions(factory))
     assert os.listdir(tmp_path) == ["e"]
 
 
@@ -396,7 +398,7 @@ def test_faulty_vectors_stop_the_build_and_nothing_is_left(tmp_path, count, fact
     with pytest.raises(
         ValueError, match=rf"v\.npy: row {count - 1} \(id '{count - 1}'\) holds NaN"
     ):
-        build_index(reader, tmp_path / "new" / "i", Recipe(factory))
+        build_index(reader, tmp_path / "new" / "i", BuildOptions(factory))
     assert sorted(os.listdir(tmp_path)) == ["ids.txt", "v.npy"]
 
 
@@ -423,7 +425,7 @@ def test_faulty_vectors_stop_the_build_and_nothing_is_left(tmp_path, count, fact
 )
 def test_factory_strings_that_do_not_fit_say_what_would(tmp_path, reader, unread, factory, message):
     with pytest.raises(ValueError, match=message):
-        build_index(reader, tmp_path / "i", Recipe(factory))
+        build_index(reader, tmp_path / "i", BuildOptions(factory))
     assert os.listdir(tmp_path) == []
 
 
@@ -435,32 +437,35 @@ def unread(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("recipe", "message"),
+    ("options", "message"),
     [
-        (Recipe("IVF64,PQ8x4fsr", nprobe=65), r"nprobe=65; expected an integer from 1 to 64"),
-        (Recipe("IVF64,Flat", nprobe=0), r"nprobe=0; expected an integer from 1 to 64"),
-        (Recipe("Flat", nprobe=1), r"nprobe=1, but this index has no lists"),
-        (Recipe(k_factor=0.5), r"k_factor=0\.5; expected a number of at least 1"),
-        (Recipe(nprobe=4, train_sample=0), r"train_sample=0; expected at least 1"),
+        (BuildOptions("IVF64,PQ8x4fsr", nprobe=65), r"nprobe=65; expected an integer from 1 to 64"),
+        (BuildOptions("IVF64,Flat", nprobe=0), r"nprobe=0; expected an integer from 1 to 64"),
+        (BuildOptions("Flat", nprobe=1), r"nprobe=1, but this index has no lists"),
+        (BuildOptions(k_factor=0.5), r"k_factor=0\.5; expected a number of at least 1"),
+        (BuildOptions(nprobe=4, train_sample=0), r"train_sample=0; expected at least 1"),
         (
-            Recipe("IVF64,PQ8x4fsr", train_sample=100, strict=True),
+            BuildOptions("IVF64,PQ8x4fsr", train_sample=100, strict=True),
             r"under-trained: 100 .* for 64 lists, .*strict",
         ),
-        (Recipe("IVF64,Flat", spill=True), r"'IVF64,Flat' has no mapped lists, which spill is for"),
-        (Recipe(nprobe=4, memory=1 << 20), r"needs about .* of memory, 1\.0 MB is allowed"),
+        (
+            BuildOptions("IVF64,Flat", spill=True),
+            r"'IVF64,Flat' has no mapped lists, which spill is for",
+        ),
+        (BuildOptions(nprobe=4, memory=1 << 20), r"needs about .* of memory, 1\.0 MB is allowed"),
     ],
 )
 def test_what_cannot_be_is_refused_before_embeddings_are_read(
-    tmp_path, reader, unread, recipe, message
+    tmp_path, reader, unread, options, message
 ):
     with pytest.raises(ValueError, match=message):
-        build_index(reader, tmp_path / "new" / "i", recipe)
+        build_index(reader, tmp_path / "new" / "i", options)
     assert os.listdir(tmp_path) == []
 
 
 def test_an_under_trained_index_is_reported_and_strict_refuses_it(tmp_path, caplog):
     reader = embed(tmp_path / "e", clustered(300))
-    manifest = build_index(reader, tmp_path / "i", Recipe("IVF32,PQ8x4fsr"))
+    manifest = build_index(reader, tmp_path / "i", BuildOptions("IVF32,PQ8x4fsr"))
     stored = ProductIndex.open(tmp_path / "i").manifest.meta["training"]
     assert stored == manifest.meta["training"]
     assert (stored["vectors"], stored["per_list"]) == (300, 9.38)
@@ -468,7 +473,7 @@ def test_an_under_trained_index_is_reported_and_strict_refuses_it(tmp_path, capl
         "under-trained: 300 training vectors for 32 lists, 9.4 each; 39 are wanted" in caplog.text
     )
     with pytest.raises(ValueError, match=r"under-trained: .*strict"):
-        build_index(reader, tmp_path / "j", Recipe("IVF32,PQ8x4fsr", strict=True))
+        build_index(reader, tmp_path / "j", BuildOptions("IVF32,PQ8x4fsr", strict=True))
 
 
 def test_training_sees_all_shards_alike(tmp_path):
@@ -528,7 +533,7 @@ def test_no_code_runs_from_an_index_folder_even_with_right_digests(tmp_path, ivf
     shutil.copytree(ivf.version, tmp_path / "i")
     (tmp_path / "i" / name).write_bytes(pickle.dumps(Marker(str(tmp_path / "marker"))))
     (tmp_path / "i" / "manifest.json").unlink()
-    storage.seal(tmp_path / "i", kind="index", meta=ivf.manifest.meta)
+    storage.seal(tmp_path / "i", artefact_type="index", meta=ivf.manifest.meta)
     with pytest.raises(ArtefactError, match="cannot be opened"):
         ProductIndex.open(tmp_path / "i")
     assert not (tmp_path / "marker").exists()
@@ -538,7 +543,7 @@ def test_files_of_two_indexes_do_not_mix(tmp_path, ivf):
     build_index(
         embed(tmp_path / "e", clustered(800), 1),
         tmp_path / "i",
-        Recipe("IVF16,PQ8x4fsr,Refine(SQfp16)"),
+        BuildOptions("IVF16,PQ8x4fsr,Refine(SQfp16)"),
     )
     small = ProductIndex.open(tmp_path / "i")
     for name, message in (
@@ -557,22 +562,23 @@ def test_files_of_two_indexes_do_not_mix(tmp_path, ivf):
         shutil.copytree(small.version, tmp_path / name)
         shutil.copy(ivf.version / name, tmp_path / name / name)
         (tmp_path / name / "manifest.json").unlink()
-        storage.seal(tmp_path / name, kind="index", meta=small.manifest.meta)
+        storage.seal(tmp_path / name, artefact_type="index", meta=small.manifest.meta)
         with pytest.raises(ArtefactError, match=message):
             ProductIndex.open(tmp_path / name)
 
 
 def test_a_full_disk_never_leaves_an_index(tmp_path, reader):
-    build_index(embed(tmp_path / "e", clustered(5), 1), tmp_path / "i", Recipe("Flat"))
+    build_index(embed(tmp_path / "e", clustered(5), 1), tmp_path / "i", BuildOptions("Flat"))
     before = ProductIndex.open(tmp_path / "i").manifest.fingerprint
     program = f"""
         import resource
-        from tritower.retrieval.building.build import build_index, Recipe
+        from tritower.retrieval.building.build import build_index
+        from tritower.retrieval.building.options import BuildOptions
         from tritower.retrieval.vectors.embeddings import EmbeddingReader
         import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
         reader = EmbeddingReader({str(reader.source)!r})
-        build_index(reader, {str(tmp_path / "i")!r}, Recipe("Flat"), overwrite=True)
+        build_index(reader, {str(tmp_path / "i")!r}, BuildOptions("Flat"), overwrite=True)
     """
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True
@@ -597,15 +603,15 @@ def test_an_index_that_faiss_lost_without_a_word_is_noticed(tmp_path, reader, mo
     with pytest.raises(
         ArtefactError, match=r"index\.faiss could not be written|cannot be opened as an index"
     ):
-        build_index(reader, tmp_path / "i", Recipe(factory), overwrite=True)
+        build_index(reader, tmp_path / "i", BuildOptions(factory), overwrite=True)
     assert os.listdir(tmp_path / "i" / "versions") == ["000001"]
     assert len(ProductIndex.open(tmp_path / "i", fall_back=False)) == 5
 
 
 def anonymous_growth(index, nprobe):
-    """Bytes of memory that are no mapped file:
+    """Bytes of memory that are no mapped file.
 
-    what opening once more and visiting all lists adds.
+    What opening once more and visiting all lists adds.
     """
     program = f"""
         import numpy as np
@@ -635,11 +641,13 @@ def large(tmp_path_factory):
 
 
 def test_codes_and_finer_vectors_are_mapped(tmp_path, large):
-    build_index(large, tmp_path / "i", Recipe("IVF256,PQ16x4fsr,Refine(SQ8)", train_sample=10_000))
+    build_index(
+        large, tmp_path / "i", BuildOptions("IVF256,PQ16x4fsr,Refine(SQ8)", train_sample=10_000)
+    )
     version = ProductIndex.open(tmp_path / "i").version
-    codes_and_rows, finer, centroids = large.count * (16 // 2 + 8), large.count * 64, 256 * 64 * 4
+    codes_and_rows, refine, centroids = large.count * (16 // 2 + 8), large.count * 64, 256 * 64 * 4
     assert (version / "lists.bin").stat().st_size >= codes_and_rows
-    assert (version / "vectors.faiss").stat().st_size >= finer
+    assert (version / "vectors.faiss").stat().st_size >= refine
     assert (version / "index.faiss").stat().st_size < 2 * centroids
     grown = anonymous_growth(tmp_path / "i", nprobe=256)
     assert grown < 15 * large.count + 2 * centroids
@@ -647,11 +655,11 @@ def test_codes_and_finer_vectors_are_mapped(tmp_path, large):
 
 
 def test_of_an_index_in_one_file_codes_alone_are_read_into_memory(tmp_path, large):
-    build_index(large, tmp_path / "i", Recipe("IVF64,PQ32x4fsr,RFlat", train_sample=4000))
-    codes_and_rows, finer = large.count * (32 // 2 + 8), large.count * 64 * 4
+    build_index(large, tmp_path / "i", BuildOptions("IVF64,PQ32x4fsr,RFlat", train_sample=4000))
+    codes_and_rows, refine = large.count * (32 // 2 + 8), large.count * 64 * 4
     assert (
         ProductIndex.open(tmp_path / "i").version / "index.faiss"
-    ).stat().st_size > codes_and_rows + finer
+    ).stat().st_size > codes_and_rows + refine
     assert anonymous_growth(tmp_path / "i", nprobe=64) < 1.5 * codes_and_rows + (1 << 20)
 
 
@@ -804,7 +812,7 @@ def test_k_means_runs_on_a_gpu_where_faiss_sees_one_and_the_stored_index_knows_n
 
     monkeypatch.setattr(build_module.faiss, "get_num_gpus", lambda: 1)
     monkeypatch.setattr(build_module.faiss, "index_cpu_to_all_gpus", to_gpu)
-    manifest = build_index(reader, tmp_path / "i", Recipe("IVF32,Flat"))
+    manifest = build_index(reader, tmp_path / "i", BuildOptions("IVF32,Flat"))
     assert manifest.meta["training"]["device"] == ("gpu" if working else "cpu")
     assert len(assigned) == working
     assert (
@@ -838,7 +846,9 @@ def test_publishing_over_an_index_never_fails_a_reader(tmp_path, reader):
     assert process.stdout.readline() == "ready\n"
     published = 0
     while process.poll() is None:
-        build_index([reader, small][published % 2], tmp_path / "i", Recipe("Flat"), overwrite=True)
+        build_index(
+            [reader, small][published % 2], tmp_path / "i", BuildOptions("Flat"), overwrite=True
+        )
         published += 1
     out, err = process.communicate()
     assert process.returncode == 0, err

@@ -29,7 +29,7 @@ def folders(tmp_path_factory):
     """A catalogue, a model folder, embeddings of it and an index of 120 products."""
     root = tmp_path_factory.mktemp("cli")
     write_catalogue(root / "catalogue", num_groups=60)
-    with storage.new_folder(root / "model", kind="model") as folder:
+    with storage.new_folder(root / "model", artefact_type="model") as folder:
         SCHEMA.save(folder / "schema.json")
     write_embeddings(
         root / "catalogue", root / "embeddings", model=storage.fingerprint(root / "model")
@@ -139,9 +139,7 @@ def test_an_installed_program_and_the_script_are_the_same(folders):
 
 
 def test_text_pictures_and_attributes_are_one_item(run, folders, encoded):
-    photos = [
-        picture(colour, np.random.default_rng(0)) for colour in ((200, 30, 30), (30, 40, 200))
-    ]
+    photos = [picture(color, np.random.default_rng(0)) for color in ((200, 30, 30), (30, 40, 200))]
     for name, photo in zip(("a.jpg", "b.jpg"), photos, strict=True):
         (folders / name).write_bytes(photo)
     facts = ["brand=Acme", "price=59.9", "category=home > mug", "tags=red|mug"]
@@ -251,7 +249,7 @@ def test_an_index_whose_catalogue_is_gone_still_searches(run, folders, tmp_path,
 def test_the_query_model_must_be_the_one_of_the_index(run, folders, encoded):
     code, _, err = run("search", "--index", "index", "--text", "x")
     assert code == 1 and "(the index names nowhere): name it with --model" in err
-    with storage.new_folder(folders / "other", kind="model") as folder:
+    with storage.new_folder(folders / "other", artefact_type="model") as folder:
         (folder / "schema.json").write_text("{}")
     code, _, err = run("search", "--index", "index", "--model", "other", "--text", "x")
     assert code == 1
@@ -269,9 +267,9 @@ def _model_by_default(request, monkeypatch, folders):
         return
     original = storage.read_manifest
 
-    def read(path, kind=None):
-        manifest = original(path, kind)
-        if manifest.kind == "index":
+    def read(path, query_type=None):
+        manifest = original(path, query_type)
+        if manifest.query_type == "index":
             manifest.meta["hints"]["model"] = str(folders / "model")
         return manifest
 
@@ -287,7 +285,7 @@ def _model_by_default(request, monkeypatch, folders):
         ),
         (
             ["search", "--index", "catalogue"],
-            "catalogue is a folder of kind 'catalogue'; expected 'index'",
+            "catalogue is a folder of type 'catalogue'; expected 'index'",
         ),
         (["search", "--index", "index"], "nothing to search for"),
         (
@@ -315,7 +313,7 @@ def _model_by_default(request, monkeypatch, folders):
             "attribute 'brand'; expected name=value with one of",
         ),
         (
-            ["search", "--index", "index", "--attribute", "colour=x"],
+            ["search", "--index", "index", "--attribute", "color=x"],
             "with one of price, brand, category, tags",
         ),
         (["search", "--index", "index", "--attribute", "price=cheap"], "price='cheap'"),
@@ -505,9 +503,9 @@ def test_queries_keep_their_kind_and_k_may_exceed_the_index(run, folders):
     )
     assert code == 0 and "the index holds 120 products" in err
     table = read_shards(folders / "q")
-    assert set(table.column_names) == {"query_id", "kind", "product_id", "rank", "score"}
+    assert set(table.column_names) == {"query_id", "query_type", "product_id", "rank", "score"}
     assert table["rank"].to_pylist()[:120] == list(range(1, 121))
-    assert "fused" in table["kind"].to_pylist()
+    assert "fused" in table["query_type"].to_pylist()
 
 
 def test_bulk_queries_of_another_model_are_refused(run, folders, tmp_path):
@@ -563,7 +561,7 @@ def test_evaluate_warns_of_an_index_that_loses_answers(run, folders, tmp_path):
         "0",
     ]
     code, _, err = run("evaluate", "--index", "index", *shared, "--output", tmp_path / "exact")
-    assert code == 0 and "warning: queries of kind" not in err
+    assert code == 0 and "warning: queries of type" not in err
     factory = "IVF8,PQ8x4fsr,Refine(SQ8)"
     assert (
         run(
@@ -581,7 +579,7 @@ def test_evaluate_warns_of_an_index_that_loses_answers(run, folders, tmp_path):
         "--output",
         tmp_path / "lossy",
     )
-    warnings = [line for line in err.splitlines() if line.startswith("warning: queries of kind ")]
+    warnings = [line for line in err.splitlines() if line.startswith("warning: queries of type ")]
     stored = json.loads((tmp_path / "lossy" / "report.json").read_text())["warnings"]
     assert code == 0 and warnings == [f"warning: {line}" for line in stored] and warnings
 

@@ -12,9 +12,11 @@ import pytest
 
 from tests.support.catalogues import write_catalogue
 from tests.support.embedded import DIM, unit, write_embeddings
-from tritower.retrieval.building.build import Recipe, build_index
-from tritower.retrieval.evaluating.evaluate import Options, evaluate
-from tritower.retrieval.evaluating.judgements import make_questions
+from tritower.retrieval.building.build import build_index
+from tritower.retrieval.building.options import BuildOptions
+from tritower.retrieval.evaluating.evaluate import evaluate
+from tritower.retrieval.evaluating.judgements import make_evaluation_queries
+from tritower.retrieval.evaluating.search_tasks import EvaluationOptions
 from tritower.retrieval.index import ProductIndex
 from tritower.retrieval.products.catalogue import PreparedCatalogue
 from tritower.retrieval.vectors.embeddings import EmbeddingReader, EmbeddingWriter
@@ -26,7 +28,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("judgements")
     write_catalogue(root / "catalogue", num_groups=60)
     write_embeddings(root / "catalogue", root / "embeddings")
-    build_index(EmbeddingReader(root / "embeddings" / "products"), root / "index", Recipe("Flat"))
+    build_index(
+        EmbeddingReader(root / "embeddings" / "products"), root / "index", BuildOptions("Flat")
+    )
     return root
 
 
@@ -36,7 +40,7 @@ def report_of(root: Path, qrels: Path | None = None) -> dict:
         *(EmbeddingReader(root / "embeddings" / name) for name in ("products", "queries")),
         catalogue=PreparedCatalogue(root / "catalogue"),
         qrels=qrels,
-        options=Options(split="test", latency_queries=0),
+        options=EvaluationOptions(split="test", latency_queries=0),
     ).report
 
 
@@ -94,18 +98,18 @@ def test_a_query_of_which_the_asked_product_alone_is_judged_is_dropped(
 
 
 def test_the_asked_product_is_no_answer_where_the_index_lacks_it(tmp_path: Path) -> None:
-    """As one that was taken out since:
+    """As one that was taken out since.
 
-    it is not among the judged products that are never found, either.
+    It is not among the judged products that are never found, either.
     """
     products = EmbeddingWriter(tmp_path / "products", dim=DIM)
     products.write("s", ["p1", "p2"], unit(np.eye(2, DIM)))
     products.finish(["s"])
-    build_index(EmbeddingReader(tmp_path / "products"), tmp_path / "index", Recipe("Flat"))
+    build_index(EmbeddingReader(tmp_path / "products"), tmp_path / "index", BuildOptions("Flat"))
     queries = EmbeddingWriter(tmp_path / "queries", dim=DIM, id_column="query_id")
     queries.write("s", ["q", "alone"], unit(np.eye(2, DIM)), ["fused", "fused"])
     queries.finish(["s"])
-    questions = make_questions(
+    questions = make_evaluation_queries(
         EmbeddingReader(tmp_path / "queries"),
         pa.table(
             {

@@ -11,19 +11,19 @@ import numpy as np
 import pytest
 
 from tritower.retrieval.lexical.analyzer import STOP_WORDS, Analyzer, detect_language
-from tritower.retrieval.lexical.ranking import Scoring, WordIndex
+from tritower.retrieval.lexical.ranking import LexicalIndex, Scoring
 from tritower.retrieval.lexical.records import (
     FIELDS,
     Record,
     record_of,
-    record_of_kind,
     typed_record,
+    visible_record,
 )
 from tritower.retrieval.lexical.tokenizer import tokenize
 from tritower.retrieval.lexical.tuning import (
     WEIGHTS,
-    WordIndexes,
-    WordSettings,
+    LexicalIndexes,
+    LexicalSettings,
     choose_settings,
     climb,
     language_of,
@@ -119,15 +119,15 @@ def test_a_record_has_words_by_field_and_whole_values():
 
 
 def test_a_kind_of_query_shows_its_part_of_the_record_alone():
-    assert record_of_kind(RECORD, "fused") == RECORD
-    assert set(record_of_kind(RECORD, "product:text")) == {"title", "texts"}
-    assert set(record_of_kind(RECORD, "product:attribute")) == {"attributes", "facts", "numbers"}
-    assert record_of_kind(RECORD, "product:image") == record_of_kind(RECORD, "image") == {}
+    assert visible_record(RECORD, "fused") == RECORD
+    assert set(visible_record(RECORD, "product:text")) == {"title", "texts"}
+    assert set(visible_record(RECORD, "product:attribute")) == {"attributes", "facts", "numbers"}
+    assert visible_record(RECORD, "product:image") == visible_record(RECORD, "image") == {}
 
 
 def test_equal_numbers_match_and_near_ones_do_not():
     products = [record_of({}, {"price": price}, "title") for price in (59.9, 59.9, 60.0)]
-    found = WordIndex(products, PLAIN).search([products[0]], 3, Scoring()).rows
+    found = LexicalIndex(products, PLAIN).search([products[0]], 3, Scoring()).rows
     assert found.tolist() == [[0, 1, -1]]
 
 
@@ -144,7 +144,7 @@ def random_texts(count: int, length: int, seed: int, words: int = 15) -> list[st
 
 def test_bm25_equals_the_bm25s_library():
     texts = random_texts(200, 12, 0)
-    index = WordIndex(titles(*texts), PLAIN)
+    index = LexicalIndex(titles(*texts), PLAIN)
     library = bm25s.BM25(method="lucene", k1=1.3, b=0.6)
     library.index([tokenize(text) for text in texts], show_progress=False)
     for query in ("w1", "w2 w7", "w3 w4 w9 w14"):
@@ -164,7 +164,7 @@ def test_bm25f_by_hand():
     idf = math.log(1 + (2 - 2 + 0.5) / (2 + 0.5))
     first = 3.0 * 1 / (1 - 0.5 + 0.5 * 1 / 1.5)
     second = 0.5 * 2 / (1 - 0.5 + 0.5 * 3 / 2)
-    got = WordIndex(products, PLAIN).scores([typed_record("red")], scoring)[0]
+    got = LexicalIndex(products, PLAIN).scores([typed_record("red")], scoring)[0]
     assert got.tolist() == pytest.approx([idf * first / (2 + first), idf * second / (2 + second)])
 
 
@@ -190,14 +190,16 @@ def test_tf_idf_equals_its_definition():
         [tf_idf_score(tokenize(query), document, corpus) for document in corpus]
         for query in queries
     ]
-    got = WordIndex(titles(*texts), PLAIN).scores(titles(*queries), Scoring("tfidf", weights=EVEN))
+    got = LexicalIndex(titles(*texts), PLAIN).scores(
+        titles(*queries), Scoring("tfidf", weights=EVEN)
+    )
     assert np.allclose(got, wanted, atol=1e-6)
 
 
 def test_a_weight_of_half_a_count_counts_half():
     products = titles("red shoe", "red hat")
-    even = WordIndex(products, PLAIN).scores(titles("red"), Scoring("tfidf", weights=EVEN))
-    half = WordIndex(products, PLAIN).scores(
+    even = LexicalIndex(products, PLAIN).scores(titles("red"), Scoring("tfidf", weights=EVEN))
+    half = LexicalIndex(products, PLAIN).scores(
         titles("red"), Scoring("tfidf", weights=EVEN | {"title": 0.5})
     )
     assert np.allclose(even, half)  # a cosine: all counts of a product shrink alike
@@ -206,7 +208,7 @@ def test_a_weight_of_half_a_count_counts_half():
 @pytest.mark.parametrize("model", ["bm25", "tfidf"])
 def test_search_ranks_by_score_and_then_by_row(model, monkeypatch):
     monkeypatch.setattr("tritower.retrieval.lexical.ranking.MAX_CELLS", 7)  # a query at a time
-    index = WordIndex(titles("b", "a", "a", "a", "a b c", "a b"), PLAIN)
+    index = LexicalIndex(titles("b", "a", "a", "a", "a b c", "a b"), PLAIN)
     queries = titles("a", "b c", "z", "")
     found = index.search(queries, 5, Scoring(model))
     assert found.rows[0].tolist() == [1, 2, 3, 5, 4]
@@ -225,23 +227,25 @@ def test_rows_without_a_product_change_no_score(model):
     """Deleted products leave empty rows in an index."""
     products = titles("red shoe", "red", "")
     holes = [products[0], {}, products[1], products[2], {}]
-    plain = WordIndex(products, PLAIN).scores(titles("red shoe"), Scoring(model))[0]
-    with_holes = WordIndex(holes, PLAIN).scores(titles("red shoe"), Scoring(model))[0]
+    plain = LexicalIndex(products, PLAIN).scores(titles("red shoe"), Scoring(model))[0]
+    with_holes = LexicalIndex(holes, PLAIN).scores(titles("red shoe"), Scoring(model))[0]
     assert with_holes.tolist() == [plain[0], 0, plain[1], plain[2], 0]
 
 
 @pytest.mark.parametrize("model", ["bm25", "tfidf"])
 def test_no_words_at_all(model):
     assert (
-        WordIndex(titles("", "!"), PLAIN).search(titles("a"), 2, Scoring(model)).rows == -1
+        LexicalIndex(titles("", "!"), PLAIN).search(titles("a"), 2, Scoring(model)).rows == -1
     ).all()
-    assert WordIndex([], PLAIN).search(titles("a"), 2, Scoring(model)).rows.tolist() == [[-1, -1]]
+    assert LexicalIndex([], PLAIN).search(titles("a"), 2, Scoring(model)).rows.tolist() == [
+        [-1, -1]
+    ]
 
 
 def test_neighbors_are_terms_on_request_and_those_of_cjk_always():
     products = titles("red shoe blue", "shoe red", "连衣裙", "衣 连")
-    plain = WordIndex(products, PLAIN)
-    paired = WordIndex(products, PLAIN, neighbors=True)
+    plain = LexicalIndex(products, PLAIN)
+    paired = LexicalIndex(products, PLAIN, neighbors=True)
     even = plain.scores(titles("shoe red"), Scoring(b=0))[0]
     assert even[0] == even[1]
     ordered = paired.scores(titles("shoe red"), Scoring(b=0))[0]
@@ -252,14 +256,16 @@ def test_neighbors_are_terms_on_request_and_those_of_cjk_always():
 def test_a_field_of_weight_0_is_not_searched():
     products = [{"title": ["red"], "texts": ["shoe"]}, {"title": ["blue"], "texts": ["red"]}]
     scoring = Scoring(weights=EVEN | {"texts": 0.0})
-    assert WordIndex(products, PLAIN).search(titles("red"), 2, scoring).rows.tolist() == [[0, -1]]
-    # So is a record that asks; a typed query has no such fields.
-    assert WordIndex(products, PLAIN).search([typed_record("red")], 2, scoring).rows.tolist() == [
+    assert LexicalIndex(products, PLAIN).search(titles("red"), 2, scoring).rows.tolist() == [
         [0, -1]
     ]
+    # So is a record that asks; a typed query has no such fields.
+    assert LexicalIndex(products, PLAIN).search(
+        [typed_record("red")], 2, scoring
+    ).rows.tolist() == [[0, -1]]
     scoring = Scoring(weights=EVEN | {"texts": 0.0})
     asking = [{"title": [], "texts": ["red"]}]
-    assert WordIndex(products, PLAIN).search(asking, 2, scoring).rows.tolist() == [[-1, -1]]
+    assert LexicalIndex(products, PLAIN).search(asking, 2, scoring).rows.tolist() == [[-1, -1]]
 
 
 @pytest.mark.parametrize(
@@ -283,12 +289,12 @@ def test_climbing_stops_at_the_first_top_and_tries_the_lowest_value():
     figures = {0.0: 0.9, 0.25: 0.1, 0.5: 0.6, 1.0: 0.5, 2.0: 0.4, 4.0: 0.95}
     asked: list[float] = []
 
-    def measure(settings: WordSettings) -> float:
+    def measure(settings: LexicalSettings) -> float:
         asked.append(settings.scoring.k1)
         return figures[settings.scoring.k1 - 1]
 
-    def make(value: float) -> WordSettings:
-        return WordSettings(PLAIN, scoring=Scoring(k1=value + 1))
+    def make(value: float) -> LexicalSettings:
+        return LexicalSettings(PLAIN, scoring=Scoring(k1=value + 1))
 
     best, figure = climb(make, WEIGHTS, 1.0, figures[1.0], measure)
     assert best.scoring.k1 - 1 == 0.0 and figure == 0.9
@@ -302,13 +308,13 @@ def test_tuning_leaves_out_a_field_that_misleads():
         {"title": [color], "texts": [other for other in colors if other != color] * 2}
         for color in colors
     ]
-    indexes = WordIndexes(products)
+    indexes = LexicalIndexes(products)
 
-    def hits_at_1(settings: WordSettings) -> float:
+    def hits_at_1(settings: LexicalSettings) -> float:
         found = indexes.get(settings).search(titles(*colors), 1, settings.scoring)
         return float((found.rows[:, 0] == np.arange(4)).mean())
 
-    start = WordSettings(PLAIN, scoring=Scoring(weights=EVEN))
+    start = LexicalSettings(PLAIN, scoring=Scoring(weights=EVEN))
     assert hits_at_1(start) < 1
     chosen, figure = choose_settings(start, hits_at_1)
     assert figure == hits_at_1(chosen) == 1
@@ -320,10 +326,10 @@ def test_tuning_chooses_stop_words_where_they_mislead():
     counted.
     """
     products = titles("for kids", *(f"shirt {number}" for number in range(10)))
-    indexes = WordIndexes(products)
-    start = WordSettings(Analyzer("english", stop_words=False), scoring=Scoring(weights=EVEN))
+    indexes = LexicalIndexes(products)
+    start = LexicalSettings(Analyzer("english", stop_words=False), scoring=Scoring(weights=EVEN))
 
-    def finds_a_shirt(settings: WordSettings) -> float:
+    def finds_a_shirt(settings: LexicalSettings) -> float:
         rows = indexes.get(settings).search(titles("shirt for"), 1, settings.scoring).rows
         return float(rows[0, 0] > 0)
 
@@ -333,8 +339,8 @@ def test_tuning_chooses_stop_words_where_they_mislead():
 
 
 def test_an_index_is_made_once_for_each_analyzer():
-    indexes = WordIndexes(titles("a"))
-    settings = WordSettings(PLAIN)
+    indexes = LexicalIndexes(titles("a"))
+    settings = LexicalSettings(PLAIN)
     assert indexes.get(settings) is indexes.get(replace(settings, scoring=Scoring(k1=2)))
     assert indexes.get(settings) is not indexes.get(replace(settings, neighbors=True))
     assert language_of([RECORD | {"texts": tokenize("the best of it is for the men")}]) == "english"

@@ -85,9 +85,9 @@ def test_the_cosine_is_the_share_of_ngrams_in_common() -> None:
 
 
 def test_collisions_are_noise_around_zero() -> None:
-    """500 pairs of texts without a word in common, in 64 places:
+    """500 pairs of texts without a word in common, in 64 places.
 
-    the mean of 500 cosines of deviation 1/8.
+    The mean of 500 cosines of deviation 1/8.
     """
     tower = HashedNgrams(out_dim=64, max_ngram=1)
     one = features(tower, *(" ".join(f"a{i}x{j}" for j in range(40)) for i in range(500)))

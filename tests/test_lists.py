@@ -21,10 +21,10 @@ def vectors_of(count, dim, seed=0):
     return array / np.linalg.norm(array, axis=1, keepdims=True)
 
 
-def trained(dim, pieces, lists, residual=True):
+def trained(dim, sub_quantizers, lists, residual=True):
     """A fast-scan index without vectors, trained by FAISS alone."""
     index = faiss.index_factory(
-        dim, f"IVF{lists},PQ{pieces}x4fs{'r' * residual}", faiss.METRIC_INNER_PRODUCT
+        dim, f"IVF{lists},PQ{sub_quantizers}x4fs{'r' * residual}", faiss.METRIC_INNER_PRODUCT
     )
     index.train(vectors_of(1000, dim, seed=7))
     return index
@@ -35,7 +35,7 @@ def index():
     return trained(16, 4, 5)
 
 
-def codes_of(index, vectors):
+def refine_codes(index, vectors):
     """Lists and codes by FAISS's own quantizers."""
     lists = index.quantizer.search(vectors, 1)[1][:, 0]
     centroids = index.quantizer.reconstruct_n(0, index.nlist)
@@ -55,16 +55,16 @@ def written(file, index, lists, codes):
 
 @pytest.mark.parametrize("residual", [True, False])
 @pytest.mark.parametrize(
-    ("dim", "pieces", "lists"), [(16, 4, 12), (28, 7, 5), (32, 32, 40), (6, 1, 3)]
+    ("dim", "sub_quantizers", "lists"), [(16, 4, 12), (28, 7, 5), (32, 32, 40), (6, 1, 3)]
 )
 def test_mapped_lists_search_like_those_that_faiss_adds_itself(
-    tmp_path, dim, pieces, lists, residual
+    tmp_path, dim, sub_quantizers, lists, residual
 ):
-    plain = trained(dim, pieces, lists, residual)
+    plain = trained(dim, sub_quantizers, lists, residual)
     mapped = faiss.clone_index(plain)
     vectors, queries = vectors_of(1500, dim, 1), vectors_of(50, dim, 2)
     plain.add(vectors)
-    sizes = written(tmp_path / "lists.bin", mapped, *codes_of(mapped, vectors))
+    sizes = written(tmp_path / "lists.bin", mapped, *refine_codes(mapped, vectors))
     assert (sizes % 32 != 0).any()
     keep = attach(mapped, tmp_path / "lists.bin", sizes)
     mapped.ntotal = len(vectors)
@@ -84,7 +84,7 @@ def test_a_selector_reaches_mapped_lists(tmp_path, index):
     keep = attach(
         mapped,
         tmp_path / "lists.bin",
-        written(tmp_path / "lists.bin", mapped, *codes_of(mapped, vectors)),
+        written(tmp_path / "lists.bin", mapped, *refine_codes(mapped, vectors)),
     )
     mapped.ntotal = 300
     wanted = np.arange(0, 300, 7)
@@ -129,7 +129,7 @@ def test_packed_codes_are_those_of_faiss_and_the_rest_of_a_block_is_zeros(index)
     vectors = vectors_of(200, 16, 1)
     added = faiss.clone_index(index)
     added.add(vectors)
-    lists, codes = codes_of(index, vectors)
+    lists, codes = refine_codes(index, vectors)
     blocks = faiss.downcast_InvertedLists(added.invlists)
     for number in range(5):
         packed = pack(index, codes[lists == number])

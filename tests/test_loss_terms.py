@@ -132,9 +132,9 @@ def test_chunks_have_the_loss_and_gradients_of_the_whole_with_parts() -> None:
 
 
 def test_a_label_says_nothing_of_a_picture_that_is_not_there() -> None:
-    """Of the two labelled pairs one has no picture:
+    """Of the two labelled pairs one has no picture.
 
-    there is no order, and the one that is left is compared.
+    There is no order, and the one that is left is compared.
     """
     batch = make_batch(make_encoder())
     there = batch.query.present[:, 1] & batch.product.present[:, 1]

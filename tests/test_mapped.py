@@ -6,19 +6,20 @@ import numpy as np
 import pytest
 
 from tritower.artefacts.storage import ArtefactError
-from tritower.retrieval.building.build import Recipe, build_index
+from tritower.retrieval.building.build import build_index
+from tritower.retrieval.building.options import BuildOptions
 from tritower.retrieval.index import ProductIndex
 from tritower.retrieval.ivf import ivf_pq as mapped
 from tritower.retrieval.ivf.engine import Settings
 from tritower.retrieval.ivf.inverted_lists import read_lists
 from tritower.retrieval.ivf.ivf_pq import (
     centroids_of,
-    open_fine,
+    open_refine,
     search_parameters,
     train,
-    write_fine_header,
+    write_refine_header,
 )
-from tritower.retrieval.ivf.spec import parse_mapped
+from tritower.retrieval.ivf.spec import parse_ivf_pq
 from tritower.retrieval.ranking import metrics
 from tritower.retrieval.vectors.embeddings import EmbeddingReader, EmbeddingWriter
 
@@ -63,7 +64,7 @@ def queries():
 def many(tmp_path_factory, reader):
     """An index whose lists are so many that they are found through groups."""
     folder = tmp_path_factory.mktemp("many") / "i"
-    build_index(reader, folder, Recipe("IVF2048,PQ8x4fsr,Refine(SQ8)"))
+    build_index(reader, folder, BuildOptions("IVF2048,PQ8x4fsr,Refine(SQ8)"))
     return ProductIndex.open(folder)
 
 
@@ -78,24 +79,24 @@ def spilled(tmp_path_factory, reader):
         "IVF2048,PQ8x4fsr,Refine(SQfp16)",
     ):
         for spill in (False, True):
-            build_index(reader, root / f"{factory}{spill}", Recipe(factory, spill=spill))
+            build_index(reader, root / f"{factory}{spill}", BuildOptions(factory, spill=spill))
         found[factory] = [ProductIndex.open(root / f"{factory}{spill}") for spill in (True, False)]
     return found
 
 
-@pytest.mark.parametrize("kind", ["SQ8", "SQfp16"])
+@pytest.mark.parametrize("query_type", ["SQ8", "SQfp16"])
 @pytest.mark.parametrize("count", [0, 1, 1000])
-def test_a_streamed_file_of_finer_vectors_is_that_of_faiss(tmp_path, kind, count):
+def test_a_streamed_file_of_finer_vectors_is_that_of_faiss(tmp_path, query_type, count):
     sample, vectors = clustered(500, seed=2), clustered(count, seed=3)
-    finer = train(sample, parse_mapped(f"IVF4,PQ8x4fsr,Refine({kind})"), seed=0).finer
-    added = faiss.clone_index(finer)
+    refine = train(sample, parse_ivf_pq(f"IVF4,PQ8x4fsr,Refine({query_type})"), seed=0).refine
+    added = faiss.clone_index(refine)
     added.add(vectors)
     with (tmp_path / "f").open("wb") as file:
-        write_fine_header(file, finer, count)
+        write_refine_header(file, refine, count)
         for block in np.array_split(vectors, 3):
-            file.write(finer.sa_encode(block).tobytes() if len(block) else b"")
+            file.write(refine.sa_encode(block).tobytes() if len(block) else b"")
     assert (tmp_path / "f").read_bytes() == faiss.serialize_index(added).tobytes()
-    opened = open_fine(tmp_path / "f", count, DIM)
+    opened = open_refine(tmp_path / "f", count, DIM)
     if count:
         for found, wanted in zip(
             opened.search(sample[:5], 1), added.search(sample[:5], 1), strict=True
@@ -105,23 +106,23 @@ def test_a_streamed_file_of_finer_vectors_is_that_of_faiss(tmp_path, kind, count
 
 
 def test_finer_vectors_of_another_index_are_refused(tmp_path):
-    finer = train(clustered(500), parse_mapped("IVF4,PQ8x4fsr,Refine(SQ8)"), seed=0).finer
+    refine = train(clustered(500), parse_ivf_pq("IVF4,PQ8x4fsr,Refine(SQ8)"), seed=0).refine
     with (tmp_path / "f").open("wb") as file:
-        write_fine_header(file, finer, 3)
-        file.write(finer.sa_encode(clustered(3)).tobytes())
+        write_refine_header(file, refine, 3)
+        file.write(refine.sa_encode(clustered(3)).tobytes())
     for count, dim in ((4, DIM), (3, 16)):
         with pytest.raises(
             ArtefactError, match=rf"f holds 3 vectors of 32 dimensions, expected {count} of {dim}"
         ):
-            open_fine(tmp_path / "f", count, dim)
+            open_refine(tmp_path / "f", count, dim)
     (tmp_path / "f").write_bytes(b"no such file")
     with pytest.raises(ArtefactError, match="f cannot be opened"):
-        open_fine(tmp_path / "f", 3, DIM)
+        open_refine(tmp_path / "f", 3, DIM)
 
 
 @pytest.mark.parametrize("lists", [40, 2048])
 def test_what_finds_lists_survives_writing_and_reading(lists):
-    trained = train(clustered(6000), parse_mapped(f"IVF{lists},PQ8x4fsr"), seed=0)
+    trained = train(clustered(6000), parse_ivf_pq(f"IVF{lists},PQ8x4fsr"), seed=0)
     index = faiss.deserialize_index(faiss.serialize_index(trained.index))
     read = centroids_of(index)
     assert len(read) == lists and (len(read.groups) > 1) == (lists == 2048)
@@ -140,13 +141,13 @@ def test_what_finds_lists_survives_writing_and_reading(lists):
 def test_codes_and_answers_are_those_of_faiss_with_the_same_quantizers(
     tmp_path, reader, queries, factory
 ):
-    design = parse_mapped(factory)
-    trained = train(stored(reader), design, seed=0)
+    spec = parse_ivf_pq(factory)
+    trained = train(stored(reader), spec, seed=0)
     plain = faiss.clone_index(trained.index)
     plain.add(stored(reader))
-    build_index(reader, tmp_path / "i", Recipe(factory))
+    build_index(reader, tmp_path / "i", BuildOptions(factory))
     index = ProductIndex.open(tmp_path / "i")
-    assert index.engine.ivf.by_residual == plain.by_residual == design.residual
+    assert index.engine.ivf.by_residual == plain.by_residual == spec.residual
     for nprobe in (1, 5, 40):
         wanted = plain.search(queries, 20, params=faiss.SearchParametersIVF(nprobe=nprobe))
         found = index.engine.ivf.search(
@@ -158,7 +159,7 @@ def test_codes_and_answers_are_those_of_faiss_with_the_same_quantizers(
 @pytest.mark.parametrize("spill", [False, True])
 def test_vectors_are_encoded_alike_alone_and_together(spill):
     vectors = clustered(6000)
-    trained = train(vectors, parse_mapped("IVF64,PQ8x4fsr,Refine(SQ8)"), seed=0, spill=spill)
+    trained = train(vectors, parse_ivf_pq("IVF64,PQ8x4fsr,Refine(SQ8)"), seed=0, spill=spill)
     together, alone = (
         trained.encode(vectors),
         trained.encode(vectors[5000:5010]),
@@ -168,10 +169,10 @@ def test_vectors_are_encoded_alike_alone_and_together(spill):
         6000,
         4,
     )
-    assert together.fine.shape == (6000, DIM)
+    assert together.refine.shape == (6000, DIM)
     assert np.array_equal(alone.lists, together.lists[5000:5010])
     assert np.array_equal(alone.codes, together.codes[:, 5000:5010])
-    assert np.array_equal(alone.fine, together.fine[5000:5010])
+    assert np.array_equal(alone.refine, together.refine[5000:5010])
     assert (
         together.lists[:, 0] == (vectors @ trained.centroids.vectors.T).argmax(axis=1)
     ).mean() > 0.999
@@ -283,7 +284,7 @@ def test_inner_product_of_vectors_of_any_length(tmp_path):
     generator = np.random.default_rng(0)
     vectors = clustered(4000) * generator.uniform(0.2, 3, (4000, 1)).astype(np.float32)
     reader = write(tmp_path / "e", vectors, metric="inner_product")
-    build_index(reader, tmp_path / "i", Recipe("IVF64,PQ16x4fsr,Refine(SQfp16)"))
+    build_index(reader, tmp_path / "i", BuildOptions("IVF64,PQ16x4fsr,Refine(SQfp16)"))
     index, queries = ProductIndex.open(tmp_path / "i"), clustered(100, seed=1) * 2
     truth = exact(queries, stored(reader), 10)
     hits = index.search(queries, 10, settings=index.resolve(64, 30))
@@ -297,9 +298,9 @@ def test_inner_product_of_vectors_of_any_length(tmp_path):
 
 
 def test_settings_of_groups_by_hand(many, monkeypatch):
-    """2048 lists in G groups:
+    """2048 lists in G groups.
 
-    for 40 lists, G / 8 + 8 x 40 / (2048 / G) groups are visited, and 68 lists compared.
+    For 40 lists, G / 8 + 8 x 40 / (2048 / G) groups are visited, and 68 lists compared.
     """
     groups = len(centroids_of(many.engine.ivf).groups)
     made = []
@@ -327,7 +328,7 @@ def test_settings_of_groups_by_hand(many, monkeypatch):
 
 
 def test_header_needs_no_codes_in_memory():
-    finer = train(clustered(500), parse_mapped("IVF4,PQ8x4fsr,Refine(SQ8)"), seed=0).finer
+    refine = train(clustered(500), parse_ivf_pq("IVF4,PQ8x4fsr,Refine(SQ8)"), seed=0).refine
     stream = io.BytesIO()
-    write_fine_header(stream, finer, 10**9)
+    write_refine_header(stream, refine, 10**9)
     assert len(stream.getvalue()) < 1000

@@ -1,6 +1,6 @@
-"""The metric kl against divergences by hand in float64:
+"""The metric kl against divergences by hand in float64.
 
-vectors, indexes, training, products that ask.
+Vectors, indexes, training, products that ask.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from tests.support.training import fit
 from tritower.artefacts.storage import ArtefactError
 from tritower.commands import index as program
 from tritower.datamodules.batch import Item
-from tritower.retrieval.building.build import Recipe, build_index
+from tritower.retrieval.building.build import build_index
+from tritower.retrieval.building.options import BuildOptions
 from tritower.retrieval.building.tuning.tuning_queries import without_own
 from tritower.retrieval.index import ProductIndex
 from tritower.retrieval.ivf.operating_points import Target
@@ -152,7 +153,7 @@ def test_an_index_finds_products_of_least_divergence(tmp_path: Path, factory: st
     build_index(
         embeddings(tmp_path / "products", vectors),
         tmp_path / "index",
-        Recipe(factory, nprobe=16 if factory != "Flat" else None),
+        BuildOptions(factory, nprobe=16 if factory != "Flat" else None),
     )
     index = ProductIndex.open(tmp_path / "index")
     assert index.metric == "kl"
@@ -178,7 +179,7 @@ def test_a_target_is_measured_by_products_that_ask_as_queries(tmp_path: Path) ->
 def test_the_gauge_of_an_update_asks_as_queries(tmp_path: Path) -> None:
     vectors, new = clusters(800), clusters(40, seed=9)
     reader = embeddings(tmp_path / "products", vectors)
-    build_index(reader, tmp_path / "index", Recipe("IVF32,PQ32x4fsr,Refine(SQ8)", nprobe=1))
+    build_index(reader, tmp_path / "index", BuildOptions("IVF32,PQ32x4fsr,Refine(SQ8)", nprobe=1))
     report = update_index(tmp_path / "index", upsert=embeddings(tmp_path / "new", new, "n"))
     index, everything = ProductIndex.open(tmp_path / "index"), np.concatenate([vectors, new])
     own = index.rows_of(
@@ -191,7 +192,7 @@ def test_the_gauge_of_an_update_asks_as_queries(tmp_path: Path) -> None:
         index.engine.search(transformed(everything, "product"), 11, index.settings)[1], own
     )
     assert overlap(as_products, truth) < report.after.recall - 0.03, (
-        "asked with products' vectors the gauge would differ"
+        "asked with products' vectors the drift would differ"
     )
 
 
@@ -213,7 +214,7 @@ def test_products_are_compared_as_they_stand_and_ask_as_queries(tmp_path: Path) 
         as_product.vectors, transformed(vectors, "product"), atol=3e-3
     )  # half floats
     assert np.allclose(asking.vectors, probabilities(vectors), atol=3e-3)
-    with pytest.raises(ValueError, match="do not normalise"):
+    with pytest.raises(ValueError, match="do not normalize"):
         list(EmbeddingReader(tmp_path / "products", normalize=True).batches())
 
 

@@ -259,7 +259,7 @@ def resealed(folder: Path, change: Callable[[dict], None]) -> Path:
     change(config)
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     (folder / "manifest.json").unlink()
-    storage.seal(folder, kind="model")
+    storage.seal(folder, artefact_type="model")
     return folder
 
 

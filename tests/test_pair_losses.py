@@ -23,9 +23,9 @@ def loss_of(loss: Loss, labels: list[float] | None) -> Tensor:
 
 
 def test_pair_loss_by_hand() -> None:
-    """Similar at .8: .2 squared; dissimilar at .1, below the margin:
+    """Similar at .8: .2 squared; dissimilar at .1, below the margin.
 
-    nothing; half similar at .6: half of both.
+    Nothing; half similar at .6: half of both.
     """
     expected = (0.2**2 + 0.0 + 0.5 * 0.4**2 + 0.5 * 0.3**2) / 3
     assert loss_of(PairLoss(margin=0.3), [1.0, 0.0, 0.5]).item() == pytest.approx(

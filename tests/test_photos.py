@@ -1,6 +1,6 @@
-"""The benchmark of shop photos:
+"""The benchmark of shop photos.
 
-which products are new to a model, and what a classifier's figures are made of.
+Which products are new to a model, and what a classifier's figures are made of.
 """
 
 from __future__ import annotations

@@ -98,7 +98,7 @@ def test_folder_holds_everything_in_the_agreed_layout(tmp_path: Path) -> None:
     )
     schema = Schema.load(tmp_path / "c/schema.json")
     assert (schema.text, schema.images) == (("title",), True)
-    assert [(a.name, a.kind) for a in schema.attributes] == [
+    assert [(a.name, a.attribute_type) for a in schema.attributes] == [
         ("price", "number"),
         ("brand", "category"),
     ]

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from tritower.retrieval.building import resources
-from tritower.retrieval.building.build import Recipe, build_index
+from tritower.retrieval.building.build import build_index
+from tritower.retrieval.building.options import BuildOptions
 from tritower.retrieval.building.resources import (
-    Need,
+    Requirements,
     available_memory,
     check,
     parse_bytes,
@@ -19,7 +20,7 @@ from tritower.retrieval.building.resources import (
 from tritower.retrieval.building.workspace import BLOCK_ROWS
 from tritower.retrieval.index import ProductIndex
 from tritower.retrieval.ivf.encoded import GROUPING_BYTES
-from tritower.retrieval.ivf.spec import Mapped, parse_mapped
+from tritower.retrieval.ivf.spec import IvfPqSpec, parse_ivf_pq
 from tritower.retrieval.vectors.embeddings import EmbeddingReader, EmbeddingWriter
 
 GIB = 1 << 30
@@ -29,7 +30,7 @@ FACTORY = "IVF1024,PQ16x4fsr,Refine(SQ8)"
 
 def need_of(count, dim, factory, **options):
     return predict(
-        count, dim, parse_mapped(factory), block=BLOCK_ROWS, grouping=GROUPING_BYTES, **options
+        count, dim, parse_ivf_pq(factory), block=BLOCK_ROWS, grouping=GROUPING_BYTES, **options
     )
 
 
@@ -69,10 +70,10 @@ def test_a_build_that_does_not_fit_is_refused_in_seconds_and_leaves_nothing(
 ):
     started = time.perf_counter()
     with pytest.raises(ValueError, match=r"needs about \S+ MB of memory, 104\.9 MB is allowed"):
-        build_index(large, tmp_path / "i", Recipe(FACTORY, memory=100 << 20))
+        build_index(large, tmp_path / "i", BuildOptions(FACTORY, memory=100 << 20))
     monkeypatch.setattr(resources, "available_memory", lambda: 200 << 20)
     with pytest.raises(ValueError, match=r"of memory, 167\.8 MB"):
-        build_index(large, tmp_path / "i", Recipe(FACTORY))
+        build_index(large, tmp_path / "i", BuildOptions(FACTORY))
     assert time.perf_counter() - started < 5
     assert list(tmp_path.iterdir()) == []
 
@@ -85,7 +86,7 @@ def test_more_disk_than_there_is_is_refused_with_the_numbers(tmp_path, large, mo
     with pytest.raises(
         ValueError, match=r"needs about (\S+) MB of disk at \S+, (\S+) MB is there \(75% of what is"
     ):
-        build_index(large, tmp_path / "new" / "i", Recipe(FACTORY, memory=4 * GIB))
+        build_index(large, tmp_path / "new" / "i", BuildOptions(FACTORY, memory=4 * GIB))
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr(
         resources.shutil, "disk_usage", lambda place: Usage(GIB, 0, int(need.disk / 0.75) + 1000)
@@ -99,7 +100,8 @@ def test_a_build_takes_no_more_memory_and_disk_than_predicted(tmp_path, large, s
         from pathlib import Path
         from tritower.artefacts import storage
         from tritower.retrieval.building import build
-        from tritower.retrieval.building.build import Recipe, build_index
+        from tritower.retrieval.building.build import build_index
+        from tritower.retrieval.building.options import BuildOptions
         from tritower.retrieval.vectors.embeddings import EmbeddingReader
         place, most = Path({str(tmp_path / "i")!r}), []
         original = storage.seal
@@ -109,7 +111,7 @@ def test_a_build_takes_no_more_memory_and_disk_than_predicted(tmp_path, large, s
             return original(folder, **options)
         storage.seal = seal
         reader = EmbeddingReader({str(large.source)!r})
-        build_index(reader, place, Recipe({FACTORY!r}, spill={spill}))
+        build_index(reader, place, BuildOptions({FACTORY!r}, spill={spill}))
         status = dict(line.split(":", 1) for line in open("/proc/self/status"))
         print(1024 * int(status["VmHWM"].split()[0]), max(most))
     """
@@ -119,21 +121,24 @@ def test_a_build_takes_no_more_memory_and_disk_than_predicted(tmp_path, large, s
     memory, disk = map(int, done.stdout.split())
     files = ProductIndex.open(tmp_path / "i").manifest.files
     need = need_of(200_000, 64, FACTORY, spill=spill)
-    hot = files["lists.bin"].bytes + files["index.faiss"].bytes
+    resident = files["lists.bin"].bytes + files["index.faiss"].bytes
     assert memory < 1.2 * need.memory
     assert need.memory < 3 * memory
     assert disk < need.disk < 2 * disk
-    assert hot < 1.1 * need.hot and need.hot < 1.3 * hot
+    assert resident < 1.1 * need.resident and need.resident < 1.3 * resident
 
 
 def test_needs_grow_with_what_makes_them_grow():
     small = need_of(10**6, 128, "IVF4096,PQ32x4fsr,Refine(SQ8)")
     assert need_of(10**7, 128, "IVF4096,PQ32x4fsr,Refine(SQ8)").disk > 9 * small.disk
     assert need_of(10**6, 128, "IVF4096,PQ32x4fsr,Refine(SQfp16)").disk > small.disk + 128 * 10**6
-    assert need_of(10**6, 128, "IVF4096,PQ32x4fsr,Refine(SQ8)", spill=True).hot > 1.8 * small.hot
+    assert (
+        need_of(10**6, 128, "IVF4096,PQ32x4fsr,Refine(SQ8)", spill=True).resident
+        > 1.8 * small.resident
+    )
     assert need_of(10**6, 128, "IVF4096,PQ32x4fsr,Refine(SQ8)", sample=10**6).memory > small.memory
     assert need_of(10, 128, "IVF4,PQ32x4fsr").memory < 600 << 20
-    assert isinstance(small, Need) and Mapped(4096, 32, True, "SQ8") == parse_mapped(
+    assert isinstance(small, Requirements) and IvfPqSpec(4096, 32, True, "SQ8") == parse_ivf_pq(
         "IVF4096,PQ32x4fsr,Refine(SQ8)"
     )
 
@@ -185,7 +190,7 @@ def test_the_limit_of_the_process_counts(tmp_path, monkeypatch):
     assert available_memory() > 12_345
     monkeypatch.setattr(resources, "_proc_available", lambda: None)
     assert available_memory() is None
-    check(Need(10**15, 0, 0), tmp_path)  # where nothing is known, nothing is refused
+    check(Requirements(10**15, 0, 0), tmp_path)  # where nothing is known, nothing is refused
 
 
 @pytest.mark.parametrize(

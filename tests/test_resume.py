@@ -1,6 +1,6 @@
-"""A run that was killed and resumed equals one that was not:
+"""A run that was killed and resumed equals one that was not.
 
-losses, learning rates, order of the examples.
+Losses, learning rates, order of the examples.
 """
 
 from __future__ import annotations

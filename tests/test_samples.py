@@ -15,11 +15,11 @@ from tritower.datamodules.samples.facts import (
     CHOICES,
     FEATURES,
     HUES,
-    KINDS,
     MATERIALS,
     PATTERNS,
     PRICE_NOISE,
     PRICE_SPREAD,
+    PRODUCT_TYPES,
     SIZES,
     brand_name,
     colourway,
@@ -118,12 +118,12 @@ def test_ratio_counts_agreements_and_ignores_what_only_one_shows():
     unknown = np.full(3, UNKNOWN)
     codes = {fact: unknown for fact in SHARES}
     codes |= {
-        "kind": np.array([1, 1, 2]),
+        "type": np.array([1, 1, 2]),
         "size": np.array([0, UNKNOWN, 0]),
         "brand": np.array([4, 4, 4]),
     }
     scores = log_ratio(Evidence(codes, np.full(3, np.nan)), np.array([0]))
-    agreed = -np.log(1 / len(KINDS)) - np.log(SHARES["brand"][4])
+    agreed = -np.log(1 / len(PRODUCT_TYPES)) - np.log(SHARES["brand"][4])
     assert scores[0] == pytest.approx([agreed + np.log(CHOICES), agreed, -np.inf])
 
 
@@ -159,7 +159,11 @@ def words_in(text):
 
 
 def test_text_says_only_the_facts_of_the_text(listings):
-    elsewhere = [*HUES, *PATTERNS, *(use for kind in KINDS for use in kind.uses)]
+    elsewhere = [
+        *HUES,
+        *PATTERNS,
+        *(use for product_type in PRODUCT_TYPES for use in product_type.uses),
+    ]
     english = {word for words in elsewhere for word in (words.word, words.synonym)}
     brands = {brand_name(k, u, b).lower() for k in range(4) for u in range(3) for b in range(5)}
     for listing in listings:
@@ -182,7 +186,7 @@ def test_listing_mentions_exactly_the_facts_it_shows(listings):
         words = listing.thing.words()
         mentioned = {
             fact
-            for fact in ("kind", "material", "size")
+            for fact in ("type", "material", "size")
             if any(word in text for word in words[fact])
         }
         assert mentioned == listing.text.shown
@@ -206,7 +210,7 @@ def test_variants_of_a_family_can_be_told_apart(listings):
     for listing in listings:
         families.setdefault(listing.thing.family, set()).add(listing.thing)
     for things in families.values():
-        styles = {(t.kind, t.shape, t.material, t.use, t.brand) for t in things}
+        styles = {(t.product_type, t.shape, t.material, t.use, t.brand) for t in things}
         assert len(styles) == 1
         assert len({(t.colourway, t.size) for t in things}) == len(things)
 
@@ -251,16 +255,20 @@ def test_evidence_matches_the_listing(listings):
 
 
 def test_every_look_can_be_drawn():
-    assert {shape for kind in KINDS for shape in kind.shapes} == set(SILHOUETTES)
+    assert {shape for product_type in PRODUCT_TYPES for shape in product_type.shapes} == set(
+        SILHOUETTES
+    )
     assert {words.word for words in HUES} == set(COLOURS)
     assert {words.word for words in PATTERNS} == set(TEXTURES)
-    assert {use.word for kind in KINDS for use in kind.uses} == set(FEATURES)
+    assert {use.word for product_type in PRODUCT_TYPES for use in product_type.uses} == set(
+        FEATURES
+    )
 
 
 def test_colourways_of_a_shape_differ_in_hue_and_use_all_hues_and_patterns():
     looks = [
         [colourway(k, s, c) for c in range(CHOICES)]
-        for k in range(len(KINDS))
+        for k in range(len(PRODUCT_TYPES))
         for s in range(CHOICES)
     ]
     assert all(len({hue for hue, _ in look}) == CHOICES for look in looks)
@@ -270,7 +278,9 @@ def test_colourways_of_a_shape_differ_in_hue_and_use_all_hues_and_patterns():
 
 def test_looks_are_recognised_by_their_mean_pictures():
     rng = np.random.default_rng(0)
-    looks = [(k, s, c) for k in range(len(KINDS)) for s in range(CHOICES) for c in range(CHOICES)]
+    looks = [
+        (k, s, c) for k in range(len(PRODUCT_TYPES)) for s in range(CHOICES) for c in range(CHOICES)
+    ]
     pictures = np.array([[pixels(look, rng) for _ in range(9)] for look in looks])  # (36, 9, F)
     means = pictures[:, :6].mean(1)
     new = pictures[:, 6:].reshape(-1, means.shape[1])
@@ -279,10 +289,14 @@ def test_looks_are_recognised_by_their_mean_pictures():
 
 
 def pixels(look, rng):
-    kind, shape, code = look
-    hue, pattern = colourway(kind, shape, code)
+    product_type, shape, code = look
+    hue, pattern = colourway(product_type, shape, code)
     data = photograph(
-        KINDS[kind].shapes[shape], HUES[hue].word, PATTERNS[pattern].word, size=48, rng=rng
+        PRODUCT_TYPES[product_type].shapes[shape],
+        HUES[hue].word,
+        PATTERNS[pattern].word,
+        size=48,
+        rng=rng,
     )
     picture = Image.open(io.BytesIO(data))
     assert (picture.format, picture.mode, picture.size) == ("JPEG", "RGB", (48, 48))
@@ -305,7 +319,7 @@ def test_photographs_of_one_look_differ_and_repeat_by_seed():
 def test_grades_of_a_text_query_by_hand():
     true, false = np.array([True, False])
     asked = {
-        "kind": np.array([true, true, true, true, false]),
+        "type": np.array([true, true, true, true, false]),
         "hue": np.array([true, false, false, false, true]),
         "material": np.array([true, true, false, false, true]),
         "size": np.array([true, true, true, false, true]),
@@ -313,7 +327,7 @@ def test_grades_of_a_text_query_by_hand():
         "pattern": np.array([true, true, true, true, true]),
     }
     assert text_grades(asked).tolist() == [3, 2, 1, 0, 0]
-    assert text_grades({name: asked[name] for name in ("kind", "hue", "material")}).tolist() == [
+    assert text_grades({name: asked[name] for name in ("type", "hue", "material")}).tolist() == [
         3,
         0,
         0,
@@ -364,7 +378,7 @@ def test_photo_query_is_answered_by_what_looks_the_same(listings, queries):
         asked = listings[query.source].thing
         for i in np.flatnonzero(query.grades):
             thing = listings[i].thing
-            assert (thing.kind, thing.shape) == (asked.kind, asked.shape)
+            assert (thing.product_type, thing.shape) == (asked.product_type, asked.shape)
             assert (query.grades[i] == 3) == (thing.colourway == asked.colourway)
 
 

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tritower.retrieval.building.build import Recipe, build_index
+from tritower.retrieval.building.build import build_index
+from tritower.retrieval.building.options import BuildOptions
 from tritower.retrieval.filtering import selected_lists, selection
 from tritower.retrieval.filtering.selected_lists import SelectedLists, lists_of_rows, stepped
 from tritower.retrieval.filtering.selection import CACHED, SelectiveSearch
@@ -26,9 +27,9 @@ def unit(array):
     return (array / np.linalg.norm(array, axis=-1, keepdims=True)).astype(np.float32)
 
 
-def around(centres, cluster_of, seed):
+def around(centers, cluster_of, seed):
     return unit(
-        centres[cluster_of]
+        centers[cluster_of]
         + 0.25 * np.random.default_rng(seed).standard_normal((len(cluster_of), DIM))
     )
 
@@ -52,7 +53,7 @@ def build(tmp_path_factory):
     def make(factory, spill=False):
         if (factory, spill) not in built:
             path = root / str(len(built))
-            build_index(EmbeddingReader(root / "e"), path, Recipe(factory, spill=spill))
+            build_index(EmbeddingReader(root / "e"), path, BuildOptions(factory, spill=spill))
             built[factory, spill] = ProductIndex.open(path)
         return built[factory, spill].engine
 
@@ -67,8 +68,8 @@ def many(monkeypatch):
 
 def stored(engine):
     """(N, D) vectors as the index keeps them."""
-    fine = engine.index if engine.fine is None else engine.fine
-    return fine.reconstruct_n(0, engine.count)
+    refine = engine.index if engine.refine is None else engine.refine
+    return refine.reconstruct_n(0, engine.count)
 
 
 def brute_force(vectors, mask, queries, k):
@@ -94,7 +95,7 @@ def check_complete(scores, rows, mask, k):
     assert (np.diff(scores[:, :there], axis=1) <= 0).all()
 
 
-KINDS = [
+ATTRIBUTE_TYPES = [
     ("Flat", False),
     ("IVF32,PQ8x4fsr,Refine(SQ8)", False),
     ("IVF32,PQ8x4fsr,Refine(SQ8)", True),
@@ -111,7 +112,7 @@ KINDS = [
 ]
 
 
-@pytest.mark.parametrize(("factory", "spill"), KINDS)
+@pytest.mark.parametrize(("factory", "spill"), ATTRIBUTE_TYPES)
 @pytest.mark.parametrize("few_bytes", [-1, 3 << 20])
 def test_every_selection_gives_as_many_results_as_it_has_rows(
     build, monkeypatch, factory, spill, few_bytes
@@ -134,7 +135,7 @@ def test_any_number_of_results(build, many, k):
     check_complete(*search.search(QUERIES, k, Settings(1, 1.0), search.select(mask)), mask, k)
 
 
-@pytest.mark.parametrize(("factory", "spill"), KINDS[:5])
+@pytest.mark.parametrize(("factory", "spill"), ATTRIBUTE_TYPES[:5])
 @pytest.mark.parametrize("few_bytes", [-1, 3 << 20])
 def test_a_thorough_search_among_some_rows_is_exact(build, monkeypatch, factory, spill, few_bytes):
     monkeypatch.setattr(selection, "FEW_BYTES", few_bytes)
@@ -230,7 +231,7 @@ def test_lists_found_through_groups_give_the_same(tmp_path, monkeypatch, many, n
     writer.write("s", [f"p{i}" for i in range(COUNT)], VECTORS)
     writer.finish(["s"])
     build_index(
-        EmbeddingReader(tmp_path / "e"), tmp_path / "i", Recipe("IVF64,PQ8x4fsr,Refine(SQ8)")
+        EmbeddingReader(tmp_path / "e"), tmp_path / "i", BuildOptions("IVF64,PQ8x4fsr,Refine(SQ8)")
     )
     engine = ProductIndex.open(tmp_path / "i").engine
     assert isinstance(faiss.downcast_index(engine.ivf.quantizer), faiss.IndexRefine)

@@ -10,10 +10,12 @@ import pyarrow.parquet as pq
 
 from tests.support.catalogues import write_catalogue
 from tests.support.embedded import DIM, unit, write_embeddings
-from tritower.retrieval.building.build import Recipe, build_index
-from tritower.retrieval.evaluating.evaluate import Evaluation, Options, evaluate
+from tritower.retrieval.building.build import build_index
+from tritower.retrieval.building.options import BuildOptions
+from tritower.retrieval.evaluating.evaluate import Evaluation, evaluate
+from tritower.retrieval.evaluating.search_tasks import EvaluationOptions
 from tritower.retrieval.index import ProductIndex
-from tritower.retrieval.ivf.operating_points import Point, Tuning
+from tritower.retrieval.ivf.operating_points import OperatingPoint, Tuning
 from tritower.retrieval.products.catalogue import PreparedCatalogue
 from tritower.retrieval.vectors.embeddings import EmbeddingReader, EmbeddingWriter
 
@@ -26,7 +28,7 @@ def evaluated(
         *(EmbeddingReader(root / "embeddings" / name) for name in ("products", "queries")),
         catalogue=PreparedCatalogue(root / "catalogue"),
         qrels=qrels,
-        options=Options(split=split, latency_queries=0),
+        options=EvaluationOptions(split=split, latency_queries=0),
     )
 
 
@@ -40,27 +42,27 @@ def test_the_first_ten_are_those_of_a_search_for_ten_with_the_settings_of_the_ki
     write_catalogue(tmp_path / "catalogue", num_groups=200)
     write_embeddings(tmp_path / "catalogue", tmp_path / "embeddings")
     products = EmbeddingReader(tmp_path / "embeddings" / "products")
-    build_index(products, tmp_path / "index", Recipe("IVF8,PQ8x4fsr,Refine(SQ8)"))
+    build_index(products, tmp_path / "index", BuildOptions("IVF8,PQ8x4fsr,Refine(SQ8)"))
     index = ProductIndex.open(tmp_path / "index")
-    kinds = ["text", "image", "fused", "product:text"]
+    query_types = ["text", "image", "fused", "product:text"]
     points = {
-        kind: [Point(nprobe, 1.0, recall=0.9)]
-        for nprobe, kind in zip((1, 2, 4, 8), kinds, strict=True)
+        query_type: [OperatingPoint(nprobe, 1.0, recall=0.9)]
+        for nprobe, query_type in zip((1, 2, 4, 8), query_types, strict=True)
     }
-    index.tuning = Tuning(10, points, dict.fromkeys(kinds, 100))
+    index.tuning = Tuning(10, points, dict.fromkeys(query_types, 100))
     index.manifest.meta["target"] = {"recall": 0.9}
     result = evaluated(tmp_path, index, "test")
-    questions, served = result.questions, result.found["ann"]
-    assert set(kinds) <= set(questions.all_kinds)
-    for kind in kinds:
-        of = questions.of_kind(kind)
+    questions, served = result.queries, result.rows["ann"]
+    assert set(query_types) <= set(questions.distinct_types)
+    for query_type in query_types:
+        of = questions.positions_of_type(query_type)
         source, first = questions.source[of], served[of, :10].tolist()
 
         def search(
-            k: int, kind: str, of: np.ndarray = of, source: np.ndarray = source
+            k: int, query_type: str, of: np.ndarray = of, source: np.ndarray = source
         ) -> list[list[int]]:
             rows = index.search(
-                questions.vectors[of], k, settings=index.resolve(kind=kind)
+                questions.vectors[of], k, settings=index.resolve(query_type=query_type)
             ).rows.tolist()
             kept = [
                 [row for row in some if row not in (own, -1)]
@@ -68,19 +70,26 @@ def test_the_first_ten_are_those_of_a_search_for_ten_with_the_settings_of_the_ki
             ]
             return [(some + [-1] * 10)[:10] for some in kept]
 
-        asks = kind in ("fused", "product:text")  # the others are typed or photos
+        asks = query_type in ("fused", "product:text")  # the others are typed or photos
         assert ((source >= 0) == asks).all()
-        assert first == search(11 if asks else 10, kind)
-        assert first != search(10 if asks else 11, kind)
-        assert first != search(100, kind), "a deeper search ranks more candidates again"
-        assert all(first != search(11 if asks else 10, other) for other in kinds if other != kind)
-        assert result.report["settings"]["by_kind"][kind] == points[kind][0].settings._asdict()
+        assert first == search(11 if asks else 10, query_type)
+        assert first != search(10 if asks else 11, query_type)
+        assert first != search(100, query_type), "a deeper search ranks more candidates again"
+        assert all(
+            first != search(11 if asks else 10, other)
+            for other in query_types
+            if other != query_type
+        )
+        assert (
+            result.report["settings"]["by_query_type"][query_type]
+            == points[query_type][0].settings._asdict()
+        )
 
 
 def write_alike(root: Path) -> None:
     """Thirty things of two offers.
 
-    The words find a thing's other offer alone, vectors also one of its neighbour.
+    The words find a thing's other offer alone, vectors also one of its neighbor.
 
     An asked product is nearest to itself, then to its other offer, then to the first offer of the
     neighbouring thing.
@@ -110,13 +119,15 @@ def write_alike(root: Path) -> None:
             None if name == "products" else ["product:text"] * len(names),
         )
         writer.finish(["s"])
-    build_index(EmbeddingReader(root / "embeddings" / "products"), root / "index", Recipe("Flat"))
+    build_index(
+        EmbeddingReader(root / "embeddings" / "products"), root / "index", BuildOptions("Flat")
+    )
 
 
 def test_no_ranking_beside_the_index_finds_the_asked_product(tmp_path: Path) -> None:
-    """Relevant are the other offer and the neighbour:
+    """Relevant are the other offer and the neighbor.
 
-    only the asked product could come before or between them.
+    Only the asked product could come before or between them.
     """
     write_alike(tmp_path)
     things = range(0, 30, 3)
@@ -131,7 +142,9 @@ def test_no_ranking_beside_the_index_finds_the_asked_product(tmp_path: Path) -> 
     assert result["queries"] == {"product:text": {"count": 10, "dropped": 0}}
     assert result["tasks"]["exact"]["product:text"]["map"]["value"] == 1
     assert result["baselines"].keys() >= {"bm25", "tfidf", "hybrid"}
-    for name, kinds in result["baselines"].items():
-        figures = {metric: figure["value"] for metric, figure in kinds["product:text"].items()}
+    for name, query_types in result["baselines"].items():
+        figures = {
+            metric: figure["value"] for metric, figure in query_types["product:text"].items()
+        }
         assert figures["hit@1"] == figures["mrr"] == 1, name
         assert figures["map"] == (1 if name == "hybrid" else 0.5), name

@@ -37,9 +37,9 @@ def test_without_memory_its_gradient_is_that_of_the_logarithm_of_the_negatives()
 
 
 def test_what_is_remembered_is_a_moving_average_by_hand() -> None:
-    """Two products; similarities with the other one first 0, then .5:
+    """Two products; similarities with the other one first 0, then .5.
 
-    exp(0 - 1), then exp((.5 - 1) / 1).
+    Exp(0 - 1), then exp((.5 - 1) / 1).
     """
     loss = make_loss(1.0, decay=0.75)
     batch = make_batch(keys(2, product=[1, 2]))
@@ -116,9 +116,9 @@ def test_impossible_settings_are_refused(settings: dict, message: str) -> None:
 
 
 def test_rows_that_share_a_place_weigh_no_more_than_one_that_was_never_seen_before() -> None:
-    """One row with a small sum and one with a large one, under one key:
+    """One row with a small sum and one with a large one, under one key.
 
-    each is divided by its own share at least.
+    Each is divided by its own share at least.
     """
     loss = make_loss(0.02, decay=0.8, num_slots=2)
     # Rows of high and low loss by turns, in two places: some high one is remembered as a low one.

@@ -1,6 +1,6 @@
-"""What belongs together stays together:
+"""What belongs together stays together.
 
-groups, families and equal pictures never cross splits by our doing.
+Groups, families and equal pictures never cross splits by our doing.
 """
 
 from __future__ import annotations

@@ -21,8 +21,8 @@ from tritower.artefacts.shards import ShardFolder
 from tritower.artefacts.storage import ArtefactError
 
 
-def make(path, content=b"content", kind="thing", **options):
-    with storage.new_folder(path, kind=kind, **options) as folder:
+def make(path, content=b"content", artefact_type="thing", **options):
+    with storage.new_folder(path, artefact_type=artefact_type, **options) as folder:
         storage.make_folder(folder / "sub" / "deep")
         with storage.create(folder / "sub" / "数据.bin") as file:
             file.write(content)
@@ -32,7 +32,7 @@ def make(path, content=b"content", kind="thing", **options):
 
 def test_new_folder_is_complete_with_size_and_digest_of_every_file(tmp_path):
     meta = {"count": 0}
-    with storage.new_folder(tmp_path / "a" / "b", kind="thing", meta=meta) as folder:
+    with storage.new_folder(tmp_path / "a" / "b", artefact_type="thing", meta=meta) as folder:
         assert not (tmp_path / "a" / "b").exists()
         (folder / "x").write_bytes(b"abc")
         meta["count"] = 3  # facts may be filled in until the end
@@ -55,7 +55,7 @@ def test_fingerprint_follows_the_content_and_not_the_meta(tmp_path):
 def test_an_exception_leaves_nothing(tmp_path):
     with (
         pytest.raises(RuntimeError, match="stop"),
-        storage.new_folder(tmp_path / "a", kind="thing") as folder,
+        storage.new_folder(tmp_path / "a", artefact_type="thing") as folder,
     ):
         (folder / "x").touch()
         raise RuntimeError("stop")
@@ -66,7 +66,10 @@ def test_existing_folder_is_kept_unless_overwritten(tmp_path):
     path = make(tmp_path / "a", b"old")
     with pytest.raises(ArtefactError, match=r"a already exists"):
         make(path)
-    with pytest.raises(RuntimeError), storage.new_folder(path, kind="thing", overwrite=True):
+    with (
+        pytest.raises(RuntimeError),
+        storage.new_folder(path, artefact_type="thing", overwrite=True),
+    ):
         raise RuntimeError
     assert (path / "sub" / "数据.bin").read_bytes() == b"old"
     make(path, b"new", overwrite=True)
@@ -87,18 +90,18 @@ def test_overwrite_never_replaces_a_foreign_folder(tmp_path):
     (tmp_path / "home" / "thesis.tex").touch()
     with pytest.raises(ArtefactError, match=r"home has no manifest\.json"):
         make(tmp_path / "home", overwrite=True)
-    make(tmp_path / "catalogue", kind="catalogue")
-    with pytest.raises(ArtefactError, match="not a folder of kind 'thing'"):
+    make(tmp_path / "catalogue", artefact_type="catalogue")
+    with pytest.raises(ArtefactError, match="not a folder of type 'thing'"):
         make(tmp_path / "catalogue", overwrite=True)
 
 
 def test_of_two_writers_one_wins(tmp_path):
     with (
         pytest.raises(ArtefactError, match="already exists"),
-        storage.new_folder(tmp_path / "a", kind="t") as late,
+        storage.new_folder(tmp_path / "a", artefact_type="t") as late,
     ):
         (late / "x").write_text("late")
-        with storage.new_folder(tmp_path / "a", kind="t") as early:
+        with storage.new_folder(tmp_path / "a", artefact_type="t") as early:
             (early / "x").write_text("early")
     assert (tmp_path / "a" / "x").read_text() == "early"
     assert os.listdir(tmp_path) == ["a"]
@@ -111,8 +114,8 @@ def test_reading_says_what_is_wrong_with_the_folder(tmp_path, prepare):
         path.mkdir()
         message = r"no manifest\.json, so it is not a finished index"
     elif prepare == "other_kind":
-        make(path, kind="model")
-        message = "kind 'model'; expected 'index'"
+        make(path, artefact_type="model")
+        message = "type 'model'; expected 'index'"
     with pytest.raises(ArtefactError, match=message):
         storage.read_manifest(path, "index")
 
@@ -185,7 +188,7 @@ def test_garbage_is_never_taken_for_a_manifest(data):
 def test_killed_writers_leave_nothing_after_the_next_run(tmp_path):
     program = (
         "import sys, time; from tritower.artefacts import storage\n"
-        "with storage.new_folder(sys.argv[1], kind='t') as f:\n"
+        "with storage.new_folder(sys.argv[1], type='t') as f:\n"
         "    (f / 'x').write_text('half'); print('ready', flush=True); time.sleep(60)"
     )
     process = subprocess.Popen(
@@ -193,9 +196,9 @@ def test_killed_writers_leave_nothing_after_the_next_run(tmp_path):
     )
     assert process.stdout.readline() == b"ready\n"
     (left,) = os.listdir(tmp_path)
-    with storage.new_folder(tmp_path / "b", kind="t"):
+    with storage.new_folder(tmp_path / "b", artefact_type="t"):
         pass
-    with pytest.raises(RuntimeError), storage.new_folder(tmp_path / "a", kind="t"):
+    with pytest.raises(RuntimeError), storage.new_folder(tmp_path / "a", artefact_type="t"):
         raise RuntimeError
     assert left in os.listdir(tmp_path)  # its writer lives
     process.kill()
@@ -333,7 +336,7 @@ def test_a_limit_on_the_size_of_files_is_named_and_nothing_stays(tmp_path):
     program = (
         "import resource, sys; from tritower.artefacts import storage\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, 3_000_000))\n"
-        "with storage.new_folder(sys.argv[1], kind='t') as folder, storage.create(folder / 'big') "
+        "with storage.new_folder(sys.argv[1], type='t') as folder, storage.create(folder / 'big') "
         "as file:\n"
         "    for _ in range(10): file.write(bytes(1_000_000))"
     )
@@ -364,7 +367,7 @@ def large(tmp_path, monkeypatch):
     monkeypatch.setattr(storage, "LARGE_BYTES", 100_000)
     monkeypatch.setattr(storage, "SAMPLE_BLOCKS", 16)
     monkeypatch.setattr(storage, "SAMPLE_BLOCK_BYTES", 1024)
-    with storage.new_folder(tmp_path / "a", kind="thing") as folder:
+    with storage.new_folder(tmp_path / "a", artefact_type="thing") as folder:
         for name, size in (("数据.bin", 200_000), ("small", 100_000)):
             with storage.create(folder / name) as file:
                 file.write(np.random.default_rng(0).bytes(size))
@@ -427,11 +430,11 @@ def table(*values):
 
 
 def test_shards_go_on_where_a_run_stopped(tmp_path):
-    folder = ShardFolder(tmp_path / "f", kind="hits", identity={"model": "m"})
+    folder = ShardFolder(tmp_path / "f", artefact_type="hits", identity={"model": "m"})
     folder.write("s-0", table(1, 2))
     with pytest.raises(ArtefactError, match=r"lacks 1 of 2 shards: s-1\.parquet"):
         folder.finish(["s-0", "s-1"])
-    again = ShardFolder(tmp_path / "f", kind="hits", identity={"model": "m"})
+    again = ShardFolder(tmp_path / "f", artefact_type="hits", identity={"model": "m"})
     assert (again.done("s-0"), again.done("s-1")) == (True, False)
     again.write("s-1", table(3))
     assert again.finish(["s-0", "s-1"], {"hints": {}}).meta == {
@@ -439,7 +442,7 @@ def test_shards_go_on_where_a_run_stopped(tmp_path):
         "model": "m",
         "count": 3,
     }
-    finished = ShardFolder(tmp_path / "f", kind="hits", identity={"model": "m"})
+    finished = ShardFolder(tmp_path / "f", artefact_type="hits", identity={"model": "m"})
     assert finished.finished
     finished.finish(["s-0", "s-1"])
     with pytest.raises(ArtefactError, match="is finished"):
@@ -447,27 +450,27 @@ def test_shards_go_on_where_a_run_stopped(tmp_path):
 
 
 def test_shards_of_another_model_are_refused_with_both_shown(tmp_path):
-    begun = ShardFolder(tmp_path / "f", kind="hits", identity={"model": "one", "k": 3})
+    begun = ShardFolder(tmp_path / "f", artefact_type="hits", identity={"model": "one", "k": 3})
     with pytest.raises(ArtefactError, match="model: there 'one', now 'two'"):
-        ShardFolder(tmp_path / "f", kind="hits", identity={"model": "two", "k": 3})
+        ShardFolder(tmp_path / "f", artefact_type="hits", identity={"model": "two", "k": 3})
     begun.finish([])
     with pytest.raises(ArtefactError, match="model: there 'one', now 'two'"):
-        ShardFolder(tmp_path / "f", kind="hits", identity={"model": "two", "k": 3})
+        ShardFolder(tmp_path / "f", artefact_type="hits", identity={"model": "two", "k": 3})
     (tmp_path / "g").mkdir()
     (tmp_path / "g" / "mine.txt").touch()
     with pytest.raises(ArtefactError, match="was not begun by this program"):
-        ShardFolder(tmp_path / "g", kind="hits", identity={})
+        ShardFolder(tmp_path / "g", artefact_type="hits", identity={})
 
 
 def test_shards_that_nobody_named_are_refused(tmp_path):
-    folder = ShardFolder(tmp_path / "f", kind="hits", identity={})
+    folder = ShardFolder(tmp_path / "f", artefact_type="hits", identity={})
     folder.write("s-0", table(1))
     folder.write("s-9", table(1))
     with pytest.raises(ArtefactError, match=r"shards of something else: s-9\.parquet"):
         folder.finish(["s-0"])
     (tmp_path / "f" / "begun.json").write_text("{")
     with pytest.raises(ArtefactError, match=r"begun\.json is damaged"):
-        ShardFolder(tmp_path / "f", kind="hits", identity={})
+        ShardFolder(tmp_path / "f", artefact_type="hits", identity={})
 
 
 def test_reading_a_fingerprint_needs_no_torch_and_is_quick():

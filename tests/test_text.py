@@ -36,7 +36,7 @@ ENGLISH = [
         ({"title": "Mug", "brand": "Acme"}, "Mug by Acme"),
         ({"description": "Blue."}, "Blue."),
         ({"title": "", "description": "Blue."}, "Blue."),
-        ({"colour": "blue"}, ""),
+        ({"color": "blue"}, ""),
         ({}, ""),
     ],
 )

@@ -40,7 +40,7 @@ def test_a_run_leaves_checkpoints_a_log_its_configuration_and_a_model(tiny_run: 
         "last-step=15.ckpt",
         "last-step=20.ckpt",
     }
-    assert read_manifest(tiny_run / "model", kind="model").meta["embed_dim"] == 32
+    assert read_manifest(tiny_run / "model", artefact_type="model").meta["embed_dim"] == 32
     [config] = tiny_run.glob("logs/*/config.yaml")
     assert yaml.safe_load(config.read_text(encoding="utf-8"))["model"]["optimizer"]["lr"] == 3e-3
 
@@ -74,9 +74,9 @@ def test_checkpoints_hold_plain_data(tiny_run: Path) -> None:
 
 
 def test_the_best_model_is_exported_and_not_the_last(tiny_catalogue: Path, tmp_path: Path) -> None:
-    """Twelve epochs of a high learning rate:
+    """Twelve epochs of a high learning rate.
 
-    the last one is not the best, or no better than an earlier one.
+    The last one is not the best, or no better than an earlier one.
     """
     run = tmp_path / "run"
     assert (
@@ -520,9 +520,9 @@ def test_a_figure_that_no_run_has_is_refused_before_it_starts(
 def test_a_training_leaves_the_statistics_of_batch_norms_as_they_are(
     tiny_catalogue: Path, tmp_path: Path
 ) -> None:
-    """Lightning takes modules' modes as they are and never calls train():
+    """Lightning takes modules' modes as they are and never calls train().
 
-    a norm must keep them from the start.
+    A norm must keep them from the start.
     """
     image = "--model.product.image.init_args"
     alone = [

@@ -7,20 +7,21 @@ import numpy as np
 import pytest
 
 from tests.support.clustered import DIM, clustered, embed, unit
-from tritower.retrieval.building.build import Recipe, build_index
-from tritower.retrieval.building.choose import candidates
+from tritower.retrieval.building.build import build_index
+from tritower.retrieval.building.candidates import candidates
+from tritower.retrieval.building.options import BuildOptions
 from tritower.retrieval.building.tuning.tuning_queries import (
-    Probe,
-    of_products,
-    of_queries,
-    with_truth,
+    TuningQueries,
+    draw_queries,
+    find_neighbors,
+    product_queries,
     without_own,
 )
 from tritower.retrieval.index import ProductIndex
 from tritower.retrieval.ivf import gpu
 from tritower.retrieval.ivf.clustering import find_centroids
 from tritower.retrieval.ivf.engine import Settings
-from tritower.retrieval.ivf.operating_points import Point, Target, Tuning, pareto
+from tritower.retrieval.ivf.operating_points import OperatingPoint, Target, Tuning, pareto
 from tritower.retrieval.ranking import metrics
 
 
@@ -59,15 +60,15 @@ def measured(index, vectors, truth, **options):
 def test_every_kind_of_query_reaches_the_recall_asked_for(tuned, products, queries):
     vectors, rows = stored(products), stored(queries)
     truth = np.argsort(-(rows @ vectors.T), axis=1)[:, :10]
-    for kind, part in (("image", slice(0, 600)), ("text", slice(600, None))):
-        assert measured(tuned, rows[part], truth[part], kind=kind) >= 0.935
+    for query_type, part in (("image", slice(0, 600)), ("text", slice(600, None))):
+        assert measured(tuned, rows[part], truth[part], query_type=query_type) >= 0.935
         assert (
             measured(tuned, rows[part], truth[part]) >= 0.935
-        )  # the index's own settings are enough for all kinds
-        assert measured(tuned, rows[part], truth[part], recall=0.99, kind=kind) >= 0.975
-    assert tuned.resolve(kind="text").nprobe > tuned.resolve(kind="image").nprobe
+        )  # the index's own settings are enough for all query types
+        assert measured(tuned, rows[part], truth[part], recall=0.99, query_type=query_type) >= 0.975
+    assert tuned.resolve(query_type="text").nprobe > tuned.resolve(query_type="image").nprobe
     assert tuned.settings.nprobe >= max(
-        tuned.resolve(kind=kind).nprobe for kind in ("text", "image", "product")
+        tuned.resolve(query_type=query_type).nprobe for query_type in ("text", "image", "product")
     )
 
 
@@ -94,7 +95,7 @@ def test_points_are_a_front_that_was_checked_on_other_queries(tuned):
 
 
 def test_a_recall_needs_an_index_that_was_built_for_one(tmp_path, products):
-    build_index(products, tmp_path / "i", Recipe(nprobe=4))
+    build_index(products, tmp_path / "i", BuildOptions(nprobe=4))
     with pytest.raises(ValueError, match="was not built for a recall"):
         ProductIndex.open(tmp_path / "i").search(stored(products)[:1], recall=0.9)
 
@@ -120,7 +121,7 @@ def test_what_cannot_be_reached_is_refused_and_leaves_nothing(tmp_path, products
 
 def test_a_named_factory_is_only_searched_for_the_target(tmp_path, products):
     manifest = build_index(
-        products, tmp_path / "i", Recipe("IVF64,PQ16x4fsr,Refine(SQ8)"), target=Target(0.85)
+        products, tmp_path / "i", BuildOptions("IVF64,PQ16x4fsr,Refine(SQ8)"), target=Target(0.85)
     )
     assert (
         manifest.meta["factory"] == "IVF64,PQ16x4fsr,Refine(SQ8)"
@@ -133,7 +134,7 @@ def test_codes_that_cannot_reach_the_recall_are_not_published(tmp_path, products
     with pytest.raises(
         ValueError, match=r"does not reach recall@10 of 0.99 \(product: recall@10 0\.\d+ at best\)"
     ):
-        build_index(products, tmp_path / "i", Recipe("IVF64,PQ4x4fsr"), target=Target(0.99))
+        build_index(products, tmp_path / "i", BuildOptions("IVF64,PQ4x4fsr"), target=Target(0.99))
     assert not (tmp_path / "i" / "CURRENT").exists()
 
 
@@ -141,11 +142,15 @@ def test_queries_of_another_model_or_without_a_target_are_refused(tmp_path, prod
     other = embed(tmp_path / "q", clustered(10), ["text"] * 10, model="model-b")
     with pytest.raises(ValueError, match=r"has model model-b, the products model-a"):
         build_index(products, tmp_path / "i", target=Target(0.9), queries=other)
-    for recipe in (Recipe("IVF64,PQ16x4fsr,Refine(SQ8)"), Recipe(nprobe=4), Recipe(k_factor=4)):
+    for options in (
+        BuildOptions("IVF64,PQ16x4fsr,Refine(SQ8)"),
+        BuildOptions(nprobe=4),
+        BuildOptions(k_factor=4),
+    ):
         with pytest.raises(
             ValueError, match=r"factory='\S+' with nprobe=.* has none: name one \(recall\)"
         ):
-            build_index(products, tmp_path / "i", recipe, queries=queries)
+            build_index(products, tmp_path / "i", options, queries=queries)
 
 
 @pytest.mark.parametrize(
@@ -159,15 +164,15 @@ def test_targets_that_mean_nothing_are_refused(options):
 def test_memory_decides_which_candidates_are_measured():
     all_of_them = candidates(10**6, 256, Target(0.95))
     assert {c.spill for c in all_of_them} == {False, True} and all(
-        not c.why_not for c in all_of_them
+        not c.rejected_because for c in all_of_them
     )
     tight = candidates(10**6, 256, Target(0.95, memory=60 * 10**6))
-    fitting = [c.factory for c in tight if not c.why_not]
+    fitting = [c.factory for c in tight if not c.rejected_because]
     assert fitting == ["IVF8192,PQ64x4fsr,Refine(SQ8)", "IVF4096,PQ64x4fsr,Refine(SQ8)"]
-    assert all(c.why_not == "" or c.why_not.startswith("needs ") for c in tight)
+    assert all(c.rejected_because == "" or c.rejected_because.startswith("needs ") for c in tight)
     tightest = candidates(10**6, 256, Target(0.95, memory=40 * 10**6))
-    assert {c.design.pieces for c in tightest if not c.why_not} == {32}
-    assert {c.design.finer for c in candidates(10**6, 256, Target(0.99), "SQfp16")} == {"SQfp16"}
+    assert {c.spec.sub_quantizers for c in tightest if not c.rejected_because} == {32}
+    assert {c.spec.refine for c in candidates(10**6, 256, Target(0.99), "SQfp16")} == {"SQfp16"}
 
 
 def test_the_command_builds_to_a_target_and_searches_at_a_recall(
@@ -212,7 +217,7 @@ def test_the_command_builds_to_a_target_and_searches_at_a_recall(
 
 
 def point(recall, nprobe, k_factor=4.0, p50=1.0, held_out=None):
-    return Point(nprobe, k_factor, recall, held_out, p50_ms=p50)
+    return OperatingPoint(nprobe, k_factor, recall, held_out, p50_ms=p50)
 
 
 def test_settings_are_the_cheapest_that_reach_the_recall():
@@ -253,9 +258,11 @@ def test_the_front_by_hand():
 def test_truth_is_brute_force_without_the_query_itself():
     rows = clustered(500)
     own = np.arange(0, 50)
-    asked = Probe("text", clustered(20, seed=5), np.full(20, -1), np.empty((20, 0), np.int64))
-    both = with_truth(
-        [of_products(rows[own], own, "cosine"), asked], iter(np.array_split(rows, 7)), 10
+    asked = TuningQueries(
+        "text", clustered(20, seed=5), np.full(20, -1), np.empty((20, 0), np.int64)
+    )
+    both = find_neighbors(
+        [product_queries(rows[own], own, "cosine"), asked], iter(np.array_split(rows, 7)), 10
     )
     scores = rows[own] @ rows.T
     scores[own, own] = -2
@@ -272,10 +279,15 @@ def test_own_rows_are_left_out_wherever_they_stand():
 
 
 def test_queries_are_drawn_per_kind(queries):
-    probes = of_queries(queries, seed=0, limit=100)
-    assert [(probe.kind, len(probe.vectors)) for probe in probes] == [("image", 100), ("text", 100)]
-    again = of_queries(queries, seed=0, limit=100)
-    assert all(np.array_equal(a.vectors, b.vectors) for a, b in zip(probes, again, strict=True))
+    tuning_queries = draw_queries(queries, seed=0, limit=100)
+    assert [(probe.query_type, len(probe.vectors)) for probe in tuning_queries] == [
+        ("image", 100),
+        ("text", 100),
+    ]
+    again = draw_queries(queries, seed=0, limit=100)
+    assert all(
+        np.array_equal(a.vectors, b.vectors) for a, b in zip(tuning_queries, again, strict=True)
+    )
 
 
 @pytest.fixture
@@ -283,10 +295,10 @@ def seen_gpu(monkeypatch):
     """FAISS sees a GPU; its search is the CPU's, counted."""
     calls = []
 
-    def knn_gpu(resources, vectors, centres, count, **options):
+    def knn_gpu(resources, vectors, centers, count, **options):
         calls.append(len(vectors))
         assert options["vectorsMemoryLimit"] <= 2**30 and options["queriesMemoryLimit"] <= 2**30
-        return faiss.knn(vectors, centres, count, metric=options["metric"])
+        return faiss.knn(vectors, centers, count, metric=options["metric"])
 
     monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1)
     monkeypatch.setattr(faiss, "knn_gpu", knn_gpu, raising=False)
@@ -311,10 +323,10 @@ def test_a_gpu_that_fails_is_left_alone_with_a_word(seen_gpu, monkeypatch, caplo
         raise RuntimeError("CUDA error 2 out of memory")
 
     monkeypatch.setattr(faiss, "knn_gpu", fails)
-    rows, centres = clustered(50), clustered(10, seed=3)
+    rows, centers = clustered(50), clustered(10, seed=3)
     for _ in range(2):
         assert np.array_equal(
-            gpu.nearest(rows, centres, 1)[1][:, 0], (rows @ centres.T).argmax(axis=1)
+            gpu.nearest(rows, centers, 1)[1][:, 0], (rows @ centers.T).argmax(axis=1)
         )
     assert [record.message for record in caplog.records] == [
         "faiss cannot use the GPU it sees (CUDA error 2 out of memory): on the CPU from here on"

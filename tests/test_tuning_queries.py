@@ -1,6 +1,6 @@
-"""Products that ask, to tune an index by:
+"""Products that ask, to tune an index by.
 
-none that judged queries ask for, and words of their titles.
+None that judged queries ask for, and words of their titles.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Search with nothing trained:
+"""Search with nothing trained.
 
-blocks, their weights, and the pretrained towers that a model began with.
+Blocks, their weights, and the pretrained towers that a model began with.
 """
 
 from __future__ import annotations
@@ -18,14 +18,13 @@ from tests.support.tiny_models import write_bert
 from tests.support.training import TEXT_ONLY, fit
 from tritower.datamodules.batch import Item
 from tritower.datamodules.catalogue import Table, product_item
-from tritower.retrieval.evaluating.evaluation_queries import Questions
-from tritower.retrieval.evaluating.untrained import (
-    Choice,
-    Untrained,
+from tritower.retrieval.evaluating.evaluation_queries import EvaluationQueries
+from tritower.retrieval.evaluating.untrained_inputs import UntrainedInputs, number_features
+from tritower.retrieval.evaluating.untrained_search import (
     UntrainedSearch,
-    best_of,
+    UntrainedSettings,
     choose_weights,
-    number_features,
+    top_hits,
     weighted_sum,
 )
 from tritower.retrieval.lexical.records import typed_record
@@ -67,12 +66,12 @@ def test_the_best_products_are_those_of_a_full_sort() -> None:
     generator = np.random.default_rng(0)
     scores = np.round(generator.standard_normal((30, 50)), 1).astype(np.float32)  # many ties
     source = generator.integers(-1, 50, 30)
-    found = best_of(scores, source, 7)
+    found = top_hits(scores, source, 7)
     for query in range(30):
         order = [row for row in np.lexsort((np.arange(50), -scores[query])) if row != source[query]]
         wanted = [row for row in order if scores[query, row] > 0][:7]
         assert found.rows[query].tolist() == wanted + [-1] * (7 - len(wanted))
-    assert best_of(scores[:1], NONE_ASKED, 80).rows.shape == (1, 80)
+    assert top_hits(scores[:1], NONE_ASKED, 80).rows.shape == (1, 80)
 
 
 def test_a_sum_weighs_its_blocks_and_ignores_those_without_a_weight() -> None:
@@ -91,7 +90,7 @@ def test_weights_are_those_of_the_highest_figure() -> None:
     assert alone["b"] == 0 and alone["a"] > 0
 
 
-def shop(count: int = 60) -> tuple[Untrained, Untrained, Questions]:
+def shop(count: int = 60) -> tuple[UntrainedInputs, UntrainedInputs, EvaluationQueries]:
     """Products of which one half is told apart by words alone, the other by a tower alone.
 
     Each is asked for once.
@@ -106,9 +105,9 @@ def shop(count: int = 60) -> tuple[Untrained, Untrained, Questions]:
     asked = [typed_record(f"thing word{row}" if by_words[row] else "thing") for row in range(count)]
     shown = np.where(by_words[:, None], 0, features)
     rows = np.arange(count)[:, None]
-    questions = Questions(
+    questions = EvaluationQueries(
         ids=np.arange(count).astype(object),
-        kinds=np.full(count, "text", object),
+        query_types=np.full(count, "text", object),
         vectors=features,
         source=np.full(count, -1),
         relevant=rows,
@@ -116,14 +115,18 @@ def shop(count: int = 60) -> tuple[Untrained, Untrained, Questions]:
         grades=np.ones((count, 1)),
         threshold=1.0,
     )
-    return Untrained(records, {"text": features}), Untrained(asked, {"text": shown}), questions
+    return (
+        UntrainedInputs(records, {"text": features}),
+        UntrainedInputs(asked, {"text": shown}),
+        questions,
+    )
 
 
 def test_the_chosen_sum_finds_what_words_and_towers_find() -> None:
     products, queries, questions = shop()
     search = UntrainedSearch(products, None)
     choice = search.choose(queries, questions)
-    assert choice.by == 60 and choice.weights["text"] > 0
+    assert choice.num_queries == 60 and choice.weights["text"] > 0
     found = search.search(queries, questions.source, choice, 10)
     first = {name: (hits.rows[:, 0] == np.arange(60)) for name, hits in found.items()}
     assert set(first) == {"bm25", "tfidf", "text", "sum", "floor"}
@@ -135,11 +138,11 @@ def test_the_chosen_sum_finds_what_words_and_towers_find() -> None:
 def test_blocks_of_queries_find_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     products, queries, questions = shop()
     search = UntrainedSearch(products, None)
-    whole = search.search(queries, questions.source, search.default_choice(queries), 10)
+    whole = search.search(queries, questions.source, search.default_settings(queries), 10)
     monkeypatch.setattr(
-        "tritower.retrieval.evaluating.untrained.MAX_CELLS", 200
+        "tritower.retrieval.evaluating.untrained_search.MAX_CELLS", 200
     )  # three queries at a time
-    parts = search.search(queries, questions.source, search.default_choice(queries), 10)
+    parts = search.search(queries, questions.source, search.default_settings(queries), 10)
     assert {name: hits.rows.tolist() for name, hits in whole.items()} == {
         name: hits.rows.tolist() for name, hits in parts.items()
     }
@@ -149,11 +152,11 @@ def test_few_queries_choose_nothing_and_nothing_at_all_is_searched_without_words
     products, queries, questions = shop()
     search = UntrainedSearch(products, None)
     few = np.arange(19)
-    choice = search.choose(queries.take(few), questions.take(few))
-    assert choice.by == 0 and choice.weights == {"bm25": 1.0, "text": 1.0}
-    silent = Untrained([{}] * 60)
-    assert search.choose(silent, questions) == Choice({}, {})
-    assert search.search(silent, questions.source, Choice({}, {}), 10) == {}
+    choice = search.choose(queries.select(few), questions.select(few))
+    assert choice.num_queries == 0 and choice.weights == {"bm25": 1.0, "text": 1.0}
+    silent = UntrainedInputs([{}] * 60)
+    assert search.choose(silent, questions) == UntrainedSettings({}, {})
+    assert search.search(silent, questions.source, UntrainedSettings({}, {}), 10) == {}
 
 
 # ---------------------------------------------------------------- towers before training
@@ -260,8 +263,16 @@ def test_embedding_writes_the_features_beside_the_embeddings(bert: Path, tmp_pat
             np.concatenate([batch.vectors for batch in batches]), expected["text"], atol=2e-3
         )
         queries = EmbeddingReader(tmp_path / output / "untrained" / "text" / "queries")
-        kinds = {kind for batch in queries.batches() for kind in batch.kinds.to_pylist()}
-        assert kinds == {"text", "fused", "product:text"}  # photos and attributes have no text
+        query_types = {
+            query_type
+            for batch in queries.batches()
+            for query_type in batch.query_types.to_pylist()
+        }
+        assert query_types == {
+            "text",
+            "fused",
+            "product:text",
+        }  # photos and attributes have no text
 
 
 # ---------------------------------------------------------------- the table of a run

@@ -26,10 +26,12 @@ from tests.support.living import (
 )
 from tritower.artefacts import storage, versions
 from tritower.artefacts.storage import ArtefactError
-from tritower.retrieval.building.build import Recipe, build_index
+from tritower.retrieval.building.build import build_index
+from tritower.retrieval.building.options import BuildOptions
 from tritower.retrieval.bulk import bulk_search
-from tritower.retrieval.evaluating.evaluate import Options, evaluate
+from tritower.retrieval.evaluating.evaluate import evaluate
 from tritower.retrieval.evaluating.exact import exact_search
+from tritower.retrieval.evaluating.search_tasks import EvaluationOptions
 from tritower.retrieval.filtering.filters import parse
 from tritower.retrieval.index import ProductIndex
 from tritower.retrieval.products.attribute_table import ATTRIBUTES_FILE, AttributeTable
@@ -47,7 +49,7 @@ def origin(tmp_path_factory):
     """An index of 800 products, built once."""
     folder = tmp_path_factory.mktemp("origin")
     reader = embed(folder / "e", vectors(800), [f"p{i}" for i in range(800)])
-    build_index(reader, folder / "i", Recipe(FACTORY))
+    build_index(reader, folder / "i", BuildOptions(FACTORY))
     return folder
 
 
@@ -129,7 +131,7 @@ def test_deleting_one_product_changes_no_other_result(built):
 def test_what_is_there_as_it_is_is_left_alone(built, tmp_path):
     root, reader = built
     report = update_index(root, upsert=reader)
-    assert (report.version, report.given, report.unchanged, report.verdict) == (
+    assert (report.version, report.given, report.unchanged, report.recommendation) == (
         None,
         800,
         800,
@@ -185,7 +187,7 @@ def of_unknown_model(tmp_path):
     """An index of embeddings that do not say who made them."""
     embed(tmp_path / "e", vectors(100), [f"p{i}" for i in range(100)], model=None)
     build_index(
-        EmbeddingReader(tmp_path / "e"), tmp_path / "i", Recipe("IVF4,PQ8x4fsr,Refine(SQ8)")
+        EmbeddingReader(tmp_path / "e"), tmp_path / "i", BuildOptions("IVF4,PQ8x4fsr,Refine(SQ8)")
     )
     return tmp_path / "i"
 
@@ -227,7 +229,7 @@ def test_other_models_metrics_and_dimensions_and_unknown_ids_are_refused(built, 
 
 
 def test_an_index_that_cannot_be_updated_says_so(origin, tmp_path):
-    build_index(EmbeddingReader(origin / "e"), tmp_path / "i", Recipe("IVF8,SQ8"))
+    build_index(EmbeddingReader(origin / "e"), tmp_path / "i", BuildOptions("IVF8,SQ8"))
     with pytest.raises(ArtefactError, match=r"is IVF8,SQ8, which cannot be updated: build it anew"):
         update_index(tmp_path / "i", delete=["p1"])
     with pytest.raises(ArtefactError, match="is one version"):
@@ -248,7 +250,7 @@ def test_two_updates_at_once_do_not_mix(built, tmp_path, monkeypatch):
     from tritower.retrieval.updating import next_version
 
     root, reader = built
-    write = next_version.write_mapped
+    write = next_version.write_ivf_pq
 
     def meanwhile(*arguments, **options):
         monkeypatch.undo()
@@ -256,7 +258,7 @@ def test_two_updates_at_once_do_not_mix(built, tmp_path, monkeypatch):
             ArtefactError, match=r"another run is updating .*/i \(in .*/i\.updating\)"
         ):
             update_index(root, delete=["p1"])
-        build_index(reader, root, Recipe("IVF4,PQ8x4fs"), overwrite=True)
+        build_index(reader, root, BuildOptions("IVF4,PQ8x4fs"), overwrite=True)
         return write(*arguments, **options)
 
     monkeypatch.setattr(next_version, "write_mapped", meanwhile)
@@ -281,7 +283,7 @@ def test_what_was_compared_with_an_older_version_is_not_published(built):
         meta: ClassVar[dict] = {"model": "model-a", "catalogue": "c"}
 
         def embed(self, index, folder):
-            build_index(reader, root, Recipe("IVF4,PQ8x4fs"), overwrite=True)
+            build_index(reader, root, BuildOptions("IVF4,PQ8x4fs"), overwrite=True)
             return Embedded(None, pa.chunked_array([["p1"]]))
 
     with pytest.raises(
@@ -330,14 +332,14 @@ def test_an_update_killed_for_real_is_done_by_the_same_call(built, tmp_path):
 
 
 def test_what_a_killed_update_has_encoded_is_not_encoded_again(built, tmp_path, monkeypatch):
-    from tritower.retrieval.ivf.ivf_pq import Trained
+    from tritower.retrieval.ivf.ivf_pq import TrainedQuantizers
     from tritower.retrieval.updating import next_version, plan
 
     root, _ = built
     for module in (next_version, plan):
         monkeypatch.setattr(module, "BLOCK", 10)
     upsert = embed(tmp_path / "u", vectors(40, 7), [f"n{i}" for i in range(40)])
-    blocks, encode = [], Trained.encode
+    blocks, encode = [], TrainedQuantizers.encode
 
     def counted(self, some):
         if len(blocks) == 2:
@@ -345,11 +347,13 @@ def test_what_a_killed_update_has_encoded_is_not_encoded_again(built, tmp_path, 
         blocks.append(len(some))
         return encode(self, some)
 
-    monkeypatch.setattr(Trained, "encode", counted)
+    monkeypatch.setattr(TrainedQuantizers, "encode", counted)
     with pytest.raises(KeyboardInterrupt):
         update_index(root, upsert=upsert)
     monkeypatch.setattr(
-        Trained, "encode", lambda self, some: blocks.append(len(some)) or encode(self, some)
+        TrainedQuantizers,
+        "encode",
+        lambda self, some: blocks.append(len(some)) or encode(self, some),
     )
     assert update_index(root, upsert=upsert).added == 40
     assert blocks == [10, 10, 10, 10]
@@ -406,7 +410,7 @@ def test_whatever_fails_the_old_version_or_the_new_one_is_there(built, tmp_path)
 def test_digests_tell_what_has_changed(tmp_path):
     rows, ids = vectors(700), [f"p{i}" for i in range(700)]
     build_index(
-        embed(tmp_path / "e", rows, ids, contents=range(700)), tmp_path / "i", Recipe(FACTORY)
+        embed(tmp_path / "e", rows, ids, contents=range(700)), tmp_path / "i", BuildOptions(FACTORY)
     )
     digests = [-1 if i < 5 else i for i in range(700)]
     report = update_index(tmp_path / "i", upsert=embed(tmp_path / "u", rows, ids, contents=digests))
@@ -437,7 +441,7 @@ def without_contents(root):
         file.write_table(pa.table({"product_id": ids}))
     meta = storage.read_manifest(folder).meta
     (folder / storage.MANIFEST).unlink()
-    storage.seal(folder, kind="index", meta=meta)
+    storage.seal(folder, artefact_type="index", meta=meta)
 
 
 def test_where_an_index_does_not_know_what_was_embedded_all_has_changed(built, tmp_path):
@@ -470,23 +474,27 @@ def test_searches_of_every_kind_never_see_what_was_deleted(built, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "recipe",
-    [Recipe("IVF16,PQ8x4fs"), Recipe("IVF16,PQ4x4fsr,Refine(SQfp16)", spill=True), Recipe("Flat")],
+    "options",
+    [
+        BuildOptions("IVF16,PQ8x4fs"),
+        BuildOptions("IVF16,PQ4x4fsr,Refine(SQfp16)", spill=True),
+        BuildOptions("Flat"),
+    ],
 )
-def test_every_kind_of_index_that_can_be_updated(origin, tmp_path, recipe):
+def test_every_kind_of_index_that_can_be_updated(origin, tmp_path, options):
     root = tmp_path / "i"
-    build_index(EmbeddingReader(origin / "e"), root, recipe)
+    build_index(EmbeddingReader(origin / "e"), root, options)
     new = vectors(5, 9)
     report = update_index(root, upsert=embed(tmp_path / "u", new, list("abcde")), delete=["p0"])
-    wide = {} if recipe.factory == "Flat" else {"nprobe": 16}
-    assert (report.count, report.rows) == (804, 804 if recipe.factory == "Flat" else 805)
+    wide = {} if options.factory == "Flat" else {"nprobe": 16}
+    assert (report.count, report.rows) == (804, 804 if options.factory == "Flat" else 805)
     ids, _ = found(root, new, 804, **wide)
     assert {tuple(sorted(row)) for row in ids} == {
         tuple(sorted([*(f"p{i}" for i in range(1, 800)), *"abcde"]))
     }
-    if recipe.factory != "IVF16,PQ8x4fs":
+    if options.factory != "IVF16,PQ8x4fs":
         assert found(root, new, 1, **wide)[0][:, 0].tolist() == list("abcde")
-    assert update_index(root, compact=True).compacted is (recipe.factory != "Flat")
+    assert update_index(root, compact=True).compacted is (options.factory != "Flat")
     assert {tuple(sorted(row)) for row in found(root, new, 804, **wide)[0]} == {
         tuple(sorted(ids[0]))
     }
@@ -524,7 +532,10 @@ def test_attributes_go_with_the_products(origin, tmp_path):
     }
     pq.write_table(pa.table(prices), tmp_path / "prices.parquet")
     build_index(
-        EmbeddingReader(origin / "e"), root, Recipe(FACTORY), attributes=tmp_path / "prices.parquet"
+        EmbeddingReader(origin / "e"),
+        root,
+        BuildOptions(FACTORY),
+        attributes=tmp_path / "prices.parquet",
     )
     upsert = embed(tmp_path / "u", vectors(2, 5), ["p1", "new"])
     update_index(root, upsert=upsert, delete=["p0"])
@@ -537,9 +548,9 @@ def test_attributes_go_with_the_products(origin, tmp_path):
     report = update_index(root, attributes=tmp_path / "some.parquet", compact=True)
     assert (report.version, report.rows) == ("000003", 800)
     assert attributes_of(root) == {**expected, "new": (5.0, "c"), "p2": (6.0, "c")}
-    kinds = {"price": "number", "brand": "category"}
+    query_types = {"price": "number", "brand": "category"}
     assert ProductIndex.open(root).manifest.meta["attributes"] == {
-        "kinds": kinds,
+        "query_types": query_types,
         "rows_without": 0,
     }
 
@@ -557,7 +568,10 @@ def test_filters_see_what_is_there_now_and_nothing_else(origin, tmp_path, filter
     }
     pq.write_table(pa.table(prices), tmp_path / "prices.parquet")
     build_index(
-        EmbeddingReader(origin / "e"), root, Recipe(factory), attributes=tmp_path / "prices.parquet"
+        EmbeddingReader(origin / "e"),
+        root,
+        BuildOptions(factory),
+        attributes=tmp_path / "prices.parquet",
     )
     upsert = embed(
         tmp_path / "u", vectors(30, 5), [f"p{i}" for i in range(20)] + [f"n{i}" for i in range(10)]
@@ -593,7 +607,7 @@ def test_an_index_without_attributes_takes_those_it_is_given(built, tmp_path):
 def edited(catalogue, folder, edit):
     """A copy of a prepared catalogue with `edit` applied to its rows of products."""
     with storage.new_folder(
-        folder, kind="catalogue", meta=storage.read_manifest(catalogue).meta
+        folder, query_type="catalogue", meta=storage.read_manifest(catalogue).meta
     ) as new:
         shutil.copytree(
             catalogue, new, dirs_exist_ok=True, ignore=shutil.ignore_patterns("manifest.json")
@@ -616,7 +630,7 @@ def of_catalogue(tiny_run, tiny_catalogue, tmp_path_factory):
     build_index(
         EmbeddingReader(folder / "e" / "products"),
         folder / "i",
-        Recipe("IVF4,PQ4x4fsr,Refine(SQfp16)"),
+        BuildOptions("IVF4,PQ4x4fsr,Refine(SQfp16)"),
     )
     return folder / "i"
 
@@ -754,20 +768,20 @@ def test_a_catalogue_needs_the_model_of_the_index(of_catalogue, tiny_catalogue, 
 def test_an_updated_index_is_evaluated_as_one_built_anew(tiny_catalogue, tmp_path):
     write_embeddings(tiny_catalogue, tmp_path / "e")
     products = EmbeddingReader(tmp_path / "e" / "products")
-    recipe = Recipe("IVF4,PQ4x4fsr,Refine(SQfp16)", nprobe=4, k_factor=100)
-    build_index(products, tmp_path / "updated", recipe)
+    options = BuildOptions("IVF4,PQ4x4fsr,Refine(SQfp16)", nprobe=4, k_factor=100)
+    build_index(products, tmp_path / "updated", options)
     rows = np.concatenate([batch.vectors for batch in products.batches()])
     ids = [product for batch in products.batches() for product in batch.ids.to_pylist()]
     gone = [product for product in ids if product.startswith("00")]
     kept = [row for row, product in enumerate(ids) if product not in gone]
     live = embed(tmp_path / "live", rows[kept], [ids[row] for row in kept])
-    build_index(live, tmp_path / "anew", recipe)
+    build_index(live, tmp_path / "anew", options)
     assert update_index(tmp_path / "updated", delete=gone, measure=False).rows == 120
     queries, catalogue = (
         EmbeddingReader(tmp_path / "e" / "queries"),
         PreparedCatalogue(tiny_catalogue),
     )
-    options = Options(split=None, latency_queries=0)
+    options = EvaluationOptions(split=None, latency_queries=0)
     reports = [
         evaluate(
             ProductIndex.open(tmp_path / name), live, queries, catalogue=catalogue, options=options
@@ -791,7 +805,7 @@ def test_the_command_updates_and_says_what_it_did(built, tmp_path, capsys):
     assert commands.main(["update", "--index", str(root), *given, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert (report["added"], report["deleted"], report["count"]) == (3, 1, 802)
-    assert report["verdict"] == "no need to build anew"
+    assert report["recommendation"] == "no need to build anew"
     assert (
         commands.main(["update", "--index", str(root), "--delete", str(tmp_path / "gone.txt")]) == 0
     )

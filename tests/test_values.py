@@ -1,6 +1,6 @@
-"""Prices, lists and HTML:
+"""Prices, lists and HTML.
 
-what can be read in one way only is read, everything else is refused with its code.
+What can be read in one way only is read, everything else is refused with its code.
 """
 
 from __future__ import annotations
@@ -52,14 +52,14 @@ from tritower.datamodules.prepare.values import (
     ],
 )
 def test_prices_with_one_reading(text: str, value: float) -> None:
-    assert parse_number(text, kind="price") == value
+    assert parse_number(text, role="price") == value
     assert is_number(text)
 
 
 @pytest.mark.parametrize("text", ["140.000", ",89", ".89", "1,600", "€ 1.600", "999,999", "-1.500"])
 def test_two_readings_are_not_guessed_unless_the_decimal_sign_is_known(text: str) -> None:
     with pytest.raises(BadValue, match=r"PRICE_AMBIGUOUS.*--decimal point or --decimal comma"):
-        parse_number(text, kind="price")
+        parse_number(text, role="price")
     assert is_number(text)
 
 
@@ -85,7 +85,7 @@ def test_known_decimal_sign(text: str, point: float | None, comma: float | None)
 @pytest.mark.parametrize("text", ["-5", "0", "1e12", "NaN", "inf", "-$3", "1e400"])
 def test_prices_out_of_range(text: str) -> None:
     with pytest.raises(BadValue, match=r"PRICE_OUT_OF_RANGE.*above 0 and at most 1e.09"):
-        parse_number(text, kind="price")
+        parse_number(text, role="price")
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ def _no_waiting_for_the_disk():
 
 
 def put(root, content, **options):
-    with versions.publish(root, kind="thing", meta={}, **options) as folder:
+    with versions.publish(root, artefact_type="thing", meta={}, **options) as folder:
         with storage.create(folder / "x") as file:
             file.write(content)
     return root
@@ -80,7 +80,7 @@ def test_an_exception_leaves_the_old_version_in_use_and_no_temporary(tmp_path):
     before = everything(root)
     with (
         pytest.raises(RuntimeError, match="stop"),
-        versions.publish(root, kind="thing", meta={}) as folder,
+        versions.publish(root, artefact_type="thing", meta={}) as folder,
     ):
         (folder / "x").touch()
         raise RuntimeError("stop")
@@ -92,7 +92,7 @@ def test_of_two_publishers_one_wins_and_the_other_is_told(tmp_path):
     with pytest.raises(
         ArtefactError, match=r"conflict at .*i: this run started from 000001, but 000002 is in use"
     ):
-        with versions.publish(root, kind="thing", meta={}) as late:
+        with versions.publish(root, artefact_type="thing", meta={}) as late:
             (late / "x").write_bytes(b"late")
             put(root, b"early")
     assert served(root) == b"early" and names(root) == ["000001", "000002"]
@@ -114,7 +114,7 @@ def test_two_first_publishers_end_with_one_version(tmp_path):
     with pytest.raises(
         ArtefactError, match="this run started from no version, but 000001 is in use"
     ):
-        with versions.publish(tmp_path / "i", kind="thing", meta={}) as late:
+        with versions.publish(tmp_path / "i", artefact_type="thing", meta={}) as late:
             (late / "x").touch()
             put(tmp_path / "i", b"early")
     assert served(tmp_path / "i") == b"early" and names(tmp_path / "i") == ["000001"]
@@ -126,7 +126,9 @@ def test_many_publishers_at_once_never_mix(tmp_path):
     def work(number):
         content = bytes([number]) * 1000
         try:
-            with versions.publish(tmp_path / "i", kind="thing", meta={"n": number}) as folder:
+            with versions.publish(
+                tmp_path / "i", artefact_type="thing", meta={"n": number}
+            ) as folder:
                 barrier.wait()
                 for name in ("x", "y"):
                     storage.write_bytes(folder / name, content)
@@ -318,14 +320,16 @@ def test_a_file_and_another_kind_are_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ArtefactError, match="file is a file; expected a folder, or nothing"):
         put(tmp_path / "file", b"1")
-    with versions.publish(tmp_path / "i", kind="model", meta={}) as folder:
+    with versions.publish(tmp_path / "i", artefact_type="model", meta={}) as folder:
         (folder / "x").touch()
-    with pytest.raises(ArtefactError, match="of kind 'model', not 'thing'"):
+    with pytest.raises(ArtefactError, match="of type 'model', not 'thing'"):
         put(tmp_path / "i", b"1")
     with pytest.raises(
         ArtefactError, match=r"000001 is one version, which never changes: name .*i$"
     ):
-        with versions.publish(tmp_path / "i" / "versions" / "000001", kind="model", meta={}):
+        with versions.publish(
+            tmp_path / "i" / "versions" / "000001", artefact_type="model", meta={}
+        ):
             pass
 
 
@@ -335,14 +339,14 @@ def test_one_version_or_a_folder_without_versions_opens_by_itself(tmp_path):
     assert (opened.result, opened.note) == (b"1", "")
     put(put(put(root, b"2"), b"3"), b"4")
     assert names(root) == ["000001", "000003", "000004"]  # opened by its own name, it is held too
-    with storage.new_folder(tmp_path / "single", kind="thing") as folder:
+    with storage.new_folder(tmp_path / "single", artefact_type="thing") as folder:
         (folder / "x").write_bytes(b"single")
     assert served(tmp_path / "single") == b"single"
 
 
 def plain_folder(root):
     """An artefact folder without versions."""
-    with storage.new_folder(root, kind="thing") as folder:
+    with storage.new_folder(root, artefact_type="thing") as folder:
         storage.write_bytes(folder / "x", b"first")
         storage.make_folder(folder / "sub")
         storage.write_bytes(folder / "sub" / "y", b"deep")
@@ -474,7 +478,7 @@ def test_a_loss_of_power_leaves_the_old_version_or_the_new_one(tmp_path, start, 
 
 
 def new_folder(path):
-    with storage.new_folder(path, kind="thing", overwrite=True) as folder:
+    with storage.new_folder(path, artefact_type="thing", overwrite=True) as folder:
         (folder / "x").write_bytes(b"new")
         (folder / "sub" / "deep").mkdir(parents=True)
         (folder / "sub" / "deep" / "y").write_bytes(b"new")
@@ -485,7 +489,7 @@ def seal_in_place(path):
     (path / "x").write_bytes(b"new")
     (path / "sub" / "deep").mkdir(parents=True)
     (path / "sub" / "deep" / "y").write_bytes(b"new")
-    storage.seal(path, kind="thing")
+    storage.seal(path, artefact_type="thing")
 
 
 def whole(path, finished):
@@ -527,9 +531,9 @@ FLUSHES = {
 
 @pytest.mark.parametrize("what", FLUSHES)
 def test_without_any_one_fsync_a_loss_of_power_is_noticed(tmp_path, what, caplog):
-    """The check of the checks:
+    """The check of the checks.
 
-    each fsync forgotten, some loss of power loses or breaks something.
+    Each fsync forgotten, some loss of power loses or breaks something.
     """
     start, act, check, spare = FLUSHES[what]
     disk = operations(tmp_path, start, act)
@@ -597,7 +601,7 @@ def test_publishers_killed_at_any_moment_leave_a_version_in_use_and_nothing_else
         "import sys; from tritower.artefacts import storage, versions\n"
         "print('start', flush=True)\n"
         "while True:\n"
-        "    with versions.publish(sys.argv[1], kind='thing', meta={}) as folder:\n"
+        "    with versions.publish(sys.argv[1], type='thing', meta={}) as folder:\n"
         "        storage.write_bytes(folder / 'x', b'1')"
     )
     chance = random.Random(0)

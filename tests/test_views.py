@@ -15,7 +15,7 @@ items = st.builds(
     Item,
     text=st.dictionaries(st.sampled_from(["title", "description", "brand"]), st.just("x")),
     images=st.lists(st.sampled_from([b"a", b"b", b"c"]), max_size=3).map(tuple),
-    attributes=st.dictionaries(st.sampled_from(["price", "size", "colour"]), st.just(1.0)),
+    attributes=st.dictionaries(st.sampled_from(["price", "size", "color"]), st.just(1.0)),
 )
 
 FULL = Item(

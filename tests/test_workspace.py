@@ -10,17 +10,18 @@ import pyarrow.parquet as pq
 import pytest
 
 from tritower.artefacts.storage import ArtefactError
-from tritower.retrieval.building import build as build_module
+from tritower.retrieval.building import ivf_pq_index as build_module
 from tritower.retrieval.building import workspace
-from tritower.retrieval.building.build import Recipe, build_index
+from tritower.retrieval.building.build import build_index
+from tritower.retrieval.building.options import BuildOptions
 from tritower.retrieval.building.workspace import Workspace
 from tritower.retrieval.index import ProductIndex
-from tritower.retrieval.ivf.ivf_pq import Trained
+from tritower.retrieval.ivf.ivf_pq import TrainedQuantizers
 from tritower.retrieval.ivf.operating_points import Target
 from tritower.retrieval.vectors.embeddings import EmbeddingReader, EmbeddingWriter
 
 COUNT, DIM, BLOCK = 3000, 16, 300  # 12 blocks: three shards of 1,000 rows as 300 + 300 + 300 + 100
-RECIPE = Recipe("IVF32,PQ4x4fsr,Refine(SQ8)")
+RECIPE = BuildOptions("IVF32,PQ4x4fsr,Refine(SQ8)")
 
 
 def unit(count, seed=0):
@@ -73,7 +74,7 @@ def watch(monkeypatch):
         blocks = 0
 
     seen = Watch()
-    encode, train = Trained.encode, build_module.train
+    encode, train = TrainedQuantizers.encode, build_module.train
 
     def counted_encode(self, vectors):
         if seen.blocks == seen.stop_at:
@@ -85,7 +86,7 @@ def watch(monkeypatch):
         seen.trainings += 1
         return train(*arguments, **options)
 
-    monkeypatch.setattr(Trained, "encode", counted_encode)
+    monkeypatch.setattr(TrainedQuantizers, "encode", counted_encode)
     monkeypatch.setattr(build_module, "train", counted_train)
     return seen
 
@@ -94,11 +95,11 @@ def files_of(index):
     return dict(ProductIndex.open(index, fall_back=False).manifest.files)
 
 
-def interrupt(watch, reader, place, blocks, recipe=RECIPE):
+def interrupt(watch, reader, place, blocks, options=RECIPE):
     """A build that ends by an exception after so many blocks."""
     watch.stop_at = blocks
     with pytest.raises(Interrupted):
-        build_index(reader, place, recipe)
+        build_index(reader, place, options)
     watch.stop_at, watch.blocks, watch.trainings = None, 0, 0
 
 
@@ -116,7 +117,7 @@ def test_an_interrupted_build_goes_on_and_makes_the_same_index(
     there = sorted(file.name for file in (tmp_path / "i.building").iterdir())
     assert [name for name in there if not name.endswith(".parquet")] == [
         "begun.json",
-        "finer.faiss",
+        "refine.faiss",
         "trained.faiss",
         "training.json",
     ]
@@ -132,7 +133,8 @@ def test_a_killed_build_goes_on_and_makes_the_same_index(tmp_path, reader, whole
     program = f"""
         import os, signal
         from tritower.retrieval.building import workspace
-        from tritower.retrieval.building.build import Recipe, build_index
+        from tritower.retrieval.building.build import build_index
+        from tritower.retrieval.building.options import BuildOptions
         from tritower.retrieval.vectors.embeddings import EmbeddingReader
         from tritower.retrieval.ivf.ivf_pq import Trained
         workspace.BLOCK_ROWS = {BLOCK}
@@ -144,7 +146,7 @@ def test_a_killed_build_goes_on_and_makes_the_same_index(tmp_path, reader, whole
             return encode(self, vectors)
         Trained.encode = encode_or_die
         reader = EmbeddingReader({str(reader.source)!r})
-        build_index(reader, {str(tmp_path / "i")!r}, Recipe({RECIPE.factory!r}))
+        build_index(reader, {str(tmp_path / "i")!r}, BuildOptions({RECIPE.factory!r}))
     """
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True
@@ -184,28 +186,28 @@ def test_an_interrupted_training_leaves_nothing(tmp_path, reader, monkeypatch):
 @pytest.mark.parametrize(
     "other",
     [
-        Recipe(RECIPE.factory, seed=1),
-        Recipe("IVF16,PQ4x4fsr,Refine(SQ8)"),
-        Recipe(RECIPE.factory, spill=True),
-        Recipe(RECIPE.factory, train_sample=2000),
+        BuildOptions(RECIPE.factory, seed=1),
+        BuildOptions("IVF16,PQ4x4fsr,Refine(SQ8)"),
+        BuildOptions(RECIPE.factory, spill=True),
+        BuildOptions(RECIPE.factory, train_sample=2000),
         "embeddings",
     ],
 )
 def test_another_build_starts_anew(tmp_path, reader, watch, other, caplog):
     caplog.set_level("INFO")
     interrupt(watch, reader, tmp_path / "i", 5)
-    recipe = RECIPE if other == "embeddings" else other
+    options = RECIPE if other == "embeddings" else other
     source = embed(tmp_path / "e", seed=1) if other == "embeddings" else reader
-    build_index(source, tmp_path / "i", recipe)
+    build_index(source, tmp_path / "i", options)
     assert (watch.trainings, watch.blocks) == (1, 12)
     assert "removed from an unfinished build of something else" in caplog.text
-    build_index(source, tmp_path / "again", recipe)
+    build_index(source, tmp_path / "again", options)
     assert files_of(tmp_path / "i") == files_of(tmp_path / "again")
 
 
 def test_how_to_search_does_not_make_another_build(tmp_path, reader, watch):
     interrupt(watch, reader, tmp_path / "i", 5)
-    build_index(reader, tmp_path / "i", Recipe(RECIPE.factory, nprobe=3, k_factor=2))
+    build_index(reader, tmp_path / "i", BuildOptions(RECIPE.factory, nprobe=3, k_factor=2))
     assert (watch.trainings, watch.blocks) == (0, 7)
     assert ProductIndex.open(tmp_path / "i").settings == (3, 2)
 
@@ -232,7 +234,7 @@ def test_files_of_unknown_origin_go_on_only_where_they_have_not_changed(tmp_path
 
 def test_two_builders_of_one_place_are_told(tmp_path, reader, watch, whole):
     place, refused = tmp_path / "i", []
-    encode = Trained.encode
+    encode = TrainedQuantizers.encode
 
     def meanwhile(self, vectors):
         if watch.blocks == 3:
@@ -245,7 +247,7 @@ def test_two_builders_of_one_place_are_told(tmp_path, reader, watch, whole):
         return encode(self, vectors)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trained, "encode", meanwhile)
+        patch.setattr(TrainedQuantizers, "encode", meanwhile)
         build_index(reader, place, RECIPE)
     assert refused == [["i", "i.building"]]
     assert (watch.trainings, watch.blocks) == (1, 12)
@@ -275,7 +277,7 @@ def test_other_things_at_its_place_are_left_alone(tmp_path, reader):
 
 def test_a_target_that_is_not_reached_leaves_the_old_version_and_no_workspace(tmp_path, reader):
     build_index(reader, tmp_path / "i", RECIPE)
-    hopeless = Recipe("IVF32,PQ1x4fsr")
+    hopeless = BuildOptions("IVF32,PQ1x4fsr")
     with pytest.raises(ValueError, match=r"does not reach recall@10 of 0\.99 .* is not published"):
         build_index(reader, tmp_path / "i", hopeless, target=Target(0.99), overwrite=True)
     assert sorted(os.listdir(tmp_path)) == ["i"]

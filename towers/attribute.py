@@ -46,7 +46,7 @@ def levels(attribute: Attribute, value: Value) -> list[str]:
             return []
         return [f"{value:.15g}"]
     values = [value] if isinstance(value, str) else list(value)
-    if attribute.kind == "path":
+    if attribute.attribute_type == "path":
         values = [" > ".join(values[: depth + 1]) for depth in range(len(values))]
     return [value for value in values if value.strip()]
 

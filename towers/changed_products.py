@@ -16,7 +16,7 @@ from tritower.retrieval.index import ProductIndex
 from tritower.retrieval.updating.plan import known_digests
 from tritower.retrieval.updating.update import Embedded
 from tritower.retrieval.vectors.embeddings import EmbeddingReader, EmbeddingWriter
-from tritower.terminal.progress import counted
+from tritower.terminal.progress import show_progress
 from tritower.towers.embed import Options, ProductTable, as_it_is, embed_rows
 from tritower.towers.model_folder import load_model
 
@@ -64,7 +64,7 @@ class ChangedProducts:
 
 def _changed(table: Table, digests: np.ndarray, known: np.ndarray) -> np.ndarray:
     """(N,) bool: products whose content is not the one with the digest that is known of them."""
-    shards = counted(
+    shards = show_progress(
         table.shards,
         len(table),
         lambda shard: pq.read_metadata(shard).num_rows,

@@ -33,9 +33,10 @@ from tritower.towers.untrained import UntrainedTowers, as_modules, untrained_fea
 
 logger = logging.getLogger(__name__)
 
-KINDS = ("text", "image", "fused", "product:text", "product:image", "product:attribute")
+QUERY_TYPES = ("text", "image", "fused", "product:text", "product:image", "product:attribute")
 """Query types: a typed text, a photo, several modalities at once or a whole product, and a
-product of which only one modality is shown."""
+product of which only one modality is shown.
+"""
 
 
 ItemView = Callable[[Item], Item]
@@ -95,11 +96,11 @@ def embed(
         feature_cache: folder of features of frozen towers that training made.
         untrained: write features of the pretrained towers, too.
         product_view: what of a product is shown, e.g. to measure what happens without its pictures.
-        query_view: what of a query is shown; what a kind of query leaves out stays out.
+        query_view: what of a query is shown; what a query type leaves out stays out.
     """
     options = Options(batch_size, num_workers, accelerator, devices, precision)
     two_tower = load_model(model)
-    storage.read_manifest(catalogue, kind="catalogue")
+    storage.read_manifest(catalogue, artefact_type="catalogue")
     tables = {}
     for side in ("products", "queries"):
         if (catalogue / side).is_dir():
@@ -121,7 +122,7 @@ def embed(
     def write(name: str, data: Dataset[NumberedItems], table: Table, rows: np.ndarray) -> None:
         folder = output / name
         if (folder / storage.MANIFEST).is_file():
-            storage.verify(folder, kind="embeddings")
+            storage.verify(folder, artefact_type="embeddings")
         id_column = "product_id" if name == "products" else "query_id"
         about = {"model": storage.fingerprint(model), "catalogue": storage.fingerprint(catalogue)}
         writer = EmbeddingWriter(
@@ -140,7 +141,7 @@ def embed(
                 **about,
             )
         hints = {"model": str(model.resolve()), "catalogue": str(catalogue.resolve())}
-        before = Untrained(own_towers, untrained_writers)
+        before = UntrainedInputs(own_towers, untrained_writers)
         embed_rows(
             data, two_tower, table, rows_by_shard(table, rows), writer, hints, options, before
         )
@@ -170,7 +171,7 @@ def rows_by_shard(table: Table, rows: np.ndarray) -> dict[int, np.ndarray]:
 
 
 @dataclass(frozen=True)
-class Untrained:
+class UntrainedInputs:
     """Pretrained towers before training whose features are written beside the embeddings.
 
     Attributes:
@@ -190,7 +191,7 @@ def embed_rows(
     writer: EmbeddingWriter,
     hints: Mapping[str, str],
     options: Options,
-    untrained: Untrained | None = None,
+    untrained: UntrainedInputs | None = None,
 ) -> None:
     """Embed some rows of a table and finish their folder.
 
@@ -207,7 +208,7 @@ def embed_rows(
         untrained: pretrained towers whose features are written, too.
     """
     quiet_lightning()
-    untrained = untrained or Untrained()
+    untrained = untrained or UntrainedInputs()
     writers = [writer, *untrained.writers.values()]
     names = {shard: table.shards[shard].stem for shard in rows}
     missing = {
@@ -250,7 +251,7 @@ def all_items(tables: dict[str, Table], tuning: TuningQueries) -> Iterator[Item]
 
 
 def asked_as(item: Item) -> Iterator[tuple[str, Item]]:
-    """The kinds of query that a product can be asked as, and what each shows of it."""
+    """The query types that a product can be asked as, and what each shows of it."""
     yield "fused", item
     yield "product:text", Item(text=item.text)
     yield "product:image", Item(images=item.images)
@@ -271,9 +272,9 @@ class ProductTable(Dataset[NumberedItems]):
 
 
 class QueryTable(Dataset[NumberedItems]):
-    """Queries by row number, once for each kind that the row can be asked as.
+    """Queries by row number, once for each query type that the row can be asked as.
 
-    Numbered row * kinds + kind.
+    Numbered row * query types + query type.
     """
 
     def __init__(
@@ -286,10 +287,10 @@ class QueryTable(Dataset[NumberedItems]):
         self.source = index_in(queries.column("source_product_id"), products.column("product_id"))
 
     def __getitem__(self, rows: np.ndarray) -> NumberedItems:
-        return numbered_by_kind(rows, self.kinds, self.preprocess, self.view)
+        return numbered_by_query_type(rows, self.query_types, self.preprocess, self.view)
 
-    def kinds(self, row: int) -> Iterator[tuple[str, Item]]:
-        """The kinds that a query can be asked as, and what each shows."""
+    def query_types(self, row: int) -> Iterator[tuple[str, Item]]:
+        """The query types that a query can be asked as, and what each shows."""
         if self.source[row] < 0:
             item = query_item(self.queries.row(row))
             yield (
@@ -312,10 +313,10 @@ class TuningTable(Dataset[NumberedItems]):
         self.view = view
 
     def __getitem__(self, rows: np.ndarray) -> NumberedItems:
-        return numbered_by_kind(rows, self.kinds, self.preprocess, self.view)
+        return numbered_by_query_type(rows, self.query_types, self.preprocess, self.view)
 
-    def kinds(self, row: int) -> Iterator[tuple[str, Item]]:
-        """The kinds that a product asks as, and what each shows."""
+    def query_types(self, row: int) -> Iterator[tuple[str, Item]]:
+        """The query types that a product asks as, and what each shows."""
         item = product_item(self.products.row(row))
         yield from asked_as(item)
         typed = self.tuning.typed(row, item)
@@ -323,17 +324,17 @@ class TuningTable(Dataset[NumberedItems]):
             yield "text", typed
 
 
-def numbered_by_kind(
+def numbered_by_query_type(
     rows: np.ndarray,
-    kinds: Callable[[int], Iterable[tuple[str, Item]]],
+    query_types: Callable[[int], Iterable[tuple[str, Item]]],
     preprocess: ItemPreprocess,
     view: ItemView,
 ) -> NumberedItems:
-    """Rows once for each kind that they are asked as, numbered row * kinds + kind."""
+    """Rows once for each query type, numbered row * number of types + type."""
     asked = [
-        (int(row) * len(KINDS) + KINDS.index(kind), item)
+        (int(row) * len(QUERY_TYPES) + QUERY_TYPES.index(query_type), item)
         for row in rows
-        for kind, item in kinds(int(row))
+        for query_type, item in query_types(int(row))
     ]
     tensors = preprocess([view(item) for _, item in asked])
     return NumberedItems(tensors, torch.tensor([number for number, _ in asked], dtype=torch.int64))
@@ -454,7 +455,7 @@ class ShardWriter(L.Callback):
         """Collect; write what is complete."""
         self.pending.append(outputs)
         is_query = self.writer.id_column == "query_id"
-        last_row = int(outputs.row[-1]) // (len(KINDS) if is_query else 1)
+        last_row = int(outputs.row[-1]) // (len(QUERY_TYPES) if is_query else 1)
         shard = int(np.searchsorted(self.table.shard_starts, last_row, side="right")) - 1
         if last_row == self.rows[shard][-1]:
             self.write(shard, is_query)
@@ -475,7 +476,7 @@ class ShardWriter(L.Callback):
         self.unknown += int((~known).sum())
         start, stop = self.table.shard_starts[shard : shard + 2]
         wanted = len(self.rows[shard])
-        if len(seen := np.unique(row // (len(KINDS) if is_query else 1))) != wanted:
+        if len(seen := np.unique(row // (len(QUERY_TYPES) if is_query else 1))) != wanted:
             raise RuntimeError(
                 f"{len(seen)} of {wanted} rows of shard {shard} were encoded: nothing is written."
             )
@@ -484,19 +485,23 @@ class ShardWriter(L.Callback):
         )  # products that ask keep their ids
         ids = self.table.column(id_column)[start:stop].to_pylist()
         name = self.table.shards[shard].stem
-        numbers = row // (len(KINDS) if is_query else 1) - start
+        numbers = row // (len(QUERY_TYPES) if is_query else 1) - start
         own_ids = np.array([ids[number] for number in numbers], object)
         if is_query:
-            kinds = np.array([KINDS[number % len(KINDS)] for number in row], object)
+            query_types = np.array(
+                [QUERY_TYPES[number % len(QUERY_TYPES)] for number in row], object
+            )
         else:
-            kinds = None
+            query_types = None
         contents = None if is_query else product_digests(self.table.shards[shard])[row - start]
 
         def write_rows(writer: EmbeddingWriter, vectors: np.ndarray, some: np.ndarray) -> None:
             if not writer.done(name):
-                own_kinds = None if kinds is None else kinds[some].tolist()
+                own_query_types = None if query_types is None else query_types[some].tolist()
                 own_contents = None if contents is None else contents[some].tolist()
-                writer.write(name, own_ids[some].tolist(), vectors[some], own_kinds, own_contents)
+                writer.write(
+                    name, own_ids[some].tolist(), vectors[some], own_query_types, own_contents
+                )
 
         write_rows(self.writer, embedding, known if is_query else np.ones(len(row), bool))
         for tower, writer in self.untrained.items():

@@ -1,4 +1,4 @@
-"""After training: the model beside search without training, on held-out queries."""
+"""After training: compare the model with untrained search on held-out queries."""
 
 from __future__ import annotations
 
@@ -8,22 +8,28 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from tritower.datamodules.batch import Item, Side
 from tritower.datamodules.catalogue import product_item
+from tritower.datamodules.held_out import HeldOut
 from tritower.datamodules.held_out_rows import QueryRows
 from tritower.datamodules.preprocess import ItemPreprocess
 from tritower.datamodules.products import ProductDataModule
-from tritower.retrieval.evaluating.comparison import (
-    DEPTH,
-    Asked,
-    measure,
+from tritower.retrieval.evaluating.evaluation_queries import EvaluationQueries
+from tritower.retrieval.evaluating.metric_report import DEPTH, ranking_metrics
+from tritower.retrieval.evaluating.untrained_comparison import (
+    ComparedQueries,
     search_untrained,
     untrained_report,
 )
-from tritower.retrieval.evaluating.evaluation_queries import Questions
-from tritower.retrieval.evaluating.untrained import Untrained, number_features
-from tritower.retrieval.lexical.records import Record, record_of, record_of_kind, typed_record
+from tritower.retrieval.evaluating.untrained_inputs import (
+    NUMBERS,
+    UntrainedInputs,
+    number_features,
+    query_number_features,
+)
+from tritower.retrieval.lexical.records import Record, record_of, typed_record, visible_record
 from tritower.towers.encoding import to_device
 from tritower.towers.metric import to_score_space
 from tritower.towers.two_tower import TwoTower
@@ -31,91 +37,87 @@ from tritower.towers.untrained import UntrainedTowers, untrained_features
 from tritower.towers.validation import exact_search
 
 ENCODED_AT_ONCE = 256
+"""Items per forward pass."""
 
 
-class Query(NamedTuple):
-    """A held-out query in one of the kinds that it can be asked as.
+class TypedQuery(NamedTuple):
+    """A held-out query as one of its query types.
 
     Attributes:
         number: of the held-out query.
-        kind: see `tritower.retrieval.evaluating.evaluation_queries.KINDS`.
-        item: what is shown.
+        query_type: one of `tritower.retrieval.evaluating.evaluation_queries.QUERY_TYPES`.
+        item: the modalities that this query type contains.
     """
 
     number: int
-    kind: str
+    query_type: str
     item: Item
 
 
 def floor_report(
     model: TwoTower, data: ProductDataModule, split: str, towers: Mapping[Side, UntrainedTowers]
 ) -> dict[str, Any]:
-    """Hits of a model and of search without training, by exact search on a split.
+    """Metrics of a model and of untrained search, by exact search on a split.
 
-    Kinds of query of which the model reads nothing are left out.
+    Queries of which the model encodes nothing are left out.
 
     Args:
-        model: trained.
-        data: whose held-out queries of the split are set up.
+        model: the trained model.
+        data: its held-out queries of the split are set up.
         split: "val" or "test".
         towers: the pretrained towers of each side before training.
 
     Returns:
-        A report as of `tritower.retrieval.evaluating.evaluate`: queries, tasks (exact alone),
+        A report as `tritower.retrieval.evaluating.evaluate` makes it: queries, tasks (exact only),
         baselines, differences, chosen.
     """
     held_out = data.held_out[split]
     assert data.preprocess is not None
     model.eval()
+
+    # Products: embeddings of the model, and what untrained search reads of them.
     items = [product_item(data.products.row(row)) for row in held_out.candidates.tolist()]
     products = _encode(model, "product", data.preprocess.product, items, towers["product"])
     records, numbers = _records(items, data)
-    inputs = Untrained(
-        records, products.features | ({"numbers": number_features(numbers)} if numbers.size else {})
-    )
+    features = dict(products.features)
+    if numbers.size:
+        features[NUMBERS] = number_features(numbers)
+    product_inputs = UntrainedInputs(records, features)
 
-    asked = list(_queries(QueryRows(data.products, data.queries, held_out, data.preprocess.query)))
-    queries = _encode(
-        model, "query", data.preprocess.query, [query.item for query in asked], towers["query"]
-    )
-    read = queries.embedding.any(axis=1)  # of the others the model reads nothing
-    asked = [query for query, is_read in zip(asked, read, strict=True) if is_read]
-    features = {name: values[read] for name, values in queries.features.items()}
-    embedding = queries.embedding[read]
-    number = np.array([query.number for query in asked])
-    own = held_out.own[number]
-    trained = exact_search(embedding, products.embedding, own, k=DEPTH)
-    questions = Questions(
-        ids=np.array([str(query.number) for query in asked], object),
-        kinds=np.array([query.kind for query in asked], object),
-        vectors=embedding,
-        source=own,
-        relevant=held_out.relevant[number],
-        judged=held_out.judged[number],
-        grades=np.where(held_out.judged[number] >= 0, held_out.grade[number], 0.0).astype(
-            np.float64
-        ),
-        threshold=held_out.threshold,
-    )
-    shown = _shown(asked, own, inputs, features)
-    found = search_untrained(inputs, Asked(questions, shown, trained), None)
+    # Queries: each one in every query type that it can have.
+    rows = QueryRows(data.products, data.queries, held_out, data.preprocess.query)
+    queries = list(_typed_queries(rows))
+    query_items = [query.item for query in queries]
+    encoded = _encode(model, "query", data.preprocess.query, query_items, towers["query"])
+    is_encoded: NDArray[np.bool_] = encoded.embedding.any(axis=1)
+    queries = [queries[position] for position in np.flatnonzero(is_encoded)]
+    query_features = {name: values[is_encoded] for name, values in encoded.features.items()}
+    embedding = encoded.embedding[is_encoded]
+
+    evaluation_queries = _evaluation_queries(queries, embedding, held_out)
+    trained = exact_search(embedding, products.embedding, evaluation_queries.source, k=DEPTH)
+    query_inputs = _query_inputs(queries, evaluation_queries, product_inputs, query_features)
+    compared = ComparedQueries(evaluation_queries, query_inputs, trained)
+    untrained = search_untrained(product_inputs, compared, None)
+    counts = {}
     exact = {}
-    for kind in questions.all_kinds:
-        positions = questions.of_kind(kind)
-        part = questions.take(positions)
-        exact[kind] = measure(trained[positions], part.relevant, part.judged, part.grades)
+    for query_type in evaluation_queries.distinct_types:
+        positions = evaluation_queries.positions_of_type(query_type)
+        of_type = evaluation_queries.select(positions)
+        counts[query_type] = {"count": len(positions)}
+        exact[query_type] = ranking_metrics(trained[positions], of_type)
     return {
-        "queries": {kind: {"count": len(questions.of_kind(kind))} for kind in questions.all_kinds},
-        "asked": held_out.kind,
+        "queries": counts,
+        "origin": held_out.origin,
         "split": split,
         "tasks": {"exact": exact},
-        **untrained_report(questions, found, {"exact": trained}),
+        **untrained_report(evaluation_queries, untrained, {"exact": trained}),
     }
 
 
-class _Encoded(NamedTuple):
-    embedding: np.ndarray  # (n, D) float32, zeros where the model reads nothing of an item
-    features: dict[str, np.ndarray]  # name of a tower -> (n, F)
+class _EncodedItems(NamedTuple):
+    embedding: NDArray[np.float32]  # (n, D), zeros where the model encodes nothing of an item
+    features: dict[str, NDArray[Any]]  # name of a tower -> (n, F)
 
 
 @torch.inference_mode()
@@ -125,31 +127,30 @@ def _encode(
     preprocess: ItemPreprocess,
     items: Sequence[Item],
     towers: UntrainedTowers,
-) -> _Encoded:
+) -> _EncodedItems:
     """Embeddings of items, and features of pretrained towers before training."""
     encoder = model.query if side == "query" else model.product
     for tower in towers.values():
         tower.to(model.device).eval()
     embeddings = [np.zeros((0, model.embed_dim), np.float32)]
-    features: dict[str, list[np.ndarray]] = {name: [] for name in towers}
+    features: dict[str, list[NDArray[Any]]] = {name: [] for name in towers}
     stream = iter(items)
     while batch := list(islice(stream, ENCODED_AT_ONCE)):
         tensors = to_device(preprocess(batch), model.device)
         tensors, untrained = untrained_features(encoder, towers, tensors)
         encoded = encoder(tensors)
-        vectors = to_score_space(
-            encoded.embedding.float(), side, model.metric
-        ) * encoded.present.any(1, keepdim=True)
-        embeddings.append(vectors.cpu().numpy())
-        for name, found in untrained.items():
-            features[name].append(found.cpu().numpy())
-    return _Encoded(
-        np.concatenate(embeddings),
-        {name: np.concatenate(parts) for name, parts in features.items() if parts},
-    )
+        vectors = to_score_space(encoded.embedding.float(), side, model.metric)
+        has_any = encoded.present.any(1, keepdim=True)
+        embeddings.append((vectors * has_any).cpu().numpy())
+        for name, values in untrained.items():
+            features[name].append(values.cpu().numpy())
+    joined = {name: np.concatenate(parts) for name, parts in features.items() if parts}
+    return _EncodedItems(np.concatenate(embeddings), joined)
 
 
-def _records(items: Sequence[Item], data: ProductDataModule) -> tuple[list[Record], np.ndarray]:
+def _records(
+    items: Sequence[Item], data: ProductDataModule
+) -> tuple[list[Record], NDArray[np.float64]]:
     """Records for lexical search, and (n, A) numbers, NaN where missing."""
     title = data.schema.text[0] if data.schema.text else ""
     names = [attribute.name for attribute in data.schema.numbers]
@@ -158,47 +159,65 @@ def _records(items: Sequence[Item], data: ProductDataModule) -> tuple[list[Recor
     return records, np.array(numbers, np.float64).reshape(len(items), len(names))
 
 
-def _queries(rows: QueryRows) -> Iterator[Query]:
-    """Every held-out query in each kind that it can be asked as.
-
-    What no part of an item shows is left out.
-    """
+def _typed_queries(rows: QueryRows) -> Iterator[TypedQuery]:
+    """Every held-out query in each of its query types; types without content are left out."""
     for number in range(len(rows.held_out)):
         item = rows.item(number)
         if rows.held_out.own[number] < 0:
             if item.text and item.images:
-                kind = "fused"
+                query_type = "fused"
             elif item.images:
-                kind = "image"
+                query_type = "image"
             else:
-                kind = "text"
-            yield Query(number, kind, item)
+                query_type = "text"
+            yield TypedQuery(number, query_type, item)
             continue
-        yield Query(number, "fused", item)
+        yield TypedQuery(number, "fused", item)
         parts = {
             "product:text": Item(text=item.text),
             "product:image": Item(images=item.images),
             "product:attribute": Item(attributes=item.attributes),
         }
-        yield from (Query(number, kind, part) for kind, part in parts.items() if any(part))
+        for query_type, part in parts.items():
+            if any(part):
+                yield TypedQuery(number, query_type, part)
 
 
-def _shown(
-    asked: Sequence[Query], own: np.ndarray, products: Untrained, features: Mapping[str, np.ndarray]
-) -> Untrained:
-    """What search without training reads of the queries."""
+def _evaluation_queries(
+    queries: Sequence[TypedQuery], embedding: NDArray[np.float32], held_out: HeldOut
+) -> EvaluationQueries:
+    """The queries with their embeddings and judgements."""
+    number = np.array([query.number for query in queries])
+    judged = held_out.judged[number]
+    grades = np.where(judged >= 0, held_out.grade[number], 0.0)
+    return EvaluationQueries(
+        ids=np.array([str(query.number) for query in queries], object),
+        query_types=np.array([query.query_type for query in queries], object),
+        vectors=embedding,
+        source=held_out.own[number],
+        relevant=held_out.relevant[number],
+        judged=judged,
+        grades=grades.astype(np.float64),
+        threshold=held_out.threshold,
+    )
+
+
+def _query_inputs(
+    queries: Sequence[TypedQuery],
+    evaluation_queries: EvaluationQueries,
+    products: UntrainedInputs,
+    features: Mapping[str, NDArray[Any]],
+) -> UntrainedInputs:
+    """What untrained search reads of the queries."""
     records: list[Record] = []
-    for query, source in zip(asked, own.tolist(), strict=True):
-        text = next(iter(query.item.text.values()), "")
-        records.append(
-            record_of_kind(products.records[source], query.kind)
-            if source >= 0
-            else typed_record(text)
+    for query, source in zip(queries, evaluation_queries.source.tolist(), strict=True):
+        if source >= 0:
+            records.append(visible_record(products.records[source], query.query_type))
+        else:
+            records.append(typed_record(next(iter(query.item.text.values()), "")))
+    own_features = dict(features)
+    if NUMBERS in products.features:
+        own_features[NUMBERS] = query_number_features(
+            products.features[NUMBERS], evaluation_queries.source, evaluation_queries.query_types
         )
-    shown = dict(features)
-    if "numbers" in products.features:
-        shows_numbers = (own >= 0) & np.isin(
-            [query.kind for query in asked], ("fused", "product:attribute")
-        )
-        shown["numbers"] = np.where(shows_numbers[:, None], products.features["numbers"][own], 0)
-    return Untrained(records, shown)
+    return UntrainedInputs(records, own_features)

@@ -19,9 +19,9 @@ from tritower.datamodules.images import decode
 from tritower.towers.tower import Tower
 
 WHOLE_PICTURES = 0.9
-"""From this share of the training on, patches are no longer dropped:
+"""From this share of the training on, patches are no longer dropped.
 
-so a model is used to whole pictures.
+So a model is used to whole pictures.
 """
 
 Resize = Literal["pad", "crop", "squash"]
@@ -124,8 +124,8 @@ class ImageTower(Tower):
 
     Args:
         preprocess: of this tower.
-        mean: of each colour channel, 0 to 1.
-        std: of each colour channel.
+        mean: of each color channel, 0 to 1.
+        std: of each color channel.
     """
 
     mean: Tensor
@@ -185,8 +185,7 @@ class ImageTower(Tower):
         Done where the pixels are.
 
         Channels lie last in memory: convolutions keep that up and are faster with it (EfficientNet
-          on a CPU: 1.4 times,
-        forth and back); a ViT sees no difference.
+        on a CPU: 1.4 times, forth and back); a ViT sees no difference.
         """
         normal = (pixels.to(self.mean.dtype) / 255 - self.mean) / self.std
         return normal.contiguous(memory_format=torch.channels_last)
@@ -205,8 +204,8 @@ class TimmImage(ImageTower):
         resize: `pad` keeps the whole picture on white, `crop` takes the middle, `squash` changes
             the aspect ratio.
         interpolation: `nearest`, `bilinear`, `bicubic` or `lanczos`; null takes the model's own.
-        mean: of each colour channel, 0 to 1; null takes the model's own.
-        std: of each colour channel; null takes the model's own.
+        mean: of each color channel, 0 to 1; null takes the model's own.
+        std: of each color channel; null takes the model's own.
         augment: vary the pictures in training (crops of 70 to 100 %, mirrored at random).
         freeze: keep the weights as they are; their features can then be cached.
         freeze_lower: share of the blocks, from the input on, whose weights are kept; 0.5 takes

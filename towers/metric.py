@@ -12,10 +12,10 @@ from tritower.datamodules.batch import Side
 Metric = Literal["cosine", "kl"]
 """The measure that embeddings are compared by.
 
-cosine: unit embeddings as they are.
-kl: logits are sqrt(D) times the embedding, so that they vary by about 1, and a query lies next to
-    the products whose softmax has the least Kullback-Leibler divergence from its own. That is not
-    symmetric: a product may be near to a query that is far from it.
+cosine: unit embeddings as they are. kl: logits are sqrt(D) times the embedding, so that they vary
+by about 1, and a query lies next to the products whose softmax has the least Kullback-Leibler
+divergence from its own. That is not symmetric: a product may be near to a query that is far from
+it.
 """
 
 

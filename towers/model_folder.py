@@ -77,7 +77,7 @@ def save_model(
     if model.schema is None:
         raise ValueError("The model has no schema: train it first, or call set_schema.")
     about = {"metric": model.metric, "embed_dim": model.embed_dim, **(meta or {})}
-    with new_folder(folder, kind="model", meta=about, overwrite=overwrite) as new:
+    with new_folder(folder, artefact_type="model", meta=about, overwrite=overwrite) as new:
         encoders = {"product": model.product} | (
             {} if model.own_query is None else {"query": model.own_query}
         )
@@ -110,7 +110,7 @@ def load_model(folder: Path | str) -> TwoTower:
         ArtefactError: no model folder, a damaged one, or one of a newer release.
     """
     folder = Path(folder)
-    verify(folder, kind="model")
+    verify(folder, artefact_type="model")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if config["format"] > FORMAT:
         raise ArtefactError(
@@ -185,16 +185,17 @@ def _tuned_weights(model: TwoTower, untrained: Mapping[Side, UntrainedTowers]) -
 def _describe(encoder: Encoder, folder: Path) -> dict[str, Any]:
     towers = {}
     for name, tower in encoder.towers.items():
-        kind = type(tower).__name__
-        if TOWERS.get(kind) is not type(tower):
+        class_name = type(tower).__name__
+        if TOWERS.get(class_name) is not type(tower):
             raise ValueError(
-                f"A model folder cannot hold a {kind} tower. It can hold: {', '.join(TOWERS)}."
+                f"A model folder cannot hold a {class_name} tower. It can hold: "
+                f"{', '.join(TOWERS)}."
             )
         (folder / name).mkdir(parents=True)
         tower.save_assets(folder / name)
         arguments = tower.architecture()
         towers[name] = {
-            "class": kind,
+            "class": class_name,
             "arguments": arguments,
             "frozen": tower.frozen,
             "pretrained": tower.pretrained,

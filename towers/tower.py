@@ -16,8 +16,7 @@ class Tower(nn.Module):
     """Base of the towers of all modalities.
 
     Batch norms always use their running statistics: with those of the batch, a product's features
-      would depend on its
-    neighbours, and chunked encoding would not equal the whole batch.
+    would depend on its neighbours, and chunked encoding would not equal the whole batch.
 
     Attributes:
         out_dim: F, the size of the features.

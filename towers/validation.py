@@ -192,7 +192,7 @@ def unreadable_queries(
     unread = is_unread[is_encoded]
     if unread.all() and is_encoded.all():
         raise ValueError(
-            f"None of the {len(queries)} {split} queries ({queries.kind}) has anything that this "
+            f"None of the {len(queries)} {split} queries ({queries.origin}) has anything that this "
             f"model reads ({names}), so no model could be chosen by them: give it a tower for "
             "them, or the catalogue judged queries, groups or families."
         )

@@ -114,7 +114,7 @@ def measure_updates(index: ProductIndex, data: Path, work: Path) -> dict[str, An
         "deleted": report.deleted,
         "recall_before": report.before and report.before.recall,
         "recall_after": report.after and report.after.recall,
-        "verdict": report.verdict,
+        "recommendation": report.recommendation,
     }
 
 

@@ -9,10 +9,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-Point = Mapping[str, Any]
+OperatingPoint = Mapping[str, Any]
 
 
-def at_recall(points: Sequence[Point], level: float, name: str) -> float | None:
+def at_recall(points: Sequence[OperatingPoint], level: float, name: str) -> float | None:
     """A figure at a recall, between the two points around it.
 
     Its logarithm is linear in recall there.
@@ -38,7 +38,7 @@ def at_recall(points: Sequence[Point], level: float, name: str) -> float | None:
     return math.exp((1 - share) * math.log(below[1]) + share * math.log(above[1]))
 
 
-def cheapest(points: Sequence[Point], level: float) -> Point | None:
+def cheapest(points: Sequence[OperatingPoint], level: float) -> OperatingPoint | None:
     """The measured point of the most queries a second that has at least this recall."""
     return max((p for p in points if p["recall"] >= level), key=lambda p: p["qps"], default=None)
 

@@ -23,13 +23,12 @@ from unittest import mock
 import faiss
 import numpy as np
 
-import tritower.retrieval.building.build
 from benchmarks.compare.extras import measure_filters, measure_updates
 from benchmarks.compare.peers import (
     K_FACTORS,
-    PROBES,
+    NUM_QUERIES,
     Arm,
-    Point,
+    OperatingPoint,
     Rows,
     Stages,
     Task,
@@ -39,13 +38,15 @@ from benchmarks.compare.peers import (
     load_faiss,
     main,
 )
-from tritower.retrieval.building import resources
-from tritower.retrieval.building.build import Recipe, build_index
+from tritower.retrieval.building import faiss_index, ivf_pq_index, resources
+from tritower.retrieval.building.build import build_index
+from tritower.retrieval.building.choose_spec import choose_factory, default_nprobe, num_lists
+from tritower.retrieval.building.options import BuildOptions
 from tritower.retrieval.building.workspace import BLOCK_ROWS, Workspace
 from tritower.retrieval.index import ProductIndex
 from tritower.retrieval.ivf.encoded import GROUPING_BYTES
 from tritower.retrieval.ivf.operating_points import Target
-from tritower.retrieval.ivf.spec import choose_factory, default_nprobe, num_lists, parse_mapped
+from tritower.retrieval.ivf.spec import parse_ivf_pq
 from tritower.retrieval.vectors.embeddings import EmbeddingReader
 
 COLD = (0.95, 0.99)
@@ -59,12 +60,12 @@ class Ours(Arm):
     """An index of this project.
 
     Args:
-        recipe: how it is built.
+        options: how it is built.
         target: what it is built for, chosen by the tuning queries; None for the recipe as it is.
     """
 
-    def __init__(self, recipe: Recipe, target: Target | None = None) -> None:
-        self._recipe = recipe
+    def __init__(self, options: BuildOptions, target: Target | None = None) -> None:
+        self._recipe = options
         self._target = target
         self.packages = tuple(name for name in ("faiss-gpu", "faiss-cpu") if installed(name))
 
@@ -77,27 +78,27 @@ class Ours(Arm):
         faiss.omp_set_num_threads(task.threads)
         reader = EmbeddingReader(task.data / "embeddings")
         queries = None if self._target is None else EmbeddingReader(task.data / "tuning")
-        recipe = self._recipe
+        options = self._recipe
         if self._target is None and choose_factory(reader.count, reader.dim).factory == "Flat":
-            recipe = replace(
-                recipe, nprobe=default_nprobe(num_lists(reader.count))
+            options = replace(
+                options, nprobe=default_nprobe(num_lists(reader.count))
             )  # exact search is an arm of its own
         started = time.perf_counter()
         with stages_of_build() as stages:
             manifest = build_index(
-                reader, folder / "index", recipe, target=self._target, queries=queries
+                reader, folder / "index", options, target=self._target, queries=queries
             )
         stages["publish"] = (
             time.perf_counter() - started - sum(stages.values())
         )  # files, digests, reading back
-        design = parse_mapped(manifest.meta["factory"])
+        spec = parse_ivf_pq(manifest.meta["factory"])
         told: dict[str, Any] = {}
-        if design is not None:
+        if spec is not None:
             spill = manifest.meta["spill"]
             need = resources.predict(
                 reader.count,
                 reader.dim,
-                design,
+                spec,
                 spill=spill,
                 block=BLOCK_ROWS,
                 grouping=GROUPING_BYTES,
@@ -119,26 +120,26 @@ class Ours(Arm):
         self.lists = self.index.num_lists
         self.pinned = len(self._tuned())
 
-    def _tuned(self) -> list[Point]:
-        """The points that the build measured, for the kind of query that it was asked to suit."""
+    def _tuned(self) -> list[OperatingPoint]:
+        """The points that the build measured, for the query type that it was asked to suit."""
         if self.index.tuning is None or self._target is None:
             return []
         points = self.index.tuning.points
         front = points.get("query") or next(iter(points.values()))
         return [{"nprobe": point.nprobe, "k_factor": point.k_factor} for point in front]
 
-    def grid(self) -> Sequence[Sequence[Point]]:
+    def grid(self) -> Sequence[Sequence[OperatingPoint]]:
         """See `Arm`. Operating points of a tuned index, else nprobe times candidates."""
         if tuned := self._tuned():
             return [[point] for point in tuned]
         if self.lists is None:
             return [[{}]]
-        probes = [p for p in PROBES if p < self.lists] + [self.lists]
-        if self.index.engine.fine is None:
-            return [[{"nprobe": p}] for p in probes]
-        return [[{"nprobe": p, "k_factor": f} for f in K_FACTORS] for p in probes]
+        tuning_queries = [p for p in NUM_QUERIES if p < self.lists] + [self.lists]
+        if self.index.engine.refine is None:
+            return [[{"nprobe": p}] for p in tuning_queries]
+        return [[{"nprobe": p, "k_factor": f} for f in K_FACTORS] for p in tuning_queries]
 
-    def usual(self) -> Point:
+    def usual(self) -> OperatingPoint:
         """See `Arm`."""
         result = {}
         for name, value in self.index.settings._asdict().items():
@@ -150,7 +151,7 @@ class Ours(Arm):
         """See `Arm`."""
         faiss.omp_set_num_threads(count)
 
-    def search(self, queries: Vectors, k: int, point: Point) -> Rows:
+    def search(self, queries: Vectors, k: int, point: OperatingPoint) -> Rows:
         """See `Arm`."""
         settings = self.index.resolve(point.get("nprobe"), point.get("k_factor"))
         return self.index.search(queries, k, settings=settings).rows
@@ -189,15 +190,16 @@ def stages_of_build() -> Iterator[Stages]:
         return call
 
     places: list[tuple[Any, str, str]] = [
-        (tritower.retrieval.building.build, "uniform_sample", "sample"),
-        (tritower.retrieval.building.build, "take", "sample"),
-        (tritower.retrieval.building.build, "find_centroids", "train"),
-        (tritower.retrieval.building.build, "Predictor", "choose"),
-        (tritower.retrieval.building.build, "choose", "choose"),
-        (tritower.retrieval.building.build, "train", "train"),
-        (tritower.retrieval.building.build, "_train", "train"),
-        (tritower.retrieval.building.build, "_measure", "measure"),
-        (tritower.retrieval.building.build, "write_mapped", "lists"),
+        (faiss_index, "uniform_sample", "sample"),
+        (ivf_pq_index, "read_rows", "sample"),
+        (ivf_pq_index, "find_centroids", "train"),
+        (ivf_pq_index, "Predictor", "choose"),
+        (ivf_pq_index, "choose", "choose"),
+        (ivf_pq_index, "train", "train"),
+        (faiss_index, "_train", "train"),
+        (faiss_index, "tuned_settings", "measure"),
+        (ivf_pq_index, "tuned_settings", "measure"),
+        (ivf_pq_index, "write_ivf_pq", "lists"),
         (Workspace, "encode", "encode"),
         (EmbeddingReader, "check_unique", "ids"),
     ]
@@ -213,8 +215,7 @@ def search_cold(task: Task) -> dict[str, Any]:
     """Latency of single queries that start with none of the index's files in the page cache.
 
     Pages are dropped after opening, which reads files to verify them, and before anything of the
-    mapped parts is
-    touched: pages that a process has touched would stay.
+    mapped parts is touched: pages that a process has touched would stay.
     """
     assert task.options is not None
     queries = np.load(task.data / "queries.npy")
@@ -260,9 +261,9 @@ def extras(task: Task) -> dict[str, Any]:
 
 
 ARMS: dict[str, Callable[[], Arm]] = {
-    "ours": lambda: Ours(Recipe()),
-    "ours-spill": lambda: Ours(Recipe(spill=True)),
-    "ours-target": lambda: Ours(Recipe(), Target(0.95)),
+    "ours": lambda: Ours(BuildOptions()),
+    "ours-spill": lambda: Ours(BuildOptions(spill=True)),
+    "ours-target": lambda: Ours(BuildOptions(), Target(0.95)),
 }
 STAGES = {"cold": search_cold, "extras": extras}
 

@@ -3,10 +3,9 @@
     python -I benchmarks/compare/peers.py TASK.json
 
 This script stands alone: it needs NumPy and the library that it measures, nothing of this project,
-  so that each library
-runs in an environment of its own. TASK.json says what to do (`Task`); the answer is written to the
-file named there. Building and searching are two runs, so that the memory of one is not counted for
-the other. Linux only: memory is read from /proc.
+so that each library runs in an environment of its own. TASK.json says what to do (`Task`); the
+answer is written to the file named there. Building and searching are two runs, so that the memory
+of one is not counted for the other. Linux only: memory is read from /proc.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from numpy.typing import NDArray
 VERSION = 2
 """Of what is measured and how; results of another version are measured anew."""
 
-ENOUGH = 0.997
+MIN_RECALL_GAIN = 0.997
 """Recall after which nothing more demanding is tried."""
 
 SLOW_ENOUGH = 0.85
@@ -42,19 +41,19 @@ SLOW_ENOUGH = 0.85
 FLAT = 0.0005
 """The next step of a parameter must gain this much recall, or no further one is tried."""
 
-PROBES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+NUM_QUERIES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 EFS = (10, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 K_FACTORS = (2.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0)
 PER_CENTROID = 64
-"""Training vectors per list, and per value of an 8-bit code, for FAISS's own arms:
+"""Training vectors per list, and per value of an 8-bit code, for FAISS's own arms.
 
-its default, 256, takes longer.
+Its default, 256, takes longer.
 """
 
 BLOCK = 100_000
 Vectors = NDArray[np.float32]
 Rows = NDArray[np.int64]
-Point = dict[str, Any]
+OperatingPoint = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -175,14 +174,14 @@ class Arm:
         """Open what was built, for searching."""
         raise NotImplementedError
 
-    def grid(self) -> Sequence[Sequence[Point]]:
+    def grid(self) -> Sequence[Sequence[OperatingPoint]]:
         """Search settings to try.
 
         From cheap to expensive by the main parameter, and within that by the other one.
         """
         raise NotImplementedError
 
-    def usual(self) -> Point:
+    def usual(self) -> OperatingPoint:
         """Search settings for the measurement of memory."""
         grid = self.grid()
         middle = grid[len(grid) // 2]
@@ -192,7 +191,7 @@ class Arm:
         """Search with so many threads from now on."""
         raise NotImplementedError
 
-    def search(self, queries: Vectors, k: int, point: Point) -> Rows:
+    def search(self, queries: Vectors, k: int, point: OperatingPoint) -> Rows:
         """(Q, k) rows."""
         raise NotImplementedError
 
@@ -283,15 +282,15 @@ class FaissArm(Arm):
         self._ivf = None if ivf is None else faiss.downcast_index(ivf)
         self.lists = None if ivf is None else int(ivf.nlist)
 
-    def grid(self) -> Sequence[Sequence[Point]]:
+    def grid(self) -> Sequence[Sequence[OperatingPoint]]:
         """See `Arm`."""
         if self.lists is not None:
-            probes = [p for p in PROBES if p < self.lists] + [self.lists]
+            tuning_queries = [p for p in NUM_QUERIES if p < self.lists] + [self.lists]
             return [
                 [{"nprobe": p, "k_factor": f} for f in K_FACTORS]
                 if self._refine
                 else [{"nprobe": p}]
-                for p in probes
+                for p in tuning_queries
             ]
         if hasattr(self._index, "hnsw"):
             return [[{"efSearch": ef}] for ef in EFS]
@@ -303,7 +302,7 @@ class FaissArm(Arm):
 
         faiss.omp_set_num_threads(count)
 
-    def search(self, queries: Vectors, k: int, point: Point) -> Rows:
+    def search(self, queries: Vectors, k: int, point: OperatingPoint) -> Rows:
         """See `Arm`."""
         if "nprobe" in point:
             self._ivf.nprobe = point["nprobe"]
@@ -379,17 +378,17 @@ class AutoFaiss(FaissArm):
         infos = json.loads((folder / "infos.json").read_text(encoding="utf-8"))
         self._chosen: str = infos["index_param"]
 
-    def grid(self) -> Sequence[Sequence[Point]]:
+    def grid(self) -> Sequence[Sequence[OperatingPoint]]:
         """Its own choice first, then the same with other numbers of probes."""
-        name, values = ("nprobe", PROBES) if "nprobe=" in self._chosen else ("efSearch", EFS)
+        name, values = ("nprobe", NUM_QUERIES) if "nprobe=" in self._chosen else ("efSearch", EFS)
         others = [re.sub(rf"\b{name}=\d+", f"{name}={value}", self._chosen) for value in values]
         return [[{"parameters": text}] for text in dict.fromkeys([self._chosen, *others])]
 
-    def usual(self) -> Point:
+    def usual(self) -> OperatingPoint:
         """See `Arm`."""
         return {"parameters": self._chosen}
 
-    def search(self, queries: Vectors, k: int, point: Point) -> Rows:
+    def search(self, queries: Vectors, k: int, point: OperatingPoint) -> Rows:
         """See `Arm`."""
         import faiss
 
@@ -428,7 +427,7 @@ class HnswLib(Arm):
         self._index = importlib.import_module("hnswlib").Index(space="ip", dim=dim)
         self._index.load_index(str(folder / "index.bin"))
 
-    def grid(self) -> Sequence[Sequence[Point]]:
+    def grid(self) -> Sequence[Sequence[OperatingPoint]]:
         """See `Arm`."""
         return [[{"ef": ef}] for ef in EFS]
 
@@ -436,7 +435,7 @@ class HnswLib(Arm):
         """See `Arm`."""
         self._threads = count
 
-    def search(self, queries: Vectors, k: int, point: Point) -> Rows:
+    def search(self, queries: Vectors, k: int, point: OperatingPoint) -> Rows:
         """See `Arm`."""
         self._index.set_ef(point["ef"])
         return self._index.knn_query(queries, k, num_threads=self._threads)[0].astype(np.int64)
@@ -470,7 +469,7 @@ class USearch(Arm):
             str(folder / "index.usearch")
         )
 
-    def grid(self) -> Sequence[Sequence[Point]]:
+    def grid(self) -> Sequence[Sequence[OperatingPoint]]:
         """See `Arm`."""
         return [[{"expansion": ef}] for ef in EFS]
 
@@ -478,7 +477,7 @@ class USearch(Arm):
         """See `Arm`."""
         self._threads = count
 
-    def search(self, queries: Vectors, k: int, point: Point) -> Rows:
+    def search(self, queries: Vectors, k: int, point: OperatingPoint) -> Rows:
         """See `Arm`."""
         self._index.expansion_search = point["expansion"]
         keys = self._index.search(queries, k, threads=self._threads).keys
@@ -523,17 +522,17 @@ class ScaNN(Arm):
         self._index = importlib.import_module("scann").scann_ops_pybind.load_searcher(str(folder))
         self.lists = int(json.loads((folder / "leaves.json").read_text(encoding="utf-8")))
 
-    def grid(self) -> Sequence[Sequence[Point]]:
+    def grid(self) -> Sequence[Sequence[OperatingPoint]]:
         """See `Arm`."""
-        probes = [p for p in PROBES if p <= (self.lists or 0)]
-        return [[{"nprobe": p, "reorder": r} for r in (20, 40, 80, 160)] for p in probes]
+        tuning_queries = [p for p in NUM_QUERIES if p <= (self.lists or 0)]
+        return [[{"nprobe": p, "reorder": r} for r in (20, 40, 80, 160)] for p in tuning_queries]
 
     def threads(self, count: int) -> None:
         """See `Arm`."""
         self._threads = count
         self._index.set_num_threads(count)
 
-    def search(self, queries: Vectors, k: int, point: Point) -> Rows:
+    def search(self, queries: Vectors, k: int, point: OperatingPoint) -> Rows:
         """See `Arm`. One query at a time takes the call for single queries, without threads."""
         leaves = point["nprobe"]
         reorder = point["reorder"]
@@ -626,7 +625,7 @@ def measure(arm: Arm, task: Task) -> dict[str, Any]:
     points = sweep(arm, queries, exact, task)
     return {
         "open_s": round(opened, 3),
-        "hot_bytes": grown["RssAnon"],
+        "resident_bytes": grown["RssAnon"],
         "file_bytes": grown["RssFile"],
         "hot_at": usual,
         "lists": arm.lists,
@@ -636,22 +635,24 @@ def measure(arm: Arm, task: Task) -> dict[str, Any]:
     }
 
 
-def sweep(arm: Arm, queries: Vectors, exact: Rows, task: Task) -> list[Point]:
+def sweep(arm: Arm, queries: Vectors, exact: Rows, task: Task) -> list[OperatingPoint]:
     """All points that no other one beats in both recall and throughput, cheapest first."""
-    tried: list[Point] = []
+    tried: list[OperatingPoint] = []
     best = -1.0
     arm.threads(task.threads)
     for number, settings in enumerate(arm.grid()):
-        inner: list[Point] = []
+        inner: list[OperatingPoint] = []
         for point in settings:
             inner.append(_batch(arm, queries, exact, point, task))
             if len(inner) > 1 and inner[-1]["recall"] < inner[-2]["recall"] + FLAT:
                 break
         tried += inner
-        reached = max(point["recall"] for point in inner)
-        if number >= arm.pinned and (reached >= ENOUGH or reached < best + FLAT):
+        missed_targets = max(point["recall"] for point in inner)
+        if number >= arm.pinned and (
+            missed_targets >= MIN_RECALL_GAIN or missed_targets < best + FLAT
+        ):
             break
-        best = reached if number >= arm.pinned else best
+        best = missed_targets if number >= arm.pinned else best
     front = pareto(tried)
     arm.threads(1)
     worth = min(SLOW_ENOUGH, front[-1]["recall"])
@@ -666,7 +667,9 @@ def sweep(arm: Arm, queries: Vectors, exact: Rows, task: Task) -> list[Point]:
     return front
 
 
-def _batch(arm: Arm, queries: Vectors, exact: Rows, settings: Point, task: Task) -> Point:
+def _batch(
+    arm: Arm, queries: Vectors, exact: Rows, settings: OperatingPoint, task: Task
+) -> OperatingPoint:
     """Recall, and the best throughput of at least three batches where the budget allows."""
     first, rows = _timed(partial(arm.search, queries, task.k, settings))
     spent = first
@@ -683,7 +686,7 @@ def _batch(arm: Arm, queries: Vectors, exact: Rows, settings: Point, task: Task)
 
 
 def _singles(
-    arm: Arm, queries: Vectors, k: int, settings: Point, count: int, budget_s: float
+    arm: Arm, queries: Vectors, k: int, settings: OperatingPoint, count: int, budget_s: float
 ) -> list[float]:
     """Seconds of one query at a time, after a tenth to warm up.
 
@@ -705,13 +708,13 @@ def _singles(
 
 
 def recall_of(rows: Rows, exact: Rows) -> float:
-    """Mean share of the true neighbours that were found."""
+    """Mean share of the true neighbors that were found."""
     return float((rows[:, :, None] == exact[:, None, :]).any(axis=1).mean())
 
 
-def pareto(points: Sequence[Point]) -> list[Point]:
+def pareto(points: Sequence[OperatingPoint]) -> list[OperatingPoint]:
     """The points that no other one beats in both recall and qps, in the order of recall."""
-    front: list[Point] = []
+    front: list[OperatingPoint] = []
     for point in sorted(points, key=lambda p: (-p["recall"], -p["qps"])):
         if not front or point["qps"] > front[-1]["qps"]:
             front.append(point)

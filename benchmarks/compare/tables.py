@@ -62,7 +62,7 @@ def _builds(report: dict[str, Any]) -> Table:
         f"{data['n']:,} vectors of {data['dim']} dimensions, {machine['threads']} threads of "
         f"{machine['cpu']}",
         "per vector: disk; hot = growth of anonymous memory; touched = with codes, rows and "
-        "centres that are mapped. "
+        "centers that are mapped. "
         "peak: all pages, those of mapped files too",
     )
     for name in ("arm", *COLUMNS, "index"):
@@ -173,7 +173,7 @@ GROWING: dict[str, Callable[[dict[str, Any]], float | None]] = {
     "build s": lambda arm: arm["build"]["total_s"],
     "p50 ms at 0.95": lambda arm: arm["at"].get("0.95", {}).get("p50_ms"),
     "peak MB": lambda arm: arm["build"]["peak_rss_bytes"] / 1e6,
-    "hot MB": lambda arm: arm["search"]["hot_bytes"] / 1e6,
+    "hot MB": lambda arm: arm["search"]["resident_bytes"] / 1e6,
 }
 """What is followed over the number of vectors."""
 
@@ -224,7 +224,7 @@ def show_growth(reports: Sequence[dict[str, Any]], files: Sequence[Path]) -> int
     figure, plots = pyplot.subplots(
         1, len(found), figsize=(4 * len(found), 3.6), dpi=110, layout="constrained"
     )
-    colours = {
+    colors = {
         arm: f"C{i}"
         for i, arm in enumerate(dict.fromkeys(arm for arms in found.values() for arm in arms))
     }
@@ -234,12 +234,12 @@ def show_growth(reports: Sequence[dict[str, Any]], files: Sequence[Path]) -> int
                 cells = [f"{row['n']:,}", f"{row['value']:,.3f}", _number(row["exponent"], ".2f")]
                 table.add_row(what, arm, *cells, _number(row["times"], ".2f"))
             values = [row["value"] for row in rows]
-            axes.plot([row["n"] for row in rows], values, "o-", markersize=3, color=colours[arm])
+            axes.plot([row["n"] for row in rows], values, "o-", markersize=3, color=colors[arm])
         axes.set(xscale="log", yscale="log", xlabel="vectors", title=what)
         axes.grid(alpha=0.3)
     lines = [
-        Line2D([], [], color=colour, marker="o", markersize=3, label=arm)
-        for arm, colour in colours.items()
+        Line2D([], [], color=color, marker="o", markersize=3, label=arm)
+        for arm, color in colors.items()
     ]
     figure.legend(handles=lines, fontsize=7, frameon=False, loc="outside right upper")
     file = files[-1].with_name("growth.png")

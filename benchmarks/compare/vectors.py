@@ -1,9 +1,9 @@
-"""The vectors that all arms share: one float32 file, queries, exact neighbours, written once.
+"""The vectors that all arms share: one float32 file, queries, exact neighbors, written once.
 
 FOLDER/
     vectors.npy     (N, D) float32, unit length
     queries.npy     (Q, D) float32, what is measured with
-    exact.npy       (Q, 100) int64, their true neighbours by inner product, best first
+    exact.npy       (Q, 100) int64, their true neighbors by inner product, best first
     embeddings/     the same vectors as `index.py embed` writes them (float16), for our own arms
     tuning/         other queries, which indexes are chosen by; never measured with
     data.json       how they were made; written last
@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from tritower.artefacts import storage
 from tritower.retrieval.vectors.embeddings import EmbeddingReader, EmbeddingWriter
-from tritower.terminal.progress import counted
+from tritower.terminal.progress import show_progress
 
 DIM = 256
 LATENT = 10
@@ -42,7 +42,7 @@ Vectors = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class Source:
+class EncodedSource:
     """Where vectors come from.
 
     Attributes:
@@ -77,7 +77,7 @@ class Source:
         return work / f"{'synthetic' if self.real is None else self.real.name}-{self.n}-{digest}"
 
 
-def prepare(source: Source, folder: Path) -> dict[str, Any]:
+def prepare(source: EncodedSource, folder: Path) -> dict[str, Any]:
     """Write what is missing; returns what data.json says."""
     if not (folder / DATA_FILE).exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -96,7 +96,7 @@ def prepare(source: Source, folder: Path) -> dict[str, Any]:
     return data
 
 
-def synthetic(source: Source) -> tuple[Iterator[Vectors], Vectors, Vectors]:
+def synthetic(source: EncodedSource) -> tuple[Iterator[Vectors], Vectors, Vectors]:
     """Blocks of vectors and queries of `faiss.contrib.datasets.SyntheticDataset`, of unit length.
 
     The dataset draws the latent vectors of all rows before the map that stretches them. So the
@@ -133,7 +133,7 @@ def _between(blocks: Iterator[Vectors], first: int, last: int) -> Iterator[Vecto
             yield part
 
 
-def jittered(source: Source) -> tuple[Iterator[Vectors], Vectors, Vectors]:
+def jittered(source: EncodedSource) -> tuple[Iterator[Vectors], Vectors, Vectors]:
     """Blocks of real vectors, each of them as it is and then copies with noise.
 
     Queries and tuning queries.
@@ -184,11 +184,11 @@ def unit(vectors: NDArray[Any]) -> Vectors:
 
 
 def _write(
-    source: Source, folder: Path, blocks: Iterator[Vectors], queries: Vectors
+    source: EncodedSource, folder: Path, blocks: Iterator[Vectors], queries: Vectors
 ) -> tuple[NDArray[np.int64], str]:
     """Write vectors.npy and embeddings/.
 
-    Returns the true neighbours of the queries and a digest of the vectors.
+    Returns the true neighbors of the queries and a digest of the vectors.
     """
     depth = min(DEPTH, source.n)
     best = faiss.ResultHeap(len(queries), depth, keep_max=True)
@@ -198,8 +198,8 @@ def _write(
 
     def written() -> Iterator[Vectors]:
         first = 0
-        for block in counted(
-            blocks, source.n, len, "vectors and their exact neighbours", "vectors"
+        for block in show_progress(
+            blocks, source.n, len, "vectors and their exact neighbors", "vectors"
         ):
             file[first : first + len(block)] = block
             digest.update(block.tobytes())

@@ -62,20 +62,24 @@ class Reading:
             return self._clean(cell)
         return None
 
-    def attribute(self, kind: str, cell: Cell, columns: Columns) -> Value | None:
+    def attribute(self, attribute_type: str, cell: Cell, columns: Columns) -> Value | None:
         """The value of an attribute; None where it is missing."""
-        if kind in ("path", "set"):
-            separator = columns.path_separator if kind == "path" else columns.value_separator
+        if attribute_type in ("path", "set"):
+            separator = (
+                columns.path_separator if attribute_type == "path" else columns.value_separator
+            )
             parts = [clean for part in parse_list(cell, separator) if (clean := self._clean(part))]
-            return (parts if kind == "path" else list(dict.fromkeys(parts))) or None
+            return (parts if attribute_type == "path" else list(dict.fromkeys(parts))) or None
         if isinstance(cell, list) and len(cell) == 1:
             cell = cell[0]
         if cell is None or (isinstance(cell, str) and not cell.strip()):
             return None
         if not isinstance(cell, str):
             raise BadValue("NOT_A_VALUE", f"{excerpt(cell)} is not one value")
-        if kind in ("number", "price"):
-            return parse_number(cell, self.decimal, "price" if kind == "price" else "number")
+        if attribute_type in ("number", "price"):
+            return parse_number(
+                cell, self.decimal, "price" if attribute_type == "price" else "number"
+            )
         return self._clean(cell)
 
     def _clean(self, text: str) -> str | None:
@@ -225,14 +229,14 @@ def parse_attribute(
     Raises:
         ValueError: empty, or no number where the attribute is one; says what is expected.
     """
-    if attribute.kind in ("path", "set"):
-        parts = parse_list(text, ">" if attribute.kind == "path" else "|")
+    if attribute.attribute_type in ("path", "set"):
+        parts = parse_list(text, ">" if attribute.attribute_type == "path" else "|")
         if not parts:
             raise ValueError(f"{attribute.name}={text!r}: no value")
         return parts
     if not text.strip():
         raise ValueError(f"{attribute.name}={text!r}: no value")
-    if attribute.kind == "category":
+    if attribute.attribute_type == "category":
         return text.strip()
     try:
         value = parse_number(text, decimal)

@@ -211,7 +211,9 @@ def prepare(
         **policy._asdict(),
     }
     meta: dict[str, Any] = {"settings": settings}
-    with new_folder(output, kind="catalogue", meta=meta, overwrite=run.overwrite) as folder:
+    with new_folder(
+        output, artefact_type="catalogue", meta=meta, overwrite=run.overwrite
+    ) as folder:
         with _problem_log(folder, output) as log:
             preparation = Preparation(folder, log, reading, policy, run.num_workers)
             arrangement = preparation.products(table, roles, rows)

@@ -18,9 +18,9 @@ from tritower.datamodules.prepare.rows import Row
 from tritower.datamodules.prepare.tables import CatalogueError
 
 CHUNK = 32
-"""Records that a worker takes at once:
+"""Records that a worker takes at once.
 
-enough to pay for the way there and back, few enough to bound memory.
+Enough to pay for the way there and back, few enough to bound memory.
 """
 
 FEW = 512

@@ -21,7 +21,7 @@ ROWS_PER_SHARD = 4096
 ROWS_PER_GROUP = 256
 BYTES_PER_GROUP = 32 * 2**20
 
-_KINDS = {
+_ARROW_TYPES = {
     "number": pa.float64(),
     "category": pa.string(),
     "path": pa.list_(pa.string()),
@@ -44,7 +44,12 @@ def product_columns(text: Sequence[str], attributes: Sequence[Attribute]) -> pa.
         fields.append(("text", pa.struct([(name, pa.string()) for name in text])))
     fields.append(("images", pa.list_(pa.binary())))
     if attributes:
-        fields.append(("attributes", pa.struct([(a.name, _KINDS[a.kind]) for a in attributes])))
+        fields.append(
+            (
+                "attributes",
+                pa.struct([(a.name, _ARROW_TYPES[a.attribute_type]) for a in attributes]),
+            )
+        )
     return pa.schema(fields)
 
 
@@ -162,7 +167,7 @@ class ShardWriter:
 
     def __exit__(
         self,
-        kind: type[BaseException] | None,
+        error_type: type[BaseException] | None,
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:

@@ -189,14 +189,14 @@ def _splits(members: Members, roots: Sequence[int], policy: SplitPolicy) -> list
     ]
 
 
-def leaks(kind: Iterable[tuple[Hashable, str, str]]) -> dict[str, object]:
+def leaks(entries: Iterable[tuple[Hashable, str, str]]) -> dict[str, object]:
     """Keys that stand in more than one split, as plain data for the report.
 
     Args:
-        kind: key, split and id of every product or query.
+        entries: key, split and id of every product or query.
     """
     found: dict[Hashable, dict[str, list[str]]] = defaultdict(dict)
-    for key, split, id in kind:
+    for key, split, id in entries:
         ids = found[key].setdefault(split, [])
         if len(ids) < 3:
             ids.append(id)

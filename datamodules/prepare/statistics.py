@@ -44,17 +44,17 @@ class AttributeStatistics:
     def _attribute(self, column: Column) -> Attribute:
         train = self.rows[True] > 0
         share = self.present[column.name, train] / max(self.rows[train], 1)
-        kind = "number" if column.role == "price" else column.role
-        assert kind in ("number", "category", "path", "set")
+        attribute_type = "number" if column.role == "price" else column.role
+        assert attribute_type in ("number", "category", "path", "set")
         described = np.array(self.values[column.name, train])
-        if kind != "number" or not len(described):
-            return Attribute(column.name, kind, present=share)
+        if attribute_type != "number" or not len(described):
+            return Attribute(column.name, attribute_type, present=share)
         others = self.values[column.name, not train]
         log = min(described.min(), min(others, default=0.0)) >= 0 and _is_skewed(described)
         scaled = np.log1p(described) if log else described
         return Attribute(
             column.name,
-            kind,
+            attribute_type,
             log=bool(log),
             mean=float(scaled.mean()),
             std=float(scaled.std()) or 1.0,

@@ -68,7 +68,9 @@ def summary(report: Report, seconds: float, output: Path) -> dict[str, str]:
     products = report["products"]
     queries = report["queries"]
     leaking = [
-        f"{kind} {leak['count']:,}" for kind, leak in report["leaks"].items() if leak["count"]
+        f"{leak_type} {leak['count']:,}"
+        for leak_type, leak in report["leaks"].items()
+        if leak["count"]
     ]
     facts = {
         "products": f"{report['accepted']:,}, with picture {products['with_picture']:,}, with text "

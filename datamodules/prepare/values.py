@@ -75,28 +75,28 @@ class Number(str):
 
 
 def parse_number(
-    text: str, decimal: Decimal = "auto", kind: Literal["number", "price"] = "number"
+    text: str, decimal: Decimal = "auto", role: Literal["number", "price"] = "number"
 ) -> float:
     """The number that a cell says.
 
     Currency signs, spaces and apostrophes between groups of digits, thousands separators of either
-    kind and an exponent are understood. With `decimal="auto"` a text with two readings is refused:
+    role and an exponent are understood. With `decimal="auto"` a text with two readings is refused:
     `1,600` may be 1600 or 1.6.
 
     Args:
         text: the cell, not empty.
         decimal: the decimal sign, where it is known.
-        kind: a `price` is above 0 and at most 1e9; a `number` is within +-1e15. Also the first word
+        role: a `price` is above 0 and at most 1e9; a `number` is within +-1e15. Also the first word
             of the codes.
 
     Raises:
         BadValue: {PRICE,NUMBER}_{UNPARSEABLE,AMBIGUOUS,OUT_OF_RANGE}.
     """
-    prefix = kind.upper()
+    prefix = role.upper()
     value = float(text) if isinstance(text, Number) else _read_number(text.strip(), decimal, prefix)
-    low, high = (0.0, MAX_PRICE) if kind == "price" else (-MAX_NUMBER, MAX_NUMBER)
-    if not math.isfinite(value) or value > high or value < low or (kind == "price" and value == 0):
-        bounds = f"above 0 and at most {high:g}" if kind == "price" else f"within ±{high:g}"
+    low, high = (0.0, MAX_PRICE) if role == "price" else (-MAX_NUMBER, MAX_NUMBER)
+    if not math.isfinite(value) or value > high or value < low or (role == "price" and value == 0):
+        bounds = f"above 0 and at most {high:g}" if role == "price" else f"within ±{high:g}"
         raise BadValue(f"{prefix}_OUT_OF_RANGE", f"{excerpt(text)} is not {bounds}")
     return value
 

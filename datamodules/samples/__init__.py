@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from tritower.datamodules.samples.facts import HUES, KINDS, PATTERNS, Thing, colourway
+from tritower.datamodules.samples.facts import HUES, PATTERNS, PRODUCT_TYPES, Thing, colourway
 from tritower.datamodules.samples.listings import Listing, draw_listings, evidence
 from tritower.datamodules.samples.oracle import oracle
 from tritower.datamodules.samples.pictures import photograph
@@ -223,9 +223,9 @@ def _watch(drawn: Iterable[None], total: int) -> None:
 def draw_picture(picture: Picture) -> None:
     """Write one picture."""
     thing = picture.thing
-    hue, pattern = colourway(thing.kind, thing.shape, thing.colourway)
+    hue, pattern = colourway(thing.product_type, thing.shape, thing.colourway)
     data = photograph(
-        KINDS[thing.kind].shapes[thing.shape],
+        PRODUCT_TYPES[thing.product_type].shapes[thing.shape],
         HUES[hue].word,
         PATTERNS[pattern].word,
         size=picture.size,

@@ -3,7 +3,7 @@
 Which facts a product has, and where each of them can be seen.
 
 A *thing* is what somebody makes; a *listing* is one seller's offer of it, one row of the catalogue.
-Every fact of a thing stands in one modality only, but for its kind, which all three show::
+Every fact of a thing stands in one modality only, but for its type, which all three show::
 
     picture     shape, colourway (a hue with a pattern)
     text        material, size
@@ -22,9 +22,9 @@ from typing import NamedTuple
 import numpy as np
 
 SPLITS = ("train",) * 7 + ("val",) + ("test",) * 2
-"""The split of a family is `SPLITS[family % 10]`:
+"""The split of a family is `SPLITS[family % 10]`.
 
-things of val and test are combinations that training never saw.
+Things of val and test are combinations that training never saw.
 """
 
 
@@ -37,8 +37,8 @@ class Words(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Kind:
-    """One kind of product.
+class ProductType:
+    """One type of product.
 
     Attributes:
         noun: what titles call it.
@@ -57,8 +57,8 @@ class Kind:
     price: float
 
 
-KINDS = (
-    Kind(
+PRODUCT_TYPES = (
+    ProductType(
         noun=Words("mug", "cup", "杯子"),
         path=("Kitchen", "Drinkware"),
         shapes=("handled", "bowl", "tumbler"),
@@ -70,7 +70,7 @@ KINDS = (
         ),
         price=18.0,
     ),
-    Kind(
+    ProductType(
         noun=Words("lamp", "light", "灯"),
         path=("Home", "Lighting"),
         shapes=("table", "pendant", "globe"),
@@ -82,7 +82,7 @@ KINDS = (
         ),
         price=55.0,
     ),
-    Kind(
+    ProductType(
         noun=Words("bag", "carryall", "包"),
         path=("Fashion", "Luggage"),
         shapes=("tote", "backpack", "crescent"),
@@ -94,7 +94,7 @@ KINDS = (
         ),
         price=70.0,
     ),
-    Kind(
+    ProductType(
         noun=Words("chair", "seat", "椅子"),
         path=("Home", "Seating"),
         shapes=("upright", "armchair", "swivel"),
@@ -165,9 +165,9 @@ FEATURES = {
 }
 
 CHOICES = 3
-"""Shapes, materials and uses of a kind, colourways of a shape, sizes:
+"""Shapes, materials and uses of a type, colourways of a shape, sizes.
 
-three of each, all equally frequent.
+Three of each, all equally frequent.
 """
 
 BRANDS_PER_USE = 5
@@ -177,26 +177,26 @@ BRAND_SHARES = (
 """(5,) float64: a few brands make most things and many make few (Zipf)."""
 
 PRICE_SPREAD = 0.2
-"""Standard deviation of log prices between things of one kind."""
+"""Standard deviation of log prices between things of one type."""
 
 PRICE_NOISE = 0.2
 """Standard deviation of log prices between sellers of one thing."""
 
 
-def colourway(kind: int, shape: int, code: int) -> tuple[int, int]:
+def colourway(product_type: int, shape: int, code: int) -> tuple[int, int]:
     """Hue and pattern (positions in `HUES`, `PATTERNS`) of a shape's colourway.
 
     The first is plain, all hues differ.
     """
-    silhouette = 3 * kind + shape
+    silhouette = 3 * product_type + shape
     hue = (3 * silhouette + (0, 3, 5)[code]) % len(HUES)
     return hue, 0 if code == 0 else 1 + (silhouette + 2 * code) % (len(PATTERNS) - 1)
 
 
-def brand_name(kind: int, use: int, brand: int) -> str:
-    """The name of a brand; every use of every kind has brands of its own."""
+def brand_name(product_type: int, use: int, brand: int) -> str:
+    """The name of a brand; every use of every type has brands of its own."""
     starts = ("Nor", "Vel", "Tam", "Ori", "Kes", "Lum", "Bra", "Sol", "Fen", "Hal")
-    number = 12 * brand + 3 * kind + use
+    number = 12 * brand + 3 * product_type + use
     return starts[number % 10] + ("vik", "mora", "dale", "quist", "berg", "ando")[number // 10]
 
 
@@ -204,7 +204,7 @@ class Thing(NamedTuple):
     """A thing that is sold. All fields but `log_price` are codes or numbers of families."""
 
     family: int
-    kind: int
+    product_type: int
     shape: int
     colourway: int
     material: int
@@ -219,14 +219,14 @@ class Thing(NamedTuple):
         return SPLITS[self.family % len(SPLITS)]
 
     def words(self) -> Mapping[str, Words]:
-        """The words of the facts that people ask for: fact -> words, the kind first."""
-        kind = KINDS[self.kind]
-        hue, pattern = colourway(self.kind, self.shape, self.colourway)
+        """The words of the facts that people ask for: fact -> words, the type first."""
+        product_type = PRODUCT_TYPES[self.product_type]
+        hue, pattern = colourway(self.product_type, self.shape, self.colourway)
         return {
-            "kind": kind.noun,
+            "type": product_type.noun,
             "hue": HUES[hue],
             "pattern": PATTERNS[pattern],
-            "material": MATERIALS[kind.materials[self.material]],
+            "material": MATERIALS[product_type.materials[self.material]],
             "size": SIZES[self.size],
-            "use": kind.uses[self.use],
+            "use": product_type.uses[self.use],
         }

@@ -12,9 +12,9 @@ from tritower.datamodules.samples.facts import (
     BRANDS_PER_USE,
     CHOICES,
     FEATURES,
-    KINDS,
     PRICE_NOISE,
     PRICE_SPREAD,
+    PRODUCT_TYPES,
     Thing,
     brand_name,
 )
@@ -59,8 +59,11 @@ class Listing(NamedTuple):
     @property
     def category(self) -> tuple[str, str, str]:
         """Three levels, root first; the last one tells the use."""
-        kind = KINDS[self.thing.kind]
-        return (*kind.path, f"{kind.uses[self.thing.use].word.capitalize()} {kind.noun.word}s")
+        product_type = PRODUCT_TYPES[self.thing.product_type]
+        return (
+            *product_type.path,
+            f"{product_type.uses[self.thing.use].word.capitalize()} {product_type.noun.word}s",
+        )
 
 
 class Offer(NamedTuple):
@@ -91,8 +94,8 @@ def draw_listings(products: int, seed: int) -> list[Listing]:
 
 def draw_family(family: int, rng: np.random.Generator) -> list[Thing]:
     """One to three variants of one style: they differ in colourway, or in size, and in price."""
-    kind, shape, material, use = (
-        int(rng.integers(count)) for count in (len(KINDS), CHOICES, CHOICES, CHOICES)
+    product_type, shape, material, use = (
+        int(rng.integers(count)) for count in (len(PRODUCT_TYPES), CHOICES, CHOICES, CHOICES)
     )
     brand = int(rng.choice(BRANDS_PER_USE, p=BRAND_SHARES))
     colourways = rng.permutation(CHOICES).tolist()
@@ -102,19 +105,29 @@ def draw_family(family: int, rng: np.random.Generator) -> list[Thing]:
     else:
         variants = [(colourways[0], size) for size in sizes]
     return [
-        Thing(family, kind, shape, colourway, material, size, use, brand, _log_price(kind, rng))
+        Thing(
+            family,
+            product_type,
+            shape,
+            colourway,
+            material,
+            size,
+            use,
+            brand,
+            _log_price(product_type, rng),
+        )
         for colourway, size in variants[: rng.integers(1, len(variants) + 1)]
     ]
 
 
-def _log_price(kind: int, rng: np.random.Generator) -> float:
-    return float(np.log(KINDS[kind].price) + PRICE_SPREAD * rng.standard_normal())
+def _log_price(product_type: int, rng: np.random.Generator) -> float:
+    return float(np.log(PRODUCT_TYPES[product_type].price) + PRICE_SPREAD * rng.standard_normal())
 
 
 def _listing(product_id: str, offer: Offer, rng: np.random.Generator) -> Listing:
     thing = offer.thing
     missing = {field for field, share in MISSING.items() if rng.random() < share}
-    use = KINDS[thing.kind].uses[thing.use].word
+    use = PRODUCT_TYPES[thing.product_type].uses[thing.use].word
     pictures = [
         f"{product_id}.jpg",
         *([f"{product_id}_2.jpg"] if rng.random() < SECOND_VIEW else []),
@@ -128,7 +141,9 @@ def _listing(product_id: str, offer: Offer, rng: np.random.Generator) -> Listing
         seller=offer.seller,
         text=write_text(thing.words(), offer.seller, "description" not in missing, rng),
         pictures=() if "picture" in missing else tuple(pictures),
-        brand=None if "brand" in missing else brand_name(thing.kind, thing.use, thing.brand),
+        brand=None
+        if "brand" in missing
+        else brand_name(thing.product_type, thing.use, thing.brand),
         price=None if "price" in missing else price,
         features=() if "features" in missing else tuple(features),
     )
@@ -148,9 +163,9 @@ def evidence(listings: Sequence[Listing]) -> dict[str, Evidence]:
         for fact in ("material", "size")
     }
     shown = {
-        "text": {"kind": everywhere, **written},
-        "image": {"kind": pictured, "shape": pictured, "colourway": pictured},
-        "attribute": {"kind": everywhere, "use": everywhere, "brand": branded},
+        "text": {"type": everywhere, **written},
+        "image": {"type": pictured, "shape": pictured, "colourway": pictured},
+        "attribute": {"type": everywhere, "use": everywhere, "brand": branded},
     }
     nothing = np.full(len(listings), np.nan)
     result = {}
@@ -168,7 +183,7 @@ def _prices(listings: Sequence[Listing]) -> np.ndarray:
         [
             np.nan
             if listing.price is None
-            else np.log(listing.price / KINDS[listing.thing.kind].price) / spread
+            else np.log(listing.price / PRODUCT_TYPES[listing.thing.product_type].price) / spread
             for listing in listings
         ]
     )

@@ -5,16 +5,15 @@ The recall of a ranking that knows how it was made.
 For one listing, the oracle ranks all others by the likelihood ratio of "the same thing" against
 "two things drawn independently", given the facts that both listings show in some modalities. A fact
 shown by only one of them says nothing. One that both show says `-log share` where they agree, the
-share being how many things of that kind have the value, and rules the pair out where they differ.
-Two log prices x, y of one kind are jointly normal with correlation r = spread² / (spread² + noise²)
+share being how many things of that type have the value, and rules the pair out where they differ.
+Two log prices x, y of one type are jointly normal with correlation r = spread² / (spread² + noise²)
 if the thing is the same, and independent if not::
 
     log ratio = -log(1 - r²) / 2 - (r² x² - 2 r x y + r² y²) / (2 (1 - r²))          (x, y
     standardised)
 
 Listings with equal ratios stand in random order, so recall is an expectation, and it is exact: of T
-  equal listings with
-A above them, each is among the first k with chance min(1, max(0, (k - A) / T)).
+equal listings with A above them, each is among the first k with chance min(1, max(0, (k - A) / T)).
 """
 
 from __future__ import annotations
@@ -28,9 +27,9 @@ import numpy as np
 from tritower.datamodules.samples.facts import (
     BRAND_SHARES,
     CHOICES,
-    KINDS,
     PRICE_NOISE,
     PRICE_SPREAD,
+    PRODUCT_TYPES,
 )
 
 SUBSETS = tuple(
@@ -39,14 +38,14 @@ SUBSETS = tuple(
 """The seven ways to look at a listing."""
 
 SHARES = {
-    "kind": np.full(len(KINDS), 1 / len(KINDS)),
+    "type": np.full(len(PRODUCT_TYPES), 1 / len(PRODUCT_TYPES)),
     **{
         fact: np.full(CHOICES, 1 / CHOICES)
         for fact in ("shape", "colourway", "material", "size", "use")
     },
     "brand": BRAND_SHARES,
 }
-"""Fact -> (V,) float64 share of things of a kind (of a use, for brands) that have each value."""
+"""Fact -> (V,) float64 share of things of a type (of a use, for brands) that have each value."""
 
 UNKNOWN = -1
 
@@ -57,7 +56,7 @@ class Evidence:
 
     Attributes:
         codes: fact -> (N,) int64 value, `UNKNOWN` where it is not shown.
-        price: (N,) float64 log price, standardised among the listings of a kind; NaN where it is
+        price: (N,) float64 log price, standardised among the listings of a type; NaN where it is
             not shown.
     """
 

@@ -152,7 +152,7 @@ TEXTURES: dict[str, Texture] = {
     "zigzag": lambda x, y: (y + abs(x % 24 - 12)) % 18 < 7,
     "two-tone": lambda x, y: y > 68,
 }
-"""Where the second colour of a pattern is.
+"""Where the second color of a pattern is.
 
 X and y are float64 arrays in hundredths of the drawing.
 """
@@ -182,7 +182,7 @@ def drawing(shape: str, hue: str, pattern: str) -> Image.Image:
 
 
 def _body(colour: np.ndarray, texture: Texture) -> np.ndarray:
-    """(DRAWING, DRAWING, 3) float64 surface of a body: two colours, lit from the left."""
+    """(DRAWING, DRAWING, 3) float64 surface of a body: two colors, lit from the left."""
     dark = colour @ (0.299, 0.587, 0.114) < 165
     second = np.array(CREAM, float) if dark else 0.35 * colour
     y, x = (np.mgrid[:DRAWING, :DRAWING] + 0.5) / UNIT

@@ -3,7 +3,7 @@
 A query asks for the facts that it shows, and its judgements cover the whole catalogue, also facts
 that a listing holds without saying so. Grade 3 is an answer in full:
 
-* **text**: all asked facts hold. With five or six asked, 2 = all but one, 1 = all but two; the kind
+* **text**: all asked facts hold. With five or six asked, 2 = all but one, 1 = all but two; the type
   must hold.
 * **image**, a new photo: same shape and colourway; 2 = the shape alone.
 * **product**, one listing: the same thing from another seller; 2 = another variant of its style.
@@ -23,7 +23,7 @@ from tritower.datamodules.samples.listings import Listing
 from tritower.datamodules.samples.text import write_query
 
 ASKED = {"hue": 0.3, "pattern": 0.2, "material": 0.2, "size": 0.15, "use": 0.15}
-"""Facts that people ask for besides the kind, and how often they come to mind."""
+"""Facts that people ask for besides the type, and how often they come to mind."""
 
 ASKED_COUNT = {2: 0.3, 3: 0.4, 4: 0.2, 5: 0.1}
 """How many of them a query names."""
@@ -68,7 +68,7 @@ def draw_queries(listings: Sequence[Listing], seed: int) -> list[Query]:
 def text_queries(listings: Sequence[Listing], count: int, rng: np.random.Generator) -> list[Query]:
     """Up to `count` combinations of facts that some listing has, each with other matches."""
     words = [listing.thing.words() for listing in listings]
-    truth = {fact: np.array([w[fact].word for w in words]) for fact in ("kind", *ASKED)}
+    truth = {fact: np.array([w[fact].word for w in words]) for fact in ("type", *ASKED)}
     answered_before: set[bytes] = set()
     queries: list[Query] = []
     for _ in range(20 * count):  # small catalogues run out of combinations
@@ -77,7 +77,7 @@ def text_queries(listings: Sequence[Listing], count: int, rng: np.random.Generat
         source = int(rng.integers(len(listings)))
         number = rng.choice(list(ASKED_COUNT), p=list(ASKED_COUNT.values()))
         facts = [
-            "kind",
+            "type",
             *rng.choice(list(ASKED), number, replace=False, p=list(ASKED.values())).tolist(),
         ]
         grades = text_grades({fact: truth[fact] == words[source][fact].word for fact in facts})
@@ -104,12 +104,12 @@ def text_grades(holds: dict[str, np.ndarray]) -> np.ndarray:
     """(N,) grades from fact -> (N,) bool: whether the asked fact holds for each listing."""
     matched = np.sum(list(holds.values()), axis=0)
     grades = 3 - (len(holds) - matched)
-    return np.where(holds["kind"] & (matched >= min(len(holds), 4)), grades, 0).clip(0)
+    return np.where(holds["type"] & (matched >= min(len(holds), 4)), grades, 0).clip(0)
 
 
 def image_queries(listings: Sequence[Listing], count: int, rng: np.random.Generator) -> list[Query]:
     """New photos of up to `count` things of val and test."""
-    shape = np.array([(listing.thing.kind, listing.thing.shape) for listing in listings])
+    shape = np.array([(listing.thing.product_type, listing.thing.shape) for listing in listings])
     colourway = np.array([listing.thing.colourway for listing in listings])
     sources = rng.permutation(_one_per_thing(listings))[:count].tolist()
     queries: list[Query] = []

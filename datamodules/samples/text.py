@@ -37,15 +37,15 @@ class Style(NamedTuple):
 
 
 STYLES = (
-    Style("en", "size material kind"),
-    Style("en", "kind material size", ", "),
-    Style("en", "extra size material kind"),
-    Style("en", "kind material size extra extra"),
-    Style("en", "extra size material kind extra", capitals=True),
-    Style("en", "material kind size", " - "),
-    Style("en", "extra material kind size", " | "),
-    Style("zh", "extra size material kind", ""),
-    Style("zh-en", "size material kind", " "),
+    Style("en", "size material type"),
+    Style("en", "type material size", ", "),
+    Style("en", "extra size material type"),
+    Style("en", "type material size extra extra"),
+    Style("en", "extra size material type extra", capitals=True),
+    Style("en", "material type size", " - "),
+    Style("en", "extra material type size", " | "),
+    Style("zh", "extra size material type", ""),
+    Style("zh-en", "size material type", " "),
 )
 """Sellers by number. They differ in nothing else."""
 
@@ -93,7 +93,7 @@ def write_text(
 ) -> Text:
     """Title and description by one seller.
 
-    Only facts of `IN_TITLE` are ever mentioned, and the kind always.
+    Only facts of `IN_TITLE` are ever mentioned, and the type always.
 
     Args:
         facts: fact -> its words.
@@ -102,7 +102,7 @@ def write_text(
         rng: decides words and order.
     """
     style = STYLES[seller]
-    in_title = {"kind"} | {fact for fact, share in IN_TITLE.items() if rng.random() < share}
+    in_title = {"type"} | {fact for fact, share in IN_TITLE.items() if rng.random() < share}
     title = _title(style, {fact: facts[fact] for fact in in_title}, rng)
     if not described:
         return Text(title, "", frozenset(in_title))
@@ -159,7 +159,7 @@ def write_query(facts: Mapping[str, Words], language: str, rng: np.random.Genera
 
     `blue striped ceramic mug`.
     """
-    order = ("size", "hue", "pattern", "material", "use", "kind")
+    order = ("size", "hue", "pattern", "material", "use", "type")
     if rng.random() < 0.25:
-        order = ("kind", "material", "size", "hue", "pattern", "use")
+        order = ("type", "material", "size", "hue", "pattern", "use")
     return ("" if language == "zh" else " ").join(_in_order(order, facts, language, rng))

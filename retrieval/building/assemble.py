@@ -16,23 +16,27 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from tritower.artefacts import storage
-from tritower.retrieval.ivf.encoded import Source, grouped_lists
+from tritower.retrieval.ivf.encoded import EncodedSource, grouped_lists
 from tritower.retrieval.ivf.inverted_lists import write_list
-from tritower.retrieval.ivf.ivf_pq import Trained, write_fine_header
-from tritower.retrieval.ivf.layout import FINE_FILE, IDS_FILE, INDEX_FILE, LISTS_FILE, SIZES_FILE
+from tritower.retrieval.ivf.ivf_pq import TrainedQuantizers, write_refine_header
+from tritower.retrieval.ivf.layout import IDS_FILE, INDEX_FILE, LISTS_FILE, REFINE_FILE, SIZES_FILE
 from tritower.retrieval.products.attribute_providers import AttributeSource
 from tritower.retrieval.products.attribute_table import ATTRIBUTES_FILE
 from tritower.retrieval.products.attribute_writer import write_attributes
-from tritower.terminal.progress import counted
+from tritower.terminal.progress import show_progress
 
 logger = logging.getLogger(__name__)
 
-Placed = tuple[Source, NDArray[np.int64] | int]
+PlacedVectors = tuple[EncodedSource, NDArray[np.int64] | int]
 """Encoded vectors, and the new row of each (-1 leaves it out), or the first new row."""
 
 
-def write_mapped(
-    folder: Path, trained: Trained, sources: Sequence[Placed], *, quiet: bool = False
+def write_ivf_pq(
+    folder: Path,
+    trained: TrainedQuantizers,
+    sources: Sequence[PlacedVectors],
+    *,
+    quiet: bool = False,
 ) -> None:
     """Write all files of the index but its settings.
 
@@ -49,12 +53,12 @@ def write_mapped(
     write_products(
         folder / IDS_FILE, (part for source, moved in sources for part in _kept(source, moved))
     )
-    if trained.finer is not None:
-        with storage.create(folder / FINE_FILE) as file:
-            write_fine_header(file, trained.finer, count)
+    if trained.refine is not None:
+        with storage.create(folder / REFINE_FILE) as file:
+            write_refine_header(file, trained.refine, count)
             for source, moved in sources:
-                for fine in _kept_fine(source, moved):
-                    file.write(np.ascontiguousarray(fine).data.cast("B"))
+                for refine in _kept_refine(source, moved):
+                    file.write(np.ascontiguousarray(refine).data.cast("B"))
     nlist = trained.index.nlist
     sizes = np.zeros(nlist, np.int64)
     for source, moved in sources:
@@ -62,7 +66,7 @@ def write_mapped(
     with storage.create(folder / LISTS_FILE) as file:
         lists = grouped_lists(sources, sizes, trained.index.code_size)
         if not quiet:
-            lists = counted(
+            lists = show_progress(
                 lists, int(sizes.sum()), lambda pair: len(pair[1]), "group by lists", "codes"
             )
         for codes, rows in lists:
@@ -107,10 +111,10 @@ def attach_attributes(folder: Path, sources: Sequence[AttributeSource]) -> dict[
     for source in sources:
         for column, why in source.ignored.items():
             logger.info("no attribute: %s: %s", column, why)
-    return {"kinds": report["kinds"], "rows_without": report["rows_without"]}
+    return {"attribute_types": report["attribute_types"], "rows_without": report["rows_without"]}
 
 
-def _kept(source: Source, moved: NDArray[np.int64] | int) -> Iterable[pa.Table]:
+def _kept(source: EncodedSource, moved: NDArray[np.int64] | int) -> Iterable[pa.Table]:
     row = 0
     for part in source.products():
         yield (
@@ -121,8 +125,10 @@ def _kept(source: Source, moved: NDArray[np.int64] | int) -> Iterable[pa.Table]:
         row += len(part)
 
 
-def _kept_fine(source: Source, moved: NDArray[np.int64] | int) -> Iterable[NDArray[np.uint8]]:
+def _kept_refine(
+    source: EncodedSource, moved: NDArray[np.int64] | int
+) -> Iterable[NDArray[np.uint8]]:
     row = 0
-    for fine in source.fine():
-        yield fine if isinstance(moved, int) else fine[moved[row : row + len(fine)] >= 0]
-        row += len(fine)
+    for refine in source.refine():
+        yield refine if isinstance(moved, int) else refine[moved[row : row + len(refine)] >= 0]
+        row += len(refine)

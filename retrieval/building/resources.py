@@ -9,9 +9,10 @@ from pathlib import Path
 
 from rich.filesize import decimal
 
+from tritower.retrieval.building.choose_spec import train_size
 from tritower.retrieval.ivf.inverted_lists import BLOCK
 from tritower.retrieval.ivf.ivf_pq import TRAINED_CODES
-from tritower.retrieval.ivf.spec import Mapped, train_size
+from tritower.retrieval.ivf.spec import IvfPqSpec
 
 try:
     import resource
@@ -33,37 +34,37 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
-class Need:
+class Requirements:
     """What building and serving an index takes, in bytes.
 
     Attributes:
         memory: at the peak of the build.
-        disk: while building: the finished version and what is kept to go on after a kill.
-        hot: what searches touch, mapped or not: codes, rows and centres of lists; finer vectors are
-            not counted.
+        disk: while building: the finished version, and what a killed build continues from.
+        resident: what searches touch, mapped or not: codes, rows and centers of lists; refine
+            vectors are not counted.
     """
 
     memory: int
     disk: int
-    hot: int
+    resident: int
 
 
 def predict(
     count: int,
     dim: int,
-    design: Mapped,
+    spec: IvfPqSpec,
     *,
     sample: int | None = None,
     spill: bool = False,
     block: int,
     grouping: int,
-) -> Need:
+) -> Requirements:
     """The need of an index whose lists are mapped.
 
     Args:
         count: number of vectors.
         dim: D.
-        design: the index.
+        spec: the index.
         sample: training vectors; None for the usual number.
         spill: every vector stands in two lists.
         block: vectors encoded at a time.
@@ -71,30 +72,28 @@ def predict(
     """
     copies = 1 + spill
     vector = 4 * dim
-    sample = min(count, train_size(count, design.lists) if sample is None else sample)
-    centres = design.lists * (vector + dim // 4 + 16)
+    sample = min(count, train_size(count, spec.lists) if sample is None else sample)
+    centers = spec.lists * (vector + dim // 4 + 16)
     batch = min(count, block) * vector
     reading = 6 * batch  # one batch and the next one: as stored, as float32, of unit length
     training = int(1.1 * sample * vector) + max(
-        reading, 3 * min(sample, TRAINED_CODES) * vector + 2 * centres
+        reading, 3 * min(sample, TRAINED_CODES) * vector + 2 * centers
     )
-    encoding = reading + int(2.5 * batch) + 2 * centres
-    regrouping = (
-        3 * min(grouping, count * copies * design.code_size) + 32 * count * copies + centres
-    )
-    average = count * copies / design.lists
+    encoding = reading + int(2.5 * batch) + 2 * centers
+    regrouping = 3 * min(grouping, count * copies * spec.code_size) + 32 * count * copies + centers
+    average = count * copies / spec.lists
     padded = (average + BLOCK / 2) / average  # half a block of every list is empty
-    lists = int(count * copies * (padded * design.code_size + 8))
-    stored = count * (design.finer_size(dim) + ID_BYTES)
-    spooled = count * (copies * (design.code_size + 4) + design.finer_size(dim) + ID_BYTES)
-    return Need(
+    lists = int(count * copies * (padded * spec.code_size + 8))
+    stored = count * (spec.refine_size(dim) + ID_BYTES)
+    spooled = count * (copies * (spec.code_size + 4) + spec.refine_size(dim) + ID_BYTES)
+    return Requirements(
         memory=PROCESS_BYTES + max(training, encoding, regrouping),
-        disk=lists + stored + spooled + centres,
-        hot=lists + centres,
+        disk=lists + stored + spooled + centers,
+        resident=lists + centers,
     )
 
 
-def check(need: Need, place: Path, limit: int | None = None) -> None:
+def check(need: Requirements, place: Path, limit: int | None = None) -> None:
     """Refuse a build that would not fit.
 
     Args:
@@ -185,6 +184,8 @@ def _cgroup_available(folder: Path, limit: str, used: str, prefix: str) -> int |
         lines = (folder / "memory.stat").read_text(encoding="ascii").splitlines()
     except (OSError, ValueError):  # no such limit: "max"
         return None
-    counted = dict(line.split(maxsplit=1) for line in lines)
-    files = sum(int(counted.get(f"{prefix}{state}_file", 0)) for state in ("active", "inactive"))
+    show_progress = dict(line.split(maxsplit=1) for line in lines)
+    files = sum(
+        int(show_progress.get(f"{prefix}{state}_file", 0)) for state in ("active", "inactive")
+    )
     return max(0, most - now + files)

@@ -3,7 +3,7 @@
 index.building/
 begun.json                  what is built from what: another build starts anew
 trained.faiss               index with empty lists
-finer.faiss                 ranges of the finer vectors, where there are any
+finer.faiss                 ranges of the refine vectors, where there are any
 training.json               what the manifest will say of training, and digests of these two;
 written last of the three 000000-0000000000.parquet   encoded vectors, a block each
 """
@@ -24,13 +24,13 @@ from tritower.artefacts.shards import ShardFolder
 from tritower.artefacts.storage import ArtefactError
 from tritower.artefacts.work_folder import WorkFolder, remove_work
 from tritower.retrieval.ivf.encoded import to_table
-from tritower.retrieval.ivf.ivf_pq import Trained, centroids_of
+from tritower.retrieval.ivf.ivf_pq import TrainedQuantizers, centroids_of
 from tritower.retrieval.vectors.embeddings import EmbeddingBatch, EmbeddingReader
-from tritower.terminal.progress import counted
+from tritower.terminal.progress import show_progress
 
 BLOCK_ROWS = 65_536
 TRAINED_FILE = "trained.faiss"
-FINER_FILE = "finer.faiss"
+TRAINED_REFINE_FILE = "refine.faiss"
 TRAINING_FILE = "training.json"
 
 
@@ -67,13 +67,16 @@ class Workspace(WorkFolder):
             "faiss": faiss.__version__,
         }
         ours = "|".join(
-            [*map(re.escape, (TRAINED_FILE, FINER_FILE, TRAINING_FILE)), r"\d{6}-\d{10}\.parquet"]
+            [
+                *map(re.escape, (TRAINED_FILE, TRAINED_REFINE_FILE, TRAINING_FILE)),
+                r"\d{6}-\d{10}\.parquet",
+            ]
         )
         super().__init__(output, "build", identity, ours)
 
     def _begin(self) -> None:
         super()._begin()
-        self._blocks = ShardFolder(self.path, kind="encoded", identity=self.identity)
+        self._blocks = ShardFolder(self.path, artefact_type="encoded", identity=self.identity)
 
     def worth_keeping(self) -> bool:
         """Whether the training is finished."""
@@ -85,8 +88,8 @@ class Workspace(WorkFolder):
         remove_work(output, "build")
 
     def trained(
-        self, train: Callable[[], tuple[Trained, dict[str, Any]]]
-    ) -> tuple[Trained, dict[str, Any]]:
+        self, train: Callable[[], tuple[TrainedQuantizers, dict[str, Any]]]
+    ) -> tuple[TrainedQuantizers, dict[str, Any]]:
         """What an earlier run has learned, else what `train` learns.
 
         And what the manifest says of the training.
@@ -96,7 +99,10 @@ class Workspace(WorkFolder):
                 files.system.unlink(block)
             trained, about = train()
             digests = {}
-            for name, index in ((TRAINED_FILE, trained.index), (FINER_FILE, trained.finer)):
+            for name, index in (
+                (TRAINED_FILE, trained.index),
+                (TRAINED_REFINE_FILE, trained.refine),
+            ):
                 if index is not None:
                     data = faiss.serialize_index(index).tobytes()
                     storage.write_bytes(self.path / name, data)
@@ -111,12 +117,12 @@ class Workspace(WorkFolder):
             raise ArtefactError(
                 f"what was written to {self.path} is not what is there: is its disk damaged?"
             )
-        if FINER_FILE in about.pop("files"):
-            finer = faiss.read_index(str(self.path / FINER_FILE))
+        if TRAINED_REFINE_FILE in about.pop("files"):
+            refine = faiss.read_index(str(self.path / TRAINED_REFINE_FILE))
         else:
-            finer = None
+            refine = None
         index = faiss.read_index(str(self.path / TRAINED_FILE))
-        return Trained(index, finer, centroids_of(index), about.pop("spill")), about
+        return TrainedQuantizers(index, refine, centroids_of(index), about.pop("spill")), about
 
     def _learned(self) -> dict[str, Any] | None:
         """What training.json says; None where that or a file it names is missing or damaged.
@@ -136,13 +142,13 @@ class Workspace(WorkFolder):
             return about
         return None
 
-    def encode(self, reader: EmbeddingReader, trained: Trained) -> list[Path]:
+    def encode(self, reader: EmbeddingReader, trained: TrainedQuantizers) -> list[Path]:
         """Encode what earlier runs have not.
 
         Returns the files of all blocks in the order of their rows.
         """
         names = []
-        for name, batch in counted(
+        for name, batch in show_progress(
             _named(reader), reader.count, lambda pair: len(pair[1].ids), "encode", "vectors"
         ):
             names.append(name)

@@ -1,4 +1,4 @@
-"""Evaluation queries with their judged products, as rows of what is searched."""
+"""Embedded queries with relevance judgements, given as row numbers of the searched products."""
 
 from __future__ import annotations
 
@@ -8,34 +8,39 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-KINDS = ("text", "image", "fused", "product:text", "product:image", "product:attribute")
-"""Kinds of query as `embed` writes them:
+QUERY_TYPES = ("text", "image", "fused", "product:text", "product:image", "product:attribute")
+"""Types of query that `embed` writes.
 
-typed text, photo, several modalities or a whole product, one of its parts.
+    text                 a typed query
+    image                a photo
+    fused                several modalities, or a whole product
+    product:MODALITY     one modality of a product
 """
 
 
 @dataclass(frozen=True)
-class Questions:
-    """Q embedded queries that have relevant products; one query may be asked in several kinds.
+class EvaluationQueries:
+    """Q embedded queries, each with at least one relevant product.
+
+    One query may occur several times, once for each of its query types.
 
     Attributes:
         ids: (Q,) query ids.
-        kinds: (Q,) "text", "image", "fused", "product:text", ...
+        query_types: (Q,) "text", "image", "fused", "product:text", ...
         vectors: (Q, D) float32.
-        source: (Q,) row of the product that is asked as a query, -1 for others.
-        relevant: (Q, R) rows of products that are relevant: grade >= threshold.
-        judged: (Q, J) rows of all products with a grade above 0.
+        source: (Q,) row of the product that is used as the query, -1 for other queries.
+        relevant: (Q, R) rows of products whose grade is at least `threshold`, -1 padded.
+        judged: (Q, J) rows of all products with a grade above 0, -1 padded.
         grades: (Q, J) float64, aligned with `judged`.
-        threshold: the lowest grade that counts as relevant.
-        dropped: kind -> number of queries left out because no product is relevant for them.
-        dropped_queries: the same over all kinds, each query counted once.
-        unknown: judged products that the index does not hold; they count as relevant and are never
-            found.
+        threshold: lowest grade that counts as relevant.
+        dropped: query type -> number of queries left out because they have no relevant product.
+        dropped_queries: number of distinct queries left out for that reason.
+        unknown: number of judged products that the index does not hold. They count as relevant and
+            are never found.
     """
 
     ids: NDArray[np.object_]
-    kinds: NDArray[np.object_]
+    query_types: NDArray[np.object_]
     vectors: NDArray[np.float32]
     source: NDArray[np.int64]
     relevant: NDArray[np.int64]
@@ -46,11 +51,11 @@ class Questions:
     dropped_queries: int = 0
     unknown: int = 0
 
-    def take(self, positions: NDArray[np.int64]) -> Questions:
-        """The questions at these positions."""
-        return Questions(
+    def select(self, positions: NDArray[np.int64]) -> EvaluationQueries:
+        """The queries at (P,) positions, without the counts of dropped queries."""
+        return EvaluationQueries(
             self.ids[positions],
-            self.kinds[positions],
+            self.query_types[positions],
             self.vectors[positions],
             self.source[positions],
             self.relevant[positions],
@@ -59,33 +64,36 @@ class Questions:
             self.threshold,
         )
 
-    def among(self, rows: NDArray[np.int64]) -> Questions:
-        """The questions with positions among some ascending rows in place of rows.
+    def restricted_to(self, rows: NDArray[np.int64]) -> EvaluationQueries:
+        """The same queries over a subset of the products, renumbered by position in `rows`.
 
-        All judged and asked products must be among them; products that no index holds stay judged
-        and are never found.
+        Args:
+            rows: (S,) ascending rows, which contain every judged and every source product. Judged
+                products that no index holds stay judged and are never found.
         """
 
-        def positions(own: NDArray[np.int64]) -> NDArray[np.int64]:
-            found = np.searchsorted(rows, own)
-            held = (own >= 0) & (found < len(rows)) & (rows[found.clip(max=len(rows) - 1)] == own)
-            return np.where(held, found, np.where(own < 0, own, len(rows) + own))
+        def renumber(old: NDArray[np.int64]) -> NDArray[np.int64]:
+            position = np.searchsorted(rows, old)
+            nearest = rows[position.clip(max=len(rows) - 1)]
+            in_subset = (old >= 0) & (position < len(rows)) & (nearest == old)
+            # Padding stays -1. Products outside the subset get numbers past its end.
+            outside = np.where(old < 0, old, len(rows) + old)
+            return np.where(in_subset, position, outside)
 
         return replace(
             self,
-            source=positions(self.source),
-            relevant=positions(self.relevant),
-            judged=positions(self.judged),
+            source=renumber(self.source),
+            relevant=renumber(self.relevant),
+            judged=renumber(self.judged),
         )
 
-    def of_kind(self, kind: str) -> NDArray[np.int64]:
-        """Positions of the questions of one kind."""
-        return np.flatnonzero(self.kinds == kind)
+    def positions_of_type(self, query_type: str) -> NDArray[np.int64]:
+        """(P,) positions of the queries of one type."""
+        return np.flatnonzero(self.query_types == query_type)
 
     @property
-    def all_kinds(self) -> list[str]:
-        """The kinds there are: those of ours in a fixed order, then others by name."""
-        return sorted(
-            set(self.kinds.tolist()),
-            key=lambda kind: (KINDS.index(kind) if kind in KINDS else 99, kind),
-        )
+    def distinct_types(self) -> list[str]:
+        """The query types that occur: those of `QUERY_TYPES` in order, then others by name."""
+        present = set(self.query_types.tolist())
+        standard = [query_type for query_type in QUERY_TYPES if query_type in present]
+        return standard + sorted(present.difference(QUERY_TYPES))

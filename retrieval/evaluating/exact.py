@@ -1,11 +1,7 @@
-"""Exact search over shards of embeddings.
-
-The truth that an approximate index is measured against.
-"""
+"""Exact search over shards of embeddings, which an approximate index is measured against."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import faiss
@@ -16,17 +12,17 @@ from numpy.typing import NDArray
 from tritower.artefacts.storage import ArtefactError
 from tritower.retrieval.index import ProductIndex
 from tritower.retrieval.ranking.hits import Hits
-from tritower.retrieval.vectors.checks import content_of
-from tritower.retrieval.vectors.embeddings import EmbeddingBatch, EmbeddingReader
-from tritower.terminal.progress import counted
+from tritower.retrieval.vectors.checks import vector_hashes
+from tritower.retrieval.vectors.embeddings import EmbeddingReader
+from tritower.terminal.progress import show_progress
 
 
-class Exact(NamedTuple):
-    """What an exact search saw.
+class ExactResult(NamedTuple):
+    """The result of an exact search.
 
     Attributes:
-        hits: (Q, K) as of `ProductIndex.search`, in the row numbers of the index.
-        content: (N,) int64 by row number: products with equal vectors have equal values.
+        hits: Hits of Q queries, in the row numbers of the index.
+        content: (N,) int64 by row: products with equal vectors have equal values.
     """
 
     hits: Hits
@@ -39,15 +35,15 @@ def exact_search(
     queries: NDArray[np.float32],
     k: int,
     block: int = 16_384,
-) -> Exact:
+) -> ExactResult:
     """The k nearest products by brute force, in memory bounded by a block of vectors.
 
     Args:
-        products: all embeddings of the index's products.
-        index: whose row numbers are used.
+        products: embeddings of all products of the index.
+        index: defines the row numbers.
         queries: (Q, D) float32, checked.
         k: results per query.
-        block: vectors at a time.
+        block: vectors compared at a time.
 
     Raises:
         ArtefactError: the index and the embeddings hold different products.
@@ -57,41 +53,39 @@ def exact_search(
     content = np.empty(products.count, np.int64)
     ids: list[pa.Array] = []
     first = 0
-    for batch in _shown(products, block):
-        scores, rows = faiss.knn(
-            queries, batch.vectors, min(k, len(batch.ids)), metric=faiss.METRIC_INNER_PRODUCT
-        )
-        best.add_result(scores, rows + first)
-        content[first : first + len(batch.ids)] = content_of(batch.vectors)
-        ids.append(batch.ids)
-        first += len(batch.ids)
-    best.finalize()
-    row_of = _index_rows(pa.chunked_array(ids), index)
-    by_row = np.zeros(index.engine.count, np.int64)  # empty rows are never found
-    by_row[row_of] = content
-    return Exact(Hits(best.D, row_of[best.I]), by_row)
-
-
-def _index_rows(ids: pa.ChunkedArray, index: ProductIndex) -> NDArray[np.int64]:
-    """(N,) row numbers in the index of products in the reader's order.
-
-    Joined by id, not by order.
-    """
-    rows = index.rows_of(ids)
-    if (missing := int((rows < 0).sum())) or len(ids) != len(index):
-        raise ArtefactError(
-            f"{index.path} holds {len(index):,} products, the embeddings {len(ids):,}, of which "
-            f"{missing:,} are not in "
-            "the index: build the index from these embeddings, or update it with them"
-        )
-    return rows
-
-
-def _shown(products: EmbeddingReader, block: int) -> Iterator[EmbeddingBatch]:
-    return counted(
+    batches = show_progress(
         products.batches(block),
         products.count,
         lambda batch: len(batch.ids),
         "exact search",
         "vectors",
     )
+    for batch in batches:
+        size = len(batch.ids)
+        scores, positions = faiss.knn(
+            queries, batch.vectors, min(k, size), metric=faiss.METRIC_INNER_PRODUCT
+        )
+        best.add_result(scores, positions + first)
+        content[first : first + size] = vector_hashes(batch.vectors)
+        ids.append(batch.ids)
+        first += size
+    best.finalize()
+
+    # From positions in the embeddings to rows of the index, which may be in another order.
+    row_of = _index_rows(pa.chunked_array(ids), index)  # (N,)
+    content_by_row = np.zeros(index.engine.count, np.int64)  # rows without a product are not found
+    content_by_row[row_of] = content
+    return ExactResult(Hits(best.D, row_of[best.I]), content_by_row)
+
+
+def _index_rows(ids: pa.ChunkedArray, index: ProductIndex) -> NDArray[np.int64]:
+    """(N,) rows in the index of products in the order of the embeddings, joined by id."""
+    rows = index.rows_of(ids)
+    missing = int((rows < 0).sum())
+    if missing or len(ids) != len(index):
+        raise ArtefactError(
+            f"{index.path} holds {len(index):,} products, the embeddings {len(ids):,}, of which "
+            f"{missing:,} are not in the index: build the index from these embeddings, or update "
+            "it with them"
+        )
+    return rows

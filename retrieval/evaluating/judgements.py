@@ -1,22 +1,23 @@
-"""The questions of an evaluation.
-
-Queries as embedded, with the products that answer them as rows of the index.
-"""
+"""Join embedded queries with relevance judgements (qrels) and with the rows of an index."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from tritower.retrieval.evaluating.evaluation_queries import Questions
+from tritower.retrieval.evaluating.evaluation_queries import EvaluationQueries
 from tritower.retrieval.index import ProductIndex
-from tritower.retrieval.ranking.metrics import NONE
+from tritower.retrieval.ranking.metrics import NO_ROW
 from tritower.retrieval.vectors.embeddings import EmbeddingReader
 
+_NO_JUDGEMENTS = (np.zeros(0, np.int64), np.zeros(0))
 
-def make_questions(
+
+def make_evaluation_queries(
     reader: EmbeddingReader,
     qrels: pa.Table,
     index: ProductIndex,
@@ -24,146 +25,69 @@ def make_questions(
     queries: pa.Table | None = None,
     split: str | None = None,
     threshold: float | None = None,
-) -> Questions:
-    """Join embedded queries with judgements and products, by id.
+) -> EvaluationQueries:
+    """Join embedded queries with judgements and products by id.
 
-    A query never counts its own source product, not even its grade. Queries without relevant
-    products are dropped and counted.
+    A product that is used as a query is never judged for itself. Queries without a relevant product
+    are dropped and counted.
 
     Args:
-        reader: embedded queries; without kinds they are all of kind "query".
+        reader: embedded queries; without query types they are all of type "query".
         qrels: columns query_id, product_id, relevance.
-        index: whose row numbers are used.
-        queries: columns query_id, split, source_product_id; None where nothing is known of them.
-        split: the queries to ask; None for all.
-        threshold: the lowest relevant grade; None for the highest grade in `qrels`.
+        index: defines the row numbers.
+        queries: columns query_id, split, source_product_id; None if there is no such table.
+        split: use only the queries of this split; None for all.
+        threshold: lowest relevant grade; None for the highest grade in `qrels`.
 
     Raises:
-        ValueError: a query appears twice in one kind, or none is left.
+        ValueError: a query occurs twice in one type, or no query is left.
     """
-    ids, kinds, vectors = _read(reader)
+    ids, query_types, vectors = _read_queries(reader)
     if queries is not None:
-        qrels = _of_others(qrels, queries)
-    facts = _facts(queries, split)
-    chosen = np.array([queries is None or query_id in facts for query_id in ids], bool)
+        qrels = _without_own_source(qrels, queries)
+    source_products = _source_products(queries, split)
+    in_split = np.array([queries is None or query_id in source_products for query_id in ids], bool)
     if threshold is None:
         threshold = pc.max(qrels.column("relevance")).as_py() or 1.0
-    answers, unknown = _answers(qrels, index, set(ids[chosen]))
-    source_rows = rows_of([facts.get(query_id) or "" for query_id in ids], index)
-    keep = []
+    judgements, unknown = _rows_and_grades(qrels, index, set(ids[in_split]))
+
+    # Keep the queries that have a relevant product, and count the others by type.
+    kept = []
     judged = []
     grades = []
-    dropped = dict.fromkeys(dict.fromkeys(kinds.tolist()), 0)
-    for i in np.flatnonzero(chosen):
-        rows, values = answers.get(ids[i], _NO_ANSWERS)
-        if (values >= threshold).any():
-            keep.append(i)
-            judged.append(rows)
-            grades.append(values)
-        else:
-            dropped[kinds[i]] += 1
-    if not keep:
+    relevant = []
+    dropped = dict.fromkeys(query_types.tolist(), 0)
+    for position in np.flatnonzero(in_split):
+        rows, values = judgements.get(ids[position], _NO_JUDGEMENTS)
+        is_relevant = values >= threshold
+        if not is_relevant.any():
+            dropped[query_types[position]] += 1
+            continue
+        kept.append(position)
+        judged.append(rows)
+        grades.append(values)
+        relevant.append(rows[is_relevant])
+    if not kept:
         raise ValueError(
-            f"{reader.source}: none of {len(ids):,} queries is left: {int(chosen.sum()):,} are of "
-            f"split {split!r}, "
-            f"{sum(dropped.values()):,} of them have no product with a grade of {threshold:g} or "
-            "more: "
-            "choose another split or a lower threshold"
+            f"{reader.source}: none of {len(ids):,} queries is left: {int(in_split.sum()):,} "
+            f"are of split {split!r}, {sum(dropped.values()):,} of them have no product with a grade of "
+            f"{threshold:g} or more: choose another split or a lower threshold"
         )
-    relevant = [rows[values >= threshold] for rows, values in zip(judged, grades, strict=True)]
-    return Questions(
-        ids[keep],
-        kinds[keep],
-        vectors[keep],
-        source_rows[keep],
-        _padded(relevant, NONE),
-        _padded(judged, NONE),
-        _padded(grades, 0.0),
-        threshold,
-        dropped,
-        len(set(ids[chosen]) - set(ids[keep])),
-        unknown,
+
+    source_rows = rows_of([source_products.get(query_id) or "" for query_id in ids], index)
+    return EvaluationQueries(
+        ids=ids[kept],
+        query_types=query_types[kept],
+        vectors=vectors[kept],
+        source=source_rows[kept],
+        relevant=_padded(relevant, NO_ROW),
+        judged=_padded(judged, NO_ROW),
+        grades=_padded(grades, 0.0),
+        threshold=threshold,
+        dropped=dropped,
+        dropped_queries=len(set(ids[in_split]) - set(ids[kept])),
+        unknown=unknown,
     )
-
-
-_NO_ANSWERS = (np.zeros(0, np.int64), np.zeros(0))
-
-
-def _read(
-    reader: EmbeddingReader,
-) -> tuple[NDArray[np.object_], NDArray[np.object_], NDArray[np.float32]]:
-    batches = list(reader.batches())
-    ids = np.array([i for batch in batches for i in batch.ids.to_pylist()], dtype=object)
-    kinds = []
-    for b in batches:
-        for k in ["query"] * len(b.ids) if b.kinds is None else b.kinds.to_pylist():
-            kinds.append(k)
-    if len(set(zip(ids, kinds, strict=True))) < len(ids):
-        seen: set[tuple[str, str]] = set()
-        twice = next(
-            pair for pair in zip(ids, kinds, strict=True) if pair in seen or seen.add(pair)
-        )  # type: ignore[func-returns-value]
-        raise ValueError(f"{reader.source}: query {twice[0]!r} appears twice in kind {twice[1]!r}")
-    return ids, np.array(kinds, dtype=object), np.concatenate([batch.vectors for batch in batches])
-
-
-def _facts(queries: pa.Table | None, split: str | None) -> dict[str, str | None]:
-    """Query id -> its source product, for the queries of a split."""
-    if queries is None:
-        return {}
-    if split is not None:
-        queries = queries.filter(pc.equal(queries.column("split"), split))
-    names = queries.column("query_id").to_pylist()
-    return dict(zip(names, queries.column("source_product_id").to_pylist(), strict=True))
-
-
-def _of_others(qrels: pa.Table, queries: pa.Table) -> pa.Table:
-    """The judgements but those of a product for itself.
-
-    By id, since an index need not hold the product that asks.
-    """
-    asked = pc.index_in(
-        qrels.column("query_id"), value_set=queries.column("query_id").combine_chunks()
-    )
-    source = queries.column("source_product_id").cast(pa.string()).take(asked)
-    return qrels.filter(pc.fill_null(pc.not_equal(source, qrels.column("product_id")), True))
-
-
-def _answers(
-    qrels: pa.Table, index: ProductIndex, asked: set[str]
-) -> tuple[dict[str, tuple[NDArray[np.int64], NDArray[np.float64]]], int]:
-    """Query id -> rows and grades of its judged products.
-
-    And how many products the index does not hold.
-    """
-    qrels = qrels.filter(
-        pc.and_(
-            pc.greater(qrels.column("relevance"), 0),
-            pc.is_in(qrels.column("query_id"), value_set=pa.array(sorted(asked), pa.string())),
-        )
-    )
-    products = pc.unique(qrels.column("product_id"))
-    rows = rows_of(products.to_pylist(), index)
-    unknown = rows < 0
-    rows[unknown] = index.engine.count + np.arange(
-        unknown.sum()
-    )  # relevant all the same, and never found
-    row = rows[pc.index_in(qrels.column("product_id"), value_set=products).to_numpy()]
-    grade = qrels.column("relevance").to_numpy()
-    grouped: dict[str, dict[int, float]] = {}
-    for query_id, r, g in zip(
-        qrels.column("query_id").to_pylist(), row.tolist(), grade.tolist(), strict=True
-    ):
-        grades = grouped.setdefault(query_id, {})
-        grades[r] = max(g, grades.get(r, 0.0))
-    answers = {
-        query_id: (
-            np.fromiter(grades, np.int64, len(grades)),
-            np.fromiter(grades.values(), np.float64, len(grades)),
-        )
-        for query_id, grades in grouped.items()
-    }
-    return answers, int(unknown.sum())
 
 
 def rows_of(product_ids: list[str], index: ProductIndex) -> NDArray[np.int64]:
@@ -171,9 +95,91 @@ def rows_of(product_ids: list[str], index: ProductIndex) -> NDArray[np.int64]:
     return index.rows_of(pa.array(product_ids, pa.large_string()))
 
 
-def _padded(rows: list[NDArray], fill: float) -> NDArray:
-    width = max(map(len, rows))
-    padded = np.full((len(rows), width), fill, dtype=rows[0].dtype)
-    for i, row in enumerate(rows):
-        padded[i, : len(row)] = row
+def _read_queries(
+    reader: EmbeddingReader,
+) -> tuple[NDArray[np.object_], NDArray[np.object_], NDArray[np.float32]]:
+    """(Q,) ids, (Q,) query types and (Q, D) vectors of all queries."""
+    ids: list[str] = []
+    query_types: list[str] = []
+    vectors = []
+    for batch in reader.batches():
+        ids += batch.ids.to_pylist()
+        query_types += batch.type_names()
+        vectors.append(batch.vectors)
+
+    seen: set[tuple[str, str]] = set()
+    for key in zip(ids, query_types, strict=True):
+        if key in seen:
+            raise ValueError(f"{reader.source}: query {key[0]!r} appears twice in type {key[1]!r}")
+        seen.add(key)
+    return np.array(ids, object), np.array(query_types, object), np.concatenate(vectors)
+
+
+def _source_products(queries: pa.Table | None, split: str | None) -> dict[str, str | None]:
+    """Query id -> its source product, for the queries of a split."""
+    if queries is None:
+        return {}
+    if split is not None:
+        queries = queries.filter(pc.equal(queries.column("split"), split))
+    query_ids = queries.column("query_id").to_pylist()
+    return dict(zip(query_ids, queries.column("source_product_id").to_pylist(), strict=True))
+
+
+def _without_own_source(qrels: pa.Table, queries: pa.Table) -> pa.Table:
+    """The judgements, except those of a product for itself.
+
+    Compared by id, since an index need not hold the source product.
+    """
+    query_ids = queries.column("query_id").combine_chunks()
+    position = pc.index_in(qrels.column("query_id"), value_set=query_ids)
+    source = queries.column("source_product_id").cast(pa.string()).take(position)
+    is_other = pc.not_equal(source, qrels.column("product_id"))
+    return qrels.filter(pc.fill_null(is_other, True))
+
+
+def _rows_and_grades(
+    qrels: pa.Table, index: ProductIndex, query_ids: set[str]
+) -> tuple[dict[str, tuple[NDArray[np.int64], NDArray[np.float64]]], int]:
+    """Rows and grades of judged products, by query.
+
+    Returns:
+        Query id -> (J,) rows and (J,) grades; and the number of products that the index does not
+        hold.
+    """
+    is_positive = pc.greater(qrels.column("relevance"), 0)
+    wanted = pa.array(sorted(query_ids), pa.string())
+    qrels = qrels.filter(pc.and_(is_positive, pc.is_in(qrels.column("query_id"), value_set=wanted)))
+
+    # Products that the index does not hold get rows past its end: they are relevant and never
+    # found.
+    products = pc.unique(qrels.column("product_id"))
+    product_rows = rows_of(products.to_pylist(), index)
+    unknown = product_rows < 0
+    product_rows[unknown] = index.engine.count + np.arange(unknown.sum())
+    position = pc.index_in(qrels.column("product_id"), value_set=products).to_numpy()
+
+    # A product that is judged twice for a query takes the higher grade.
+    grade_of: dict[str, dict[int, float]] = {}
+    for query_id, row, grade in zip(
+        qrels.column("query_id").to_pylist(),
+        product_rows[position].tolist(),
+        qrels.column("relevance").to_pylist(),
+        strict=True,
+    ):
+        grades = grade_of.setdefault(query_id, {})
+        grades[row] = max(grade, grades.get(row, 0.0))
+
+    arrays = {}
+    for query_id, grades in grade_of.items():
+        rows = np.fromiter(grades, np.int64, len(grades))
+        arrays[query_id] = rows, np.fromiter(grades.values(), np.float64, len(grades))
+    return arrays, int(unknown.sum())
+
+
+def _padded(arrays: list[NDArray[Any]], fill: float) -> NDArray[Any]:
+    """(N, W) from N arrays of at most W values each."""
+    width = max(map(len, arrays))
+    padded = np.full((len(arrays), width), fill, dtype=arrays[0].dtype)
+    for padded_row, array in zip(padded, arrays, strict=True):
+        padded_row[: len(array)] = array
     return padded

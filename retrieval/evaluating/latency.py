@@ -1,4 +1,4 @@
-"""Latency of one query at a time, and queries per second of all threads."""
+"""Latency of single queries, and throughput of a batch."""
 
 from __future__ import annotations
 
@@ -22,29 +22,31 @@ def measure_latency(
     repeats: int = 1000,
     settings: Settings | None = None,
 ) -> dict[str, Any]:
-    """Latency of single queries on one thread, and throughput of a batch on all.
+    """Latency of single queries on one thread, and throughput of a batch on all threads.
 
     Args:
-        index: what is searched, with the page cache warm.
-        queries: (Q, D) queries; repeated where fewer than `repeats`.
+        index: the searched index; its files should be in the page cache.
+        queries: (Q, D) float32; repeated if there are fewer than `repeats`.
         k: results per query.
         repeats: timed searches, after a tenth as many to warm up.
-        settings: how to search; None for the index's own.
+        settings: search settings; None for the index's own.
 
     Returns:
-        p50_ms, p99_ms, qps, k, queries, threads, and load: the machine's load average, since others
-          slow it down.
+        p50_ms, p99_ms, qps, k, queries, threads, and load: the load average of the machine, since
+        other processes slow searches down.
     """
-    rows = np.resize(np.arange(len(queries)), repeats)
+    rows = np.resize(np.arange(len(queries)), repeats)  # (repeats,)
     threads = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(1)
     try:
         for row in rows[: repeats // 10]:
             index.search(queries[row : row + 1], k, settings=settings)
-        seconds = np.array([_timed(index, queries[row : row + 1], k, settings) for row in rows])
+        seconds = np.empty(repeats)
+        for number, row in enumerate(rows):
+            seconds[number] = _search_seconds(index, queries[row : row + 1], k, settings)
     finally:
         faiss.omp_set_num_threads(threads)
-    batch_seconds = _timed(index, queries[rows], k, settings)
+    batch_seconds = _search_seconds(index, queries[rows], k, settings)
     p50, p99 = np.quantile(seconds, [0.5, 0.99]) * 1000
     return {
         "p50_ms": round(float(p50), 4),
@@ -53,13 +55,20 @@ def measure_latency(
         "k": k,
         "queries": repeats,
         "threads": threads,
-        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "load": _load_average(),
     }
 
 
-def _timed(
+def _search_seconds(
     index: ProductIndex, queries: NDArray[np.float32], k: int, settings: Settings | None
 ) -> float:
     start = time.perf_counter()
     index.search(queries, k, settings=settings)
     return time.perf_counter() - start
+
+
+def _load_average() -> float | None:
+    """The load of the last minute; None where the system does not have it."""
+    if not hasattr(os, "getloadavg"):
+        return None
+    return round(os.getloadavg()[0], 2)

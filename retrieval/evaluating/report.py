@@ -1,4 +1,4 @@
-"""An evaluation as a terminal table, report.json and one self-contained page."""
+"""An evaluation as report.json and one self-contained page, report.html."""
 
 from __future__ import annotations
 
@@ -8,11 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tritower.artefacts import storage
-from tritower.retrieval.evaluating.comparison import CUTS, DEPTH
-from tritower.retrieval.evaluating.comparison_table import TASKS, gain_of, row_name, rows_of_kind
-from tritower.retrieval.evaluating.evaluate import Evaluation, index_warnings
+from tritower.retrieval.evaluating.comparison_table import (
+    TASKS,
+    FigureRow,
+    gain_of,
+    row_name,
+    rows_of_type,
+)
+from tritower.retrieval.evaluating.evaluate import Evaluation
+from tritower.retrieval.evaluating.gates import index_warnings
+from tritower.retrieval.evaluating.metric_report import CUTS, DEPTH
 from tritower.retrieval.index import ProductIndex
 from tritower.retrieval.products.catalogue import Card, PreparedCatalogue
 from tritower.retrieval.ranking.metrics import recall_at_k_per_query
@@ -30,14 +38,15 @@ COLUMNS = (
     "map",
 )
 NOTES = {
-    "exact": "Relevant products, found by comparing with every vector: how good the embeddings "
-    "are. Some rows need "
-    "no training; the best of them has a star, and the gain is what the model adds to it on the "
-    "same queries.",
-    "ann": "Relevant products, found through the index: what users get.",
-    "ann_vs_exact": "The index against exact search, whose first k results are the relevant ones: "
-    "what it costs.",
+    "exact": "Relevant products found by comparing with every vector: how good the embeddings are. "
+    "Some rows need no training; the best of them has a star, and the gain is what the model adds "
+    "to it on the same queries.",
+    "ann": "Relevant products found through the index: what users get.",
+    "ann_vs_exact": "The index compared with exact search, whose first k results are the relevant "
+    "ones: what the index costs.",
 }
+PLOTTED_CUTS = (1, 2, 3, 5, 10, 20, 50, CUTS[-1])
+"""The k of the recall curves."""
 
 
 def write_report(
@@ -49,10 +58,10 @@ def write_report(
     """Write `report.json` and `report.html`.
 
     Args:
-        folder: where; made when missing.
-        evaluation: what was measured.
+        folder: where to write; made when missing.
+        evaluation: the measured figures.
         sections: example queries with their hits.
-        oracle: what an oracle's file says, stored beside the figures.
+        oracle: content of an oracle's file, stored beside the figures.
     """
     report = evaluation.report
     if oracle is not None:
@@ -70,10 +79,9 @@ def write_report(
 
 
 def summary(report: Mapping[str, Any]) -> str:
-    """One sentence of what was measured."""
+    """One line: the index, the queries, and how fast they were searched."""
     index = report["index"]
     settings = report["settings"]
-    latency = report.get("latency")
     parts = [
         f"{index['count']:,} products, {index['factory']}, {index['bytes_per_product']:,.0f} bytes "
         "a product",
@@ -81,19 +89,19 @@ def summary(report: Mapping[str, Any]) -> str:
     ]
     if settings["nprobe"]:
         parts.append(f"{settings['nprobe']} lists probed")
-    if latency:
+    if latency := report.get("latency"):
         parts.append(
             f"{latency['p50_ms']:.2f} ms p50, {latency['p99_ms']:.2f} ms p99 a query on one "
-            "thread, "
-            f"{latency['qps']:,.0f} queries/s on {latency['threads']} (load {latency['load']})"
+            f"thread, {latency['qps']:,.0f} queries/s on {latency['threads']} (load "
+            f"{latency['load']})"
         )
     if report["dropped_queries"]:
         parts.append(f"{report['dropped_queries']:,} queries without relevant products dropped")
     if report["identical_to_source"]:
-        what = "left out" if settings["exclude_identical"] else "counted"
+        treatment = "left out" if settings["exclude_identical"] else "counted"
         parts.append(
-            f"{report['identical_to_source']:,} queries met products with the same vector as "
-            f"theirs ({what})"
+            f"{report['identical_to_source']:,} queries found products with the same vector as "
+            f"their own ({treatment})"
         )
     return "; ".join(parts)
 
@@ -102,90 +110,101 @@ def examples(
     evaluation: Evaluation,
     index: ProductIndex,
     catalogue: PreparedCatalogue,
-    per_kind: int,
+    per_type: int,
     hits: int = 8,
 ) -> list[Section]:
-    """A few measured queries of each kind with their first hits, drawn at random."""
-    questions = evaluation.questions
-    found = evaluation.found["ann"]
+    """A few measured queries of each type with their first hits, drawn at random."""
+    queries = evaluation.queries
     generator = np.random.default_rng(0)
-    chosen = [
-        int(i)
-        for kind in questions.all_kinds
-        for i in generator.permutation(questions.of_kind(kind))[:per_kind]
-    ]
-    rows = found[chosen, :hits] if chosen else np.zeros((0, hits), np.int64)
+    positions: list[int] = []
+    for query_type in queries.distinct_types:
+        drawn = generator.permutation(queries.positions_of_type(query_type))[:per_type]
+        positions += drawn.tolist()
+    if not positions:
+        return []
+
+    rows = evaluation.rows["ann"][positions, :hits]
     ids = index.ids(rows)
-    cards = catalogue.products({i for i in ids.ravel() if i is not None}, images=True)
-    asked = catalogue.query_cards({questions.ids[i] for i in chosen}, images=True)
-    vectors = questions.vectors[chosen]
-    nprobe = evaluation.report["settings"]["nprobe"]
-    scores = index.search(vectors, DEPTH + 1, nprobe=nprobe) if chosen else None
+    shown_ids = {product_id for product_id in ids.ravel() if product_id is not None}
+    cards = catalogue.products(shown_ids, images=True)
+    query_cards = catalogue.query_cards({queries.ids[p] for p in positions}, images=True)
+    found = index.search(
+        queries.vectors[positions],
+        DEPTH + 1,
+        nprobe=evaluation.report["settings"]["nprobe"],
+    )
+
     sections = []
-    for n, i in enumerate(chosen):
-        if scores:
-            score_of = dict(zip(scores.rows[n].tolist(), scores.scores[n].tolist(), strict=True))
-        else:
-            score_of = {}
+    for number, position in enumerate(positions):
+        scores = found.scores[number].tolist()
+        score_of = dict(zip(found.rows[number].tolist(), scores, strict=True))
         shown = []
-        for product_id, row in zip(ids[n], rows[n].tolist(), strict=True):
+        for product_id, row in zip(ids[number], rows[number].tolist(), strict=True):
             if product_id is not None:
-                shown.append(
-                    Hit(
-                        product_id,
-                        score_of.get(row, float("nan")),
-                        cards.get(product_id, Card()),
-                        row in questions.relevant[i],
-                    )
-                )
-        query = _as_asked(asked.get(questions.ids[i], Card()), questions.kinds[i])
-        sections.append(Section(query, shown, questions.ids[i], f"kind: {questions.kinds[i]}"))
+                score = score_of.get(row, float("nan"))
+                card = cards.get(product_id, Card())
+                is_relevant = row in queries.relevant[position]
+                shown.append(Hit(product_id, score, card, is_relevant))
+        query_id = queries.ids[position]
+        query_type = queries.query_types[position]
+        card = _visible_card(query_cards.get(query_id, Card()), query_type)
+        sections.append(Section(card, shown, query_id, f"query type: {query_type}"))
     return sections
 
 
-def _as_asked(card: Card, kind: str) -> Card:
-    """Only what a query of this kind shows."""
-    return {
+def _visible_card(card: Card, query_type: str) -> Card:
+    """The parts of a card that a query of this type contains."""
+    parts = {
         "product:text": Card(text=card.text),
         "product:image": Card(images=card.images),
         "product:attribute": Card(attributes=card.attributes),
-    }.get(kind, card)
+    }
+    return parts.get(query_type, card)
 
 
-def _interval(figure: Mapping[str, float]) -> str:
-    return f"[{figure['low']:.2f}, {figure['high']:.2f}]"
+# ---------------------------------------------------------------------- tables of the page
 
 
 def _html_table(task: str, report: Mapping[str, Any]) -> dict[str, Any]:
-    """One task as a table; exact search also has the untrained rows and the model's gain."""
+    """One task as a table; that of exact search also has the untrained rows."""
     rows = []
-    for kind in report["queries"]:
-        shown = []
-        for row in rows_of_kind(report, kind):
-            if row[1] == task or (task == "exact" and row[1] not in TASKS):
-                shown.append(row)
-        for name, key, figures in shown:
-            mark, gain, is_below = gain_of(report, kind, key)
-            cells = [_html_cell(kind), _html_cell(f"{name}{mark}", below=is_below)]
-            for column in COLUMNS:
-                figure = figures.get(column)
-                best = figures.get(f"best_{column}")
-                interval = "" if figure is None or "low" not in figure else _interval(figure)
-                if best is not None and best["value"] < 1:
-                    interval += f" best {best['value']:.3f}"
-                cells.append(
-                    _html_cell("" if figure is None else f"{figure['value']:.3f}", interval)
-                )
-            rows.append([*cells, _html_cell(gain, below=is_below)])
-    columns = ["kind", "row", *COLUMNS, "gain in ndcg@10"]
+    for query_type in report["queries"]:
+        for row in rows_of_type(report, query_type):
+            is_untrained = row.key not in TASKS
+            if row.key == task or (task == "exact" and is_untrained):
+                rows.append(_html_row(report, query_type, row))
+    columns = ["query type", "row", *COLUMNS, "gain in ndcg@10"]
     return {"title": TASKS[task], "note": NOTES[task], "columns": columns, "rows": rows}
+
+
+def _html_row(report: Mapping[str, Any], query_type: str, row: FigureRow) -> list[dict[str, Any]]:
+    gain = gain_of(report, query_type, row.key)
+    cells = [_html_cell(query_type), _html_cell(f"{row.name}{gain.mark}", below=gain.is_below)]
+    for column in COLUMNS:
+        figure = row.figures.get(column)
+        if figure is None:
+            cells.append(_html_cell(""))
+            continue
+        interval = ""
+        if "low" in figure:
+            interval = f"[{figure['low']:.2f}, {figure['high']:.2f}]"
+        best = row.figures.get(f"best_{column}")
+        if best is not None and best["value"] < 1:
+            interval += f" best {best['value']:.3f}"
+        cells.append(_html_cell(f"{figure['value']:.3f}", interval))
+    cells.append(_html_cell(gain.text, below=gain.is_below))
+    return cells
 
 
 def _html_cell(value: str, interval: str = "", below: bool = False) -> dict[str, Any]:
     return {"value": value, "interval": interval, "below": below}
 
 
+# ---------------------------------------------------------------------- plots of the page
+
+
 def _plots(evaluation: Evaluation) -> list[dict[str, str]]:
+    """Both plots as PNG data URLs with their captions."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -193,8 +212,8 @@ def _plots(evaluation: Evaluation) -> list[dict[str, str]]:
 
     plots = []
     for draw, caption in (
-        (_draw_bars, "hit@10 per kind of query, with 95 % intervals"),
-        (_draw_curves, "Recall of the index by number of results; dotted: the best reachable"),
+        (_draw_bars, "hit@10 for each query type, with 95 % intervals"),
+        (_draw_curves, "Recall of the index by number of results; dotted: the best possible"),
     ):
         figure, axes = pyplot.subplots(figsize=(6, 3.6), dpi=110)
         draw(axes, evaluation)
@@ -208,58 +227,57 @@ def _plots(evaluation: Evaluation) -> list[dict[str, str]]:
 
 
 def _draw_bars(axes: Any, evaluation: Evaluation) -> None:
+    """hit@10 with its interval: a group of bars for each query type, a bar for each row."""
     report = evaluation.report
-    kinds = list(report["queries"])
+    query_types = list(report["queries"])
     series = {
         "exact": report["tasks"]["exact"],
         "ann": report["tasks"]["ann"],
         **report["baselines"],
     }
     width = 0.8 / len(series)
-    for n, (name, by_kind) in enumerate(series.items()):
-        there = [kind for kind in kinds if kind in by_kind]
-        values = np.array(
-            [[by_kind[kind]["hit@10"][key] for key in ("value", "low", "high")] for kind in there]
-        )
-        at = np.array([kinds.index(kind) for kind in there]) + (n - (len(series) - 1) / 2) * width
-        errors = np.abs(values[:, 1:] - values[:, :1]).T
+    for number, (name, figures) in enumerate(series.items()):
+        places = []
+        values = []
+        for place, query_type in enumerate(query_types):
+            if query_type in figures:
+                figure = figures[query_type]["hit@10"]
+                places.append(place)
+                values.append([figure["value"], figure["low"], figure["high"]])
+        bars = np.array(values)  # (T, 3)
+        errors = np.abs(bars[:, 1:] - bars[:, :1]).T  # (2, T)
         axes.bar(
-            at,
-            values[:, 0],
+            np.array(places) + (number - (len(series) - 1) / 2) * width,
+            bars[:, 0],
             width,
             yerr=errors,
             label=TASKS.get(name) or row_name(name),
             error_kw={"linewidth": 0.8},
         )
-    axes.set_xticks(range(len(kinds)), kinds, rotation=20, ha="right", fontsize=8)
+    axes.set_xticks(range(len(query_types)), query_types, rotation=20, ha="right", fontsize=8)
     axes.set_ylim(0, 1.02)
     axes.set_ylabel("hit@10")
     axes.legend(fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, 1.18), frameon=False)
 
 
 def _draw_curves(axes: Any, evaluation: Evaluation) -> None:
-    questions = evaluation.questions
-    cuts = [1, 2, 3, 5, 10, 20, 50, CUTS[-1]]
-    for n, kind in enumerate(questions.all_kinds):
-        of = questions.of_kind(kind)
-        found = evaluation.found["ann"][of]
-        relevant = questions.relevant[of]
-        count = (relevant >= 0).sum(axis=1)
-        axes.plot(
-            cuts,
-            [recall_at_k_per_query(found, relevant, k).mean() for k in cuts],
-            color=f"C{n}",
-            label=kind,
-        )
-        axes.plot(
-            cuts,
-            [(np.minimum(k, count) / count).mean() for k in cuts],
-            ":",
-            color=f"C{n}",
-            linewidth=0.8,
-        )
+    """Recall through the index by k, beside that of a perfect ranking."""
+    queries = evaluation.queries
+    for number, query_type in enumerate(queries.distinct_types):
+        positions = queries.positions_of_type(query_type)
+        rows = evaluation.rows["ann"][positions]
+        relevant = queries.relevant[positions]
+        count: NDArray[np.int64] = (relevant >= 0).sum(axis=1)
+        missed_targets = []
+        possible = []
+        for k in PLOTTED_CUTS:
+            missed_targets.append(recall_at_k_per_query(rows, relevant, k).mean())
+            possible.append((np.minimum(k, count) / count).mean())
+        color = f"C{number}"
+        axes.plot(PLOTTED_CUTS, missed_targets, color=color, label=query_type)
+        axes.plot(PLOTTED_CUTS, possible, ":", color=color, linewidth=0.8)
     axes.set_xscale("log")
-    axes.set_xticks(cuts, cuts)
+    axes.set_xticks(PLOTTED_CUTS, PLOTTED_CUTS)
     axes.set_ylim(0, 1.02)
     axes.set_xlabel("k")
     axes.set_ylabel("recall@k")

@@ -118,7 +118,7 @@ class FilteredSearch:
         if filter is None:
             return self._search.remembered("", lambda: np.ones(self._search.engine.count, np.bool_))
         table = self._attributes()
-        filter.check(table.kinds)
+        filter.check(table.attribute_types)
         return self._search.remembered(str(filter), lambda: filter.mask(table))
 
     def _without(self, selection: Selection, rows: Rows) -> Selection:
@@ -130,7 +130,7 @@ class FilteredSearch:
         table = self._attributes()
         codes = table.group_codes() if grouping == "group" else table.family_codes()
         if codes is None:
-            names = ", ".join(table.kinds)
+            names = ", ".join(table.attribute_types)
             raise ValueError(
                 f"no attribute {grouping!r} in {table.file}; there are {names}: build the index "
                 "with it"

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 
 from tritower.retrieval.filtering.parser import fail, parse_term
 from tritower.retrieval.filtering.terms import Term, matches, misfit, tests_of
-from tritower.retrieval.products.attribute_cells import Kind
+from tritower.retrieval.products.attribute_cells import AttributeType
 from tritower.retrieval.products.attribute_table import AttributeTable, Mask
 
 MAX_CHARACTERS = 100_000
@@ -46,18 +46,18 @@ class Filter:
         """Names of the attributes it looks at, each once."""
         return tuple(dict.fromkeys(test.attribute for test in tests_of(self.term)))
 
-    def check(self, kinds: Mapping[str, Kind]) -> None:
+    def check(self, attribute_types: Mapping[str, AttributeType]) -> None:
         """Refuse a filter that cannot be asked of such attributes.
 
         Args:
-            kinds: attribute -> kind.
+            attribute_types: attribute -> type.
 
         Raises:
             ValueError: an unknown attribute, or one that is compared with what it cannot be
                 compared with.
         """
         for test in tests_of(self.term):
-            if (problem := misfit(test, kinds)) is not None:
+            if (problem := misfit(test, attribute_types)) is not None:
                 fail(problem, self.source or str(self), test.at)
 
     def mask(self, table: AttributeTable) -> Mask:
@@ -66,7 +66,7 @@ class Filter:
         Raises:
             ValueError: what `check` refuses.
         """
-        self.check(table.kinds)
+        self.check(table.attribute_types)
         return table.remembered(str(self), lambda: matches(self.term, table))
 
 

@@ -66,15 +66,15 @@ def _visible(text: str) -> str:
 
 
 class _Token(NamedTuple):
-    kind: str
+    token_type: str
     text: str
     at: int
 
     def is_word(self, word: str) -> bool:
-        return self.kind == "word" and self.text.lower() == word
+        return self.token_type == "word" and self.text.lower() == word
 
     def __str__(self) -> str:
-        if self.kind == "end":
+        if self.token_type == "end":
             return "the end"
         return _visible(self.text)
 
@@ -82,7 +82,7 @@ class _Token(NamedTuple):
 def _tokens(text: str) -> list[_Token]:
     tokens: list[_Token] = []
     at = 0
-    while not tokens or tokens[-1].kind != "end":
+    while not tokens or tokens[-1].token_type != "end":
         found = TOKEN.match(text, at)
         if found is None:
             at += len(text[at:]) - len(text[at:].lstrip())
@@ -96,8 +96,8 @@ def _tokens(text: str) -> list[_Token]:
                 text,
                 at,
             )
-        kind = cast(str, found.lastgroup)
-        tokens.append(_Token(kind, found[kind], found.start(kind)))
+        token_type = cast(str, found.lastgroup)
+        tokens.append(_Token(token_type, found[token_type], found.start(token_type)))
         at = found.end()
     return tokens
 
@@ -179,7 +179,7 @@ class _Parser:
         return negated(test)
 
     def name(self) -> str:
-        if self.token.kind not in ("word", "quoted") or self.token.text.lower() in KEYWORDS:
+        if self.token.token_type not in ("word", "quoted") or self.token.text.lower() in KEYWORDS:
             self.unexpected("the name of an attribute")
         return cast(str, self.value())
 
@@ -195,17 +195,17 @@ class _Parser:
 
     def value(self) -> Value:
         token = self.token
-        if token.kind not in ("word", "quoted", "number") or (
-            token.kind == "word" and token.text.lower() in KEYWORDS
+        if token.token_type not in ("word", "quoted", "number") or (
+            token.token_type == "word" and token.text.lower() in KEYWORDS
         ):
             self.unexpected("a value")
         self._next += 1
-        if token.kind == "number":
+        if token.token_type == "number":
             number = float(token.text)
             if math.isinf(number):
                 fail(f"{token} is too large a number", self._text, token.at)
             return number
-        if token.kind == "word":
+        if token.token_type == "word":
             return token.text
         return self.unquoted(token)
 
@@ -225,19 +225,19 @@ class _Parser:
         return self._take(self.token.is_word(word))
 
     def take_sign(self, sign: str) -> bool:
-        return self._take(self.token.kind == "sign" and self.token.text == sign)
+        return self._take(self.token.token_type == "sign" and self.token.text == sign)
 
     def _take(self, taken: bool) -> bool:
         self._next += taken
         return taken
 
     def expect_end(self) -> None:
-        if self.token.kind != "end":
+        if self.token.token_type != "end":
             self.unexpected("and, or or the end")
 
     def unexpected(self, wanted: str) -> NoReturn:
         found = self.token
-        if found.kind == "word" and found.text.lower() in KEYWORDS:
+        if found.token_type == "word" and found.text.lower() in KEYWORDS:
             hint = "; put it in quotes"
         else:
             hint = ""

@@ -8,7 +8,7 @@ some rows takes more:
   many such rows; fewer do, since the best of fewer rows are further apart. With this power, a tenth
   of the rows is found as well as all of them.)
 * Where it has, a query may be far from all that may be found. It sees those rows at about the same
-  distance, so that its neighbours spread over many lists. Lists are visited too, then, that are not
+  distance, so that its neighbors spread over many lists. Lists are visited too, then, that are not
   much further away than those where the first rows were met. The further these are from where the
   query stands, the further it goes; the unit is the distance that its own P nearest lists span.
 """
@@ -31,9 +31,9 @@ SHARE_EXPONENT = 0.35
 
 NEAR = 0.5
 FAR = 1.5
-"""How much further away lists are visited, in that unit:
+"""How much further away lists are visited, in that unit.
 
-for a query among the rows that may be found, and at most.
+For a query among the rows that may be found, and at most.
 """
 
 ANCHOR = 2
@@ -41,15 +41,16 @@ ANCHOR = 2
 
 UNRELATED = 0.1
 """Variance of the lists' shares beyond chance, relative to the squared mean share, up to which a
-selection counts as unrelated to the vectors."""
+selection counts as unrelated to the vectors.
+"""
 
-COMPARED = 6000
+SHOWN_METRICS = 6000
 """Lists that are all compared with a query sooner than looked up."""
 
 STEP = 1.25
-"""Numbers of lists are rounded up to powers of this:
+"""Numbers of lists are rounded up to powers of this.
 
-there are few different ones then, and parameters for each.
+There are few different ones then, and parameters for each.
 """
 
 NOTHING = -1e30
@@ -96,7 +97,7 @@ class SelectedLists:
         """
         if self.unrelated:
             return _compact(*self._nearest(queries, stepped(nprobe / self._mean_weight)))
-        few = len(self._held) <= COMPARED
+        few = len(self._held) <= SHOWN_METRICS
         found = self._nearest(
             queries, nprobe if few else max(nprobe, stepped(1.5 * nprobe / self._mean_weight))
         )
@@ -162,7 +163,7 @@ class SelectedLists:
         """(Q, H) all lists that hold rows, nearest first."""
         held = self._held
         dim = queries.shape[1]
-        if len(queries) == 1:  # without a copy of their centres
+        if len(queries) == 1:  # without a copy of their centers
             scores = np.empty((1, len(held)), np.float32)
             pointers = (
                 faiss.swig_ptr(scores),
@@ -172,14 +173,14 @@ class SelectedLists:
             )
             faiss.fvec_inner_products_by_idx(*pointers, dim, 1, len(held))
         else:
-            centres = faiss.rev_swig_ptr(self._centres.get_xb(), self._total * dim).reshape(-1, dim)
-            scores = np.ascontiguousarray(queries @ centres[held].T)
+            centers = faiss.rev_swig_ptr(self._centres.get_xb(), self._total * dim).reshape(-1, dim)
+            scores = np.ascontiguousarray(queries @ centers[held].T)
         order = np.argsort(-scores, axis=1)
         return held[order], np.take_along_axis(scores, order, axis=1)
 
     @cached_property
     def _centres(self) -> Any:
-        """FAISS index of the centres of all lists."""
+        """FAISS index of the centers of all lists."""
         if isinstance(self._quantizer, faiss.IndexFlat):
             return self._quantizer
         if isinstance(self._quantizer, faiss.IndexRefine):

@@ -21,24 +21,30 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tritower.retrieval.filtering.selected_lists import Lists, SelectedLists, lists_of_rows
-from tritower.retrieval.ivf.engine import DUPLICATES, FEWEST, Engine, Settings, first_of_each
+from tritower.retrieval.ivf.engine import (
+    MIN_RERANKED,
+    SPILL_FACTOR,
+    Engine,
+    Settings,
+    drop_repeated_rows,
+)
 from tritower.retrieval.ivf.ivf_pq import make
 from tritower.retrieval.ranking.hits import Hits
 
 FEW_BYTES = 3 << 20
-"""Vectors for re-ranking up to which all are compared:
+"""Vectors for re-ranking up to which all are compared.
 
-a quarter of a millisecond's work. They are copied and kept.
+A quarter of a millisecond's work. They are copied and kept.
 """
 
 BLOCK_BYTES = 32 << 20
 """What is held at a time of vectors that are decoded, and of lists to visit."""
 
 WIDER = 4
-"""Times as many candidates where a selection has to do with the vectors:
+"""Times as many candidates where a selection has to do with the vectors.
 
-codes hardly tell rows apart that are all far
-away."""
+Codes hardly tell rows apart that are all far away.
+"""
 
 CACHED = 8
 """Selections that are remembered."""
@@ -190,26 +196,30 @@ class SelectiveSearch:
             scores[lacking], rows[lacking] = self._scan(
                 queries[lacking], asked[lacking], k, width, selection, everywhere
             )
-        if (lacking := rows[:, -1] < 0).any() and engine.fine is not None:
+        if (lacking := rows[:, -1] < 0).any() and engine.refine is not None:
             scores[lacking], rows[lacking] = self._compare_all(queries[lacking], k, selection)
         return Hits(scores, rows)
 
     def _is_small(self, selection: Selection) -> bool:
-        """Whether all rows are compared; without finer vectors there is no quick way to them."""
+        """Whether all rows are compared; without refine vectors there is no quick way to them."""
         return (
-            self.engine.fine is not None
-            and selection.count * self.engine.fine.sa_code_size() <= FEW_BYTES
+            self.engine.refine is not None
+            and selection.count * self.engine.refine.sa_code_size() <= FEW_BYTES
         )
 
     def _width(self, k: int, settings: Settings, selection: Selection) -> int:
         """Candidates of each query."""
         engine = self.engine
         width = float(k)
-        if engine.fine is not None and engine.ivf is not None and not self._is_small(selection):
-            width = max(k, FEWEST) * settings.k_factor * (1 if selection.lists.unrelated else WIDER)
+        if engine.refine is not None and engine.ivf is not None and not self._is_small(selection):
+            width = (
+                max(k, MIN_RERANKED)
+                * settings.k_factor
+                * (1 if selection.lists.unrelated else WIDER)
+            )
             width = max(k, min(width, selection.count))
         if engine.spill:
-            width *= 2 if engine.fine is None else DUPLICATES
+            width *= 2 if engine.refine is None else SPILL_FACTOR
         return int(np.ceil(width))
 
     def _scan(
@@ -223,7 +233,7 @@ class SelectiveSearch:
     ) -> Hits:
         """The best of the rows in some lists.
 
-        Candidates by their codes, then ranked by finer vectors.
+        Candidates by their codes, then ranked by refine vectors.
 
         Args:
             queries: (Q, D).
@@ -242,8 +252,8 @@ class SelectiveSearch:
         engine.ivf.search_preassigned_c(
             len(asked), pointers[0], width, *pointers[1:], False, parameters
         )
-        if engine.fine is not None:
-            vectors = engine.fine.sa_decode(codes_of(engine.fine)[rows.ravel()]).reshape(
+        if engine.refine is not None:
+            vectors = engine.refine.sa_decode(refine_codes(engine.refine)[rows.ravel()]).reshape(
                 *rows.shape, -1
             )
             scores = (vectors @ queries[:, :, None])[:, :, 0]
@@ -253,7 +263,7 @@ class SelectiveSearch:
             rows = np.take_along_axis(rows, order, axis=1)
         scores[rows < 0] = -np.inf
         if engine.spill:
-            return first_of_each(Hits(scores, rows), k, beside=engine.fine is not None)
+            return drop_repeated_rows(Hits(scores, rows), k, beside=engine.refine is not None)
         return Hits(scores[:, :k], rows[:, :k])
 
     def _compare_all(self, queries: Vectors, k: int, selection: Selection) -> Hits:
@@ -273,10 +283,12 @@ class SelectiveSearch:
         return lists_of_rows(self.engine)
 
 
-def codes_of(fine: Any) -> NDArray[np.uint8]:
+def refine_codes(refine: Any) -> NDArray[np.uint8]:
     """(N, C) codes of the vectors for re-ranking, where they lie."""
-    codes: NDArray[np.uint8] = faiss.rev_swig_ptr(fine.codes.data(), fine.ntotal * fine.code_size)
-    return codes.reshape(fine.ntotal, fine.code_size)
+    codes: NDArray[np.uint8] = faiss.rev_swig_ptr(
+        refine.codes.data(), refine.ntotal * refine.code_size
+    )
+    return codes.reshape(refine.ntotal, refine.code_size)
 
 
 def part_of(engine: Engine, rows: Rows) -> Any:
@@ -289,22 +301,22 @@ def part_of(engine: Engine, rows: Rows) -> Any:
     Raises:
         ValueError: the index gives no vectors back.
     """
-    fine = engine.fine
+    refine = engine.refine
     part = None
-    if isinstance(fine, faiss.IndexScalarQuantizer):
-        part = faiss.IndexScalarQuantizer(fine.d, fine.sq.qtype, faiss.METRIC_INNER_PRODUCT)
-        part.sq = fine.sq
+    if isinstance(refine, faiss.IndexScalarQuantizer):
+        part = faiss.IndexScalarQuantizer(refine.d, refine.sq.qtype, faiss.METRIC_INNER_PRODUCT)
+        part.sq = refine.sq
         part.is_trained = True
-    elif isinstance(fine, faiss.IndexFlat):
-        part = faiss.IndexFlatIP(fine.d)
+    elif isinstance(refine, faiss.IndexFlat):
+        part = faiss.IndexFlatIP(refine.d)
     if part is not None:
-        part.add_sa_codes(codes_of(fine)[rows])
+        part.add_sa_codes(refine_codes(refine)[rows])
         return part
     try:
-        vectors = (engine.index if fine is None else fine).reconstruct_batch(rows)
+        vectors = (engine.index if refine is None else refine).reconstruct_batch(rows)
     except RuntimeError as error:
         raise ValueError(
-            "this kind of index cannot search among some rows only, since it has neither lists nor "
+            "this type of index cannot search among some rows only, since it has neither lists nor "
             "vectors to give "
             f"back: build it with lists (IVF...) or as Flat ({error})"
         ) from None

@@ -4,9 +4,9 @@
     ("Acme", "Zed"))))
 
 Logic is that of SQL: what is unknown is matched neither by a test nor by its opposite. A product
-  without a price
-matches neither `price < 50` nor `not price < 50`, only `price is missing`. So rows are asked two
-questions: where a term surely holds and where it surely does not; `not` exchanges the two.
+without a price matches neither `price < 50` nor `not price < 50`, only `price is missing`. So rows
+are asked two questions: where a term surely holds and where it surely does not; `not` exchanges the
+two.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tritower.retrieval.products.attribute_cells import (
     LEVEL_SEPARATOR,
     TEXT,
     VALUE_SEPARATOR,
-    Kind,
+    AttributeType,
     path_text,
     value_text,
 )
@@ -36,13 +36,13 @@ from tritower.retrieval.products.attribute_table import AttributeTable, Mask, Nu
 
 Operator = Literal["<", "<=", ">", ">=", "=", "in", "under", "has", "known"]
 
-OPERATORS: dict[Kind, tuple[str, ...]] = {
+OPERATORS: dict[AttributeType, tuple[str, ...]] = {
     "number": ("<", "<=", ">", ">=", "=", "in", "known"),
     "category": ("=", "in", "known"),
     "path": ("=", "in", "under", "has", "known"),
     "set": ("has", "known"),
 }
-ADVICE: dict[Kind, str] = {
+ADVICE: dict[AttributeType, str] = {
     "number": "a number: compare it with <, <=, >, >=, =, != or in",
     "category": "a category, which is one text without order: use =, != or in",
     "path": 'a path without order: use under "A > B", has, =, != or in',
@@ -174,31 +174,34 @@ def tests_of(term: Term) -> Iterator[Test]:
             yield from tests_of(inner)
 
 
-def misfit(test: Test, kinds: Mapping[str, Kind]) -> str | None:
+def misfit(test: Test, attribute_types: Mapping[str, AttributeType]) -> str | None:
     """Why a test cannot be asked of a table with such attributes; None where it can.
 
     Args:
         test: of a filter.
-        kinds: attribute -> kind.
+        attribute_types: attribute -> type.
     """
     name = test.attribute
-    kind = kinds.get(test.attribute)
-    if kind is None:
+    attribute_type = attribute_types.get(test.attribute)
+    if attribute_type is None:
         nearest = sorted(
-            kinds, key=lambda known: -SequenceMatcher(None, name.lower(), known.lower()).ratio()
+            attribute_types,
+            key=lambda known: -SequenceMatcher(None, name.lower(), known.lower()).ratio(),
         )
         more = f" and {len(nearest) - SHOWN} more" if len(nearest) > SHOWN else ""
-        if kinds:
+        if attribute_types:
             return f"no attribute {name!r}; there are {', '.join(nearest[:SHOWN])}{more}"
         return "no attributes"
-    if test.operator not in OPERATORS[kind]:
-        return f"{name} is {ADVICE[kind]}"
+    if test.operator not in OPERATORS[attribute_type]:
+        return f"{name} is {ADVICE[attribute_type]}"
     for value in test.values:
-        if (kind == "number") != isinstance(value, float):
-            if kind == "number":
+        if (attribute_type == "number") != isinstance(value, float):
+            if attribute_type == "number":
                 return f"{name} is a number, {value!r} is text"
             number = _value_text(value)
-            return f"{name} is a {kind}, {number} is a number: put it in quotes for the text"
+            return (
+                f"{name} is a {attribute_type}, {number} is a number: put it in quotes for the text"
+            )
         if isinstance(value, str) and not value.strip():
             return f"{name}: a blank text is stored as unknown: write {test.attribute} is missing"
     return None
@@ -218,7 +221,7 @@ def matches(term: Term, table: AttributeTable, holds: bool = True) -> Mask:
         column = table.column(term.attribute)
         if isinstance(column, Numbers):
             return _numbers_match(term, column, holds)
-        return _texts_match(term, column, table.kinds[term.attribute], holds)
+        return _texts_match(term, column, table.attribute_types[term.attribute], holds)
     join = np.logical_and if isinstance(term, All) == holds else np.logical_or
     masks = (matches(inner, table, holds) for inner in term.terms)
     return reduce(lambda one, other: join(one, other, out=one), masks)
@@ -245,25 +248,29 @@ def _numbers_match(test: Test, column: Numbers, holds: bool) -> Mask:
     return known & ~equal
 
 
-def _texts_match(test: Test, column: Texts, kind: Kind, holds: bool) -> Mask:
+def _texts_match(test: Test, column: Texts, attribute_type: AttributeType, holds: bool) -> Mask:
     if test.operator == "known":
         if holds:
             return column.codes >= 0
         return column.codes < 0
     # The vocabulary is asked, and the rows look its answers up; the last one is for code -1.
     answers = np.zeros(len(column.vocabulary) + 1, np.bool_)
-    answers[:-1] = _words_match(test, column.vocabulary, kind) == holds
+    answers[:-1] = _words_match(test, column.vocabulary, attribute_type) == holds
     return np.take(answers, column.codes, mode="wrap")
 
 
-def _words_match(test: Test, vocabulary: pa.Array, kind: Kind) -> NDArray[np.bool_]:
-    asked = [path_text(str(value)) if kind == "path" else str(value) for value in test.values]
+def _words_match(
+    test: Test, vocabulary: pa.Array, attribute_type: AttributeType
+) -> NDArray[np.bool_]:
+    asked = [
+        path_text(str(value)) if attribute_type == "path" else str(value) for value in test.values
+    ]
     if test.operator in ("=", "in"):
         return _bools(pc.is_in(vocabulary, value_set=pa.array(asked, TEXT)))
     if test.operator == "under":
         within = pc.starts_with(vocabulary, asked[0] + LEVEL_SEPARATOR)
         return _bools(pc.or_(pc.equal(vocabulary, pa.scalar(asked[0], TEXT)), within))
-    sign = pa.scalar(VALUE_SEPARATOR if kind == "set" else LEVEL_SEPARATOR, TEXT)
+    sign = pa.scalar(VALUE_SEPARATOR if attribute_type == "set" else LEVEL_SEPARATOR, TEXT)
     value = value_text(asked[0])
     answers = _bools(pc.match_substring(vocabulary, value))
     maybe = np.flatnonzero(answers)  # whether it is a whole value is asked of these only

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tritower.retrieval.ivf import gpu
-from tritower.terminal.progress import counted
+from tritower.terminal.progress import show_progress
 
 FLAT_LISTS = 1024
 """Up to so many lists, one level of k-means is affordable."""
@@ -47,7 +47,7 @@ class Centroids:
 
     Attributes:
         vectors: (L, D) float32.
-        groups: (G, D) float32 centres of groups; G = 0 where lists are few.
+        groups: (G, D) float32 centers of groups; G = 0 where lists are few.
         group_of: (L,) int64, the group of each list.
     """
 
@@ -123,13 +123,13 @@ class Centroids:
         if not spill or len(self) == 1:
             return self.nearest(vectors, 1)[1]
         scores, near = self.nearest(vectors, 1 + SPILL_CANDIDATES)
-        # With centres of unit length, all products of the residuals x - c and x - c' follow from
+        # With centers of unit length, all products of the residuals x - c and x - c' follow from
         # x.c, x.c' and c.c'.
         square = np.einsum("bd,bd->b", vectors, vectors)[:, None]
         first = scores[:, :1]
         others = np.where(near[:, 1:] < 0, 0, scores[:, 1:])
-        centres = self.vectors[near]  # (B, 1 + C, D); a missing list borrows the last one
-        between = np.matmul(centres[:, 1:], centres[:, 0, :, None])[..., 0]
+        centers = self.vectors[near]  # (B, 1 + C, D); a missing list borrows the last one
+        between = np.matmul(centers[:, 1:], centers[:, 0, :, None])[..., 0]
         length = square - 2 * first + 1
         along = np.where(
             length > 1e-6, (square - others - first + between) ** 2 / np.maximum(length, 1e-6), 0
@@ -160,7 +160,7 @@ def find_centroids(sample: Vectors, count: int, seed: int) -> Centroids:
     shares = _shares(sizes, count)
     members = np.split(np.argsort(group_of_vector, kind="stable"), np.cumsum(sizes)[:-1])
     found = []
-    for rows, share in counted(
+    for rows, share in show_progress(
         zip(members, shares, strict=True),
         len(sample),
         lambda pair: len(pair[0]),
@@ -176,7 +176,7 @@ def grouped(vectors: Vectors, groups: Vectors) -> Centroids:
     """Centroids, each in the nearest group; (L, D) and (G, D) float32.
 
     Groups without lists are left out: a vector whose nearest groups are all such ones would find no
-      list.
+    list.
     """
     if not len(groups):
         return Centroids(vectors, groups, np.zeros(len(vectors), np.int64))

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from tritower.retrieval.ivf.ivf_pq import Encoded
+from tritower.retrieval.ivf.ivf_pq import EncodedVectors
 
 GROUPING_BYTES = 512 << 20
 """Codes that are regrouped at a time."""
@@ -38,7 +38,7 @@ class Entries(NamedTuple):
     codes: NDArray[np.uint8]
 
 
-class Source(Protocol):
+class EncodedSource(Protocol):
     """Encoded vectors with rows 0, 1, ... of their own."""
 
     @property
@@ -57,20 +57,20 @@ class Source(Protocol):
     def products(self) -> Iterator[pa.Table]:
         """product_id and content row by row, nulls for a deleted row."""
 
-    def fine(self) -> Iterator[NDArray[np.uint8]]:
-        """(B, F) finer vectors, row by row."""
+    def refine(self) -> Iterator[NDArray[np.uint8]]:
+        """(B, F) refine vectors, row by row."""
 
 
 def to_table(
-    ids: pa.Array, encoded: Encoded, contents: NDArray[np.int64] | None = None
+    ids: pa.Array, encoded: EncodedVectors, contents: NDArray[np.int64] | None = None
 ) -> pa.Table:
     """Encoded vectors with ids and content digests, as a table that `Blocks` reads."""
-    spread = {f"list{i}": pa.array(column) for i, column in enumerate(encoded.lists.T)}
+    list_columns = {f"list{i}": pa.array(column) for i, column in enumerate(encoded.lists.T)}
     codes = {f"code{i}": _binary(codes) for i, codes in enumerate(encoded.codes)}
-    fine = {"fine": _binary(encoded.fine)} if encoded.fine.shape[1] else {}
+    refine = {"refine": _binary(encoded.refine)} if encoded.refine.shape[1] else {}
     content = pa.nulls(len(ids), pa.int64()) if contents is None else pa.array(contents, pa.int64())
     return pa.table(
-        {"product_id": ids.cast(pa.string()), "content": content, **spread, **codes, **fine}
+        {"product_id": ids.cast(pa.string()), "content": content, **list_columns, **codes, **refine}
     )
 
 
@@ -84,7 +84,9 @@ class Blocks:
     def __init__(self, files: Sequence[Path]) -> None:
         self.files = files
         self._counts = [pq.read_metadata(file).num_rows for file in files]
-        self._spread = sum(name.startswith("list") for name in pq.read_schema(files[0]).names)
+        self._num_lists_per_row = sum(
+            name.startswith("list") for name in pq.read_schema(files[0]).names
+        )
 
     @property
     def count(self) -> int:
@@ -100,7 +102,7 @@ class Blocks:
         row = 0
         for file, count in zip(self.files, self._counts, strict=True):
             for column in pq.read_table(
-                file, columns=[f"list{i}" for i in range(self._spread)]
+                file, columns=[f"list{i}" for i in range(self._num_lists_per_row)]
             ).columns:
                 lists = column.to_numpy()
                 inside = lists >= 0 if kept is None else (lists >= 0) & kept[row : row + count]
@@ -112,7 +114,7 @@ class Blocks:
         """What stands in lists first to end - 1."""
         row = 0
         for file, count in zip(self.files, self._counts, strict=True):
-            for i in range(self._spread):
+            for i in range(self._num_lists_per_row):
                 table = pq.read_table(file, columns=[f"list{i}", f"code{i}"])
                 lists = table.column(0).to_numpy().astype(np.int64)
                 inside = np.flatnonzero((lists >= first) & (lists < end))
@@ -124,14 +126,14 @@ class Blocks:
         for file in self.files:
             yield pq.read_table(file, columns=["product_id", "content"])
 
-    def fine(self) -> Iterator[NDArray[np.uint8]]:
-        """(B, F) finer vectors, row by row."""
+    def refine(self) -> Iterator[NDArray[np.uint8]]:
+        """(B, F) refine vectors, row by row."""
         for file in self.files:
-            yield _bytes(pq.read_table(file, columns=["fine"]).column(0))
+            yield _bytes(pq.read_table(file, columns=["refine"]).column(0))
 
 
 def grouped_lists(
-    sources: Sequence[tuple[Source, NDArray[np.int64] | int]],
+    sources: Sequence[tuple[EncodedSource, NDArray[np.int64] | int]],
     sizes: NDArray[np.int64],
     code_size: int,
 ) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.int64]]]:
@@ -174,9 +176,9 @@ def _moved(entries: Entries, moved: NDArray[np.int64] | int) -> Entries:
 
 def _binary(array: NDArray[np.uint8]) -> pa.Array:
     """(B, C) uint8 as B binaries of C bytes."""
-    kind = pa.binary(array.shape[1])
+    code_type = pa.binary(array.shape[1])
     return pa.FixedSizeBinaryArray.from_buffers(
-        kind, len(array), [None, pa.py_buffer(np.ascontiguousarray(array))]
+        code_type, len(array), [None, pa.py_buffer(np.ascontiguousarray(array))]
     )
 
 

@@ -17,14 +17,14 @@ from numpy.typing import NDArray
 
 from tritower.artefacts.storage import ArtefactError
 from tritower.retrieval.ivf.inverted_lists import attach
-from tritower.retrieval.ivf.ivf_pq import make, open_fine, search_parameters
-from tritower.retrieval.ivf.layout import FINE_FILE, INDEX_FILE, LISTS_FILE, SIZES_FILE
+from tritower.retrieval.ivf.ivf_pq import make, open_refine, search_parameters
+from tritower.retrieval.ivf.layout import INDEX_FILE, LISTS_FILE, REFINE_FILE, SIZES_FILE
 from tritower.retrieval.ranking.hits import Hits
 
-FEWEST = 10
+MIN_RERANKED = 10
 """Results that searches for fewer re-rank as many candidates for."""
 
-DUPLICATES = 1.5
+SPILL_FACTOR = 1.5
 """Candidates to fetch per candidate wanted, where a vector may be met in two lists."""
 
 
@@ -33,7 +33,7 @@ class Settings(NamedTuple):
 
     Attributes:
         nprobe: lists visited; None for an index without lists.
-        k_factor: candidates re-ranked per result, where the index keeps finer vectors.
+        k_factor: candidates re-ranked per result, where the index keeps refine vectors.
     """
 
     nprobe: int | None = None
@@ -68,7 +68,7 @@ class Engine:
 
     Attributes:
         ivf: the part with lists, or None.
-        fine: the part with a vector for every row, for re-ranking and exact search, or None.
+        refine: the part with a vector for every row, for re-ranking and exact search, or None.
         lists: number of lists, or None.
     """
 
@@ -81,18 +81,18 @@ class Engine:
         self._keep = keep
         self.ivf = lists_of(index)
         self.lists: int | None = None if self.ivf is None else int(self.ivf.nlist)
-        self.fine: Any = None
+        self.refine: Any = None
         if isinstance(index, faiss.IndexRefine):
-            self.fine = faiss.downcast_index(index.refine_index)
+            self.refine = faiss.downcast_index(index.refine_index)
         elif isinstance(index, faiss.IndexFlat):
-            self.fine = index
+            self.refine = index
         self._parameters: dict[Settings, Any] = {}
 
     @classmethod
     def open(cls, folder: Path, meta: Mapping[str, Any]) -> Engine:
         """Open the FAISS files of an index folder whose manifest says `meta`.
 
-        Lists and finer vectors are mapped.
+        Lists and refine vectors are mapped.
 
         Raises:
             ArtefactError: files that cannot be opened or do not belong together.
@@ -100,7 +100,7 @@ class Engine:
         rows = meta.get("rows", meta["count"])
         dim = meta["dim"]
         try:
-            # One file, one flag. This one maps finer vectors, which IO_FLAG_MMAP does not; both
+            # One file, one flag. This one maps refine vectors, which IO_FLAG_MMAP does not; both
             # read fast-scan codes.
             stored = faiss.read_index(str(folder / INDEX_FILE), faiss.IO_FLAG_MMAP_IFC)
             if not (folder / LISTS_FILE).exists():
@@ -111,10 +111,10 @@ class Engine:
                 stored.ntotal = rows
                 keep: tuple[Any, ...] = (stored, lists)
                 index = stored
-                if (folder / FINE_FILE).exists():
-                    fine = open_fine(folder / FINE_FILE, rows, dim)
-                    index = faiss.IndexRefine(stored, fine)
-                    keep = (*keep, fine)
+                if (folder / REFINE_FILE).exists():
+                    refine = open_refine(folder / REFINE_FILE, rows, dim)
+                    index = faiss.IndexRefine(stored, refine)
+                    keep = (*keep, refine)
                 engine = cls(index, rows, spill=bool(meta.get("spill")), keep=keep)
         except Exception as error:  # whatever a library makes of a file that is none of its own
             raise ArtefactError(f"{folder} cannot be opened as an index: {error}") from None
@@ -140,8 +140,8 @@ class Engine:
         Returns:
             (Q, k).
         """
-        if k < FEWEST:  # one result is no easier to find than ten
-            settings = settings._replace(k_factor=settings.k_factor * FEWEST / k)
+        if k < MIN_RERANKED:  # one result is no easier to find than ten
+            settings = settings._replace(k_factor=settings.k_factor * MIN_RERANKED / k)
         if k * settings.k_factor > self.count:  # no more candidates than rows
             settings = settings._replace(k_factor=self.count / k)
         if not self.spill:
@@ -149,11 +149,11 @@ class Engine:
                 *self.index.search(queries, k, params=self._search_parameters(settings, selector))
             )
         else:
-            twice = settings._replace(k_factor=max(1.0, settings.k_factor * DUPLICATES / 2))
+            twice = settings._replace(k_factor=max(1.0, settings.k_factor * SPILL_FACTOR / 2))
             found = Hits(
                 *self.index.search(queries, 2 * k, params=self._search_parameters(twice, selector))
             )
-            hits = first_of_each(found, k, beside=self.fine is not None)
+            hits = drop_repeated_rows(found, k, beside=self.refine is not None)
         hits.scores[hits.rows < 0] = -np.inf
         return hits
 
@@ -163,15 +163,15 @@ class Engine:
         Raises:
             ValueError: the index keeps nothing to make a vector from.
         """
-        if self.fine is None and isinstance(self.ivf, faiss.IndexIVFFastScan):
+        if self.refine is None and isinstance(self.ivf, faiss.IndexIVFFastScan):
             # Once read from a file, asking it kills the process.
             raise ValueError(
                 "it keeps only fast-scan codes, which give no vectors back: build with "
                 '",Refine(SQ8)"'
             )
-        if self.fine is None and self.ivf is not None:
+        if self.refine is None and self.ivf is not None:
             self.ivf.make_direct_map()
-        source = self.index if self.fine is None else self.fine
+        source = self.index if self.refine is None else self.refine
         vector: NDArray[np.float32] = source.reconstruct(row)
         return vector
 
@@ -217,7 +217,7 @@ def _parameters_of(index: Any, settings: Settings, selector: Any) -> Any:
     return make.SearchParameters(sel=selector)
 
 
-def first_of_each(found: Hits, k: int, *, beside: bool) -> Hits:
+def drop_repeated_rows(found: Hits, k: int, *, beside: bool) -> Hits:
     """The first k results of each query without rows that came before; (Q, K) to (Q, k).
 
     Args:

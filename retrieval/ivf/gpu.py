@@ -38,26 +38,26 @@ def give_up(problem: Exception) -> None:
 
 
 def nearest(
-    vectors: NDArray[np.float32], centres: NDArray[np.float32], count: int
+    vectors: NDArray[np.float32], centers: NDArray[np.float32], count: int
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """The `count` centres with the highest inner products, on the GPU or else on the CPU.
+    """The `count` centers with the highest inner products, on the GPU or else on the CPU.
 
     Exact on both.
 
     Args:
         vectors: (B, D) float32.
-        centres: (L, D) float32.
+        centers: (L, D) float32.
         count: 1 <= count <= L.
 
     Returns:
-        (B, count) float32 inner products, descending, and (B, count) int64 numbers of centres.
+        (B, count) float32 inner products, descending, and (B, count) int64 numbers of centers.
     """
     if in_use():
         try:
             found: Any = faiss.knn_gpu(
                 _resources(),
                 vectors,
-                centres,
+                centers,
                 count,
                 metric=faiss.METRIC_INNER_PRODUCT,
                 vectorsMemoryLimit=WORKING_BYTES,
@@ -66,7 +66,7 @@ def nearest(
             return found[0], found[1]
         except RuntimeError as error:
             give_up(error)
-    scores, numbers = faiss.knn(vectors, centres, count, metric=faiss.METRIC_INNER_PRODUCT)
+    scores, numbers = faiss.knn(vectors, centers, count, metric=faiss.METRIC_INNER_PRODUCT)
     return scores, numbers
 
 

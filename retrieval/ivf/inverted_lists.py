@@ -24,9 +24,9 @@ BLOCK = 32
 """Vectors whose codes are scanned together."""
 
 ALIGNMENT = 64
-"""Bytes at whose multiples a list begins:
+"""Bytes at whose multiples a list begins.
 
-a cache line, and what the widest registers load at once.
+A cache line, and what the widest registers load at once.
 """
 
 Codes = NDArray[np.uint8]

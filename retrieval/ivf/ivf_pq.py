@@ -1,12 +1,12 @@
 """The index that is built by default.
 
-Small lists of 4-bit codes that are scanned, and finer vectors that re-rank.
+Small lists of 4-bit codes that are scanned, and refine vectors that re-rank.
 
-Both are mapped from files, so memory holds little more than the centres of the lists. They are
+Both are mapped from files, so memory holds little more than the centers of the lists. They are
 FAISS's own parts, put together here: `IndexIVFPQFastScan` over lists of our layout
-(`tritower.retrieval.ivf.inverted_lists`), an `IndexScalarQuantizer` for the finer vectors,
+(`tritower.retrieval.ivf.inverted_lists`), an `IndexScalarQuantizer` for the refine vectors,
 `IndexRefine` around both. Where lists are many, the quantizer that finds them is such an index
-itself, over their centres.
+itself, over their centers.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from numpy.typing import NDArray
 
 from tritower.artefacts.storage import ArtefactError
 from tritower.retrieval.ivf.clustering import FLAT_LISTS, Centroids, find_centroids, grouped
-from tritower.retrieval.ivf.spec import Mapped
+from tritower.retrieval.ivf.spec import IvfPqSpec
 
 TRAINED_CODES = 65_536
 """Vectors that train the code books: they hold only 16 centroids each."""
 
 CODES_OF_CENTRES = 2
-"""Dimensions of a piece in the codes of the lists' centres:
+"""Dimensions of a piece in the codes of the lists' centers.
 
-finer than those of vectors, there are few of them.
+Finer than those of vectors, there are few of them.
 """
 
 make: Any = faiss  # its parameter classes take fields as keywords, which its stubs do not know
@@ -38,38 +38,38 @@ Vectors = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedVectors:
     """B vectors as an index keeps them.
 
     Attributes:
         lists: (B, S) int32, the lists a vector stands in; -1 for none.
         codes: (S, B, C) uint8, its code in each of them.
-        fine: (B, F) uint8, the vector to re-rank by; F = 0 for none.
+        refine: (B, F) uint8, the vector to re-rank by; F = 0 for none.
     """
 
     lists: NDArray[np.int32]
     codes: NDArray[np.uint8]
-    fine: NDArray[np.uint8]
+    refine: NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedQuantizers:
     """Everything learned from the training vectors; holds no product yet.
 
     Attributes:
         index: IndexIVFPQFastScan with empty lists.
-        finer: IndexScalarQuantizer without vectors, or None.
+        refine: IndexScalarQuantizer without vectors, or None.
         centroids: of the lists.
         spill: whether a vector stands in two lists.
     """
 
     index: Any
-    finer: Any
+    refine: Any
     centroids: Centroids
     spill: bool
 
-    def encode(self, vectors: Vectors) -> Encoded:
-        """Lists, codes and finer vectors of (B, D) float32 vectors."""
+    def encode(self, vectors: Vectors) -> EncodedVectors:
+        """Lists, codes and refine vectors of (B, D) float32 vectors."""
         lists = []
         codes = []
         block = (
@@ -80,11 +80,11 @@ class Trained:
             found = self.centroids.lists_of(part, self.spill)
             lists.append(found.astype(np.int32))
             codes.append(np.stack([self._codes(part, column) for column in found.T]))
-        if self.finer is None:
-            fine = np.empty((len(vectors), 0), np.uint8)
+        if self.refine is None:
+            refine = np.empty((len(vectors), 0), np.uint8)
         else:
-            fine = self.finer.sa_encode(vectors)
-        return Encoded(np.concatenate(lists), np.concatenate(codes, axis=1), fine)
+            refine = self.refine.sa_encode(vectors)
+        return EncodedVectors(np.concatenate(lists), np.concatenate(codes, axis=1), refine)
 
     def _codes(self, vectors: Vectors, lists: NDArray[np.int64]) -> NDArray[np.uint8]:
         residuals = vectors - self.centroids.vectors[lists] if self.index.by_residual else vectors
@@ -94,28 +94,33 @@ class Trained:
 
 def train(
     sample: Vectors,
-    design: Mapped,
+    spec: IvfPqSpec,
     seed: int,
     spill: bool = False,
     centroids: Centroids | None = None,
-) -> Trained:
+) -> TrainedQuantizers:
     """Learn lists, code books and ranges from a sample.
 
     Args:
         sample: (S, D) float32, at least as many as lists and as a code book has centroids.
-        design: what to make.
+        spec: what to make.
         seed: of k-means.
         spill: give every vector a second list.
         centroids: of the lists, where they are known already.
     """
     dim = sample.shape[1]
-    centroids = find_centroids(sample, design.lists, seed) if centroids is None else centroids
+    centroids = find_centroids(sample, spec.lists, seed) if centroids is None else centroids
     index = faiss.IndexIVFPQFastScan(
-        coarse_quantizer(centroids), dim, design.lists, design.pieces, 4, faiss.METRIC_INNER_PRODUCT
+        coarse_quantizer(centroids),
+        dim,
+        spec.lists,
+        spec.sub_quantizers,
+        4,
+        faiss.METRIC_INNER_PRODUCT,
     )
-    index.by_residual = design.residual
+    index.by_residual = spec.residual
     some = sample[:: max(1, len(sample) // TRAINED_CODES)]
-    if design.residual:
+    if spec.residual:
         residuals = some - centroids.vectors[centroids.nearest(some)[1][:, 0]]
     else:
         residuals = some
@@ -123,20 +128,21 @@ def train(
     index.pq.cp.min_points_per_centroid = 1
     index.pq.train(np.ascontiguousarray(residuals))
     index.is_trained = True
-    finer = None
-    if design.finer is not None:
-        kind = {"SQ8": faiss.ScalarQuantizer.QT_8bit, "SQfp16": faiss.ScalarQuantizer.QT_fp16}[
-            design.finer
-        ]
-        finer = faiss.IndexScalarQuantizer(dim, kind, faiss.METRIC_INNER_PRODUCT)
-        finer.train(some)
-    return Trained(index, finer, centroids, spill)
+    refine = None
+    if spec.refine is not None:
+        quantizer_type = {
+            "SQ8": faiss.ScalarQuantizer.QT_8bit,
+            "SQfp16": faiss.ScalarQuantizer.QT_fp16,
+        }[spec.refine]
+        refine = faiss.IndexScalarQuantizer(dim, quantizer_type, faiss.METRIC_INNER_PRODUCT)
+        refine.train(some)
+    return TrainedQuantizers(index, refine, centroids, spill)
 
 
 def coarse_quantizer(centroids: Centroids) -> Any:
     """The index that finds lists.
 
-    Exact where they are few, else an IVF over their centres, re-ranked exactly.
+    Exact where they are few, else an IVF over their centers, re-ranked exactly.
     """
     dim = centroids.vectors.shape[1]
     if len(centroids) <= FLAT_LISTS:
@@ -145,9 +151,11 @@ def coarse_quantizer(centroids: Centroids) -> Any:
         return flat
     groups = faiss.IndexFlatIP(dim)
     groups.add(centroids.groups)
-    pieces = next((dim // size for size in range(CODES_OF_CENTRES, 9) if dim % size == 0), dim)
+    sub_quantizers = next(
+        (dim // size for size in range(CODES_OF_CENTRES, 9) if dim % size == 0), dim
+    )
     base = faiss.IndexIVFPQFastScan(
-        groups, dim, len(centroids.groups), pieces, 4, faiss.METRIC_INNER_PRODUCT
+        groups, dim, len(centroids.groups), sub_quantizers, 4, faiss.METRIC_INNER_PRODUCT
     )
     base.by_residual = True
     base.train(centroids.vectors)
@@ -209,32 +217,32 @@ def quantizer_parameters(index: Any, nprobe: int) -> Any:
     return make.IndexRefineSearchParameters(k_factor=factor, base_index_params=inner)
 
 
-def write_fine_header(file: BinaryIO, finer: Any, count: int) -> None:
-    """Begin a FAISS file of `count` finer vectors, whose codes follow one after another.
+def write_refine_header(file: BinaryIO, refine: Any, count: int) -> None:
+    """Begin a FAISS file of `count` refine vectors, whose codes follow one after another.
 
     FAISS writes such a file only from memory. An index without vectors ends with the size of its
     codes, and holds the number of vectors behind its name and dimension: both are filled in, so
     that codes can be streamed.
     """
-    data = bytearray(faiss.serialize_index(finer).tobytes())
+    data = bytearray(faiss.serialize_index(refine).tobytes())
     data[8:16] = np.int64(count).tobytes()
-    data[-8:] = np.uint64(count * finer.sa_code_size()).tobytes()
+    data[-8:] = np.uint64(count * refine.sa_code_size()).tobytes()
     file.write(bytes(data))
 
 
-def open_fine(file: Path, count: int, dim: int) -> Any:
-    """The finer vectors of a file, mapped.
+def open_refine(file: Path, count: int, dim: int) -> Any:
+    """The refine vectors of a file, mapped.
 
     Raises:
         ArtefactError: not such a file, or of other vectors.
     """
     try:
-        finer = faiss.read_index(str(file), faiss.IO_FLAG_MMAP_IFC)
+        refine = faiss.read_index(str(file), faiss.IO_FLAG_MMAP_IFC)
     except RuntimeError as error:
         raise ArtefactError(f"{file} cannot be opened: {error}") from None
-    if (finer.ntotal, finer.d) != (count, dim):
+    if (refine.ntotal, refine.d) != (count, dim):
         raise ArtefactError(
-            f"{file} holds {finer.ntotal} vectors of {finer.d} dimensions, expected {count} of "
+            f"{file} holds {refine.ntotal} vectors of {refine.d} dimensions, expected {count} of "
             f"{dim}"
         )
-    return finer
+    return refine

@@ -9,7 +9,7 @@ LISTS_FILE = "lists.bin"
 SIZES_FILE = "lists.npy"
 """(nlist,) int64, number of entries of each list."""
 
-FINE_FILE = "vectors.faiss"
+REFINE_FILE = "vectors.faiss"
 """Vectors that re-rank candidates, one per row."""
 
 IDS_FILE = "ids.arrow"

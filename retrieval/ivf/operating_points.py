@@ -1,6 +1,6 @@
 """Operating points of an index.
 
-What each way of searching it finds and costs, per kind of query; and what is asked.
+What each way of searching it finds and costs, per query type; and what is asked.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ class Target:
     """What an index should reach.
 
     Attributes:
-        recall: recall@k against exact search, for every kind of query.
+        recall: recall@k against exact search, for every query type.
         k: results of a search.
-        memory: bytes that searches may touch again and again (codes, rows, centres); None for any.
+        memory: bytes that searches may touch again and again (codes, rows, centers); None for any.
         latency_ms: median of one query on one thread; None for any.
         strict: choose among candidates, and publish nothing that does not reach it; False: measure
-            the default index, and take the best settings there are for a kind that does not reach
-            it.
+            the default index, and take the best settings there are for a query type that does not
+            reach it.
     """
 
     recall: float = 0.95
@@ -49,7 +49,7 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Point:
+class OperatingPoint:
     """One way to search, measured against exact search.
 
     Attributes:
@@ -78,7 +78,7 @@ class Point:
         return Settings(self.nprobe, self.k_factor)
 
     @property
-    def proven(self) -> float:
+    def proven_recall(self) -> float:
         """The lower of both recalls."""
         if self.held_out is None:
             return self.recall
@@ -95,59 +95,63 @@ class Tuning:
 
     Attributes:
         k: of recall@k.
-        points: kind of query -> points, cheapest first, each with more recall than those before.
-        queries: kind of query -> how many were asked.
+        points: query type -> points, cheapest first, each with more recall than those before.
+        queries: query type -> how many were asked.
     """
 
     k: int
-    points: Mapping[str, Sequence[Point]]
+    points: Mapping[str, Sequence[OperatingPoint]]
     queries: Mapping[str, int]
 
-    def settings_for(self, recall: float, kind: str | None = None) -> Settings:
+    def settings_for(self, recall: float, query_type: str | None = None) -> Settings:
         """The cheapest settings that reach a recall.
 
         Args:
             recall: recall@k against exact search, above 0, at most 1.
-            kind: of the queries; None or one that was not measured: enough for every kind that was.
+            query_type: of the queries; None or one that was not measured: enough for every query
+                type that was.
 
         Raises:
-            ValueError: no point of the kind reaches it; the message names the best one.
+            ValueError: no point of the query type reaches it; the message names the best one.
         """
         if not 0 < recall <= 1:
             raise ValueError(f"recall={recall}; expected a number above 0, at most 1")
-        for name in self._kinds(kind):
+        for name in self._query_types(query_type):
             best = self.nearest(recall, name)
             if not best.reaches(recall):
                 raise ValueError(
-                    f"recall@{self.k} of {recall:g} is not reached for queries of kind {name!r}: "
+                    f"recall@{self.k} of {recall:g} is not reached for queries of type {name!r}: "
                     "the best measured "
-                    f"point has {best.proven:.4f} (nprobe {best.nprobe}, k_factor "
+                    f"point has {best.proven_recall:.4f} (nprobe {best.nprobe}, k_factor "
                     f"{best.k_factor:g}): name nprobe and "
                     "k_factor yourself, or build with a higher recall"
                 )
-        return self.nearest_settings(recall, kind)
+        return self.nearest_settings(recall, query_type)
 
-    def nearest_settings(self, recall: float, kind: str | None = None) -> Settings:
+    def nearest_settings(self, recall: float, query_type: str | None = None) -> Settings:
         """As `settings_for`; the best point's settings where no point reaches the recall."""
-        chosen = [self.nearest(recall, name) for name in self._kinds(kind)]
+        chosen = [self.nearest(recall, name) for name in self._query_types(query_type)]
         return Settings(max(p.nprobe for p in chosen), max(p.k_factor for p in chosen))
 
-    def nearest(self, recall: float, kind: str) -> Point:
-        """The cheapest point of a kind that reaches a recall, else the one with most."""
-        for point in self.points[kind]:
+    def nearest(self, recall: float, query_type: str) -> OperatingPoint:
+        """The cheapest point of a query type that reaches a recall, else the one with most."""
+        for point in self.points[query_type]:
             if point.reaches(recall):
                 return point
-        return max(self.points[kind], key=lambda point: point.proven)
+        return max(self.points[query_type], key=lambda point: point.proven_recall)
 
-    def _kinds(self, kind: str | None) -> list[str]:
-        """The kind, where it was measured, else all that were."""
-        if kind in self.points:
-            return [kind]
+    def _query_types(self, query_type: str | None) -> list[str]:
+        """The query type, where it was measured, else all that were."""
+        if query_type in self.points:
+            return [query_type]
         return list(self.points)
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON."""
-        points = {kind: [asdict(point) for point in front] for kind, front in self.points.items()}
+        points = {
+            query_type: [asdict(point) for point in front]
+            for query_type, front in self.points.items()
+        }
         return {"k": self.k, "queries": dict(self.queries), "points": points}
 
     @classmethod
@@ -158,14 +162,17 @@ class Tuning:
             KeyError, TypeError: it is not that.
         """
         points = {
-            kind: tuple(Point(**point) for point in front) for kind, front in data["points"].items()
+            query_type: tuple(OperatingPoint(**point) for point in front)
+            for query_type, front in data["points"].items()
         }
         return cls(int(data["k"]), points, dict(data["queries"]))
 
 
-def pareto(points: Sequence[Point], cost: Mapping[Point, float]) -> list[Point]:
+def pareto(
+    points: Sequence[OperatingPoint], cost: Mapping[OperatingPoint, float]
+) -> list[OperatingPoint]:
     """The points that no other one beats in both recall and cost, cheapest first."""
-    front: list[Point] = []
+    front: list[OperatingPoint] = []
     for point in sorted(points, key=lambda p: (cost[p], -p.recall)):
         if not front or point.recall > front[-1].recall:
             front.append(point)

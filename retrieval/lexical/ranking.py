@@ -22,6 +22,8 @@ from tritower.retrieval.lexical.records import EXACT_FIELDS, FIELDS, QUERY, Reco
 from tritower.retrieval.lexical.tokenizer import is_cjk
 from tritower.retrieval.ranking.hits import Hits
 
+LexicalModel = Literal["bm25", "tfidf"]
+
 MAX_CELLS = 20_000_000
 """Scores that are held at a time: queries are searched in blocks."""
 
@@ -39,7 +41,7 @@ class Scoring:
         weights: field -> weight of its counts; 0 leaves the field out.
     """
 
-    model: Literal["bm25", "tfidf"] = "bm25"
+    model: LexicalModel = "bm25"
     k1: float = 1.2
     b: float = 0.75
     weights: Mapping[str, float] = field(
@@ -64,7 +66,7 @@ class Scoring:
             )
 
 
-class WordIndex:
+class LexicalIndex:
     """An inverted index of product records.
 
     Args:
@@ -119,7 +121,7 @@ class WordIndex:
             for number, (start, stop) in enumerate(pairwise(scores.indptr)):
                 values = scores.data[start:stop]
                 rows = scores.indices[start:stop]
-                best = highest(values, rows, k)
+                best = top_positions(values, rows, k)
                 hits.scores[first + number, : len(best)] = values[best]
                 hits.rows[first + number, : len(best)] = rows[best]
         return hits
@@ -248,7 +250,9 @@ class WordIndex:
         return terms + pairs
 
 
-def highest(values: NDArray[np.float32], rows: NDArray[np.integer], k: int) -> NDArray[np.int64]:
+def top_positions(
+    values: NDArray[np.float32], rows: NDArray[np.integer], k: int
+) -> NDArray[np.int64]:
     """Positions of the k highest values, equal ones by row.
 
     Args:

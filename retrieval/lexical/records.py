@@ -10,11 +10,11 @@ from tritower.retrieval.lexical.tokenizer import tokenize
 Value = str | float | Sequence[str]
 
 FIELDS = ("title", "texts", "attributes", "facts", "numbers")
-"""The fields of a record:
+"""The fields of a record.
 
     title        words of the first text field
     texts        words of all other text fields
-    attributes   words of brand, category, colour and the like
+    attributes   words of brand, category, color and the like
     facts        whole values, "brand=acme": equal or not
     numbers      whole numbers, "price=59.9": equal or not
 """
@@ -73,11 +73,11 @@ def typed_record(text: str | None) -> Record:
     return {QUERY: tokenize(text or "")}
 
 
-def record_of_kind(record: Record, kind: str) -> Record:
-    """What a query of this kind shows of a product's record; nothing for a picture."""
+def visible_record(record: Record, query_type: str) -> Record:
+    """The part of a product's record that a query of this type contains; empty for a picture."""
     fields = {
         "fused": FIELDS,
         "product:text": ("title", "texts"),
         "product:attribute": ("attributes", "facts", "numbers"),
-    }.get(kind, ())
+    }.get(query_type, ())
     return {field: record[field] for field in fields if field in record}

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from tritower.retrieval.lexical.analyzer import Analyzer, detect_language
-from tritower.retrieval.lexical.ranking import Scoring, WordIndex
+from tritower.retrieval.lexical.ranking import LexicalIndex, Scoring
 from tritower.retrieval.lexical.records import EXACT_FIELDS, FIELDS, Record
 
 WEIGHTS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
@@ -23,7 +23,7 @@ MIN_GAIN = 0.001
 
 
 @dataclass(frozen=True)
-class WordSettings:
+class LexicalSettings:
     """Everything that decides how words are searched.
 
     Attributes:
@@ -41,7 +41,7 @@ class WordSettings:
         return asdict(self)
 
 
-class WordIndexes:
+class LexicalIndexes:
     """Indexes of the same records for several analyzers, each made once.
 
     Args:
@@ -50,13 +50,13 @@ class WordIndexes:
 
     def __init__(self, records: Sequence[Record]) -> None:
         self.records = records
-        self._made: dict[tuple[Analyzer, bool], WordIndex] = {}
+        self._made: dict[tuple[Analyzer, bool], LexicalIndex] = {}
 
-    def get(self, settings: WordSettings) -> WordIndex:
+    def get(self, settings: LexicalSettings) -> LexicalIndex:
         """The index that these settings search."""
         key = (settings.analyzer, settings.neighbors)
         if key not in self._made:
-            self._made[key] = WordIndex(self.records, *key)
+            self._made[key] = LexicalIndex(self.records, *key)
         return self._made[key]
 
 
@@ -70,8 +70,8 @@ def language_of(records: Sequence[Record]) -> str | None:
 
 
 def choose_settings(
-    start: WordSettings, measure: Callable[[WordSettings], float]
-) -> tuple[WordSettings, float]:
+    start: LexicalSettings, measure: Callable[[LexicalSettings], float]
+) -> tuple[LexicalSettings, float]:
     """Change one setting at a time and keep what gains.
 
     Args:
@@ -103,12 +103,12 @@ def choose_settings(
 
 
 def climb(
-    make: Callable[[float], WordSettings],
+    make: Callable[[float], LexicalSettings],
     values: Sequence[float],
     start: float,
     figure: float,
-    measure: Callable[[WordSettings], float],
-) -> tuple[WordSettings, float]:
+    measure: Callable[[LexicalSettings], float],
+) -> tuple[LexicalSettings, float]:
     """Go up and down an ascending grid from a value, each way as long as the figure rises.
 
     Args:
@@ -134,17 +134,17 @@ def climb(
     return make(best), figure
 
 
-def _with_weight(settings: WordSettings, name: str, weight: float) -> WordSettings:
+def _with_weight(settings: LexicalSettings, name: str, weight: float) -> LexicalSettings:
     weights = {**settings.scoring.weights, name: weight}
     return replace(settings, scoring=replace(settings.scoring, weights=weights))
 
 
-def _with_value(settings: WordSettings, name: str, value: float) -> WordSettings:
+def _with_value(settings: LexicalSettings, name: str, value: float) -> LexicalSettings:
     change: dict[str, Any] = {name: value}
     return replace(settings, scoring=replace(settings.scoring, **change))
 
 
-def _analyses(settings: WordSettings) -> Iterator[WordSettings]:
+def _analyses(settings: LexicalSettings) -> Iterator[LexicalSettings]:
     """The settings with every way to make terms of tokens."""
     language = settings.analyzer.language
     choices = [(True, True), (True, False), (False, False)] if language else [(False, False)]

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-Kind = Literal["number", "category", "path", "set"]
+AttributeType = Literal["number", "category", "path", "set"]
 
 GROUP = "group"
 FAMILY = "family"
@@ -31,7 +31,7 @@ CELL_BORDER = rf"[{BLANKS}]*([|][{BLANKS}]*)+"
 TEXT = pa.large_string()
 
 
-def cells(column: pa.Array, kind: Kind) -> pa.Array:
+def cells(column: pa.Array, attribute_type: AttributeType) -> pa.Array:
     """The values of a column as they are stored.
 
     Float64 for numbers, else large_string; null where unknown.
@@ -40,24 +40,25 @@ def cells(column: pa.Array, kind: Kind) -> pa.Array:
     they print as: a price of 59.9 stays 59.9, not 59.900001525878906.
 
     Raises:
-        pa.ArrowInvalid: values that are not of this kind, or integers that float64 cannot hold.
+        pa.ArrowInvalid: values that are not of this type, or integers that float64 cannot hold.
     """
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
-    if kind == "number":
+    if attribute_type == "number":
         return _numbers(column)
     if is_list(column.type):
         texts = _joined(
-            column.cast(pa.large_list(TEXT)), VALUE_SEPARATOR if kind == "set" else LEVEL_SEPARATOR
+            column.cast(pa.large_list(TEXT)),
+            VALUE_SEPARATOR if attribute_type == "set" else LEVEL_SEPARATOR,
         )
     else:
         texts = column.cast(TEXT)
-        if kind == "set":
+        if attribute_type == "set":
             texts = pc.utf8_trim(
                 pc.replace_substring(texts, VALUE_SEPARATOR, " "), CELL_SEPARATOR + BLANKS
             )
             texts = pc.replace_substring_regex(texts, CELL_BORDER, VALUE_SEPARATOR)
-    if kind == "path":
+    if attribute_type == "path":
         texts = pc.replace_substring_regex(
             pc.ascii_trim_whitespace(texts), LEVEL_BORDER, LEVEL_SEPARATOR
         )
@@ -74,17 +75,18 @@ def value_text(text: str) -> str:
     return text.replace(VALUE_SEPARATOR, " ")
 
 
-def checked_kind(kind: str, column: str) -> Kind:
-    """A kind by its name.
+def checked_attribute_type(attribute_type: str, column: str) -> AttributeType:
+    """A type by its name.
 
     Raises:
         ValueError: not one of those that exist.
     """
-    if kind not in get_args(Kind):
+    if attribute_type not in get_args(AttributeType):
         raise ValueError(
-            f"column {column!r}: kind {kind!r}; expected one of {', '.join(get_args(Kind))}"
+            f"column {column!r}: type {attribute_type!r}; expected one of "
+            f"{', '.join(get_args(AttributeType))}"
         )
-    return kind  # type: ignore[return-value]
+    return attribute_type  # type: ignore[return-value]
 
 
 def is_text(type_: pa.DataType) -> bool:

@@ -21,9 +21,9 @@ from tritower.retrieval.products.attribute_cells import (
     GROUP,
     LEVEL_SEPARATOR,
     TEXT,
-    Kind,
+    AttributeType,
     cells,
-    checked_kind,
+    checked_attribute_type,
     is_list,
     is_text,
 )
@@ -56,8 +56,8 @@ class AttributeSource(Protocol):
         """What it is, for messages."""
 
     @property
-    def kinds(self) -> Mapping[str, Kind]:
-        """Attribute -> kind; groups and families are categories called `group` and `family`."""
+    def attribute_types(self) -> Mapping[str, AttributeType]:
+        """Attribute -> type; groups and families are categories called `group` and `family`."""
 
     @property
     def ignored(self) -> Mapping[str, str]:
@@ -85,11 +85,11 @@ class CatalogueSource:
         self.name = str(catalogue.path)
         self._files = catalogue.product_files()
         self._fields: dict[str, str | None] = {GROUP: None, FAMILY: None}
-        self.kinds: dict[str, Kind] = {GROUP: "category", FAMILY: "category"}
+        self.attribute_types: dict[str, AttributeType] = {GROUP: "category", FAMILY: "category"}
         self.ignored: dict[str, str] = {}
-        for field, kind in catalogue.attributes.items():
+        for field, attribute_type in catalogue.attributes.items():
             name = f"attributes.{field}" if field in (GROUP, FAMILY) else field
-            self.kinds[name] = checked_kind(kind, field)
+            self.attribute_types[name] = checked_attribute_type(attribute_type, field)
             self._fields[name] = field
 
     def ids(self) -> Batches:
@@ -101,7 +101,7 @@ class CatalogueSource:
     def column(self, attribute: str) -> Batches:
         """See `AttributeSource`."""
         field = self._fields[attribute]
-        kind = self.kinds[attribute]
+        attribute_type = self.attribute_types[attribute]
         for file in self._files:
             column = attribute if field is None else f"attributes.{field}"
             for batch in pq.ParquetFile(file).iter_batches(columns=[column]):
@@ -109,7 +109,7 @@ class CatalogueSource:
                     values = batch.column(attribute)
                 else:
                     values = _field(batch.column("attributes"), field)
-                yield cells(values, kind)
+                yield cells(values, attribute_type)
 
 
 class FileSource:
@@ -126,7 +126,8 @@ class FileSource:
         path: where it is.
         id_column: the column of product ids; guessed when None.
         columns: the columns to take; None for all that can be attributes.
-        kinds: column -> kind, where the guess is wrong. A set in text is separated by "|".
+        attribute_types: column -> type, where the guess is wrong. A set in text is separated by
+            "|".
 
     Raises:
         ValueError: it cannot be read, or such columns are not there.
@@ -138,7 +139,7 @@ class FileSource:
         *,
         id_column: str | None = None,
         columns: Collection[str] | None = None,
-        kinds: Mapping[str, str] | None = None,
+        attribute_types: Mapping[str, str] | None = None,
     ) -> None:
         path = Path(path)
         self.name = str(path)
@@ -147,18 +148,21 @@ class FileSource:
         if repeated := sorted({name for name in schema.names if schema.names.count(name) > 1}):
             raise ValueError(f"{path}: the column {repeated[0]!r} is there more than once")
         self._id = find_column(schema, id_column, is_id, ID_COLUMNS, f"{path}: column of ids")
-        named = {name: checked_kind(kind, name) for name, kind in (kinds or {}).items()}
+        named = {
+            name: checked_attribute_type(attribute_type, name)
+            for name, attribute_type in (attribute_types or {}).items()
+        }
         for name in (*named, *(columns or ())):
             if name not in schema.names or name == self._id:
                 raise ValueError(f"{path}: no column {name!r} among {', '.join(schema.names)}")
-        self.kinds: dict[str, Kind] = {}
+        self.attribute_types: dict[str, AttributeType] = {}
         self.ignored: dict[str, str] = {}
         self._columns: dict[str, str] = {}
         for field in schema:
             if field.name == self._id or (columns is not None and field.name not in columns):
                 continue
             found = named.get(field.name) or self._guess(field)
-            if found not in get_args(Kind):
+            if found not in get_args(AttributeType):
                 self.ignored[field.name] = found
                 continue
             attribute = GROUPINGS.get(field.name, field.name)
@@ -167,7 +171,7 @@ class FileSource:
                     f"{path}: {self._columns[attribute]!r} and {field.name!r} are both a "
                     f"{attribute}"
                 )
-            self.kinds[attribute] = checked_kind(found, field.name)
+            self.attribute_types[attribute] = checked_attribute_type(found, field.name)
             self._columns[attribute] = field.name
 
     def ids(self) -> Batches:
@@ -192,16 +196,16 @@ class FileSource:
         """See `AttributeSource`.
 
         Raises:
-            ValueError: a value that is not of the column's kind.
+            ValueError: a value that is not of the column's type.
         """
-        kind = self.kinds[attribute]
+        attribute_type = self.attribute_types[attribute]
         column = self._columns[attribute]
         for batch in self._read(column):
             try:
-                yield cells(batch, kind)
+                yield cells(batch, attribute_type)
             except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
                 raise ValueError(
-                    f"{self.name}: column {column!r} cannot be read as {kind}: {error}"
+                    f"{self.name}: column {column!r} cannot be read as {attribute_type}: {error}"
                 ) from None
 
     def _common_schema(self) -> pa.Schema:
@@ -219,7 +223,7 @@ class FileSource:
             yield from _reader(file, column)[1]()
 
     def _guess(self, field: pa.Field) -> str:
-        """The kind of a column, or why it is no attribute."""
+        """The type of a column, or why it is no attribute."""
         types = pa.types
         type_ = field.type
         if types.is_dictionary(type_):
@@ -238,7 +242,7 @@ class FileSource:
             return f"lists of {type_.value_type}; expected texts"
         if is_text(type_):
             return self._guess_text(field.name)
-        return f"{type_} is no kind of attribute"
+        return f"{type_} is not an attribute type"
 
     def _guess_text(self, column: str) -> str:
         known = characters = 0

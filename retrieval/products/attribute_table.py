@@ -7,9 +7,9 @@
       tags       the same; a set is its values joined by U+001F
 
 Any Arrow reader shows it as a table: codes are a dictionary column, unknown values are null. What
-  is special is that
-every column lies there in one piece, with NaN and -1 under its nulls. A filter therefore looks at
-each distinct text once, and at rows only as numbers: a million rows take about a millisecond.
+is special is that every column lies there in one piece, with NaN and -1 under its nulls. A filter
+therefore looks at each distinct text once, and at rows only as numbers: a million rows take about a
+millisecond.
 """
 
 from __future__ import annotations
@@ -26,13 +26,19 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from tritower.artefacts.storage import ArtefactError
-from tritower.retrieval.products.attribute_cells import FAMILY, GROUP, TEXT, Kind, checked_kind
+from tritower.retrieval.products.attribute_cells import (
+    FAMILY,
+    GROUP,
+    TEXT,
+    AttributeType,
+    checked_attribute_type,
+)
 from tritower.retrieval.products.attribute_providers import Batches
 
 ATTRIBUTES_FILE = "attributes.arrow"
 """Where an index keeps it."""
 
-KIND_KEY = b"kind"
+TYPE_KEY = b"type"
 ROWS_KEY = b"rows"
 """Of the metadata of a column, and of the file."""
 
@@ -76,7 +82,7 @@ class AttributeTable:
         file: as `tritower.retrieval.products.attribute_writer` wrote it.
 
     Attributes:
-        kinds: attribute -> kind.
+        attribute_types: attribute -> type.
         count: N.
 
     Raises:
@@ -93,8 +99,10 @@ class AttributeTable:
             self._reader = pa.ipc.open_file(pa.memory_map(str(self.file)))
             metadata = self._reader.schema.metadata or {}
             self.count = int(metadata[ROWS_KEY])
-            self.kinds: dict[str, Kind] = {
-                field.name: checked_kind((field.metadata or {})[KIND_KEY].decode(), field.name)
+            self.attribute_types: dict[str, AttributeType] = {
+                field.name: checked_attribute_type(
+                    (field.metadata or {})[TYPE_KEY].decode(), field.name
+                )
                 for field in self._reader.schema
             }
             if self._reader.num_record_batches != 1:
@@ -169,19 +177,19 @@ class AttributeTable:
         return mask
 
     def _codes(self, name: str) -> Codes | None:
-        if name in self.kinds:
+        if name in self.attribute_types:
             return cast(Texts, self.column(name)).codes
         return None
 
     def _open(self, name: str) -> Numbers | Texts:
-        kind = self.kinds[name]
+        attribute_type = self.attribute_types[name]
         try:
             if self._batch is None:
                 self._batch = self._reader.get_batch(0)
             array = self._batch.column(name)
             if len(array) != self.count or array.offset:
                 raise ValueError(f"{len(array)} rows; expected {self.count}")
-            if kind == "number":
+            if attribute_type == "number":
                 return Numbers(_view(array, np.float64, self.count))
             return Texts(_view(array.indices, np.int32, self.count), array.dictionary)
         except (pa.ArrowInvalid, OSError, ValueError, AttributeError) as error:
@@ -206,7 +214,7 @@ class TableSource:
         self.name = name
         self._table = table
         self._ids = ids
-        self.kinds = dict(table.kinds)
+        self.attribute_types = dict(table.attribute_types)
 
     def ids(self) -> Batches:
         """See `AttributeSource`."""

@@ -17,9 +17,9 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from tritower.artefacts.storage import JSON
-from tritower.retrieval.products.attribute_cells import TEXT, Kind
+from tritower.retrieval.products.attribute_cells import TEXT, AttributeType
 from tritower.retrieval.products.attribute_providers import AttributeSource
-from tritower.retrieval.products.attribute_table import KIND_KEY, ROWS_KEY
+from tritower.retrieval.products.attribute_table import ROWS_KEY, TYPE_KEY
 
 
 def write_attributes(
@@ -31,8 +31,7 @@ def write_attributes(
     """Write the attributes of an index's rows, joined by id.
 
     Columns are made one after another and wait in a temporary file: memory holds the ids of index
-      and sources, and one
-    column.
+    and sources, and one column.
 
     Args:
         file: opened for writing, by `storage.create`.
@@ -43,53 +42,55 @@ def write_attributes(
         work: folder for the temporary file (8 bytes per row and column); the system's when None.
 
     Returns:
-        What was written: `kinds` (attribute -> kind), `rows`, `rows_without` (rows with an id that
-          no source knows),
-        `unused` (products of the sources that are not in the index), `ignored` (columns that are no
-        attributes -> why).
+        What was written: `attribute_types` (attribute -> type), `rows`, `rows_without` (rows with
+        an id that no source knows), `unused` (products of the sources that are not in the index),
+        `ignored` (columns that are no attributes -> why).
 
     Raises:
         ValueError: an id that a source has twice, or an attribute that two sources have with
-            different kinds.
+            different types.
     """
-    kinds = _common_kinds(sources)
+    attribute_types = _common_attribute_types(sources)
     places, report = _join(list(ids), sources)
     with tempfile.TemporaryFile(dir=work) as waiting:
-        columns = [_waiting(sources, name, kind, places, waiting) for name, kind in kinds.items()]
+        columns = [
+            _waiting(sources, name, attribute_type, places, waiting)
+            for name, attribute_type in attribute_types.items()
+        ]
         arrays = []
         start = 0
         for column in columns:
             arrays.append(column.array(waiting, start, len(places)))
             start += column.dtype.itemsize * len(places)
         fields = [
-            pa.field(name, array.type, metadata={KIND_KEY: kind.encode()})
-            for (name, kind), array in zip(kinds.items(), arrays, strict=True)
+            pa.field(name, array.type, metadata={TYPE_KEY: attribute_type.encode()})
+            for (name, attribute_type), array in zip(attribute_types.items(), arrays, strict=True)
         ]
         schema = pa.schema(fields, metadata={ROWS_KEY: str(len(places)).encode()})
         with pa.ipc.new_file(file, schema) as table:
             table.write_batch(pa.record_batch(arrays, schema=schema))
     ignored = {column: why for source in sources for column, why in source.ignored.items()}
     return {
-        "kinds": cast(JSON, kinds),
+        "attribute_types": cast(JSON, attribute_types),
         "rows": len(places),
         **report,
         "ignored": cast(JSON, ignored),
     }
 
 
-def _common_kinds(sources: Sequence[AttributeSource]) -> dict[str, Kind]:
-    kinds: dict[str, Kind] = {}
+def _common_attribute_types(sources: Sequence[AttributeSource]) -> dict[str, AttributeType]:
+    attribute_types: dict[str, AttributeType] = {}
     first: dict[str, str] = {}
     for source in sources:
-        for name, kind in source.kinds.items():
-            if kinds.setdefault(name, kind) != kind:
+        for name, attribute_type in source.attribute_types.items():
+            if attribute_types.setdefault(name, attribute_type) != attribute_type:
                 raise ValueError(
-                    f"attribute {name!r} is a {kinds[name]} in {first[name]} and a {kind} in "
-                    f"{source.name}: "
-                    "name its kind where it was guessed, or leave the column out"
+                    f"attribute {name!r} is a {attribute_types[name]} in {first[name]} and a "
+                    f"{attribute_type} in {source.name}: "
+                    "name its type where it was guessed, or leave the column out"
                 )
             first.setdefault(name, source.name)
-    return kinds
+    return attribute_types
 
 
 def _join(
@@ -156,12 +157,12 @@ class _Column:
 def _waiting(
     sources: Sequence[AttributeSource],
     name: str,
-    kind: Kind,
+    attribute_type: AttributeType,
     places: NDArray[np.int64],
     file: BinaryIO,
 ) -> _Column:
-    batches = _batches(sources, name, kind)
-    if kind == "number":
+    batches = _batches(sources, name, attribute_type)
+    if attribute_type == "number":
         values = _numbers(batches, places)
         vocabulary = None
     else:
@@ -189,10 +190,12 @@ def _codes(batches: Iterator[pa.Array], places: NDArray[np.int64]) -> tuple[NDAr
     return codes[places], encoded.chunk(0).dictionary if encoded.num_chunks else pa.array([], TEXT)
 
 
-def _batches(sources: Sequence[AttributeSource], name: str, kind: Kind) -> Iterator[pa.Array]:
+def _batches(
+    sources: Sequence[AttributeSource], name: str, attribute_type: AttributeType
+) -> Iterator[pa.Array]:
     for source in sources:
-        if name in source.kinds:
+        if name in source.attribute_types:
             yield from source.column(name)
         else:
             for ids in source.ids():
-                yield pa.nulls(len(ids), pa.float64() if kind == "number" else TEXT)
+                yield pa.nulls(len(ids), pa.float64() if attribute_type == "number" else TEXT)

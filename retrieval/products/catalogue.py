@@ -64,8 +64,10 @@ class PreparedCatalogue:
         self._files = manifest.files
         schema = json.loads((self.path / "schema.json").read_text(encoding="utf-8"))
         self.text_fields: list[str] = list(schema["text"])
-        self.attributes: dict[str, str] = {a["name"]: a["kind"] for a in schema["attributes"]}
-        """Name -> kind ("number", "category", "path", "set")."""
+        self.attributes: dict[str, str] = {
+            a["name"]: a["attribute_type"] for a in schema["attributes"]
+        }
+        """Name -> type ("number", "category", "path", "set")."""
 
     def products(self, ids: Collection[str], *, images: bool = False) -> dict[str, Card]:
         """What is known of products; ids that are not in the catalogue are left out."""
@@ -111,7 +113,9 @@ class PreparedCatalogue:
     @property
     def number_attributes(self) -> list[str]:
         """Names of the attributes that are numbers."""
-        return [name for name, kind in self.attributes.items() if kind == "number"]
+        return [
+            name for name, attribute_type in self.attributes.items() if attribute_type == "number"
+        ]
 
     def records(self) -> Iterator[tuple[list[str], list[Record], NDArray[np.float64]]]:
         """Per shard: B product ids, their records, and (B, A) numbers, NaN where missing."""
@@ -191,11 +195,11 @@ def read_qrels(file: Path) -> pa.Table:
             "relevance": relevance,
         }
     )
-    fine = pc.and_kleene(
+    refine = pc.and_kleene(
         pc.is_finite(table.column("relevance")), pc.greater_equal(table.column("relevance"), 0)
     )
-    if not pc.all(pc.fill_null(fine, False)).as_py():
-        row = pc.fill_null(fine, False).index(False).as_py()
+    if not pc.all(pc.fill_null(refine, False)).as_py():
+        row = pc.fill_null(refine, False).index(False).as_py()
         raise ValueError(
             f"{file}: row {row}: relevance {table.column('relevance')[row].as_py()}; expected a "
             "number >= 0"
@@ -203,7 +207,7 @@ def read_qrels(file: Path) -> pa.Table:
     return table
 
 
-def _card(row: Mapping[str, Any], kinds: Mapping[str, str]) -> Card:
+def _card(row: Mapping[str, Any], attribute_types: Mapping[str, str]) -> Card:
     text = row.get("text")
     fields = text if isinstance(text, dict) else {"query": text}
     facts = {
@@ -211,7 +215,11 @@ def _card(row: Mapping[str, Any], kinds: Mapping[str, str]) -> Card:
         for name, value in (row.get("attributes") or {}).items()
         if value not in (None, [])
     }
-    paths = {name: " > ".join(value) for name, value in facts.items() if kinds.get(name) == "path"}
+    paths = {
+        name: " > ".join(value)
+        for name, value in facts.items()
+        if attribute_types.get(name) == "path"
+    }
     return Card(
         {name: value for name, value in fields.items() if value},
         facts | paths,

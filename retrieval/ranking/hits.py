@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -24,6 +25,13 @@ class Hits(NamedTuple):
         """(Q, k) without a hit."""
         scores = np.full((num_queries, k), -np.inf, np.float32)
         rows = np.full((num_queries, k), -1, np.int64)
+        return cls(scores, rows)
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[Hits]) -> Hits:
+        """The hits of several batches of queries, one after another."""
+        scores = np.concatenate([part.scores for part in parts])
+        rows = np.concatenate([part.rows for part in parts])
         return cls(scores, rows)
 
     @classmethod

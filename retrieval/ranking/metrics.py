@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 BOOTSTRAP_CELLS = 20_000_000
 """Numbers of a block of bootstrap resamples."""
 
-NONE = -1
+NO_ROW = -1
 """Pads rows of ids: fewer products were found, or fewer are relevant."""
 
 
@@ -55,7 +55,7 @@ def average_precision(retrieved: ArrayLike, relevant: ArrayLike) -> float:
 
 
 def ndcg_at_k(retrieved: ArrayLike, relevant: ArrayLike, grades: ArrayLike, k: int) -> float:
-    """Mean normalised discounted cumulative gain of the first k results.
+    """Mean normalized discounted cumulative gain of the first k results.
 
     See `ndcg_at_k_per_query`.
     """
@@ -194,7 +194,7 @@ def _found(retrieved: ArrayLike, relevant: ArrayLike) -> NDArray[np.bool_]:
 
 def _num_relevant(relevant: ArrayLike) -> NDArray[np.int64]:
     """(Q,) number of relevant products, at least 1 each."""
-    count = (_as_ids(relevant, "relevant") != NONE).sum(axis=1)
+    count = (_as_ids(relevant, "relevant") != NO_ROW).sum(axis=1)
     if not len(count):
         raise ValueError("no queries to measure")
     if not count.all():
@@ -211,8 +211,8 @@ def _position(retrieved: ArrayLike, relevant: ArrayLike) -> NDArray[np.int64]:
     wanted = _as_ids(relevant, "relevant")
     if len(got) != len(wanted):
         raise ValueError(f"retrieved has {len(got)} queries, relevant has {len(wanted)}")
-    if ((got[:, :-1] == NONE) & (got[:, 1:] != NONE)).any():
-        row = int(((got[:, :-1] == NONE) & (got[:, 1:] != NONE)).any(axis=1).argmax())
+    if ((got[:, :-1] == NO_ROW) & (got[:, 1:] != NO_ROW)).any():
+        row = int(((got[:, :-1] == NO_ROW) & (got[:, 1:] != NO_ROW)).any(axis=1).argmax())
         raise ValueError(
             f"retrieved: query {row} has -1 before a product; -1 may only fill the end of a row"
         )
@@ -224,11 +224,11 @@ def _position(retrieved: ArrayLike, relevant: ArrayLike) -> NDArray[np.int64]:
     _check_no_duplicates(got, got_keys, "retrieved")
     _check_no_duplicates(wanted, wanted_keys, "relevant")
     if not wanted.size:
-        return np.full(got.shape, NONE)
+        return np.full(got.shape, NO_ROW)
     order = np.argsort(wanted_keys, axis=None)
     where = np.searchsorted(wanted_keys.ravel(), got_keys, sorter=order).clip(max=wanted.size - 1)
-    match = (wanted_keys.ravel()[order[where]] == got_keys) & (got != NONE)
-    return np.where(match, order[where] % wanted.shape[1], NONE)
+    match = (wanted_keys.ravel()[order[where]] == got_keys) & (got != NO_ROW)
+    return np.where(match, order[where] % wanted.shape[1], NO_ROW)
 
 
 def _as_ids(array: ArrayLike, name: str) -> NDArray[np.int64]:
@@ -242,7 +242,7 @@ def _as_ids(array: ArrayLike, name: str) -> NDArray[np.int64]:
 
 
 def _check_no_duplicates(ids: NDArray[np.int64], keys: NDArray[np.int64], name: str) -> None:
-    row, column = np.nonzero(ids != NONE)
+    row, column = np.nonzero(ids != NO_ROW)
     values, first, count = np.unique(keys[row, column], return_index=True, return_counts=True)
     if len(values) < len(row):
         at = first[count > 1][0]
@@ -265,7 +265,7 @@ def _checked_grades(judged: NDArray[np.int64], grades: NDArray[np.float64]) -> N
     """(Q, R) gains, 0 where padded."""
     if grades.shape != judged.shape:
         raise ValueError(f"grades has shape {grades.shape}, relevant has {judged.shape}")
-    grades = np.where(judged == NONE, 0.0, grades)
+    grades = np.where(judged == NO_ROW, 0.0, grades)
     wrong = ~np.isfinite(grades) | (grades < 0)
     if wrong.any():
         row, column = np.argwhere(wrong)[0]

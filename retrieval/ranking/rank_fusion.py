@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tritower.retrieval.ranking.hits import Hits
-from tritower.retrieval.ranking.metrics import NONE
+from tritower.retrieval.ranking.metrics import NO_ROW
 
 
 def reciprocal_rank_fusion(
@@ -30,7 +30,7 @@ def reciprocal_rank_fusion(
         (Q, K) rows, most points first, equal points by row; -1 padded.
     """
     width = max(ranking.rows.shape[1] for ranking in rankings)
-    fused = np.full((len(rankings[0].rows), width), NONE)
+    fused = np.full((len(rankings[0].rows), width), NO_ROW)
     ranks = [ranking.mean_ranks() for ranking in rankings]
     for query in range(len(fused)):
         points: dict[int, float] = {}
@@ -38,7 +38,7 @@ def reciprocal_rank_fusion(
             rankings, ranks, weights or [1.0] * len(rankings), strict=True
         ):
             for row, place in zip(ranking.rows[query].tolist(), rank[query].tolist(), strict=True):
-                if row != NONE:
+                if row != NO_ROW:
                     points[row] = points.get(row, 0.0) + weight / (constant + place)
         best = sorted(points, key=lambda row: (-points[row], row))[:width]
         fused[query, : len(best)] = best

@@ -16,7 +16,7 @@ from tritower.artefacts import storage
 from tritower.retrieval.products.catalogue import Card, Value
 
 _SHOWN_FACTS = 4
-_FIRST = ("brand", "price", "colour", "color", "category")
+_FIRST = ("brand", "price", "color", "colour", "category")
 _SIGNATURES = {
     b"\xff\xd8": "jpeg",
     b"\x89PNG": "png",
@@ -72,12 +72,12 @@ def sections_of(sections: Sequence[Section]) -> list[dict[str, Any]]:
     return [_section(section) for section in sections]
 
 
-def data_url(data: bytes, kind: str | None = None) -> str:
+def data_url(data: bytes, image_type: str | None = None) -> str:
     """Bytes of a picture as an address that needs no file."""
     found = next(
         (name for start, name in _SIGNATURES.items() if data.startswith(start)), "octet-stream"
     )
-    return f"data:image/{kind or found};base64,{base64.b64encode(data).decode('ascii')}"
+    return f"data:image/{image_type or found};base64,{base64.b64encode(data).decode('ascii')}"
 
 
 def facts_of(attributes: Mapping[str, Value], limit: int = _SHOWN_FACTS) -> list[tuple[str, str]]:

@@ -16,7 +16,7 @@ from rich.text import Text
 from tritower.artefacts import storage
 from tritower.artefacts.storage import ArtefactError, Manifest
 from tritower.retrieval.index import ProductIndex, Settings
-from tritower.retrieval.ivf.spec import parse_mapped
+from tritower.retrieval.ivf.spec import parse_ivf_pq
 from tritower.retrieval.products.catalogue import Card, PreparedCatalogue
 from tritower.retrieval.ranking.hits import Hits
 from tritower.retrieval.showing.pages import Hit, Section, facts_of, write_sheet
@@ -198,7 +198,7 @@ def describe_index(path: Path, manifest: Manifest) -> Table:
 def describe_candidates(manifest: Manifest) -> Table:
     """The indexes that were compared, the chosen one first."""
     table = Table(
-        title="Candidates, predicted for all vectors: the slowest kind of query, s to encode",
+        title="Candidates, predicted for all vectors: the slowest query type, s to encode",
         title_justify="left",
         box=box.SIMPLE_HEAD,
     )
@@ -219,7 +219,7 @@ def describe_candidates(manifest: Manifest) -> Table:
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
     count = manifest.meta["count"]
     for place, one in enumerate(manifest.meta["candidates"]):
-        design = parse_mapped(one["factory"])
+        spec = parse_ivf_pq(one["factory"])
         point = one["point"]
         figures = ["", "", "", ""]
         if point is not None:
@@ -230,14 +230,14 @@ def describe_candidates(manifest: Manifest) -> Table:
                 f"{point['qps']:,}",
             ]
         table.add_row(
-            f"{design.lists:,}" if design else one["factory"],
+            f"{spec.lists:,}" if spec else one["factory"],
             str(1 + one["spill"]),
-            str(design.code_size) if design else "",
+            str(spec.code_size) if spec else "",
             *figures,
-            f"{one['hot_bytes'] / count:,.0f}",
+            f"{one['resident_bytes'] / count:,.0f}",
             f"{one['disk_bytes'] / count:,.0f}",
             "" if one["seconds"] is None else f"{one['seconds']:.1f}",
-            one["why_not"]
+            one["rejected_because"]
             or ("chosen" if not place else "" if point else f"at most {one['best_recall']:.3f}"),
         )
     return table
@@ -246,24 +246,34 @@ def describe_candidates(manifest: Manifest) -> Table:
 def describe_points(path: Path, recall: float) -> Table:
     """How a built index reaches how much recall.
 
-    For each kind of query the cheapest way to a few of them.
+    For each query type the cheapest way to a few of them.
     """
     tuning = ProductIndex.open(path).tuning
     table = Table(
         title="Operating points, on all vectors", title_justify="left", box=box.SIMPLE_HEAD
     )
-    names = ("kind", "for", "nprobe", "k_factor", "recall", "+-", "p50 ms", "p99 ms", "queries/s")
+    names = (
+        "query_type",
+        "for",
+        "nprobe",
+        "k_factor",
+        "recall",
+        "+-",
+        "p50 ms",
+        "p99 ms",
+        "queries/s",
+    )
     for name in names:
-        table.add_column(name, justify="left" if name == "kind" else "right", no_wrap=True)
+        table.add_column(name, justify="left" if name == "query_type" else "right", no_wrap=True)
     if tuning is None:
         return table
-    for kind in tuning.points:
+    for query_type in tuning.points:
         for wanted in sorted({recall, 0.9, 0.95, 0.99}):
-            point = tuning.nearest(wanted, kind)
+            point = tuning.nearest(wanted, query_type)
             if point.reaches(wanted) or wanted == recall:
                 said = f"{wanted:g} *" if wanted == recall else f"{wanted:g}"
                 table.add_row(
-                    kind,
+                    query_type,
                     said if point.reaches(wanted) else f"below {said}",
                     str(point.nprobe),
                     f"{point.k_factor:g}",
@@ -300,17 +310,17 @@ def describe_update(report: UpdateReport) -> Table:
         names = {
             "recall": "recall@10 on products asked",
             "imbalance": "imbalance of lists",
-            "list_error": "distance to lists' centres",
+            "list_error": "distance to lists' centers",
             "new_list_error": "the same of new products",
             "code_error": "distance to codes",
             "new_code_error": "the same of new products",
-            "new_fine_error": "distance of new products to vectors to re-rank by",
-            "dead": "share of empty rows",
+            "new_refine_error": "distance of new products to vectors to re-rank by",
+            "tombstone_share": "share of empty rows",
         }
         for name, words in names.items():
             values = (getattr(state, name) for state in (report.before, report.after))
             table.add_row(words, *("" if value is None else f"{value:.4f}" for value in values))
-    table.caption = report.verdict
+    table.caption = report.recommendation
     table.caption_justify = "left"
     return table
 

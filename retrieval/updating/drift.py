@@ -1,6 +1,6 @@
 """Does an index still suit the products that it holds? It was trained on those of another day.
 
-Products are known as the index keeps them, by its finer vectors; where it keeps none, only the
+Products are known as the index keeps them, by its refine vectors; where it keeps none, only the
 sizes of its lists and what is new can tell.
 """
 
@@ -19,14 +19,14 @@ from tritower.retrieval.ivf.clustering import Centroids
 from tritower.retrieval.ivf.engine import Engine, Settings
 from tritower.retrieval.ivf.ivf_pq import centroids_of
 from tritower.retrieval.ranking import metrics
-from tritower.retrieval.updating.previous import fine_blocks
+from tritower.retrieval.updating.previous import refine_code_blocks
 from tritower.retrieval.vectors.checks import Metric, as_queries
-from tritower.terminal.progress import counted
+from tritower.terminal.progress import show_progress
 
 SAMPLE = 2000
 """Products whose errors are averaged."""
 
-PROBES = 1000
+NUM_QUERIES = 1000
 """Of these, those that are asked."""
 
 MIXERS = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F], np.uint64)
@@ -37,7 +37,7 @@ K = 10
 RECALL_LIMIT = 0.02
 ERROR_LIMIT = 1.25
 IMBALANCE_LIMIT = 1.5
-FINE_LIMIT = 0.001
+REFINE_LIMIT = 0.001
 GROWTH_LIMIT = 2.0
 
 
@@ -54,13 +54,13 @@ class Drift:
             every product.
         imbalance: L x sum(size^2) / (sum of sizes)^2 of its lists: 1 where all are equal, and how
             many times longer than that a search takes.
-        list_error: distance of products to the centre of the nearest list.
+        list_error: distance of products to the center of the nearest list.
         code_error: distance of products to what their codes say.
         new_list_error: `list_error` of the products that the last update has brought.
         new_code_error: `code_error` of these.
-        new_fine_error: their distance to their finer vectors: ranges of these are those of products
-            of another day.
-        dead: share of rows that are empty.
+        new_refine_error: their distance to their refine vectors: ranges of these are those of
+            products of another day.
+        tombstone_share: share of rows that are empty.
     """
 
     count: int
@@ -70,8 +70,8 @@ class Drift:
     code_error: float | None
     new_list_error: float | None
     new_code_error: float | None
-    new_fine_error: float | None
-    dead: float
+    new_refine_error: float | None
+    tombstone_share: float
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON."""
@@ -83,7 +83,7 @@ class Drift:
         return cls(**data)
 
 
-def gauge(
+def measure_drift(
     engine: Engine,
     settings: Settings,
     alive: NDArray[np.bool_],
@@ -103,9 +103,9 @@ def gauge(
     centroids = centroids_of(engine.ivf)
     recall: float | None = None
     errors = new_errors = Errors(None, None, None)
-    if engine.fine is not None:
+    if engine.refine is not None:
         rows = _drawn(engine, alive)
-        recall = _recall(engine, settings, alive, rows[:PROBES], metric)
+        recall = _recall(engine, settings, alive, rows[:NUM_QUERIES], metric)
         errors = _errors(engine, centroids, _vectors(engine, rows))
     if new is not None and len(new):
         new_errors = _errors(engine, centroids, new)
@@ -119,8 +119,8 @@ def gauge(
         code_error=errors.of_codes,
         new_list_error=new_errors.of_lists,
         new_code_error=new_errors.of_codes,
-        new_fine_error=new_errors.of_fine,
-        dead=round(float(1 - alive.mean()), 4),
+        new_refine_error=new_errors.of_refine,
+        tombstone_share=round(float(1 - alive.mean()), 4),
     )
 
 
@@ -134,10 +134,10 @@ def _drawn(engine: Engine, alive: NDArray[np.bool_]) -> NDArray[np.int64]:
     """Up to SAMPLE rows that hold a product, drawn by what the vectors are.
 
     So the same products are asked before and after, wherever their rows are: chance does not look
-      like a change.
+    like a change.
     """
     rows = np.flatnonzero(alive)
-    keys = np.concatenate([_keys(codes) for codes in fine_blocks(engine.fine)])[rows]
+    keys = np.concatenate([_keys(codes) for codes in refine_code_blocks(engine.refine)])[rows]
     drawn: NDArray[np.int64] = rows[np.argsort(keys, kind="stable")[:SAMPLE]]
     return drawn
 
@@ -188,12 +188,16 @@ def _living(
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
     """(B,) rows that hold a product and their (B, D) vectors, block by block."""
     first = 0
-    for codes in counted(
-        fine_blocks(engine.fine), len(alive), len, "compare products to measure by", "vectors"
+    for codes in show_progress(
+        refine_code_blocks(engine.refine),
+        len(alive),
+        len,
+        "compare products to measure by",
+        "vectors",
     ):
         there = np.flatnonzero(alive[first : first + len(codes)])
         if len(there):
-            yield first + there, engine.fine.sa_decode(codes[there])
+            yield first + there, engine.refine.sa_decode(codes[there])
         first += len(codes)
 
 
@@ -202,17 +206,19 @@ class Errors(NamedTuple):
 
     of_lists: float | None
     of_codes: float | None
-    of_fine: float | None
+    of_refine: float | None
 
 
 def _errors(engine: Engine, centroids: Centroids, vectors: NDArray[np.float32]) -> Errors:
     """What is lost of (B, D) vectors."""
     nearest = faiss.knn(vectors, centroids.vectors, 1, metric=faiss.METRIC_INNER_PRODUCT)[1][:, 0]
-    centres = centroids.vectors[nearest]
+    centers = centroids.vectors[nearest]
     pq = engine.ivf.pq
-    origin = centres if engine.ivf.by_residual else np.float32(0)
+    origin = centers if engine.ivf.by_residual else np.float32(0)
     coded = pq.decode(pq.compute_codes(vectors - origin)) + origin
-    fine = None if engine.fine is None else engine.fine.sa_decode(engine.fine.sa_encode(vectors))
+    refine = (
+        None if engine.refine is None else engine.refine.sa_decode(engine.refine.sa_encode(vectors))
+    )
     square = float(np.square(vectors).sum(axis=1).mean())
 
     def error(kept: NDArray[np.float32] | None) -> float | None:
@@ -220,15 +226,15 @@ def _errors(engine: Engine, centroids: Centroids, vectors: NDArray[np.float32]) 
             return None
         return round(float(np.square(vectors - kept).sum(axis=1).mean()) / square, 6)
 
-    return Errors(error(centres), error(coded), error(fine))
+    return Errors(error(centers), error(coded), error(refine))
 
 
 def _vectors(engine: Engine, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-    """(B, D) finer vectors of rows."""
+    """(B, D) refine vectors of rows."""
     return np.stack([engine.vector(int(row)) for row in rows])
 
 
-def verdict(built: Drift, now: Drift) -> str:
+def recommendation(built: Drift, now: Drift) -> str:
     """Whether to build an index anew, and why, in words.
 
     Args:
@@ -247,16 +253,16 @@ def verdict(built: Drift, now: Drift) -> str:
         rise = f"the imbalance of lists rose from {built.imbalance:.2f} to {now.imbalance:.2f}"
         reasons.append(f"{rise} (limit: {IMBALANCE_LIMIT:g} times)")
     for what, new, usual in (
-        ("their lists' centres", now.new_list_error, built.list_error),
+        ("their lists' centers", now.new_list_error, built.list_error),
         ("what their codes say", now.new_code_error, built.code_error),
     ):
         if new is not None and usual is not None and new > ERROR_LIMIT * max(usual, 1e-4):
             ratio = new / max(usual, 1e-4)
             far = f"new products lie {ratio:.2f} times as far from {what} as those it was built for"
             reasons.append(f"{far} (limit: {ERROR_LIMIT:g})")
-    if now.new_fine_error is not None and now.new_fine_error > FINE_LIMIT:
-        limit = f"(limit: {FINE_LIMIT:.2%})"
-        lost = f"vectors to re-rank by lose {now.new_fine_error:.2%} of new products {limit}"
+    if now.new_refine_error is not None and now.new_refine_error > REFINE_LIMIT:
+        limit = f"(limit: {REFINE_LIMIT:.2%})"
+        lost = f"vectors to re-rank by lose {now.new_refine_error:.2%} of new products {limit}"
         reasons.append(f"{lost}: their ranges are too narrow for them")
     if now.count > GROWTH_LIMIT * built.count:
         grown = f"it was built for {built.count:,} products and holds {now.count:,}"

@@ -20,28 +20,28 @@ from tritower.artefacts.shards import ShardFolder
 from tritower.artefacts.work_folder import WorkFolder
 from tritower.retrieval.building import resources
 from tritower.retrieval.building.assemble import (
-    Placed,
+    PlacedVectors,
     attach_attributes,
-    write_mapped,
+    write_ivf_pq,
     write_products,
 )
-from tritower.retrieval.index import FORMAT, KIND, SETTINGS_FILE, ProductIndex
+from tritower.retrieval.index import ARTEFACT_TYPE, FORMAT, SETTINGS_FILE, ProductIndex
 from tritower.retrieval.ivf.encoded import GROUPING_BYTES, Blocks, to_table
 from tritower.retrieval.ivf.engine import Engine
-from tritower.retrieval.ivf.ivf_pq import Trained
+from tritower.retrieval.ivf.ivf_pq import TrainedQuantizers
 from tritower.retrieval.ivf.layout import IDS_FILE, INDEX_FILE
-from tritower.retrieval.ivf.spec import parse_mapped
+from tritower.retrieval.ivf.spec import parse_ivf_pq
 from tritower.retrieval.products.attribute_providers import (
     AttributeSource,
     known_source,
     open_source,
 )
 from tritower.retrieval.products.attribute_table import ATTRIBUTES_FILE, AttributeTable, TableSource
-from tritower.retrieval.updating.drift import SAMPLE, Drift, gauge, verdict
+from tritower.retrieval.updating.drift import SAMPLE, Drift, measure_drift, recommendation
 from tritower.retrieval.updating.plan import BLOCK, Plan
 from tritower.retrieval.updating.previous import Version, products_of, trained_of
 from tritower.retrieval.vectors.embeddings import EmbeddingReader
-from tritower.terminal.progress import counted
+from tritower.terminal.progress import show_progress
 
 COMPACT_ABOVE = 0.2
 """Share of empty rows above which an update closes them up."""
@@ -81,9 +81,9 @@ class NextVersion:
         self.gone = plan.gone | ~self.alive
         self.count = int((~self.gone).sum()) + plan.new
         self.whole = plan.new + plan.unchanged == self.count
-        """Whether all products of the new version were given:
+        """Whether all products of the new version were given.
 
-        whatever they are from describes all of them.
+        Whatever they are from describes all of them.
         """
         self.compacted = False
         self.rows = len(self.gone) + plan.new
@@ -132,7 +132,9 @@ class NextVersion:
             "rows": self.rows,
             **self._about(),
         }
-        with versions.publish(index.path, kind=KIND, meta=meta, base=index.version.name) as folder:
+        with versions.publish(
+            index.path, artefact_type=ARTEFACT_TYPE, meta=meta, base=index.version.name
+        ) as folder:
             if isinstance(index.engine.index, faiss.IndexFlat):
                 self._write_flat(folder)
             else:
@@ -147,7 +149,7 @@ class NextVersion:
             # open.
             engine = Engine.open(folder, meta)
             if measure and engine.ivf is not None:
-                meta["drift"] = self._measure(engine)
+                meta["drift"] = self._measure_points(engine)
         return meta
 
     def _about(self) -> dict[str, Any]:
@@ -165,38 +167,38 @@ class NextVersion:
         hints = {**meta.get("hints", {}), **self.meta.get("hints", {})}
         return {"update": update, "catalogue": self.meta["catalogue"], "hints": hints}
 
-    def _measure(self, engine: Engine) -> dict[str, Any]:
-        """The gauge before and after, and the verdict, for the manifest."""
+    def _measure_points(self, engine: Engine) -> dict[str, Any]:
+        """The drift before and after, and the recommendation, for the manifest."""
         index = self.index
         known = index.manifest.meta.get("drift")
         if known:
             built = Drift.from_json(known["built"])
             before = Drift.from_json(known["after"])
         else:
-            built = before = gauge(index.engine, index.settings, self.alive, index.metric)
+            built = before = measure_drift(index.engine, index.settings, self.alive, index.metric)
         kept = np.ones(self.rows - self.plan.new, bool) if self.compacted else ~self.gone
         alive = np.concatenate([kept, np.ones(self.plan.new, bool)])
         new = np.concatenate(self._sample) if self._sample else None
-        after = gauge(engine, index.settings, alive, index.metric, new)
+        after = measure_drift(engine, index.settings, alive, index.metric, new)
         states = {"built": built, "before": before, "after": after}
         return {
             **{name: state.to_json() for name, state in states.items()},
-            "verdict": verdict(built, after),
+            "recommendation": recommendation(built, after),
         }
 
     def _write_mapped(self, folder: Path) -> None:
         trained = trained_of(self.index)
         kept = ~self.gone
         moved = np.where(kept, np.cumsum(kept) - 1, -1) if self.compacted else np.arange(len(kept))
-        sources: list[Placed] = [(Version(self.index, self.gone), moved)]
+        sources: list[PlacedVectors] = [(Version(self.index, self.gone), moved)]
         if self.plan.new:
             sources.append((self._encoded(trained), self.rows - self.plan.new))
-        write_mapped(folder, trained, sources)
+        write_ivf_pq(folder, trained, sources)
 
-    def _encoded(self, trained: Trained) -> Blocks:
+    def _encoded(self, trained: TrainedQuantizers) -> Blocks:
         """What is new, encoded; earlier runs may have done a part."""
         folder = ShardFolder(
-            self.work.path / "encoded", kind="encoded", identity=self.work.identity
+            self.work.path / "encoded", artefact_type="encoded", identity=self.work.identity
         )
         files = []
         for name, batch, kept in self._new():
@@ -236,7 +238,7 @@ class NextVersion:
         """
         if self.reader is None:
             return
-        batches = counted(
+        batches = show_progress(
             self.reader.batches(BLOCK),
             self.reader.count,
             lambda batch: len(batch.ids),
@@ -258,12 +260,12 @@ class NextVersion:
     def _check_room(self) -> None:
         """Refuse what does not fit in memory or on the disk."""
         index = self.index
-        design = parse_mapped(index.manifest.meta["factory"])
-        assert design is not None
+        spec = parse_ivf_pq(index.manifest.meta["factory"])
+        assert spec is not None
         need = resources.predict(
             self.rows,
             index.dim,
-            design,
+            spec,
             sample=1,
             spill=index.engine.spill,
             block=BLOCK,

@@ -14,11 +14,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from tritower.retrieval.filtering.selection import codes_of
+from tritower.retrieval.filtering.selection import refine_codes
 from tritower.retrieval.index import ProductIndex
 from tritower.retrieval.ivf.encoded import Entries
 from tritower.retrieval.ivf.inverted_lists import read_lists, read_rows
-from tritower.retrieval.ivf.ivf_pq import Trained, centroids_of
+from tritower.retrieval.ivf.ivf_pq import TrainedQuantizers, centroids_of
 from tritower.retrieval.ivf.layout import INDEX_FILE, LISTS_FILE, SIZES_FILE
 
 BLOCK = 65_536
@@ -46,13 +46,13 @@ class Version:
         return len(self._gone)
 
     def sizes(self, num_lists: int, kept: NDArray[np.bool_] | None = None) -> NDArray[np.int64]:
-        """See `Source`."""
+        """See `EncodedSource`."""
         there = ~self._gone if kept is None else kept & ~self._gone
         lists = read_rows(self._file, self._sizes, self._index.engine.ivf.code_size)
         return np.fromiter((np.count_nonzero(there[rows]) for rows in lists), np.int64, num_lists)
 
     def entries(self, first: int, end: int) -> Iterator[Entries]:
-        """See `Source`."""
+        """See `EncodedSource`."""
         ivf = self._index.engine.ivf
         for number, (codes, rows) in enumerate(
             read_lists(self._file, ivf, self._sizes, first, end), first
@@ -61,12 +61,12 @@ class Version:
             yield Entries(np.full(np.count_nonzero(there), number), rows[there], codes[there])
 
     def products(self) -> Iterator[pa.Table]:
-        """See `Source`."""
+        """See `EncodedSource`."""
         return products_of(self._index, self._gone)
 
-    def fine(self) -> Iterator[NDArray[np.uint8]]:
-        """See `Source`."""
-        return fine_blocks(self._index.engine.fine)
+    def refine(self) -> Iterator[NDArray[np.uint8]]:
+        """See `EncodedSource`."""
+        return refine_code_blocks(self._index.engine.refine)
 
 
 def products_of(index: ProductIndex, gone: NDArray[np.bool_]) -> Iterator[pa.Table]:
@@ -82,25 +82,25 @@ def products_of(index: ProductIndex, gone: NDArray[np.bool_]) -> Iterator[pa.Tab
         row += len(batch)
 
 
-def fine_blocks(fine: Any) -> Iterator[NDArray[np.uint8]]:
-    """(B, F) codes of all finer vectors, row by row."""
-    codes = codes_of(fine)
+def refine_code_blocks(refine: Any) -> Iterator[NDArray[np.uint8]]:
+    """(B, F) codes of all refine vectors, row by row."""
+    codes = refine_codes(refine)
     for start in range(0, len(codes), BLOCK):
         yield codes[start : start + BLOCK]
 
 
-def trained_of(index: ProductIndex) -> Trained:
+def trained_of(index: ProductIndex) -> TrainedQuantizers:
     """What encoded the vectors of an opened index whose lists are mapped."""
     engine = index.engine
     empty = faiss.read_index(str(index.version / INDEX_FILE))  # as it is stored: without lists
-    return Trained(
-        empty, engine.fine and _without_vectors(engine.fine), centroids_of(empty), engine.spill
+    return TrainedQuantizers(
+        empty, engine.refine and _without_vectors(engine.refine), centroids_of(empty), engine.spill
     )
 
 
-def _without_vectors(fine: Any) -> Any:
-    """An empty index with the ranges of finer vectors."""
-    empty = faiss.IndexScalarQuantizer(fine.d, fine.sq.qtype, fine.metric_type)
-    faiss.copy_array_to_vector(faiss.vector_to_array(fine.sq.trained), empty.sq.trained)
+def _without_vectors(refine: Any) -> Any:
+    """An empty index with the ranges of refine vectors."""
+    empty = faiss.IndexScalarQuantizer(refine.d, refine.sq.qtype, refine.metric_type)
+    faiss.copy_array_to_vector(faiss.vector_to_array(refine.sq.trained), empty.sq.trained)
     empty.is_trained = True
     return empty

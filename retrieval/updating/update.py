@@ -86,9 +86,9 @@ class UpdateReport:
         count: products now.
         rows: rows now, empty ones included.
         compacted: whether empty rows were closed up.
-        before: the gauge before; None where it was not measured, as the next two.
-        after: the gauge now.
-        verdict: whether to build anew, and why.
+        before: the drift before; None where it was not measured, as the next two.
+        after: the drift now.
+        recommendation: whether to build anew, and why.
     """
 
     version: str | None
@@ -103,7 +103,7 @@ class UpdateReport:
     compacted: bool
     before: Drift | None = None
     after: Drift | None = None
-    verdict: str | None = None
+    recommendation: str | None = None
 
     def to_json(self) -> str:
         """As JSON."""
@@ -135,7 +135,7 @@ def update_index(
             they have.
         compact: close up empty rows even where they are few.
         strict: refuse ids to take out that are not there.
-        measure: gauge the drift before and after, where lists are mapped.
+        measure: drift the drift before and after, where lists are mapped.
 
     Raises:
         ValueError: an id twice, or both given and to be taken out; embeddings of another dimension
@@ -244,7 +244,7 @@ def _report(
     states: dict[str, Any] = {}
     if drift is not None:
         states = {name: Drift.from_json(drift[name]) for name in ("before", "after")} | {
-            "verdict": drift["verdict"]
+            "recommendation": drift["recommendation"]
         }
     return UpdateReport(
         version=version,

@@ -11,18 +11,17 @@ from numpy.typing import ArrayLike, NDArray
 Metric = Literal["cosine", "inner_product", "kl"]
 """What vectors are compared by; the score is their inner product.
 
-cosine: unit vectors.
-inner_product: vectors as they are; longer ones score higher.
-kl: a query's probabilities and a product's log-probabilities plus log D, so products of the least
-    Kullback-Leibler divergence from the query come first. Sides differ: a product that asks takes
-    the vector of `as_queries`.
+cosine: unit vectors. inner_product: vectors as they are; longer ones score higher. kl: a query's
+probabilities and a product's log-probabilities plus log D, so products of the least
+Kullback-Leibler divergence from the query come first. Sides differ: a product that asks takes the
+vector of `as_queries`.
 """
 
 NORM_TOLERANCE = 0.01
 """Lengths this close to 1 count as rounding (float16) and are made exact.
 
-Others are refused or normalised if asked.
-So do sums of probabilities."""
+Others are refused or normalized if asked. So do sums of probabilities.
+"""
 
 EXACT = 1e-6
 """Squares of lengths this close to 1 are float32's own rounding."""
@@ -70,7 +69,7 @@ def checked_vectors(
     if metric == "kl" and normalize:
         raise ValueError(
             f"{where}: kl compares probabilities, which another length would spoil: do not "
-            "normalise"
+            "normalize"
         )
     if metric == "cosine" and _is_fine_already(vectors, dim):
         return vectors
@@ -106,7 +105,7 @@ def checked_vectors(
         worst = length[bad.argmax()] if len(length) else 1.0
         refuse(
             bad,
-            f"has length {worst:.4g}, cosine needs 1: normalise (--normalize) or name metric "
+            f"has length {worst:.4g}, cosine needs 1: normalize (--normalize) or name metric "
             "inner_product",
         )
     if ((length < 1e-30) | (length > 1e30)).any():  # outside float32's range
@@ -194,7 +193,7 @@ def _lengths(array: NDArray[np.float32]) -> NDArray[np.float64]:
     return length
 
 
-def content_of(array: NDArray[np.float32]) -> NDArray[np.int64]:
+def vector_hashes(array: NDArray[np.float32]) -> NDArray[np.int64]:
     """(B,) int64 hash of each vector's bytes.
 
     Equal vectors have equal values, others very likely not.

@@ -24,11 +24,11 @@ from tritower.retrieval.vectors.checks import (
     as_queries,
     checked_metric,
     checked_vectors,
-    content_of,
+    vector_hashes,
 )
 from tritower.retrieval.vectors.vector_files import Part, find_parts
 
-KIND = "embeddings"
+ARTEFACT_TYPE = "embeddings"
 BATCH = 16_384
 """Vectors read at a time.
 
@@ -40,11 +40,10 @@ class EmbeddingWriter:
     """Writes the embeddings of products or queries, one shard per shard of the catalogue.
 
     A killed run is resumed by the same call: shards that are done are skipped (`done`), and a
-      folder begun with another
-    model or catalogue is refused.
+    folder begun with another model or catalogue is refused.
 
     Args:
-        folder: becomes an artefact folder of kind "embeddings" by `finish`.
+        folder: becomes an artefact folder of type "embeddings" by `finish`.
         dim: D.
         model: fingerprint of the model folder; None for vectors of unknown origin.
         catalogue: fingerprint of the prepared catalogue, or None.
@@ -73,7 +72,7 @@ class EmbeddingWriter:
             "metric": metric,
             "id_column": id_column,
         }
-        self._folder = ShardFolder(folder, kind=KIND, identity=identity)
+        self._folder = ShardFolder(folder, artefact_type=ARTEFACT_TYPE, identity=identity)
 
     def done(self, shard: str) -> bool:
         """Whether this shard has been written, in this run or an earlier one."""
@@ -84,7 +83,7 @@ class EmbeddingWriter:
         shard: str,
         ids: Sequence[str],
         vectors: ArrayLike,
-        kinds: Sequence[str] | None = None,
+        query_types: Sequence[str] | None = None,
         contents: Sequence[int] | None = None,
     ) -> None:
         """Write one shard.
@@ -93,7 +92,7 @@ class EmbeddingWriter:
             shard: its name without suffix: "shard-00000".
             ids: B ids.
             vectors: (B, D) floating point; stored as float16.
-            kinds: B kinds of query ("text", "image", ...), or None for products.
+            query_types: B query types ("text", "image", ...), or None for products.
             contents: B digests of what was embedded: an update embeds only rows whose digest has
                 changed.
 
@@ -103,13 +102,14 @@ class EmbeddingWriter:
         array = checked_vectors(
             vectors, dim=self.dim, metric=self.metric, names=ids, where=f"embeddings of {shard}"
         )
-        if len(ids) != len(array) or (kinds is not None and len(kinds) != len(ids)):
+        if len(ids) != len(array) or (query_types is not None and len(query_types) != len(ids)):
             raise ValueError(
-                f"{shard}: {len(ids)} ids, {len(array)} vectors, {kinds and len(kinds)} kinds"
+                f"{shard}: {len(ids)} ids, {len(array)} vectors, "
+                f"{query_types and len(query_types)} query types"
             )
         columns: dict[str, pa.Array] = {self.id_column: pa.array(ids, pa.string())}
-        if kinds is not None:
-            columns["kind"] = pa.array(kinds, pa.string())
+        if query_types is not None:
+            columns["query_type"] = pa.array(query_types, pa.string())
         if contents is not None:
             columns["content"] = pa.array(contents, pa.int64())
         flat = pa.array(array.astype(np.float16).ravel())
@@ -133,14 +133,20 @@ class EmbeddingBatch(NamedTuple):
     Attributes:
         ids: B ids (large_string).
         vectors: (B, D) float32, checked.
-        kinds: B kinds of query (large_string), or None.
+        query_types: B query types (large_string), or None.
         contents: (B,) int64 digests of what was embedded, or None where unknown.
     """
 
     ids: pa.Array
     vectors: NDArray[np.float32]
-    kinds: pa.Array | None
+    query_types: pa.Array | None
     contents: NDArray[np.int64] | None = None
+
+    def type_names(self) -> list[str]:
+        """B query types; "query" for queries without a type."""
+        if self.query_types is None:
+            return ["query"] * len(self.ids)
+        return self.query_types.to_pylist()
 
     def digests(self) -> NDArray[np.int64]:
         """(B,) int64: equal where a row's content is.
@@ -148,7 +154,7 @@ class EmbeddingBatch(NamedTuple):
         Of the vectors where nothing is known of what was embedded.
         """
         if self.contents is None:
-            return content_of(self.vectors)
+            return vector_hashes(self.vectors)
         return self.contents
 
 
@@ -187,7 +193,7 @@ class EmbeddingReader:
         self.fingerprint: str | None = None
         files: list[Path] | None = None
         if any((self.source / name).exists() for name in (storage.MANIFEST, BEGUN)):
-            manifest = storage.verify(self.source, KIND)
+            manifest = storage.verify(self.source, ARTEFACT_TYPE)
             self.meta = manifest.meta
             self.fingerprint = manifest.fingerprint
             files = [self.source / name for name in manifest.files if name.endswith(".parquet")]
@@ -241,7 +247,7 @@ class EmbeddingReader:
             )
             if self.of_products_asking:
                 vectors = as_queries(vectors, self.metric)
-            yield EmbeddingBatch(ids, vectors, raw.kinds, raw.contents)
+            yield EmbeddingBatch(ids, vectors, raw.query_types, raw.contents)
             row += len(ids)
 
     def ids(self) -> Iterator[pa.Array]:

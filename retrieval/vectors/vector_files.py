@@ -24,12 +24,12 @@ ID_COLUMNS = ("product_id", "query_id", "id")
 class RawBatch(NamedTuple):
     """B rows as they stand in a file.
 
-    Ids (large_string), (B, D) floating point vectors, kinds and contents or None.
+    Ids (large_string), (B, D) floating point vectors, query types and contents or None.
     """
 
     ids: pa.Array
     vectors: NDArray[Any]
-    kinds: pa.Array | None
+    query_types: pa.Array | None
     contents: NDArray[np.int64] | None = None
 
 
@@ -146,7 +146,7 @@ class ParquetPart:
         )
         self._id = find_column(schema, id_column, is_id, ID_COLUMNS, f"{file}: column of ids")
         self.reads = f"{self._id}, {self._embedding}"
-        self._kind = "kind" if "kind" in schema.names else None
+        self._query_type = "query_type" if "query_type" in schema.names else None
         self._content = "content" if ours and "content" in schema.names else None
         self.dim = self._find_dim(schema.field(self._embedding).type)
 
@@ -161,16 +161,20 @@ class ParquetPart:
         columns = [
             self._id,
             self._embedding,
-            *(name for name in (self._kind, self._content) if name),
+            *(name for name in (self._query_type, self._content) if name),
         ]
         row = 0
         with _open(self.files[0]) as file:
             for batch in file.iter_batches(batch_size, columns=columns):
-                kinds = as_text(batch.column(self._kind), self.name) if self._kind else None
+                query_types = (
+                    as_text(batch.column(self._query_type), self.name) if self._query_type else None
+                )
                 ids = as_text(batch.column(self._id), self.name)
                 contents = batch.column(self._content) if self._content else None
                 known = None if contents is None or contents.null_count else contents.to_numpy()
-                yield RawBatch(ids, self._matrix(batch.column(self._embedding), row), kinds, known)
+                yield RawBatch(
+                    ids, self._matrix(batch.column(self._embedding), row), query_types, known
+                )
                 row += len(ids)
 
     def _find_dim(self, column_type: pa.DataType) -> int:

@@ -1,6 +1,6 @@
-"""Children of a process that has imported everything but used nothing:
+"""Children of a process that has imported everything but used nothing.
 
-they start at once and may be killed.
+They start at once and may be killed.
 
 Programs beside this one use it; tests run them, since a process that runs tests has threads and
 should not fork.

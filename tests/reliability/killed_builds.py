@@ -16,7 +16,7 @@ from pathlib import Path
 from forks import ended, forked, kill
 
 import tritower.retrieval.building.build
-import tritower.retrieval.building.choose
+import tritower.retrieval.building.candidates
 import tritower.retrieval.showing.present  # noqa: F401
 from tritower.artefacts import storage, versions
 from tritower.commands import index
@@ -24,13 +24,16 @@ from tritower.retrieval.ivf import ivf_pq as mapped
 
 
 def build(embeddings: str, root: Path, factory: str, log: Path) -> int:
-    encode, noted = mapped.Trained.encode, os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    encode, noted = (
+        mapped.TrainedQuantizers.encode,
+        os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND),
+    )
 
     def noting(self, vectors):
         os.write(noted, b".")
         return encode(self, vectors)
 
-    mapped.Trained.encode = noting
+    mapped.TrainedQuantizers.encode = noting
     arguments = [
         "--embeddings",
         embeddings,

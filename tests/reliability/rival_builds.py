@@ -14,7 +14,7 @@ from pathlib import Path
 from forks import ended, forked
 
 import tritower.retrieval.building.build
-import tritower.retrieval.building.choose
+import tritower.retrieval.building.candidates
 import tritower.retrieval.showing.present  # noqa: F401
 from tritower.commands import index
 

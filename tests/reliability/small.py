@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 
 from tritower.artefacts import storage, versions
 from tritower.artefacts.storage import ArtefactError
-from tritower.retrieval.building.build import Recipe, build_index
+from tritower.retrieval.building.build import build_index
+from tritower.retrieval.building.options import BuildOptions
 from tritower.retrieval.index import ProductIndex
 from tritower.retrieval.vectors.embeddings import EmbeddingReader, EmbeddingWriter
 
@@ -66,8 +67,8 @@ def build(
     attributes: Path | None = None,
 ) -> Path:
     """Build, or publish a new version."""
-    recipe = Recipe(factory, seed=seed)
-    build_index(EmbeddingReader(embeddings), root, recipe, attributes=attributes, overwrite=True)
+    options = BuildOptions(factory, seed=seed)
+    build_index(EmbeddingReader(embeddings), root, options, attributes=attributes, overwrite=True)
     return root
 
 

@@ -1,6 +1,6 @@
-"""Files of an index that are damaged:
+"""Files of an index that are damaged.
 
-noticed before anything is searched, and the version before is used instead.
+Noticed before anything is searched, and the version before is used instead.
 """
 
 import json

@@ -56,7 +56,7 @@ def test_a_build_killed_at_any_moment_goes_on_to_the_same_index(
 
 
 @pytest.mark.parametrize(
-    "lost", ["trained.faiss", "finer.faiss", "training.json", "000000-0000000000.parquet"]
+    "lost", ["trained.faiss", "refine.faiss", "training.json", "000000-0000000000.parquet"]
 )
 @pytest.mark.parametrize("way", ["missing", "damaged"])
 def test_a_build_whose_unfinished_work_was_removed_in_part_is_still_the_same(
@@ -65,7 +65,7 @@ def test_a_build_whose_unfinished_work_was_removed_in_part_is_still_the_same(
     embeddings = embed(tmp_path / "e", 300, 3)
     expected = digests_of_build(tmp_path / "whole", embeddings, FACTORY, 0)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("tritower.retrieval.building.build.write_mapped", interrupted)
+        patch.setattr("tritower.retrieval.building.ivf_pq_index.write_ivf_pq", interrupted)
         build(embeddings, tmp_path / "index")
     file = tmp_path / "index.building" / lost
     if way == "missing":
@@ -134,7 +134,7 @@ def test_only_one_publisher_at_a_time_decides_which_version_is_in_use(tmp_path):
 
     def work(content):
         try:
-            with versions.publish(tmp_path / "index", kind="index", meta={}) as folder:
+            with versions.publish(tmp_path / "index", artefact_type="index", meta={}) as folder:
                 storage.write_text(folder / "x", content)
                 ready.wait()
             outcomes.append("published")

@@ -18,7 +18,7 @@ STEPS = 20
 
 SEEDS = 20 if FULL else 1
 CHANGES = int(os.environ.get("TRITOWER_CHANGES", 9600 if FULL else 300))
-"""Of all kinds of index, with all seeds."""
+"""Of all types of index, with all seeds."""
 
 
 @pytest.mark.parametrize("machine", MACHINES, ids=lambda machine: machine.__name__)

@@ -22,17 +22,26 @@ TYPES = {
 class RowSource:
     """An `AttributeSource` of dicts with an "id" each, read in small batches."""
 
-    def __init__(self, rows, kinds, name="rows", batch=3):
-        self.rows, self.kinds, self.name, self.ignored, self._batch = rows, kinds, name, {}, batch
+    def __init__(self, rows, attribute_types, name="rows", batch=3):
+        self.rows, self.attribute_types, self.name, self.ignored, self._batch = (
+            rows,
+            attribute_types,
+            name,
+            {},
+            batch,
+        )
 
     def ids(self):
         for part in self._parts():
             yield pa.array([row["id"] for row in part], TEXT)
 
     def column(self, attribute):
-        kind = self.kinds[attribute]
+        attribute_type = self.attribute_types[attribute]
         for part in self._parts():
-            yield cells(pa.array([row.get(attribute) for row in part], TYPES[kind]), kind)
+            yield cells(
+                pa.array([row.get(attribute) for row in part], TYPES[attribute_type]),
+                attribute_type,
+            )
 
     def _parts(self):
         return [
@@ -48,6 +57,6 @@ def write_table(file: Path, ids, *sources) -> tuple[AttributeTable, dict]:
     return AttributeTable(file), report
 
 
-def table_of(file: Path, rows, kinds) -> AttributeTable:
+def table_of(file: Path, rows, attribute_types) -> AttributeTable:
     """A table with the rows in their order."""
-    return write_table(file, [row["id"] for row in rows], RowSource(rows, kinds))[0]
+    return write_table(file, [row["id"] for row in rows], RowSource(rows, attribute_types))[0]

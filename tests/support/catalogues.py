@@ -19,7 +19,7 @@ COLOURS = {
     "blue": (30, 40, 200),
     "yellow": (230, 210, 40),
 }
-KINDS = ("mug", "lamp", "chair", "bag", "shirt")
+PRODUCT_TYPES = ("mug", "lamp", "chair", "bag", "shirt")
 BRANDS = ("Acme", "Zed", "Nord", "Lumen", "Kito", "Orla")
 
 SCHEMA = Schema(
@@ -36,11 +36,11 @@ SCHEMA = Schema(
 )
 
 
-def picture(colour: tuple[int, int, int], rng: np.random.Generator, size: int = 32) -> bytes:
-    """A JPEG with a square of one colour somewhere on light grey."""
+def picture(color: tuple[int, int, int], rng: np.random.Generator, size: int = 32) -> bytes:
+    """A JPEG with a square of one color somewhere on light grey."""
     pixels = np.full((size, size, 3), 235, np.uint8)
     left, top = rng.integers(0, size // 2, 2)
-    pixels[top : top + size // 2, left : left + size // 2] = colour
+    pixels[top : top + size // 2, left : left + size // 2] = color
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "JPEG", quality=90)
     return buffer.getvalue()
@@ -53,7 +53,7 @@ def write_catalogue(
     rng = np.random.default_rng(seed)
     rows = []
     for group in range(num_groups):
-        colour, kind = list(COLOURS)[rng.integers(4)], KINDS[rng.integers(5)]
+        color, product_type = list(COLOURS)[rng.integers(4)], PRODUCT_TYPES[rng.integers(5)]
         brand, price = BRANDS[rng.integers(6)], float(rng.uniform(5, 99))
         split = (
             "train" if group < num_groups * 0.6 else "val" if group < num_groups * 0.8 else "test"
@@ -66,17 +66,17 @@ def write_catalogue(
                     "family": f"f{group // 2}",
                     "split": split,
                     "text": {
-                        "title": f"{kind} {'by' if offer else 'from'} {brand} no {group}",
-                        "description": f"A fine {kind}." if offer else None,
+                        "title": f"{product_type} {'by' if offer else 'from'} {brand} no {group}",
+                        "description": f"A fine {product_type}." if offer else None,
                     },
-                    "images": [picture(COLOURS[colour], rng) for _ in range(1 + offer)]
+                    "images": [picture(COLOURS[color], rng) for _ in range(1 + offer)]
                     if group % 7
                     else [],
                     "attributes": {
                         "price": price + offer if group % 5 else None,
                         "brand": brand if offer or group % 3 else None,
-                        "category": ["home", kind],
-                        "tags": [colour, kind] if offer else [],
+                        "category": ["home", product_type],
+                        "tags": [color, product_type] if offer else [],
                     },
                 }
             )
@@ -101,7 +101,7 @@ def write_catalogue(
             ),
         ]
     )
-    with new_folder(folder, kind="catalogue") as new:
+    with new_folder(folder, artefact_type="catalogue") as new:
         (new / "products").mkdir()
         bounds = np.linspace(0, len(rows), shards + 1).astype(int)
         for shard in range(shards):
@@ -122,25 +122,25 @@ def write_queries(folder: Path, rows: list[dict], rng: np.random.Generator) -> N
         group, offer = int(row["group"][1:]), int(row["product_id"][-1])
         if offer:
             continue
-        kind = (
+        query_type = (
             "product"
             if group % 3 == 0
             else "text"
             if group % 3 == 1 or not row["images"]
             else "image"
         )
-        query_id = f"{kind}-{group}"
+        query_id = f"{query_type}-{group}"
         queries.append(
             {
                 "query_id": query_id,
                 "split": row["split"],
-                "text": row["text"]["title"] if kind == "text" else None,
-                "images": [row["images"][0]] if kind == "image" else [],
-                "source_product_id": row["product_id"] if kind == "product" else None,
+                "text": row["text"]["title"] if query_type == "text" else None,
+                "images": [row["images"][0]] if query_type == "image" else [],
+                "source_product_id": row["product_id"] if query_type == "product" else None,
             }
         )
         qrels.append({"query_id": query_id, "product_id": f"{group:03d}-1", "relevance": 3.0})
-        if kind != "product":
+        if query_type != "product":
             qrels.append({"query_id": query_id, "product_id": f"{group:03d}-0", "relevance": 3.0})
         other = rows[int(rng.integers(len(rows)))]["product_id"]
         if not other.startswith(f"{group:03d}"):

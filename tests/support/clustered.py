@@ -15,15 +15,15 @@ def unit(array):
 
 def clustered(count, seed=0, noise=0.6):
     generator = np.random.default_rng(seed)
-    centres = np.random.default_rng(99).standard_normal((60, DIM))
+    centers = np.random.default_rng(99).standard_normal((60, DIM))
     return unit(
-        centres[generator.integers(0, 60, count)] + noise * generator.standard_normal((count, DIM))
+        centers[generator.integers(0, 60, count)] + noise * generator.standard_normal((count, DIM))
     )
 
 
-def embed(folder, rows, kinds=None, model="model-a"):
-    column = "product_id" if kinds is None else "query_id"
+def embed(folder, rows, query_types=None, model="model-a"):
+    column = "product_id" if query_types is None else "query_id"
     writer = EmbeddingWriter(folder, dim=DIM, model=model, id_column=column)
-    writer.write("s", [f"p{i}" for i in range(len(rows))], rows, kinds)
+    writer.write("s", [f"p{i}" for i in range(len(rows))], rows, query_types)
     writer.finish(["s"])
     return EmbeddingReader(folder)

@@ -12,7 +12,7 @@ from tritower.retrieval.products.catalogue import PreparedCatalogue
 from tritower.retrieval.vectors.embeddings import EmbeddingWriter
 
 DIM = 16
-PRODUCT_KINDS = ("fused", "product:text", "product:image", "product:attribute")
+PRODUCT_QUERY_TYPES = ("fused", "product:text", "product:image", "product:attribute")
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
@@ -43,11 +43,17 @@ def write_embeddings(
         folder / "queries", dim=DIM, model=model, catalogue=fingerprint, id_column="query_id"
     )
     asked = [
-        (query_id, kind)
+        (query_id, query_type)
         for query_id in PreparedCatalogue(catalogue).queries().column("query_id").to_pylist()
-        for kind in (PRODUCT_KINDS if query_id.startswith("product") else (query_id.split("-")[0],))
+        for query_type in (
+            PRODUCT_QUERY_TYPES if query_id.startswith("product") else (query_id.split("-")[0],)
+        )
     ]
-    vectors = np.stack([vector_of(int(i.split("-")[1]), f"{i}{kind}", noise) for i, kind in asked])
-    queries.write("shard-00000", [i for i, _ in asked], vectors, [kind for _, kind in asked])
+    vectors = np.stack(
+        [vector_of(int(i.split("-")[1]), f"{i}{query_type}", noise) for i, query_type in asked]
+    )
+    queries.write(
+        "shard-00000", [i for i, _ in asked], vectors, [query_type for _, query_type in asked]
+    )
     queries.finish(["shard-00000"], hints)
     return folder

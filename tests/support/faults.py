@@ -1,6 +1,6 @@
-"""Systems to put in place of `tritower.artefacts.files.system`:
+"""Systems to put in place of `tritower.artefacts.files.system`.
 
-one whose k-th operation fails, one that loses power.
+One whose k-th operation fails, one that loses power.
 """
 
 from __future__ import annotations
@@ -161,9 +161,9 @@ class PowerCut(BaseException):
 
 
 class _File:
-    """A file, under whatever names:
+    """A file, under whatever names.
 
-    what of it is on disk for certain, and what a running system reads.
+    What of it is on disk for certain, and what a running system reads.
     """
 
     def __init__(self, content: bytes) -> None:
@@ -220,12 +220,12 @@ class Disk(Watched):
 
     def open(self, path, flags):
         descriptor = super().open(path, flags)
-        self._learn(Path(path))
+        self._train_ivf_pq(Path(path))
         return descriptor
 
     def mkdir(self, path):
         super().mkdir(path)
-        self._learn(path)
+        self._train_ivf_pq(path)
 
     def fsync(self, descriptor):
         self.before("fsync", self.paths[descriptor])
@@ -233,31 +233,31 @@ class Disk(Watched):
         path = self.paths[descriptor]
         if path.is_dir():
             for entry in path.iterdir():  # also what was made without this system
-                self._learn(entry)
+                self._train_ivf_pq(entry)
         if self.fsyncs == self.forgotten:
             return
-        node = self._learn(path)
+        node = self._train_ivf_pq(path)
         if isinstance(node, _File):
             node.durable = path.read_bytes()
         for change in self.changes:
             change.durable |= node in change.folders
 
     def rename(self, old, new):
-        node = self._learn(old)
+        node = self._train_ivf_pq(old)
         super().rename(old, new)
         self._moved(node, old, new)
 
     def replace(self, old, new):
-        node = self._learn(old)
+        node = self._train_ivf_pq(old)
         self._forget(new)
         super().replace(old, new)
         self._moved(node, old, new)
 
     def exchange(self, one, other):
-        nodes = self._learn(one), self._learn(other)
+        nodes = self._train_ivf_pq(one), self._train_ivf_pq(other)
         done = super().exchange(one, other)
         if done:
-            folders = self._learn(one.parent), self._learn(other.parent)
+            folders = self._train_ivf_pq(one.parent), self._train_ivf_pq(other.parent)
 
             def swap() -> None:
                 if (folders[0].names.get(one.name), folders[1].names.get(other.name)) == nodes:
@@ -267,7 +267,7 @@ class Disk(Watched):
         return done
 
     def link(self, old, new):
-        node = self._learn(old)
+        node = self._train_ivf_pq(old)
         super().link(old, new)
         self._added(node, new)
 
@@ -291,12 +291,12 @@ class Disk(Watched):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         _write(self.top, self.root, chance, {})
 
-    def _learn(self, path: Path) -> _File | _Folder:
+    def _train_ivf_pq(self, path: Path) -> _File | _Folder:
         """What has this name; whatever was made beside this system is noted now."""
         if self.root not in (path, *path.parents):
             return _File(b"")
         if _inode(path) not in self.known:
-            self._learn(path.parent)
+            self._train_ivf_pq(path.parent)
             self.known[_inode(path)] = node = _Folder() if path.is_dir() else _File(b"")
             self._added(node, path)
         return self.known[_inode(path)]
@@ -314,11 +314,11 @@ class Disk(Watched):
                 self.known.pop(_inode(path), None)
 
     def _added(self, node: _File | _Folder, path: Path) -> None:
-        folder = self._learn(path.parent)
+        folder = self._train_ivf_pq(path.parent)
         self.changes.append(_Change(lambda: folder.names.__setitem__(path.name, node), folder))
 
     def _moved(self, node: _File | _Folder, old: Path, new: Path) -> None:
-        source, target = self._learn(old.parent), self._learn(new.parent)
+        source, target = self._train_ivf_pq(old.parent), self._train_ivf_pq(new.parent)
 
         def move() -> None:
             if source.names.get(old.name) is node:
@@ -328,7 +328,7 @@ class Disk(Watched):
         self.changes.append(_Change(move, target))
 
     def _removed(self, path: Path) -> None:
-        node, folder = self._learn(path), self._learn(path.parent)
+        node, folder = self._train_ivf_pq(path), self._train_ivf_pq(path.parent)
         self._forget(path)
 
         def remove() -> None:
@@ -361,7 +361,7 @@ def _after_crash(file: _File, chance: random.Random) -> bytes:
     garbage = bytearray(file.volatile)
     start = chance.randrange(size) if size else 0
     garbage[start : start + 512] = chance.randbytes(len(garbage[start : start + 512]))
-    return chance.choice(
+    return chance.index_spec(
         [
             file.durable,
             file.volatile,

@@ -1,6 +1,6 @@
-"""An index that lives, against a dict:
+"""An index that lives, against a dict.
 
-whatever is done to it, it finds what the dict holds, and nothing else.
+Whatever is done to it, it finds what the dict holds, and nothing else.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from tests.support.faults import Watched, using
 from tritower.artefacts import files
-from tritower.retrieval.building.build import Recipe, build_index
+from tritower.retrieval.building.build import build_index
+from tritower.retrieval.building.options import BuildOptions
 from tritower.retrieval.index import ProductIndex
 from tritower.retrieval.updating.update import UpdateReport, update_index
 from tritower.retrieval.vectors.embeddings import EmbeddingReader, EmbeddingWriter
@@ -37,11 +38,11 @@ def unit(array):
 
 
 def vectors(count, seed=0):
-    """Unit vectors around twenty centres."""
+    """Unit vectors around twenty centers."""
     generator = np.random.default_rng(seed)
-    centres = np.random.default_rng(99).standard_normal((20, DIM))
+    centers = np.random.default_rng(99).standard_normal((20, DIM))
     return unit(
-        centres[generator.integers(0, 20, count)] + 0.5 * generator.standard_normal((count, DIM))
+        centers[generator.integers(0, 20, count)] + 0.5 * generator.standard_normal((count, DIM))
     )
 
 
@@ -58,9 +59,9 @@ class Killed(BaseException):
 
 
 class Killing(Watched):
-    """A system on which the process dies before operation `kill_at`, counted from 1:
+    """A system on which the process dies before operation `kill_at`, counted from 1.
 
-    nothing is done any more.
+    Nothing is done any more.
     """
 
     def __init__(self, kill_at):
@@ -68,12 +69,12 @@ class Killing(Watched):
         self.kill_at = kill_at
 
     @property
-    def dead(self):
+    def tombstone_share(self):
         return len(self.calls) >= self.kill_at
 
     def before(self, operation, path):
         super().before(operation, path)
-        if self.dead:
+        if self.tombstone_share:
             raise Killed
 
     def close(self, descriptor):
@@ -81,12 +82,12 @@ class Killing(Watched):
 
 
 @cache
-def start_of(recipe, count):
+def start_of(options, count):
     """A built index with its embeddings, to be copied."""
     folder = Path(tempfile.mkdtemp(prefix="living-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     reader = embed(folder / "e", vectors(count, seed=1), [f"p{i}" for i in range(count)])
-    build_index(reader, folder / "i", recipe)
+    build_index(reader, folder / "i", options)
     return folder
 
 
@@ -102,7 +103,7 @@ class LivingIndex(RuleBasedStateMachine):
 
     done: ClassVar[Counter[str]] = Counter()
 
-    recipe = Recipe("IVF16,PQ8x4fsr,Refine(SQ8)")
+    options = BuildOptions("IVF16,PQ8x4fsr,Refine(SQ8)")
     start = 640
     wide: ClassVar[dict[str, Any]] = {"nprobe": 16, "k_factor": 1000.0}
 
@@ -110,7 +111,7 @@ class LivingIndex(RuleBasedStateMachine):
     def build(self):
         self.folder = Path(tempfile.mkdtemp(prefix="living-"))
         self.root, self.turn = self.folder / "i", 0
-        origin = start_of(self.recipe, self.start)
+        origin = start_of(self.options, self.start)
         shutil.copytree(origin / "i", self.root)
         self.given = dict(
             zip((f"p{i}" for i in range(self.start)), vectors(self.start, seed=1), strict=True)
@@ -140,7 +141,7 @@ class LivingIndex(RuleBasedStateMachine):
                     self.root, upsert=reader, delete=delete, compact=compact, measure=False
                 )
             gc.collect()  # its locks go with it
-            self.done["kills"] += killing.dead
+            self.done["kills"] += killing.tombstone_share
             self.served(old, self.after(reader, delete))
         report = update_index(
             self.root, upsert=reader, delete=delete, compact=compact, measure=False
@@ -264,19 +265,19 @@ class LivingIndex(RuleBasedStateMachine):
             assert (np.diff(scores) <= 0).all()
 
     def stored(self, index):
-        """Id -> vector as the index keeps it:
+        """Id -> vector as the index keeps it.
 
-        what is left of the one that was embedded, bit for bit.
+        What is left of the one that was embedded, bit for bit.
         """
-        fine = index.engine.fine
+        refine = index.engine.refine
         ids = index.all_ids().to_pylist()
-        kept = fine.reconstruct_n(0, fine.ntotal)
+        kept = refine.reconstruct_n(0, refine.ntotal)
         stored = {
             product: vector
             for product, vector in zip(ids, kept, strict=True)
             if product is not None
         }
-        expected = fine.sa_decode(fine.sa_encode(np.stack(list(self.truth.values()))))
+        expected = refine.sa_decode(refine.sa_encode(np.stack(list(self.truth.values()))))
         np.testing.assert_array_equal(
             np.stack([stored[product] for product in self.truth]), expected
         )
@@ -290,12 +291,12 @@ class LivingIndex(RuleBasedStateMachine):
 class LivingSpilledIndex(LivingIndex):
     """Products stand in two lists."""
 
-    recipe = Recipe("IVF16,PQ8x4fsr,Refine(SQfp16)", spill=True)
+    options = BuildOptions("IVF16,PQ8x4fsr,Refine(SQfp16)", spill=True)
 
 
 class LivingFlatIndex(LivingIndex):
     """An exact index: its ranking is that of comparing with every product."""
 
-    recipe = Recipe("Flat")
+    options = BuildOptions("Flat")
     start = 500
     wide: ClassVar[dict[str, Any]] = {}

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tritower.retrieval.building.build import Recipe, build_index
+from tritower.retrieval.building.build import build_index
+from tritower.retrieval.building.options import BuildOptions
 from tritower.retrieval.index import ProductIndex
 from tritower.retrieval.vectors.embeddings import EmbeddingReader, EmbeddingWriter
 
@@ -46,8 +47,8 @@ def main(folder: Path) -> None:
     hits = {}
     for name, factory in FACTORIES.items():
         place = folder / f"built_{name}"
-        recipe = Recipe(factory, nprobe=None if name == "flat" else 4)
-        build_index(EmbeddingReader(folder / "embeddings"), place, recipe)
+        options = BuildOptions(factory, nprobe=None if name == "flat" else 4)
+        build_index(EmbeddingReader(folder / "embeddings"), place, options)
         shutil.copytree(ProductIndex.open(place).version, folder / name)
         shutil.rmtree(place)
         index = ProductIndex.open(folder / name)

@@ -17,7 +17,7 @@ def encode(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
 
 
 def noise(width: int = 60, height: int = 40, seed: int = 0) -> Image.Image:
-    """Smooth colours that JPEG keeps well."""
+    """Smooth colors that JPEG keeps well."""
     small = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
     return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
 

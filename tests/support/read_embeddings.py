@@ -12,11 +12,13 @@ Vectors = dict[tuple[str, str | None], np.ndarray]
 
 
 def read(folder: Path) -> Vectors:
-    """(id, kind) -> vector."""
+    """(id, query type) -> vector."""
     result: Vectors = {}
     for batch in EmbeddingReader(folder).batches():
-        kinds = [None] * len(batch.ids) if batch.kinds is None else batch.kinds.to_pylist()
+        query_types = (
+            [None] * len(batch.ids) if batch.query_types is None else batch.query_types.to_pylist()
+        )
         result |= dict(
-            zip(zip(batch.ids.to_pylist(), kinds, strict=True), batch.vectors, strict=True)
+            zip(zip(batch.ids.to_pylist(), query_types, strict=True), batch.vectors, strict=True)
         )
     return result

@@ -40,9 +40,9 @@ def fit(catalogue: Path, run: Path, *arguments: str) -> int:
 
 
 class Diary(L.Callback):
-    """Writes a line for every step:
+    """Writes a line for every step.
 
-    the products it saw, the learning rates, the loss with all its bits.
+    The products it saw, the learning rates, the loss with all its bits.
 
     Args:
         path: of the file, which grows.

@@ -105,7 +105,8 @@ def build(
         attributes: attributes for filters, by product id: a prepared catalogue, or Parquet or CSV
             files; those of the catalogue that was embedded when not given.
     """
-    from tritower.retrieval.building.build import Recipe, build_index
+    from tritower.retrieval.building.build import build_index
+    from tritower.retrieval.building.options import BuildOptions
     from tritower.retrieval.building.resources import parse_bytes
     from tritower.retrieval.showing.present import (
         describe_candidates,
@@ -119,7 +120,7 @@ def build(
     products = one_side(embeddings, "products")
     reader = files.open(products, spec.metric)
     limit = None if spec.build_memory is None else parse_bytes(spec.build_memory)
-    recipe = Recipe(
+    options = BuildOptions(
         spec.factory,
         spec.seed,
         spec.train_sample,
@@ -134,7 +135,7 @@ def build(
     folder = None
     if goal.queries is not None:
         folder = one_side(goal.queries, "queries")
-    elif target is not None or recipe.is_default:
+    elif target is not None or options.is_default:
         folder = tuning_queries_beside(products)
     queries = None
     if folder is not None:
@@ -145,7 +146,7 @@ def build(
     manifest = build_index(
         reader,
         output,
-        recipe,
+        options,
         target=target,
         queries=queries,
         attributes=attributes,

@@ -79,9 +79,12 @@ def evaluate(
         catalogue: prepared catalogue: judgements, splits and texts; the one that was embedded when
             not given.
     """
-    from tritower.retrieval.evaluating import evaluate as measuring
-    from tritower.retrieval.evaluating import report as writing
+    from tritower.retrieval.evaluating import evaluate as evaluating
     from tritower.retrieval.evaluating.comparison_table import below_floor, terminal_table
+    from tritower.retrieval.evaluating.gates import failed_gates
+    from tritower.retrieval.evaluating.report import examples, summary, write_report
+    from tritower.retrieval.evaluating.search_tasks import EvaluationOptions
+    from tritower.retrieval.evaluating.untrained_inputs import open_tower_features
     from tritower.retrieval.index import ProductIndex
     from tritower.retrieval.showing.present import find_catalogue, show
     from tritower.retrieval.vectors.embeddings import EmbeddingReader
@@ -97,7 +100,7 @@ def evaluate(
         normalize=queries.normalize,
         asks=True,
     )
-    options = measuring.Options(
+    options = EvaluationOptions(
         split=None if queries.split == "all" else queries.split,
         threshold=queries.threshold,
         recall=effort.recall,
@@ -105,10 +108,10 @@ def evaluate(
         exclude_identical=queries.exclude_identical,
         latency_queries=report.latency_queries,
     )
-    towers = measuring.open_untrained(
+    towers = open_tower_features(
         report.untrained or embeddings / "untrained", required=report.untrained is not None
     )
-    measured = measuring.evaluate(
+    evaluation = evaluating.evaluate(
         opened,
         product_reader,
         query_reader,
@@ -120,15 +123,15 @@ def evaluate(
 
     sections = []
     if texts is not None and report.examples:
-        sections = writing.examples(measured, opened, texts, report.examples)
-    oracle = None if report.oracle is None else measuring.read_oracle(report.oracle)
-    writing.write_report(output, measured, sections, oracle)
-    show(terminal_table(measured.report))
-    print(writing.summary(measured.report))
+        sections = examples(evaluation, opened, texts, report.examples)
+    oracle = None if report.oracle is None else evaluating.read_oracle(report.oracle)
+    write_report(output, evaluation, sections, oracle)
+    show(terminal_table(evaluation.report))
+    print(summary(evaluation.report))
     print(f"report: {output / 'report.json'}, page: {output / 'report.html'}")
-    for warning in (*below_floor(measured.report), *measured.report["warnings"]):
+    for warning in (*below_floor(evaluation.report), *evaluation.report["warnings"]):
         print(f"warning: {warning}", file=sys.stderr)
-    failures = measuring.failed_gates(measured.report, report.gate)
+    failures = failed_gates(evaluation.report, report.gate)
     for failure in failures:
         print(f"error: gate not reached: {failure}", file=sys.stderr)
     if failures:

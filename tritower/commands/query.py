@@ -211,7 +211,7 @@ def read_vector(file: Path, index: ProductIndex, normalize: bool) -> np.ndarray:
 def type_of_query(text: str, image: list[Path], attribute: list[str], more: bool) -> str | None:
     """The type of a query of one modality; None for a mix of several."""
     shown = {"text": text, "image": image, "product:attribute": attribute, "product": more}
-    kinds = [kind for kind, what in shown.items() if what]
-    if len(kinds) == 1:
-        return kinds[0]
+    query_types = [query_type for query_type, what in shown.items() if what]
+    if len(query_types) == 1:
+        return query_types[0]
     return None

@@ -116,8 +116,8 @@ def _search_one(
 
     catalogue = find_catalogue(index, output.catalogue)
     parsed = parse_query(index, query, catalogue)
-    settings = index.resolve(effort.nprobe, recall=effort.recall, kind=parsed.query_type)
-    has_groups = index.attributes is not None and "group" in index.attributes.kinds
+    settings = index.resolve(effort.nprobe, recall=effort.recall, query_type=parsed.query_type)
+    has_groups = index.attributes is not None and "group" in index.attributes.attribute_types
     hits = index.search(
         parsed.vector,
         checked_k(options.k),

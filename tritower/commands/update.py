@@ -112,7 +112,7 @@ def _open_products(
     from tritower.retrieval.showing.present import find_model
 
     has_manifest = (path / storage.MANIFEST).exists()
-    if not has_manifest or storage.read_manifest(path).kind != "catalogue":
+    if not has_manifest or storage.read_manifest(path).artefact_type != "catalogue":
         return files.open(one_side(path, "products"), index.metric)
     folder = find_model(index, embedding.model)
 

@@ -11,8 +11,8 @@ from tritower.artefacts.storage import ArtefactError
 def verify(index: Path) -> int:
     """Compare every byte of an index with its digests.
 
-    The exit code is 1 where something is damaged.
-    Opening an index does so too, but of very large files only for samples.
+    The exit code is 1 where something is damaged. Opening an index does so too, but of very large
+    files only for samples.
 
     Args:
         index: index folder: all its versions are read.

@@ -1,4 +1,4 @@
-"""Measure an index: what each way of searching it finds of the exact answer, and what it costs."""
+"""Measure operating points of an index: recall against exact search, latency and throughput."""
 
 from __future__ import annotations
 
@@ -12,114 +12,137 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from tritower.retrieval.building.tuning.tuning_queries import Probe, counts
+from tritower.retrieval.building.tuning.tuning_queries import TuningQueries, counts
 from tritower.retrieval.ivf.engine import Engine, Settings
-from tritower.retrieval.ivf.operating_points import Point, Target, Tuning, pareto
+from tritower.retrieval.ivf.operating_points import OperatingPoint, Target, Tuning, pareto
 from tritower.retrieval.ranking import metrics
 
-PROBED = (2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
+NPROBES = (2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 K_FACTORS = (2.0, 4.0, 6.0, 8.0, 12.0, 16.0, 32.0, 64.0)
-ENOUGH = 0.002
-"""More candidates to re-rank that bring less recall than this are not tried, nor more lists."""
+MIN_RECALL_GAIN = 0.002
+"""Where more candidates, or more lists, gain less recall than this, no more are tried."""
 
-LOSS = 0.03
-"""More lists are not tried with so few candidates that they lose more recall than this."""
+MAX_RECALL_LOSS = 0.03
+"""Numbers of candidates that lose more recall than this are not tried with more lists."""
 
-TIMED = 100
-"""Searches whose latency is taken."""
+TIMED_SEARCHES = 100
+"""Searches whose latency is measured."""
 
 
-def measure(engine: Engine, probes: Sequence[Probe], target: Target) -> Tuning:
-    """Operating points of a finished index, per query type, each checked on other queries."""
+def measure(engine: Engine, tuning_queries: Sequence[TuningQueries], target: Target) -> Tuning:
+    """Operating points of a finished index for each query type, checked on held-out queries."""
     points = {}
-    for probe in probes:
-        chosen = sweep(engine, probe.half(held_out=False), target.k, max(target.recall, 0.99))
+    for queries in tuning_queries:
+        choosing = queries.half(held_out=False)
+        checking = queries.half(held_out=True)
         checked = []
-        for point in chosen:
-            values = recalls_of(engine, probe.half(held_out=True), target.k, point.settings)
-            error = 1.96 * float(values.std()) / max(1, len(values)) ** 0.5
-            checked.append(
-                replace(point, held_out=round(float(values.mean()), 5), interval=round(error, 5))
-            )
-        points[probe.kind] = checked
-    return Tuning(target.k, points, counts(probes))
+        for point in sweep(engine, choosing, target.k, max(target.recall, 0.99)):
+            recalls = measure_recall(engine, checking, target.k, point.settings)
+            error = 1.96 * float(recalls.std()) / max(1, len(recalls)) ** 0.5
+            mean = round(float(recalls.mean()), 5)
+            checked.append(replace(point, held_out=mean, interval=round(error, 5)))
+        points[queries.query_type] = checked
+    return Tuning(target.k, points, counts(tuning_queries))
 
 
-def reached(tuning: Tuning, target: Target) -> list[str]:
-    """What stays below what was asked for; nothing where all kinds reach it."""
+def missed_targets(tuning: Tuning, target: Target) -> list[str]:
+    """One line for each query type that misses the target; empty if all reach it."""
     problems = []
-    for kind, front in tuning.points.items():
-        fits = [point for point in front if point.reaches(target.recall)]
-        if not fits:
-            best = max(front, key=lambda p: p.proven)
-            problems.append(f"{kind}: recall@{target.k} {best.proven:.4f} at best")
-        elif target.latency_ms is not None and (fits[0].p50_ms or 0.0) > target.latency_ms:
-            problems.append(f"{kind}: {fits[0].p50_ms:.3f} ms for that recall")
+    for query_type, points in tuning.points.items():
+        reaching = [point for point in points if point.reaches(target.recall)]
+        if not reaching:
+            best = max(points, key=lambda point: point.proven_recall)
+            problems.append(f"{query_type}: recall@{target.k} {best.proven_recall:.4f} at best")
+        elif target.latency_ms is not None and (reaching[0].p50_ms or 0.0) > target.latency_ms:
+            problems.append(f"{query_type}: {reaching[0].p50_ms:.3f} ms for that recall")
     return problems
 
 
-def sweep(engine: Engine, probe: Probe, k: int, enough: float) -> list[Point]:
-    """The points that no other beats in both recall and latency, up to `enough` recall."""
-    points: list[Point] = []
+def sweep(engine: Engine, queries: TuningQueries, k: int, enough: float) -> list[OperatingPoint]:
+    """Operating points that no other beats in both recall and latency, up to a recall.
+
+    Args:
+        engine: the index.
+        queries: the queries to measure on.
+        k: results of a search.
+        enough: recall at which the sweep ends.
+    """
+    assert engine.lists is not None
+    points: list[OperatingPoint] = []
     best = -1.0
-    first = 0
-    factors = K_FACTORS if engine.fine is not None else K_FACTORS[:1]
-    for nprobe in [p for p in PROBED if p < engine.lists] + [engine.lists]:  # type: ignore[operator]
-        before = 0.0
-        reached = {}
-        for number in range(first, len(factors)):
+    first_factor = 0
+    factors = K_FACTORS if engine.refine is not None else K_FACTORS[:1]
+    nprobes = [nprobe for nprobe in NPROBES if nprobe < engine.lists]
+    for nprobe in [*nprobes, engine.lists]:
+        # More candidates for re-ranking, until they gain nothing.
+        previous = 0.0
+        recall_of_factor = {}
+        for number in range(first_factor, len(factors)):
+            settings = Settings(nprobe, factors[number])
             started = time.perf_counter()
-            recall = float(recalls_of(engine, probe, k, Settings(nprobe, factors[number])).mean())
-            if recall < before + ENOUGH and before:
+            recall = float(measure_recall(engine, queries, k, settings).mean())
+            if recall < previous + MIN_RECALL_GAIN and previous:
                 break
-            qps = round(len(probe.vectors) / (time.perf_counter() - started))
-            points.append(Point(nprobe, factors[number], round(recall, 5), qps=qps))
-            before = reached[number] = recall
-        first = min(number for number, recall in reached.items() if recall >= before - LOSS)
-        if before >= min(1.0, enough + ENOUGH) or before < best + ENOUGH:
+            qps = round(len(queries.vectors) / (time.perf_counter() - started))
+            points.append(OperatingPoint(nprobe, factors[number], round(recall, 5), qps=qps))
+            recall_of_factor[number] = recall
+            previous = recall
+
+        # With more lists, start from the fewest candidates that lose little.
+        keeping = [n for n, r in recall_of_factor.items() if r >= previous - MAX_RECALL_LOSS]
+        first_factor = min(keeping)
+        if previous >= min(1.0, enough + MIN_RECALL_GAIN) or previous < best + MIN_RECALL_GAIN:
             break
-        best = max(best, before)
+        best = max(best, previous)
     fastest = pareto(points, {point: 1 / (point.qps or 1) for point in points})
-    timed = [time_point(engine, probe, k, point) for point in fastest]
-    return pareto(timed, {point: point.p50_ms or 0.0 for point in timed})
+    with_latency = [time_point(engine, queries, k, point) for point in fastest]
+    return pareto(with_latency, {point: point.p50_ms or 0.0 for point in with_latency})
 
 
-def recalls_of(engine: Engine, probe: Probe, k: int, settings: Settings) -> NDArray[np.float64]:
-    """(Q,) recall@k against the truth of the probe."""
-    found = probe.found(
-        lambda vectors, n: engine.search(vectors, min(n, engine.count), settings), k
-    )
-    return metrics.recall_at_k_per_query(found, probe.truth[:, :k], min(k, found.shape[1]))
+def measure_recall(
+    engine: Engine, queries: TuningQueries, k: int, settings: Settings
+) -> NDArray[np.float64]:
+    """(Q,) recall@k against the true neighbors of the queries."""
+
+    def search(vectors: NDArray[np.float32], wanted: int) -> Any:
+        return engine.search(vectors, min(wanted, engine.count), settings)
+
+    rows = queries.search(search, k)
+    return metrics.recall_at_k_per_query(rows, queries.truth[:, :k], min(k, rows.shape[1]))
 
 
-def time_point(engine: Engine, probe: Probe, k: int, point: Point) -> Point:
-    """A point with its latency on one thread."""
+def time_point(
+    engine: Engine, queries: TuningQueries, k: int, point: OperatingPoint
+) -> OperatingPoint:
+    """The point with its latency on one thread."""
     k = min(k, engine.count)
     threads = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(1)
     try:
-        singles = [
-            probe.vectors[row : row + 1] for row in np.resize(np.arange(len(probe.vectors)), TIMED)
-        ]
-        seconds = [_timed(partial(engine.search, query, k, point.settings)) for query in singles]
+        seconds = []
+        for row in np.resize(np.arange(len(queries.vectors)), TIMED_SEARCHES):
+            query = queries.vectors[row : row + 1]
+            seconds.append(call_seconds(partial(engine.search, query, k, point.settings)))
     finally:
         faiss.omp_set_num_threads(threads)
     p50, p99 = np.quantile(seconds, [0.5, 0.99]) * 1000
     return replace(point, p50_ms=round(float(p50), 4), p99_ms=round(float(p99), 4))
 
 
-def timed(engine: Engine, probe: Probe, k: int, points: Sequence[Point]) -> list[Point]:
-    """Points with their queries per second on all threads and their latency on one, warm."""
-    found = []
+def timed(
+    engine: Engine, queries: TuningQueries, k: int, points: Sequence[OperatingPoint]
+) -> list[OperatingPoint]:
+    """The points with throughput on all threads and latency on one, in warm memory."""
+    with_qps = []
     for point in points:
-        call = partial(engine.search, probe.vectors, min(k, engine.count), point.settings)
-        found.append(
-            replace(point, qps=round(len(probe.vectors) / min(_timed(call) for _ in range(3))))
-        )
-    return [time_point(engine, probe, k, point) for point in found]
+        batch = partial(engine.search, queries.vectors, min(k, engine.count), point.settings)
+        seconds = min(call_seconds(batch) for _ in range(3))
+        with_qps.append(replace(point, qps=round(len(queries.vectors) / seconds)))
+    return [time_point(engine, queries, k, point) for point in with_qps]
 
 
-def _timed(call: Callable[[], Any]) -> float:
+def call_seconds(call: Callable[[], Any]) -> float:
+    """Seconds that a call takes."""
     started = time.perf_counter()
     call()
     return time.perf_counter() - started
