@@ -59,13 +59,14 @@ from tritower.retrieval.evaluating.metric_report import (
 )
 from tritower.retrieval.evaluating.search_tasks import EvaluationOptions
 from tritower.retrieval.evaluating.untrained_comparison import HYBRID
-from tritower.retrieval.evaluating.untrained_inputs import TowerReaders, open_tower_features
+from tritower.retrieval.evaluating.untrained_readers import TowerReaders, open_tower_features
 from tritower.retrieval.index import ProductIndex
 from tritower.retrieval.products.catalogue import PreparedCatalogue
 from tritower.retrieval.ranking.metrics import bootstrap_interval
 from tritower.retrieval.vectors.embeddings import EmbeddingReader
 from tritower.towers.attribute import AttributeTower
 from tritower.towers.embed import embed
+from tritower.towers.embedding_shards import EmbedOptions
 from tritower.towers.encoder import Encoder
 from tritower.towers.hugging_face import HuggingFaceText
 from tritower.towers.image import TimmImage
@@ -467,7 +468,7 @@ class Bench:
             model,
             self.prepared,
             folder / "embeddings",
-            feature_cache=self.cache,
+            options=EmbedOptions(feature_cache=self.cache),
             untrained=untrained,
             **views,
         )

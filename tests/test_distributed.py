@@ -11,6 +11,7 @@ from tests.support.read_embeddings import read
 from tests.support.tiny_models import write_bert
 from tests.support.training import fit, fit_arguments, logged, run_program
 from tritower.towers.embed import embed
+from tritower.towers.embedding_shards import EmbedOptions
 
 NO_DROPOUT = (
     "--model.product.text.init_args.dropout=0",
@@ -100,7 +101,12 @@ def test_two_processes_embed_as_one_does(
 
     Of the queries there is one shard, so one process has nothing to do.
     """
-    embed(tiny_run / "model", tiny_catalogue, tmp_path / "one", accelerator="cpu", batch_size=16)
+    embed(
+        tiny_run / "model",
+        tiny_catalogue,
+        tmp_path / "one",
+        options=EmbedOptions(accelerator="cpu", batch_size=16),
+    )
     options = (
         "--model",
         str(tiny_run / "model"),

@@ -64,7 +64,7 @@ def test_recall_is_that_of_comparing_with_every_living_product(root):
         ]
         shares.append(len(true & set(found[:10])) / 10)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "PROBES", 800)
+        patch.setattr(module, "NUM_QUERIES", 800)
         assert measure_drift(engine, settings, alive, "cosine").recall == pytest.approx(
             np.mean(shares), abs=2e-3
         )

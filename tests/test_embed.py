@@ -19,7 +19,9 @@ from tritower.artefacts.storage import ArtefactError
 from tritower.datamodules.batch import Item
 from tritower.datamodules.catalogue import Table, product_item
 from tritower.datamodules.tuning_queries import TuningQueries
-from tritower.towers.embed import ProductTable, TuningTable, as_it_is, embed
+from tritower.towers.embed import embed
+from tritower.towers.embedding_shards import EmbedOptions
+from tritower.towers.embedding_tables import ProductTable, TuningTable, whole_item
 from tritower.towers.encoder import Encoder
 from tritower.towers.model_folder import load_model, save_model
 from tritower.towers.text import BiLSTM
@@ -31,7 +33,12 @@ def embedded(
     tiny_run: Path, tiny_catalogue: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     output = tmp_path_factory.mktemp("embeddings") / "E"
-    embed(tiny_run / "model", tiny_catalogue, output, batch_size=50, accelerator="cpu")
+    embed(
+        tiny_run / "model",
+        tiny_catalogue,
+        output,
+        options=EmbedOptions(batch_size=50, accelerator="cpu"),
+    )
     return output
 
 
@@ -149,7 +156,12 @@ def test_queries_to_tune_by_are_resumed_as_all_others(
     monkeypatch.setattr(
         TuningTable, "__getitem__", lambda self, some: rows.extend(some) or original(self, some)
     )
-    embed(tiny_run / "model", tiny_catalogue, tmp_path / "E", batch_size=7, accelerator="cpu")
+    embed(
+        tiny_run / "model",
+        tiny_catalogue,
+        tmp_path / "E",
+        options=EmbedOptions(batch_size=7, accelerator="cpu"),
+    )
     assert rows and min(rows) >= 60  # of the second shard
     assert (tuning / "shard-00000.parquet").stat().st_mtime_ns == kept
     whole, resumed = read(embedded / "tuning"), read(tuning)
@@ -167,13 +179,17 @@ def test_features_of_what_is_typed_to_tune_by_are_cached(
     model = TwoTower(Encoder(32, text=text))
     model.set_schema(SCHEMA)
     save_model(model, tmp_path / "model")
-    embed(tmp_path / "model", tiny_catalogue, tmp_path / "plain", accelerator="cpu")
+    embed(
+        tmp_path / "model",
+        tiny_catalogue,
+        tmp_path / "plain",
+        options=EmbedOptions(accelerator="cpu"),
+    )
     embed(
         tmp_path / "model",
         tiny_catalogue,
         tmp_path / "cached",
-        accelerator="cpu",
-        feature_cache=tmp_path / "F",
+        options=EmbedOptions(accelerator="cpu", feature_cache=tmp_path / "F"),
     )
     plain, cached = (read(tmp_path / name / "tuning") for name in ("plain", "cached"))
     assert {query_type for _, query_type in plain} == {"text", "fused", "product:text"}
@@ -215,7 +231,12 @@ def test_an_interrupted_job_makes_what_is_missing(
     monkeypatch.setattr(
         ProductTable, "__getitem__", lambda self, some: rows.extend(some) or original(self, some)
     )
-    embed(tiny_run / "model", tiny_catalogue, tmp_path / "E", batch_size=7, accelerator="cpu")
+    embed(
+        tiny_run / "model",
+        tiny_catalogue,
+        tmp_path / "E",
+        options=EmbedOptions(batch_size=7, accelerator="cpu"),
+    )
     assert rows == list(range(60, 120))
     assert untouched.stat().st_mtime_ns == before
     whole, resumed = read(embedded / "products"), read(tmp_path / "E" / "products")
@@ -226,7 +247,7 @@ def test_an_interrupted_job_makes_what_is_missing(
 
 def test_a_finished_job_does_nothing(embedded: Path, tiny_run: Path, tiny_catalogue: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in embedded.rglob("*")}
-    embed(tiny_run / "model", tiny_catalogue, embedded, accelerator="cpu")
+    embed(tiny_run / "model", tiny_catalogue, embedded, options=EmbedOptions(accelerator="cpu"))
     assert {path: path.stat().st_mtime_ns for path in embedded.rglob("*")} == before
 
 
@@ -244,7 +265,12 @@ def test_shards_of_another_model_are_not_mixed_in(
 ) -> None:
     begin_again(embedded, tmp_path / "E", "shard-00001.parquet")
     with pytest.raises(ArtefactError, match="model"):
-        embed(text_model(tmp_path / "other"), tiny_catalogue, tmp_path / "E", accelerator="cpu")
+        embed(
+            text_model(tmp_path / "other"),
+            tiny_catalogue,
+            tmp_path / "E",
+            options=EmbedOptions(accelerator="cpu"),
+        )
     assert not (tmp_path / "E" / "products" / "shard-00001.parquet").exists()
 
 
@@ -255,8 +281,7 @@ def test_the_size_of_batches_does_not_matter(tiny_catalogue: Path, tmp_path: Pat
             model,
             tiny_catalogue,
             tmp_path / f"E{batch_size}",
-            batch_size=batch_size,
-            accelerator="cpu",
+            options=EmbedOptions(batch_size=batch_size, accelerator="cpu"),
         )
     for side in ("products", "queries", "tuning"):
         one, many = (read(tmp_path / f"E{size}" / side) for size in (1, 256))
@@ -279,8 +304,13 @@ def test_what_the_model_cannot_read_is_reported(
     pq.write_table(table.set_column(column, table.schema.field("text"), text), shard)
     (catalogue / "manifest.json").unlink()
     storage.seal(catalogue, artefact_type="catalogue")
-    with caplog.at_level(logging.INFO, logger="tritower.towers.embed"):
-        embed(text_model(tmp_path / "model"), catalogue, tmp_path / "E", accelerator="cpu")
+    with caplog.at_level(logging.INFO, logger="tritower.towers.embedding_shards"):
+        embed(
+            text_model(tmp_path / "model"),
+            catalogue,
+            tmp_path / "E",
+            options=EmbedOptions(accelerator="cpu"),
+        )
     assert "1 products have nothing that this model reads" in caplog.text
     query_types = {query_type for _, query_type in read(tmp_path / "E" / "queries")}
     assert query_types == {"text", "fused", "product:text"}
@@ -298,9 +328,9 @@ def test_a_view_limits_what_is_shown(
         tiny_run / "model",
         tiny_catalogue,
         tmp_path / "E",
-        accelerator="cpu",
+        options=EmbedOptions(accelerator="cpu"),
         product_view=lambda item: item._replace(images=()),
-        query_view=as_it_is,
+        query_view=whole_item,
     )
     table = Table(tiny_catalogue / "products")
     with_picture = [row for row in range(120) if table.row(row)["images"]]
@@ -318,7 +348,12 @@ def test_shards_without_rows_are_skipped(tmp_path: Path) -> None:
     pq.write_table(table.slice(0, 0), catalogue / "products" / "shard-00002.parquet")
     (catalogue / "manifest.json").unlink()
     storage.seal(catalogue, artefact_type="catalogue")
-    embed(text_model(tmp_path / "model"), catalogue, tmp_path / "E", accelerator="cpu")
+    embed(
+        text_model(tmp_path / "model"),
+        catalogue,
+        tmp_path / "E",
+        options=EmbedOptions(accelerator="cpu"),
+    )
     assert len(read(tmp_path / "E" / "products")) == 20
     assert not (tmp_path / "E" / "queries").exists()
     assert {query_type for _, query_type in read(tmp_path / "E" / "tuning")} == {
@@ -330,4 +365,9 @@ def test_shards_without_rows_are_skipped(tmp_path: Path) -> None:
 
 def test_a_folder_that_is_no_catalogue_is_refused(tiny_run: Path, tmp_path: Path) -> None:
     with pytest.raises(ArtefactError, match="query type 'model'; expected 'catalogue'"):
-        embed(tiny_run / "model", tiny_run / "model", tmp_path / "E", accelerator="cpu")
+        embed(
+            tiny_run / "model",
+            tiny_run / "model",
+            tmp_path / "E",
+            options=EmbedOptions(accelerator="cpu"),
+        )

@@ -21,7 +21,7 @@ from tritower.retrieval.evaluating.gates import failed_gates, index_warnings
 from tritower.retrieval.evaluating.judgements import make_evaluation_queries
 from tritower.retrieval.evaluating.metric_report import CUTS, ann_vs_exact_metrics, ranking_metrics
 from tritower.retrieval.evaluating.search_tasks import EvaluationOptions
-from tritower.retrieval.evaluating.untrained_inputs import open_tower_features
+from tritower.retrieval.evaluating.untrained_readers import open_tower_features
 from tritower.retrieval.index import ProductIndex
 from tritower.retrieval.products.catalogue import Card, PreparedCatalogue, read_qrels
 from tritower.retrieval.ranking import metrics

@@ -100,7 +100,7 @@ def test_dimensions_that_cannot_be_cut_get_8_bits_each():
     index_spec = choose_lists(10**4, 127)
     assert (
         index_spec.factory == "IVF128,SQ8"
-        and "127 dimensions cannot be cut into short sub-quantizers" in index_spec.reason
+        and "127 dimensions cannot be cut into short pieces" in index_spec.reason
     )
 
 

@@ -27,7 +27,7 @@ from tritower.towers.feature_cache import (
     text_views,
 )
 from tritower.towers.hugging_face import HuggingFaceText
-from tritower.towers.image import TimmImage
+from tritower.towers.image import PictureOptions, TimmImage
 from tritower.towers.open_clip_models import OpenClipImage
 from tritower.towers.text import BiLSTM
 
@@ -45,7 +45,12 @@ def encoder(bert: Path) -> Encoder:
     encoder = Encoder(
         8,
         HuggingFaceText(str(bert), query_prefix="query: ", product_prefix="passage: ", freeze=True),
-        TimmImage(TIMM, model_args=TIMM_ARGS, image_size=32, freeze=True, augment=True),
+        TimmImage(
+            TIMM,
+            model_args=TIMM_ARGS,
+            freeze=True,
+            pictures=PictureOptions(image_size=32, augment=True),
+        ),
     )
     return encoder.eval()
 
@@ -146,7 +151,9 @@ def test_changed_weights_or_preprocessing_are_another_cache(
     image = encoder.towers["image"]
     names = {fingerprint(image)}
     for settings in ({"resize": "crop"}, {"mean": [0.5, 0.5, 0.4]}, {"interpolation": "nearest"}):
-        other = TimmImage(TIMM, model_args=TIMM_ARGS, image_size=32, **settings)
+        other = TimmImage(
+            TIMM, model_args=TIMM_ARGS, pictures=PictureOptions(image_size=32, **settings)
+        )
         other.load_state_dict(image.state_dict())
         names.add(fingerprint(other))
     assert len(names) == 4
@@ -181,7 +188,7 @@ def test_only_frozen_towers_are_cached(bert: Path, tmp_path: Path) -> None:
     encoder = Encoder(
         8,
         HuggingFaceText(str(bert)),
-        TimmImage(TIMM, model_args=TIMM_ARGS, image_size=32, freeze=True),
+        TimmImage(TIMM, model_args=TIMM_ARGS, freeze=True, pictures=PictureOptions(image_size=32)),
     )
     items = with_cache(encoder, tmp_path).product(ITEMS)
     assert not items.text.is_floating_point() and items.image.ndim == 2

@@ -17,7 +17,7 @@ from tritower.datamodules.batch import Item
 from tritower.datamodules.images import decode
 from tritower.datamodules.preprocess import ItemPreprocess
 from tritower.towers.encoder import Encoder
-from tritower.towers.image import PicturePreprocess, TimmImage
+from tritower.towers.image import PictureOptions, PicturePreprocess, TimmImage
 
 RED, GREEN, BLUE, WHITE = (250, 10, 10), (10, 250, 10), (10, 10, 250), (255, 255, 255)
 
@@ -98,7 +98,7 @@ def test_pictures_are_varied_in_training_only_and_by_their_own_randomness() -> N
 
 @pytest.fixture
 def tower() -> TimmImage:
-    tower = TimmImage(TIMM, model_args=TIMM_ARGS, image_size=32)
+    tower = TimmImage(TIMM, model_args=TIMM_ARGS, pictures=PictureOptions(image_size=32))
     for parameter in tower.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
     return tower.eval()
@@ -133,7 +133,7 @@ def test_several_pictures_of_a_product_are_averaged(tower: TimmImage) -> None:
 
 
 def test_batch_norms_never_use_the_statistics_of_a_batch() -> None:
-    tower = TimmImage("resnet10t", image_size=32)
+    tower = TimmImage("resnet10t", pictures=PictureOptions(image_size=32))
     tower.train()
     norms = [module for module in tower.modules() if isinstance(module, nn.BatchNorm2d)]
     assert norms and not any(norm.training for norm in norms)
@@ -146,7 +146,10 @@ def test_batch_norms_never_use_the_statistics_of_a_batch() -> None:
 
 def test_a_frozen_tower_stays_as_it_is() -> None:
     tower = TimmImage(
-        TIMM, model_args={**TIMM_ARGS, "drop_path_rate": 0.5}, image_size=32, freeze=True
+        TIMM,
+        model_args={**TIMM_ARGS, "drop_path_rate": 0.5},
+        freeze=True,
+        pictures=PictureOptions(image_size=32),
     )
     tower.train()
     assert tower.frozen and not any(module.training for module in tower.modules())
@@ -159,11 +162,14 @@ def test_a_local_weights_file_with_its_classifier_gives_the_features_of_its_sour
 ) -> None:
     source = write_timm(tmp_path / f"weights{kind}")
     tower = TimmImage(
-        TIMM, pretrained=tmp_path / f"weights{kind}", model_args=TIMM_ARGS, image_size=32
+        TIMM,
+        pretrained=tmp_path / f"weights{kind}",
+        model_args=TIMM_ARGS,
+        pictures=PictureOptions(image_size=32),
     ).eval()
     pixels = tower.preprocess(pictures(2))
     expected = source.forward_head(
-        source.forward_features(tower.normalise(pixels)), pre_logits=True
+        source.forward_features(tower.normalize(pixels)), pre_logits=True
     )
     torch.testing.assert_close(tower(pixels), expected)
     assert tower.pretrained and not tower.frozen
@@ -187,15 +193,17 @@ def test_a_model_of_the_hub_is_rebuilt_without_the_hub(
 
 def test_an_unknown_interpolation_is_refused() -> None:
     with pytest.raises(ValueError, match="interpolation='cubic': choose one of nearest, bilinear"):
-        TimmImage(TIMM, model_args=TIMM_ARGS, interpolation="cubic")
+        TimmImage(TIMM, model_args=TIMM_ARGS, pictures=PictureOptions(interpolation="cubic"))
 
 
 def test_pixels_are_normalised_with_the_models_own_mean(tower: TimmImage) -> None:
     own = timm.data.resolve_model_data_config(tower.model)
-    black = tower.normalise(torch.zeros(1, 3, 2, 2, dtype=torch.uint8))[0, :, 0, 0]
+    black = tower.normalize(torch.zeros(1, 3, 2, 2, dtype=torch.uint8))[0, :, 0, 0]
     torch.testing.assert_close(black, -torch.tensor(own["mean"]) / torch.tensor(own["std"]))
-    grey = TimmImage(TIMM, model_args=TIMM_ARGS, mean=[0.0] * 3, std=[0.5] * 3)
-    assert grey.normalise(torch.full((1, 3, 1, 1), 255, dtype=torch.uint8)).unique().tolist() == [
+    grey = TimmImage(
+        TIMM, model_args=TIMM_ARGS, pictures=PictureOptions(mean=[0.0] * 3, std=[0.5] * 3)
+    )
+    assert grey.normalize(torch.full((1, 3, 1, 1), 255, dtype=torch.uint8)).unique().tolist() == [
         2.0
     ]
 

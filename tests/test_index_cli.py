@@ -603,8 +603,5 @@ def test_embed_hands_everything_to_the_model(run, monkeypatch):
     assert code == 0 and "embeddings: e" in out
     ((paths, options),) = calls
     assert paths == (Path("model"), Path("catalogue"), Path("e"))
-    assert (
-        options["batch_size"] == 7
-        and options["devices"] == "auto"
-        and options["precision"] == "32-true"
-    )
+    how = options["options"]
+    assert (how.batch_size, how.devices, how.precision) == (7, "auto", "32-true")

@@ -24,6 +24,7 @@ from tritower.datamodules.catalogue import Table, product_item
 from tritower.retrieval.vectors.embeddings import EmbeddingReader
 from tritower.towers.attribute import AttributeTower
 from tritower.towers.embed import embed
+from tritower.towers.embedding_shards import EmbedOptions
 from tritower.towers.encoder import Encoder
 from tritower.towers.hugging_face import HuggingFaceText
 from tritower.towers.image import ImageTower, TimmImage
@@ -181,7 +182,12 @@ def test_fit_then_move_everything_away_then_embed(
     catalogue.rename(tmp_path / "elsewhere")
     (run / "model").rename(tmp_path / "model")
     shutil.rmtree(run)
-    embed(tmp_path / "model", tmp_path / "elsewhere", tmp_path / "embeddings", accelerator="cpu")
+    embed(
+        tmp_path / "model",
+        tmp_path / "elsewhere",
+        tmp_path / "embeddings",
+        options=EmbedOptions(accelerator="cpu"),
+    )
     np.testing.assert_allclose(
         load_model(tmp_path / "model").encode(items, "product"), expected, atol=1e-6
     )

@@ -16,6 +16,7 @@ from tests.support.tiny_models import write_bert, write_open_clip
 from tritower.datamodules.batch import Item
 from tritower.towers.encoder import Encoder
 from tritower.towers.open_clip_models import OpenClipImage, OpenClipText
+from tritower.towers.tower import without_weights
 from tritower.towers.two_tower import TwoTower
 
 TEXTS = ["red shoe", "a blue coffee mug, no 7", ""]
@@ -66,7 +67,8 @@ def test_two_sides_of_one_model_start_as_aligned_as_they_were_trained(clip: Path
 
 def test_untrained_models_are_not_pretrained(clip: Path) -> None:
     torch.manual_seed(1)
-    tower = OpenClipText(f"local-dir:{clip}", load_weights=False)
+    with without_weights():
+        tower = OpenClipText(f"local-dir:{clip}")
     assert not tower.pretrained
     assert not torch.equal(
         tower.model.positional_embedding,

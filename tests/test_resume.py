@@ -27,7 +27,7 @@ from tests.support.training import (
 )
 from tritower.artefacts.storage import read_manifest
 from tritower.towers import cli as train
-from tritower.towers.cli import newest_valid_checkpoint
+from tritower.towers.checkpoints import newest_valid_checkpoint
 
 ARGUMENTS = (
     *TEXT_ONLY,
@@ -252,7 +252,7 @@ def test_a_torn_checkpoint_is_skipped_by_name(
     ]
     assert newest.name == "last-step=10.ckpt"  # step 12 fails before it is saved
     newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
-    with caplog.at_level(logging.INFO, logger="tritower.towers.cli"):
+    with caplog.at_level(logging.INFO, logger="tritower.towers.checkpoints"):
         resumed = resume(tiny_catalogue, tmp_path / "run", *arguments)
     assert f"skipped {newest}: it cannot be read (" in caplog.text
     assert resumed == whole[9:]
@@ -273,7 +273,7 @@ def test_the_newest_checkpoint_that_can_be_read_is_taken(
     else:
         contents = {"cut": data[:-200], "empty": b"", "flip": data, "text": b"<html>404</html>"}
         bad.write_bytes(contents[damage])
-    with caplog.at_level(logging.WARNING, logger="tritower.towers.cli"):
+    with caplog.at_level(logging.WARNING, logger="tritower.towers.checkpoints"):
         found = newest_valid_checkpoint(sorted(tmp_path.glob("*.ckpt")))
     assert found == tmp_path / "last-step=10.ckpt"
     assert f"skipped {bad}" in caplog.text

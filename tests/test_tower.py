@@ -10,14 +10,14 @@ from torch import nn
 
 from tests.support.tiny_models import write_bert, write_open_clip
 from tritower.towers.hugging_face import HuggingFaceText
-from tritower.towers.image import ImageTower, TimmImage
+from tritower.towers.image import ImageTower, PictureOptions, TimmImage
 from tritower.towers.open_clip_models import OpenClipImage
 from tritower.towers.tower import Tower
 
 VIT = {
     "model": "vit_tiny_patch16_224",
     "model_args": {"depth": 4, "embed_dim": 12, "num_heads": 2},
-    "image_size": 224,
+    "pictures": PictureOptions(image_size=224),
 }
 
 

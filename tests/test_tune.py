@@ -167,7 +167,7 @@ def test_memory_decides_which_candidates_are_measured():
         not c.rejected_because for c in all_of_them
     )
     tight = candidates(10**6, 256, Target(0.95, memory=60 * 10**6))
-    fitting = [c.factory for c in tight if not c.rejected_because]
+    fitting = [str(c.spec) for c in tight if not c.rejected_because]
     assert fitting == ["IVF8192,PQ64x4fsr,Refine(SQ8)", "IVF4096,PQ64x4fsr,Refine(SQ8)"]
     assert all(c.rejected_because == "" or c.rejected_because.startswith("needs ") for c in tight)
     tightest = candidates(10**6, 256, Target(0.95, memory=40 * 10**6))

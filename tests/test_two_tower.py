@@ -27,7 +27,7 @@ from tritower.towers.attribute import AttributeTower
 from tritower.towers.encoder import Encoder
 from tritower.towers.encoding import EncodingOptions
 from tritower.towers.hugging_face import HuggingFaceText
-from tritower.towers.image import TimmImage
+from tritower.towers.image import PictureOptions, TimmImage
 from tritower.towers.lexical import HashedNgrams
 from tritower.towers.losses.info_nce import InfoNCE
 from tritower.towers.losses.sigmoid import SigmoidLoss
@@ -44,7 +44,7 @@ def make_encoder(
     return Encoder(
         embed_dim,
         text or BiLSTM(num_buckets=256, word_dim=8, hidden_dim=6, dropout=dropout),
-        TimmImage(TIMM, model_args=TIMM_ARGS, image_size=32),
+        TimmImage(TIMM, model_args=TIMM_ARGS, pictures=PictureOptions(image_size=32)),
         AttributeTower(12, value_dim=4, num_buckets=256, dropout=dropout),
         HashedNgrams("{description}", 32),
         fusion,

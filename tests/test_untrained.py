@@ -31,6 +31,7 @@ from tritower.retrieval.lexical.records import typed_record
 from tritower.retrieval.lexical.tokenizer import tokenize
 from tritower.retrieval.vectors.embeddings import EmbeddingReader
 from tritower.towers.embed import embed
+from tritower.towers.embedding_shards import EmbedOptions
 from tritower.towers.encoder import Encoder
 from tritower.towers.hugging_face import HuggingFaceText
 from tritower.towers.model_folder import load_model, load_untrained, save_model
@@ -242,12 +243,18 @@ def test_embedding_writes_the_features_beside_the_embeddings(bert: Path, tmp_pat
     catalogue = write_catalogue(tmp_path / "catalogue", num_groups=10)
     model = two_tower(bert, freeze=True)
     save_model(model, tmp_path / "model")
-    embed(tmp_path / "model", catalogue, tmp_path / "plain", accelerator="cpu", untrained=False)
+    embed(
+        tmp_path / "model",
+        catalogue,
+        tmp_path / "plain",
+        options=EmbedOptions(accelerator="cpu"),
+        untrained=False,
+    )
     assert not (tmp_path / "plain" / "untrained").exists()
     embed(
-        tmp_path / "model", catalogue, tmp_path / "plain", accelerator="cpu"
+        tmp_path / "model", catalogue, tmp_path / "plain", options=EmbedOptions(accelerator="cpu")
     )  # what is missing is added
-    embed(tmp_path / "model", catalogue, tmp_path / "E", accelerator="cpu")
+    embed(tmp_path / "model", catalogue, tmp_path / "E", options=EmbedOptions(accelerator="cpu"))
     table = Table(catalogue / "products")
     items = [product_item(table.row(row)) for row in range(len(table))]
     with torch.inference_mode():
@@ -288,7 +295,7 @@ def test_a_run_shows_its_best_model_beside_search_without_training(
     ]
     assert fit(tiny_catalogue, tmp_path / "run", *TEXT_ONLY, *tower, "--trainer.max_epochs=1") == 0
     report = json.loads((tmp_path / "run" / "floor.json").read_text(encoding="utf-8"))
-    assert report["split"] == "val" and report["asked"] == "judged queries"
+    assert report["split"] == "val" and report["origin"] == "judged queries"
     assert set(report["queries"]) == {
         "text",
         "fused",

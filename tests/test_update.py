@@ -261,7 +261,7 @@ def test_two_updates_at_once_do_not_mix(built, tmp_path, monkeypatch):
         build_index(reader, root, BuildOptions("IVF4,PQ8x4fs"), overwrite=True)
         return write(*arguments, **options)
 
-    monkeypatch.setattr(next_version, "write_mapped", meanwhile)
+    monkeypatch.setattr(next_version, "write_ivf_pq", meanwhile)
     with pytest.raises(
         ArtefactError, match=r"conflict at .*: this run started from 000001, but 000002 is in use"
     ):
@@ -550,7 +550,7 @@ def test_attributes_go_with_the_products(origin, tmp_path):
     assert attributes_of(root) == {**expected, "new": (5.0, "c"), "p2": (6.0, "c")}
     query_types = {"price": "number", "brand": "category"}
     assert ProductIndex.open(root).manifest.meta["attributes"] == {
-        "query_types": query_types,
+        "attribute_types": query_types,
         "rows_without": 0,
     }
 
@@ -607,7 +607,7 @@ def test_an_index_without_attributes_takes_those_it_is_given(built, tmp_path):
 def edited(catalogue, folder, edit):
     """A copy of a prepared catalogue with `edit` applied to its rows of products."""
     with storage.new_folder(
-        folder, query_type="catalogue", meta=storage.read_manifest(catalogue).meta
+        folder, artefact_type="catalogue", meta=storage.read_manifest(catalogue).meta
     ) as new:
         shutil.copytree(
             catalogue, new, dirs_exist_ok=True, ignore=shutil.ignore_patterns("manifest.json")

@@ -136,15 +136,15 @@ def test_a_killed_build_goes_on_and_makes_the_same_index(tmp_path, reader, whole
         from tritower.retrieval.building.build import build_index
         from tritower.retrieval.building.options import BuildOptions
         from tritower.retrieval.vectors.embeddings import EmbeddingReader
-        from tritower.retrieval.ivf.ivf_pq import Trained
+        from tritower.retrieval.ivf.ivf_pq import TrainedQuantizers
         workspace.BLOCK_ROWS = {BLOCK}
-        encode, done = Trained.encode, []
+        encode, done = TrainedQuantizers.encode, []
         def encode_or_die(self, vectors):
             if len(done) == {kill_at}:
                 os.kill(os.getpid(), signal.SIGKILL)
             done.append(1)
             return encode(self, vectors)
-        Trained.encode = encode_or_die
+        TrainedQuantizers.encode = encode_or_die
         reader = EmbeddingReader({str(reader.source)!r})
         build_index(reader, {str(tmp_path / "i")!r}, BuildOptions({RECIPE.factory!r}))
     """

@@ -17,7 +17,8 @@ from tritower.retrieval.updating.plan import known_digests
 from tritower.retrieval.updating.update import Embedded
 from tritower.retrieval.vectors.embeddings import EmbeddingReader, EmbeddingWriter
 from tritower.terminal.progress import show_progress
-from tritower.towers.embed import Options, ProductTable, as_it_is, embed_rows
+from tritower.towers.embedding_shards import EmbedOptions, embed_rows, rows_by_shard
+from tritower.towers.embedding_tables import ProductTable, whole_item
 from tritower.towers.model_folder import load_model
 
 
@@ -33,10 +34,10 @@ class ChangedProducts:
         ArtefactError: no finished catalogue or model folder, or a damaged one.
     """
 
-    def __init__(self, model: Path, catalogue: Path, options: Options | None = None) -> None:
+    def __init__(self, model: Path, catalogue: Path, options: EmbedOptions | None = None) -> None:
         self._model = model
         self._catalogue = catalogue
-        self._options = options or Options(devices=1)
+        self._options = options or EmbedOptions(devices=1)
         self.meta: Mapping[str, Any] = {
             "model": storage.read_manifest(model, "model").fingerprint,
             "catalogue": storage.verify(catalogue, "catalogue").fingerprint,
@@ -54,10 +55,8 @@ class ChangedProducts:
         two_tower = load_model(self._model)
         made_by = {name: self.meta[name] for name in ("model", "catalogue")}
         writer = EmbeddingWriter(folder, dim=two_tower.embed_dim, metric=index.metric, **made_by)
-        numbers = np.flatnonzero(changed)
-        shards = np.split(numbers, np.searchsorted(numbers, table.shard_starts[1:-1]))
-        rows = {shard: some for shard, some in enumerate(shards) if len(some)}
-        data = ProductTable(table, two_tower.preprocess.product, as_it_is)
+        rows = rows_by_shard(table, np.flatnonzero(changed))
+        data = ProductTable(table, two_tower.preprocess.product, whole_item)
         embed_rows(data, two_tower, table, rows, writer, self.meta["hints"], self._options)
         return Embedded(EmbeddingReader(folder), unchanged)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tritower.towers.text import Template, TextPreprocess, TextTower
+from tritower.towers.tower import loads_weights, without_weights
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,6 @@ class HuggingFaceText(TextTower):
         freeze: keep the weights as they are; their features can then be cached.
         freeze_lower: share of the blocks, from the input on, whose weights are kept; 0.5 takes
             about half of the time.
-        load_weights: false builds the architecture alone, untrained.
     """
 
     def __init__(
@@ -68,7 +68,6 @@ class HuggingFaceText(TextTower):
         max_length: int = 64,
         freeze: bool = False,
         freeze_lower: float = 0.0,
-        load_weights: bool = True,
     ) -> None:
         try:
             from transformers import AutoConfig, AutoModel, AutoTokenizer
@@ -80,12 +79,12 @@ class HuggingFaceText(TextTower):
         words = HuggingFaceTokenizer(tokenizer, max_length)
         super().__init__(TextPreprocess(words, Template(template), query_prefix, product_prefix))
         self.pooling = pooling
-        if load_weights:
+        self.pretrained = loads_weights()
+        if self.pretrained:
             self.model = AutoModel.from_pretrained(pretrained)
         else:
             self.model = AutoModel.from_config(AutoConfig.from_pretrained(pretrained))
         self.model.pooler = None  # of its output nothing is read
-        self.pretrained = load_weights
         self.pad_id = tokenizer.pad_token_id
         if self.pad_id is None:
             raise ValueError(
@@ -123,4 +122,5 @@ class HuggingFaceText(TextTower):
     @classmethod
     def rebuild(cls, architecture: dict[str, Any], assets: Path) -> HuggingFaceText:
         """See `Tower.rebuild`."""
-        return cls(pretrained=str(assets), load_weights=False, **architecture)
+        with without_weights():
+            return cls(pretrained=str(assets), **architecture)

@@ -179,7 +179,7 @@ class ImageTower(Tower):
             if isinstance(module, PatchDropout):
                 module.prob = self.patch_dropout if progress < WHOLE_PICTURES else 0.0
 
-    def normalise(self, pixels: Tensor) -> Tensor:
+    def normalize(self, pixels: Tensor) -> Tensor:
         """(N, 3, S, S) uint8 -> float32 with the model's mean and standard deviation.
 
         Done where the pixels are.
@@ -191,6 +191,42 @@ class ImageTower(Tower):
         return normal.contiguous(memory_format=torch.channels_last)
 
 
+@dataclass(frozen=True)
+class PictureOptions:
+    """How pictures become the pixels that a timm backbone reads.
+
+    Attributes:
+        image_size: pixels of a side; null takes the model's own.
+        resize: `pad` keeps the whole picture on white, `crop` takes the middle, `squash` changes
+            the aspect ratio.
+        interpolation: `nearest`, `bilinear`, `bicubic` or `lanczos`; null takes the model's own.
+        mean: of each color channel, 0 to 1; null takes the model's own.
+        std: of each color channel; null takes the model's own.
+        augment: vary the pictures in training (crops of 70 to 100 %, mirrored at random).
+    """
+
+    image_size: int | None = None
+    resize: Resize = "pad"
+    interpolation: str | None = None
+    mean: list[float] | None = None
+    std: list[float] | None = None
+    augment: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse an unknown interpolation.
+
+        Raises:
+            ValueError: not one of `FILTERS`.
+        """
+        if self.interpolation is not None and self.interpolation not in FILTERS:
+            raise ValueError(
+                f"interpolation={self.interpolation!r}: choose one of {', '.join(FILTERS)}."
+            )
+
+
+DEFAULT_PICTURES = PictureOptions()
+
+
 class TimmImage(ImageTower):
     """Any backbone of the timm library.
 
@@ -200,13 +236,7 @@ class TimmImage(ImageTower):
         pretrained: true loads timm's weights by the model's name; a path loads a local weights
             file.
         model_args: further arguments of the timm model, e.g. `{depths: [1, 1, 2, 1]}`.
-        image_size: pixels of a side; null takes the model's own.
-        resize: `pad` keeps the whole picture on white, `crop` takes the middle, `squash` changes
-            the aspect ratio.
-        interpolation: `nearest`, `bilinear`, `bicubic` or `lanczos`; null takes the model's own.
-        mean: of each color channel, 0 to 1; null takes the model's own.
-        std: of each color channel; null takes the model's own.
-        augment: vary the pictures in training (crops of 70 to 100 %, mirrored at random).
+        pictures: how pictures become pixels.
         freeze: keep the weights as they are; their features can then be cached.
         freeze_lower: share of the blocks, from the input on, whose weights are kept; 0.5 takes
             about half of the time.
@@ -218,22 +248,13 @@ class TimmImage(ImageTower):
         model: str,
         pretrained: bool | Path = False,
         model_args: dict[str, Any] | None = None,
-        image_size: int | None = None,
-        resize: Resize = "pad",
-        interpolation: str | None = None,
-        mean: list[float] | None = None,
-        std: list[float] | None = None,
-        augment: bool = False,
+        pictures: PictureOptions = DEFAULT_PICTURES,
         freeze: bool = False,
         freeze_lower: float = 0.0,
         patch_dropout: float = 0.0,
     ) -> None:
         if isinstance(pretrained, Path) and not pretrained.is_file():
             raise FileNotFoundError(f"pretrained={pretrained}: no such weights file.")
-        if interpolation is not None and interpolation not in FILTERS:
-            raise ValueError(
-                f"interpolation={interpolation!r}: choose one of {', '.join(FILTERS)}."
-            )
         overlay = {"file": str(pretrained)} if isinstance(pretrained, Path) else None
         backbone = timm.create_model(
             model,
@@ -243,12 +264,14 @@ class TimmImage(ImageTower):
             **(model_args or {}),
         )
         own = timm.data.resolve_model_data_config(backbone)
-        size = image_size if image_size is not None else own["input_size"][-1]
-        mean, std = (list(given or own[name]) for name, given in (("mean", mean), ("std", std)))
+        preprocess = PicturePreprocess(
+            pictures.image_size or own["input_size"][-1],
+            pictures.resize,
+            pictures.interpolation or own["interpolation"],
+            pictures.augment,
+        )
         super().__init__(
-            PicturePreprocess(size, resize, interpolation or own["interpolation"], augment),
-            mean,
-            std,
+            preprocess, list(pictures.mean or own["mean"]), list(pictures.std or own["std"])
         )
         self.name = model
         self.model_args = dict(model_args or {})
@@ -267,13 +290,11 @@ class TimmImage(ImageTower):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(N, 3, S, S) uint8 -> (N, F)."""
-        return self.model(self.normalise(pixels))
+        return self.model(self.normalize(pixels))
 
     def architecture(self) -> dict[str, Any]:
         """See `Tower.architecture`."""
-        return {
-            "model": self.name,
-            "model_args": self.model_args,
+        pictures = {
             "image_size": self.preprocess.size,
             "resize": self.preprocess.resize,
             "interpolation": self.preprocess.interpolation,
@@ -281,3 +302,10 @@ class TimmImage(ImageTower):
             "std": self.std.flatten().tolist(),
             "augment": self.preprocess.augment,
         }
+        return {"model": self.name, "model_args": self.model_args, "pictures": pictures}
+
+    @classmethod
+    def rebuild(cls, architecture: dict[str, Any], assets: Path) -> TimmImage:
+        """See `Tower.rebuild`."""
+        pictures = PictureOptions(**architecture["pictures"])
+        return cls(**{**architecture, "pictures": pictures})

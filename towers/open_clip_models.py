@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tritower.towers.hugging_face import HuggingFaceTokenizer
 from tritower.towers.image import ImageTower, PicturePreprocess
 from tritower.towers.text import Template, TextPreprocess, TextTower
+from tritower.towers.tower import loads_weights, without_weights
 
 
 @dataclass(frozen=True)
@@ -71,12 +72,12 @@ def open_clip_config(model: str) -> dict[str, Any]:
     return {"model_cfg": config, "preprocess_cfg": {}}
 
 
-def create_open_clip(model: str, pretrained: str | None, load_weights: bool) -> nn.Module:
+def create_open_clip(model: str, pretrained: str | None) -> nn.Module:
     """A model of open_clip whose text side is a module of its own (`.text` beside `.visual`)."""
     return open_clip.create_model(
         model,
-        pretrained=pretrained if load_weights else None,
-        load_weights=load_weights,
+        pretrained=pretrained if loads_weights() else None,
+        load_weights=loads_weights(),
         pretrained_text=False,
         force_custom_text=True,
     )
@@ -84,7 +85,8 @@ def create_open_clip(model: str, pretrained: str | None, load_weights: bool) -> 
 
 def is_pretrained(model: str, pretrained: str | None) -> bool:
     """Whether open_clip loads weights for this name."""
-    return pretrained is not None or model.startswith(("hf-hub:", "local-dir:"))
+    has_weights = pretrained is not None or model.startswith(("hf-hub:", "local-dir:"))
+    return has_weights and loads_weights()
 
 
 class OpenClipText(TextTower):
@@ -101,7 +103,6 @@ class OpenClipText(TextTower):
         freeze: keep the weights as they are; their features can then be cached.
         freeze_lower: share of the blocks, from the input on, whose weights are kept; 0.5 takes
             about half of the time.
-        load_weights: false builds the architecture alone, untrained.
     """
 
     def __init__(
@@ -113,15 +114,14 @@ class OpenClipText(TextTower):
         product_prefix: str = "",
         freeze: bool = False,
         freeze_lower: float = 0.0,
-        load_weights: bool = True,
     ) -> None:
         self.config = open_clip_config(model)
         tokenizer = OpenClipTokenizer(open_clip.get_tokenizer(model))
         super().__init__(
             TextPreprocess(tokenizer, Template(template), query_prefix, product_prefix)
         )
-        self.model = create_open_clip(model, pretrained, load_weights).text
-        self.pretrained = load_weights and is_pretrained(model, pretrained)
+        self.model = create_open_clip(model, pretrained).text
+        self.pretrained = is_pretrained(model, pretrained)
         self.out_dim = self.config["model_cfg"]["embed_dim"]
         self.freeze_lower(freeze_lower)
         if freeze:
@@ -144,7 +144,8 @@ class OpenClipText(TextTower):
     @classmethod
     def rebuild(cls, architecture: dict[str, Any], assets: Path) -> OpenClipText:
         """See `Tower.rebuild`."""
-        return cls(model=f"local-dir:{assets}", load_weights=False, **architecture)
+        with without_weights():
+            return cls(model=f"local-dir:{assets}", **architecture)
 
 
 RESIZE = {"shortest": "crop", "longest": "pad", "squash": "squash"}
@@ -163,7 +164,6 @@ class OpenClipImage(ImageTower):
         freeze_lower: share of the blocks, from the input on, whose weights are kept; 0.5 takes
             about half of the time.
         patch_dropout: share of a ViT's patches that training leaves out, in all but its last tenth.
-        load_weights: false builds the architecture alone, untrained.
     """
 
     def __init__(
@@ -174,10 +174,9 @@ class OpenClipImage(ImageTower):
         freeze: bool = False,
         freeze_lower: float = 0.0,
         patch_dropout: float = 0.0,
-        load_weights: bool = True,
     ) -> None:
         self_config = open_clip_config(model)
-        visual = create_open_clip(model, pretrained, load_weights).visual
+        visual = create_open_clip(model, pretrained).visual
         cfg = {**self_config.get("preprocess_cfg", {}), **visual.preprocess_cfg}
         size = cfg["size"] if isinstance(cfg["size"], int) else cfg["size"][0]
         resize = RESIZE[cfg.get("resize_mode", "shortest")]
@@ -185,7 +184,7 @@ class OpenClipImage(ImageTower):
         super().__init__(preprocess, mean=cfg["mean"], std=cfg["std"])
         self.config = {**self_config, "preprocess_cfg": cfg}
         self.model = visual
-        self.pretrained = load_weights and is_pretrained(model, pretrained)
+        self.pretrained = is_pretrained(model, pretrained)
         self.out_dim = self_config["model_cfg"]["embed_dim"]
         self.drop_patches(patch_dropout)
         self.freeze_lower(freeze_lower)
@@ -194,7 +193,7 @@ class OpenClipImage(ImageTower):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(N, 3, H, W) uint8 -> (N, F)."""
-        return self.model(self.normalise(pixels))
+        return self.model(self.normalize(pixels))
 
     def architecture(self) -> dict[str, Any]:
         """See `Tower.architecture`."""
@@ -207,4 +206,5 @@ class OpenClipImage(ImageTower):
     @classmethod
     def rebuild(cls, architecture: dict[str, Any], assets: Path) -> OpenClipImage:
         """See `Tower.rebuild`."""
-        return cls(model=f"local-dir:{assets}", load_weights=False, **architecture)
+        with without_weights():
+            return cls(model=f"local-dir:{assets}", **architecture)

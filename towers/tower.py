@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Self
 
@@ -10,6 +13,27 @@ from torch import nn
 from tritower.datamodules.schema import Schema
 
 NORMS_WITH_RUNNING_STATISTICS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+_loads_weights: ContextVar[bool] = ContextVar("loads_weights", default=True)
+
+
+@contextmanager
+def without_weights() -> Iterator[None]:
+    """Towers that are made in this block have the architecture of a model, but random weights.
+
+    A model folder rebuilds its towers so, and then loads their trained weights.
+    """
+    token = _loads_weights.set(False)
+    try:
+        yield
+    finally:
+        _loads_weights.reset(token)
+
+
+def loads_weights() -> bool:
+    """Whether a tower is to load pretrained weights; False within `without_weights`."""
+    return _loads_weights.get()
 
 
 class Tower(nn.Module):

@@ -12,10 +12,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from tritower.retrieval.ivf.spec import CODEBOOK
-
-MIN_POINTS_PER_LIST = 39
-"""FAISS calls k-means under-trained below this number of training vectors per centroid."""
+from tritower.retrieval.ivf.spec import CODEBOOK, MIN_POINTS_PER_LIST
 
 POINTS_PER_LIST = 61
 """Fewest vectors in a list, on average.

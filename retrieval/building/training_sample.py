@@ -8,8 +8,9 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from tritower.retrieval.building.choose_spec import MIN_POINTS_PER_LIST, train_size
+from tritower.retrieval.building.choose_spec import train_size
 from tritower.retrieval.building.options import BuildOptions
+from tritower.retrieval.ivf.spec import MIN_POINTS_PER_LIST
 from tritower.retrieval.vectors.embeddings import EmbeddingBatch, EmbeddingReader
 from tritower.terminal.progress import show_progress
 

@@ -42,7 +42,7 @@ from tritower.retrieval.evaluating.untrained_comparison import (
     search_untrained,
     untrained_report,
 )
-from tritower.retrieval.evaluating.untrained_inputs import (
+from tritower.retrieval.evaluating.untrained_readers import (
     TowerReaders,
     read_product_inputs,
     read_query_inputs,

@@ -69,9 +69,9 @@ def make_evaluation_queries(
         relevant.append(rows[is_relevant])
     if not kept:
         raise ValueError(
-            f"{reader.source}: none of {len(ids):,} queries is left: {int(in_split.sum()):,} "
-            f"are of split {split!r}, {sum(dropped.values()):,} of them have no product with a grade of "
-            f"{threshold:g} or more: choose another split or a lower threshold"
+            f"{reader.source}: none of {len(ids):,} queries is left: {int(in_split.sum()):,} are "
+            f"of split {split!r}, {sum(dropped.values()):,} of them have no product with a grade "
+            f"of {threshold:g} or more: choose another split or a lower threshold"
         )
 
     source_rows = rows_of([source_products.get(query_id) or "" for query_id in ids], index)

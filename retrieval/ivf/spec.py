@@ -8,6 +8,9 @@ from dataclasses import dataclass
 CODEBOOK = 16
 """Centroids of a 4-bit code."""
 
+MIN_POINTS_PER_LIST = 39
+"""FAISS calls k-means under-trained below this number of training vectors per centroid."""
+
 
 @dataclass(frozen=True)
 class IvfPqSpec:

@@ -10,7 +10,7 @@ from tests.support.tiny_models import TIMM, TIMM_ARGS
 from tritower.datamodules.batch import Item
 from tritower.towers.attribute import AttributeTower
 from tritower.towers.encoder import Encoder
-from tritower.towers.image import TimmImage
+from tritower.towers.image import PictureOptions, TimmImage
 from tritower.towers.lexical import HashedNgrams
 from tritower.towers.text import BiLSTM
 
@@ -40,7 +40,7 @@ def make_encoder(fusion: str = "gated") -> Encoder:
     encoder = Encoder(
         16,
         BiLSTM("{title}", num_buckets=256, word_dim=8, hidden_dim=6),
-        TimmImage(TIMM, model_args=TIMM_ARGS, image_size=32),
+        TimmImage(TIMM, model_args=TIMM_ARGS, pictures=PictureOptions(image_size=32)),
         AttributeTower(12, value_dim=4, num_buckets=256),
         HashedNgrams("{description}", 32),
         fusion,

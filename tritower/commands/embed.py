@@ -42,18 +42,21 @@ def embed(model: Path, catalogue: Path, output: Path, options: EmbedOptions) -> 
         output: folder to make, with products/, queries/ and tuning/ in it.
         options: how the model runs
     """
+    from tritower.towers import embedding_shards
     from tritower.towers.embed import embed as embed_catalogue
 
     embed_catalogue(
         model,
         catalogue,
         output,
-        batch_size=options.batch_size,
-        num_workers=options.num_workers,
-        accelerator=options.accelerator,
-        devices=options.devices,
-        precision=options.precision,
-        feature_cache=options.feature_cache,
+        options=embedding_shards.EmbedOptions(
+            options.batch_size,
+            options.num_workers,
+            options.accelerator,
+            options.devices,
+            options.precision,
+            options.feature_cache,
+        ),
         untrained=not options.skip_untrained,
     )
     print(f"embeddings: {output}")

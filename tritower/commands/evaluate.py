@@ -84,7 +84,7 @@ def evaluate(
     from tritower.retrieval.evaluating.gates import failed_gates
     from tritower.retrieval.evaluating.report import examples, summary, write_report
     from tritower.retrieval.evaluating.search_tasks import EvaluationOptions
-    from tritower.retrieval.evaluating.untrained_inputs import open_tower_features
+    from tritower.retrieval.evaluating.untrained_readers import open_tower_features
     from tritower.retrieval.index import ProductIndex
     from tritower.retrieval.showing.present import find_catalogue, show
     from tritower.retrieval.vectors.embeddings import EmbeddingReader

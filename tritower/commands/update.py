@@ -117,9 +117,9 @@ def _open_products(
     folder = find_model(index, embedding.model)
 
     from tritower.towers.changed_products import ChangedProducts
-    from tritower.towers.embed import Options
+    from tritower.towers.embedding_shards import EmbedOptions
 
-    options = Options(
+    options = EmbedOptions(
         embedding.batch_size,
         embedding.num_workers,
         embedding.accelerator,

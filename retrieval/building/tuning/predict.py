@@ -26,14 +26,13 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from tritower.retrieval.building.choose_spec import MIN_POINTS_PER_LIST
 from tritower.retrieval.building.tuning.measure import K_FACTORS, timed
 from tritower.retrieval.building.tuning.mock_index import mock_index
 from tritower.retrieval.building.tuning.tuning_queries import TuningQueries, find_neighbors
 from tritower.retrieval.ivf.clustering import Centroids, find_centroids
 from tritower.retrieval.ivf.ivf_pq import EncodedVectors, TrainedQuantizers, train
 from tritower.retrieval.ivf.operating_points import OperatingPoint, Target
-from tritower.retrieval.ivf.spec import IvfPqSpec
+from tritower.retrieval.ivf.spec import MIN_POINTS_PER_LIST, IvfPqSpec
 
 COMPARED_CODES = 40
 """The codes of this many times k vectors are compared; at least 80 in the sample."""
