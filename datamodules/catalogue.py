@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from cachetools import LRUCache
 
 from tritower.datamodules.batch import NO_KEY, Item
 from tritower.datamodules.preprocess import stable_hash
@@ -50,13 +50,13 @@ class Table:
             ]
             self.shard_starts.append(self.shard_starts[-1] + metadata.num_rows)
         self.group_starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-        self._cache: OrderedDict[int, list[dict[str, Any]]] = OrderedDict()
+        self._cache: LRUCache[int, list[dict[str, Any]]] = LRUCache(cached_groups)
 
     def __len__(self) -> int:
         return int(self.group_starts[-1])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cache": OrderedDict()}
+        return {**self.__dict__, "_cache": LRUCache(self.cached_groups)}
 
     def row(self, number: int) -> dict[str, Any]:
         """Row `number` as plain data."""
@@ -77,16 +77,11 @@ class Table:
         )
 
     def _group(self, group: int) -> list[dict[str, Any]]:
-        if group in self._cache:
-            self._cache.move_to_end(group)
-            return self._cache[group]
-        shard, number = self.groups[group]
-        with pq.ParquetFile(self.shards[shard]) as file:
-            rows: list[dict[str, Any]] = file.read_row_group(number).to_pylist()
-        self._cache[group] = rows
-        if len(self._cache) > self.cached_groups:
-            self._cache.popitem(last=False)
-        return rows
+        if group not in self._cache:
+            shard, number = self.groups[group]
+            with pq.ParquetFile(self.shards[shard]) as file:
+                self._cache[group] = file.read_row_group(number).to_pylist()
+        return self._cache[group]
 
 
 def product_item(row: Mapping[str, Any]) -> Item:

@@ -75,10 +75,11 @@ class ExampleOptions:
     @property
     def times(self) -> dict[ExampleType, int]:
         """How often the examples of each type are shown in an epoch."""
-        types = ["catalogue", "pairs"] if self.types is None else self.types
-        if isinstance(types, dict):
-            return dict(types)
-        return dict.fromkeys(types, 1)
+        if self.types is None:
+            return {"catalogue": 1, "pairs": 1}
+        if isinstance(self.types, dict):
+            return dict(self.types)
+        return dict.fromkeys(self.types, 1)
 
 
 class TrainingRows:

@@ -85,10 +85,11 @@ def call(function: Callable[..., Any], values: Mapping[str, Any]) -> Any:
     types = get_type_hints(function)
     arguments = {}
     for name in inspect.signature(function).parameters:
-        hint: Any = types[name]
+        hint = types[name]
         if is_dataclass(hint):
             group = {field.name: values[field.name] for field in fields(hint)}
-            arguments[name] = hint(**group)
+            make: Callable[..., Any] = types[name]
+            arguments[name] = make(**group)
         else:
             arguments[name] = values[name]
     return function(**arguments)

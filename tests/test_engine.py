@@ -45,10 +45,10 @@ def build(tmp_path_factory):
 def test_the_first_of_each_by_hand():
     rows = np.array([[5, 3, 5, 7, 3, 9], [1, 1, -1, -1, -1, -1], [2, 4, 6, 8, 0, 1]])
     scores = np.array([[6, 5, 4, 3, 2, 1]] * 3, np.float32)
-    first, found = drop_repeated_rows(Hits(scores, rows), 3, beside=False)
+    first, found = drop_repeated_rows(Hits(scores, rows), 3, adjacent=False)
     assert found.tolist() == [[5, 3, 7], [1, -1, -1], [2, 4, 6]]
     assert first[0].tolist() == [6, 5, 3] and first[1, 0] == 6 and first[2].tolist() == [6, 5, 4]
-    every = drop_repeated_rows(Hits(scores, rows), 6, beside=False)[1].tolist()
+    every = drop_repeated_rows(Hits(scores, rows), 6, adjacent=False)[1].tolist()
     assert every == [[5, 3, 7, 9, -1, -1], [1, *[-1] * 5], [2, 4, 6, 8, 0, 1]]
 
 
@@ -58,7 +58,7 @@ def test_the_first_of_each_by_hand():
 )
 def test_the_first_of_each_keeps_order_and_pads(rows, k):
     scores = np.tile(np.arange(8, 0, -1, dtype=np.float32), (len(rows), 1))
-    first, found = drop_repeated_rows(Hits(scores, np.array(rows)), k, beside=False)
+    first, found = drop_repeated_rows(Hits(scores, np.array(rows)), k, adjacent=False)
     for given_rows, got, its_scores in zip(rows, found.tolist(), first.tolist(), strict=True):
         distinct = list(dict.fromkeys(row for row in given_rows if row >= 0))[:k]
         assert [row for row in got if row >= 0] == distinct
@@ -82,7 +82,7 @@ def test_rows_that_score_the_same_wherever_they_are_found_are_told_apart_by_a_sh
     scores = np.array([[score_of[row] if row >= 0 else -9 for row in rows[0]]], np.float32)
     for k in (1, 3, rows.shape[1]):
         short, general = (
-            drop_repeated_rows(Hits(scores, rows), k, beside=beside) for beside in (True, False)
+            drop_repeated_rows(Hits(scores, rows), k, adjacent=beside) for beside in (True, False)
         )
         assert np.array_equal(short[0], general[0]) and np.array_equal(short[1], general[1])
 

@@ -127,6 +127,10 @@ class AttributeTower(Tower):
         dropout: of the vectors of attributes, 0 to 1.
     """
 
+    log: Tensor
+    mean: Tensor
+    std: Tensor
+
     def __init__(
         self,
         out_dim: int = 256,
@@ -190,14 +194,14 @@ class AttributeTower(Tower):
         self.number_bias = nn.Parameter(torch.zeros(len(numbers), dim))
         self.buckets = nn.Embedding(self.num_buckets, dim)
         nn.init.normal_(self.buckets.weight, std=1 / math.sqrt(self.num_hashes))
-        self.missing = nn.Parameter(
-            torch.zeros(len(schema.attributes), dim)
-        )  # two gaps are no likeness at first
+        # Starts at zero, so two missing values do not count as a match.
+        self.missing = nn.Parameter(torch.zeros(len(schema.attributes), dim))
         joined = dim * (len(schema.attributes) + (len(numbers) if self.exact_numbers else 0))
         self.join = nn.Sequential(nn.LayerNorm(joined), nn.Linear(joined, self.out_dim))
-        self.refine = nn.Sequential(nn.GELU(), nn.Linear(self.out_dim, self.out_dim))
-        nn.init.zeros_(self.refine[-1].weight)  # starts as nothing
-        nn.init.zeros_(self.refine[-1].bias)
+        last = nn.Linear(self.out_dim, self.out_dim)
+        nn.init.zeros_(last.weight)  # starts at zero
+        nn.init.zeros_(last.bias)
+        self.refine = nn.Sequential(nn.GELU(), last)
 
     def forward(self, attributes: AttributeTensors) -> Tensor:
         """The attributes of B items -> (B, F)."""

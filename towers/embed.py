@@ -12,6 +12,7 @@ from tritower.artefacts import storage
 from tritower.datamodules.batch import NumberedItems
 from tritower.datamodules.catalogue import Table
 from tritower.datamodules.tuning_queries import TuningQueries
+from tritower.retrieval.vectors.checks import Metric
 from tritower.retrieval.vectors.embeddings import EmbeddingWriter
 from tritower.towers.embedding_shards import (
     EmbedOptions,
@@ -92,20 +93,20 @@ def embed(
     ) -> None:
         """Write one embeddings folder, and the features of towers before training."""
 
-        def writer(folder: Path, dim: int, **extra: str) -> EmbeddingWriter:
+        def writer(folder: Path, dim: int, metric: Metric = "cosine") -> EmbeddingWriter:
             return EmbeddingWriter(
                 folder,
                 dim=dim,
                 id_column="product_id" if name == "products" else "query_id",
                 model=storage.fingerprint(model),
                 catalogue=storage.fingerprint(catalogue),
-                **extra,
+                metric=metric,
             )
 
         folder = output / name
         if (folder / storage.MANIFEST).is_file():
             storage.verify(folder, artefact_type="embeddings")
-        own = writer(folder, two_tower.embed_dim, metric=two_tower.metric)
+        own = writer(folder, two_tower.embed_dim, two_tower.metric)
         features = {}
         for tower_name, tower in towers.items():
             features[tower_name] = writer(output / "untrained" / tower_name / name, tower.out_dim)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -90,47 +90,60 @@ class Encoder(nn.Module):
         self.feature_dropout = feature_dropout
         self.columns = [MODALITIES.index(name) for name in self.towers]
         self.projections = nn.ModuleDict(
-            {name: projection(tower.out_dim, embed_dim) for name, tower in self.towers.items()}
+            {
+                name: projection(tower.out_dim, embed_dim)
+                for name, tower in self.named_towers.items()
+            }
         )
         self.absent = nn.Parameter(torch.randn(len(self.towers), embed_dim) * embed_dim**-0.5)
         self.fusion = FUSIONS[fusion](len(self.towers), embed_dim)
         # Sets the towers' batch norms to evaluation; Lightning never calls it.
         self.train()
 
+    @property
+    def named_towers(self) -> dict[str, Tower]:
+        """Modality -> tower."""
+        return cast(dict[str, Tower], dict(self.towers.items()))
+
     def set_schema(self, schema: Schema) -> None:
         """Tell the towers what the catalogue holds."""
-        for tower in self.towers.values():
+        for tower in self.named_towers.values():
             tower.set_schema(schema)
 
     def preprocess(self, side: Side) -> ItemPreprocess:
         """The towers' own preprocessing, for queries or for products."""
-        return ItemPreprocess(
-            side, **{name: tower.preprocess for name, tower in self.towers.items()}
-        )
+        inputs: dict[str, Any] = {}
+        for name, tower in self.named_towers.items():
+            inputs[name] = tower.preprocess
+        return ItemPreprocess(side, **inputs)
 
     def forward(self, items: Items) -> Encoded:
         """B items as tensors -> their embeddings."""
         present = items.present[:, self.columns]  # (B, M)
-        z = torch.stack([self.project(name, items) for name in self.towers], 1)  # (B, M, D)
-        z = torch.where(present.unsqueeze(-1), z, self.absent.to(z.dtype))
-        embedding, shares = self.fuse(z, present)
-        part = embedding if items.part is None else self.fuse(z, items.part[:, self.columns])[0]
-        return Encoded(embedding, shares, part, z, present)
+        alone = torch.stack([self.project(name, items) for name in self.towers], 1)  # (B, M, D)
+        alone = torch.where(present.unsqueeze(-1), alone, self.absent.to(alone.dtype))
+        embedding, shares = self.fuse(alone, present)  # (B, D), (B, M)
+        part = embedding
+        if items.part is not None:
+            part = self.fuse(alone, items.part[:, self.columns])[0]
+        return Encoded(embedding, shares, part, alone, present)
 
-    def fuse(self, z: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+    def fuse(self, alone: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
         """(B, M, D) vectors of modalities, (B, M) bool -> (B, D) unit vectors, (B, M) shares."""
-        fused, shares = self.fusion(
-            torch.where(present.unsqueeze(-1), z, self.absent.to(z.dtype)), present
-        )
+        # A missing modality is the learned absent token, whatever its features would be.
+        filled = torch.where(present.unsqueeze(-1), alone, self.absent.to(alone.dtype))
+        fused, shares = self.fusion(filled, present)
         return F.normalize(fused.float(), dim=-1), shares.float()
 
     def view(self, encoded: Encoded, name: str) -> tuple[Tensor, Tensor]:
         """(B, D) embeddings: `whole`, `part`, or those of one modality.
 
-        (B,) bool, which stand for something.
+        And (B,) bool: which items have any of it.
         """
-        if name in ("whole", "part"):
-            return encoded.embedding if name == "whole" else encoded.part, encoded.present.any(1)
+        if name == "whole":
+            return encoded.embedding, encoded.present.any(1)
+        if name == "part":
+            return encoded.part, encoded.present.any(1)
         column = list(self.towers).index(name)
         return encoded.alone[:, column].float(), encoded.present[:, column]
 
@@ -144,6 +157,7 @@ class Encoder(nn.Module):
             return self.absent.new_zeros(len(items.present), self.embed_dim)
         features = features_of(self.towers[name], inputs)
         if name == "image":
+            assert items.image_row is not None
             features = mean_by_row(features, items.image_row, len(items.present))
         features = F.dropout(features, self.feature_dropout, self.training)
         return F.normalize(self.projections[name](features), dim=-1)

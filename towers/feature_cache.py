@@ -11,7 +11,6 @@ import hashlib
 import io
 import json
 import logging
-import sys
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -21,13 +20,12 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor
 
 from tritower.artefacts.storage import write_bytes
 from tritower.datamodules.batch import Item, Side
 from tritower.datamodules.preprocess import ItemPreprocess, Preprocess, stable_hash
+from tritower.terminal.progress import progress_bar
 from tritower.towers.encoder import Encoder, features_of
 from tritower.towers.image import ImageTower
 from tritower.towers.text import TextPreprocess, TextTower
@@ -39,7 +37,7 @@ Content = TypeVar("Content", str, bytes)
 
 CONTENTS_PER_PART = 4_096
 MAX_TEXT_FIELDS = 4
-NOT_OF_CONTENT = ("template", "query_prefix", "product_prefix", "augment")
+NOT_OF_CONTENT = ("template", "query_prefix", "product_prefix", "augment", "pictures")
 """Constructor arguments of towers that do not change the features of a content."""
 
 
@@ -233,7 +231,7 @@ def cached(
     result = {"query": preprocess.query, "product": preprocess.product}
     for encoder in {id(e): e for e in sides.values()}.values():
         own = [side for side in sides if sides[side] is encoder]
-        for name, tower in encoder.towers.items():
+        for name, tower in encoder.named_towers.items():
             if not tower.frozen or not isinstance(tower, TextTower | ImageTower):
                 continue
             cache = FeatureCache(folder / f"{name}-{fingerprint(tower)}")
@@ -242,11 +240,10 @@ def cached(
                 needed = contents(items(), plain, name, options.every_view)
                 fill(cache, tower, needed, options.device, options.batch_size)
             for side in own:
-                if name == "text":
-                    inner = CachedText(tower.preprocess, cache)
+                if isinstance(tower, TextTower):
+                    result[side] = replace(result[side], text=CachedText(tower.preprocess, cache))
                 else:
-                    inner = CachedImage(cache)
-                result[side] = replace(result[side], **{name: inner})
+                    result[side] = replace(result[side], image=CachedImage(cache))
     return Preprocess(**result)
 
 
@@ -265,7 +262,7 @@ def contents(
 @torch.inference_mode()
 def fill(
     cache: FeatureCache,
-    tower: Tower,
+    tower: TextTower | ImageTower,
     contents: Iterable[str | bytes],
     device: torch.device,
     batch_size: int,
@@ -275,28 +272,19 @@ def fill(
     tower.to(device).eval()
     stream = iter(contents)
     added = 0
-    with Progress(
-        transient=True, console=Console(stderr=True), disable=not sys.stderr.isatty()
-    ) as progress:
-        task = progress.add_task(f"caching {cache.folder.name}", total=None)
-        while some := list(islice(stream, CONTENTS_PER_PART)):
-            by_digest = {stable_hash(content): content for content in some}
+    with progress_bar(f"caching {cache.folder.name}", None, "features") as advance:
+        while part := list(islice(stream, CONTENTS_PER_PART)):
+            by_digest = {stable_hash(content): content for content in part}
             digests = np.array(list(by_digest), np.int64)
             missing = digests[cache.positions(digests) < 0].tolist()
-            missing.sort(
-                key=lambda digest: len(by_digest[digest])
-            )  # texts of one length need no padding
+            # Texts of one length need no padding.
+            missing.sort(key=lambda digest: len(by_digest[digest]))
             features = []
             for start in range(0, len(missing), batch_size):
                 batch = [by_digest[digest] for digest in missing[start : start + batch_size]]
-                features.append(
-                    features_of(tower, tower.preprocess(batch).to(device)).float().cpu().numpy()
-                )
-                progress.update(
-                    task,
-                    advance=len(batch),
-                    description=f"caching {cache.folder.name}: {added + start:,}",
-                )
+                inputs = tower.preprocess(batch).to(device)
+                features.append(features_of(tower, inputs).float().cpu().numpy())
+                advance(len(batch))
             if missing:
                 cache.add(np.array(missing, np.int64), np.concatenate(features))
                 added += len(missing)

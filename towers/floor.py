@@ -89,7 +89,7 @@ def floor_report(
     queries = list(_typed_queries(rows))
     query_items = [query.item for query in queries]
     encoded = _encode(model, "query", data.preprocess.query, query_items, towers["query"])
-    is_encoded: NDArray[np.bool_] = encoded.embedding.any(axis=1)
+    is_encoded = np.asarray(encoded.embedding.any(axis=1), bool)
     queries = [queries[position] for position in np.flatnonzero(is_encoded)]
     query_features = {name: values[is_encoded] for name, values in encoded.features.items()}
     embedding = encoded.embedding[is_encoded]

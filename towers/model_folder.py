@@ -152,7 +152,7 @@ def load_untrained(folder: Path | str, model: TwoTower) -> dict[Side, dict[str, 
     for side, encoder in encoders.items():
         stored = side if side in config["encoders"] else "product"  # sides that share their weights
         result[side] = {}
-        for name, tower in encoder.towers.items():
+        for name, tower in encoder.named_towers.items():
             prefix = f"{stored}.{name}."
             weights = {}
             for key, value in tuned.items():
@@ -184,7 +184,7 @@ def _tuned_weights(model: TwoTower, untrained: Mapping[Side, UntrainedTowers]) -
 
 def _describe(encoder: Encoder, folder: Path) -> dict[str, Any]:
     towers = {}
-    for name, tower in encoder.towers.items():
+    for name, tower in encoder.named_towers.items():
         class_name = type(tower).__name__
         if TOWERS.get(class_name) is not type(tower):
             raise ValueError(
@@ -204,7 +204,7 @@ def _describe(encoder: Encoder, folder: Path) -> dict[str, Any]:
 
 
 def _rebuild(parts: dict[str, Any], assets: Path, folder: Path) -> Encoder:
-    towers = {}
+    towers: dict[str, Any] = {}
     for name, tower in parts["towers"].items():
         if tower["class"] not in TOWERS:
             raise ArtefactError(

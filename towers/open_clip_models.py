@@ -12,7 +12,7 @@ import open_clip
 from torch import Tensor, nn
 
 from tritower.towers.hugging_face import HuggingFaceTokenizer
-from tritower.towers.image import ImageTower, PicturePreprocess
+from tritower.towers.image import ImageTower, PicturePreprocess, Resize
 from tritower.towers.text import Template, TextPreprocess, TextTower
 from tritower.towers.tower import loads_weights, without_weights
 
@@ -120,7 +120,8 @@ class OpenClipText(TextTower):
         super().__init__(
             TextPreprocess(tokenizer, Template(template), query_prefix, product_prefix)
         )
-        self.model = create_open_clip(model, pretrained).text
+        text: Any = create_open_clip(model, pretrained).text
+        self.model = text
         self.pretrained = is_pretrained(model, pretrained)
         self.out_dim = self.config["model_cfg"]["embed_dim"]
         self.freeze_lower(freeze_lower)
@@ -148,7 +149,7 @@ class OpenClipText(TextTower):
             return cls(model=f"local-dir:{assets}", **architecture)
 
 
-RESIZE = {"shortest": "crop", "longest": "pad", "squash": "squash"}
+RESIZE: dict[str, Resize] = {"shortest": "crop", "longest": "pad", "squash": "squash"}
 """open_clip's names of the ways to make a picture square, and ours."""
 
 
@@ -176,7 +177,7 @@ class OpenClipImage(ImageTower):
         patch_dropout: float = 0.0,
     ) -> None:
         self_config = open_clip_config(model)
-        visual = create_open_clip(model, pretrained).visual
+        visual: Any = create_open_clip(model, pretrained).visual
         cfg = {**self_config.get("preprocess_cfg", {}), **visual.preprocess_cfg}
         size = cfg["size"] if isinstance(cfg["size"], int) else cfg["size"][0]
         resize = RESIZE[cfg.get("resize_mode", "shortest")]

@@ -44,9 +44,9 @@ def parameter_groups(
 
     Matrices decay; vectors and scalars do not.
     """
-    pretrained = set()
+    pretrained: set[int] = set()
     for encoder in encoders:
-        for tower in encoder.towers.values():
+        for tower in encoder.named_towers.values():
             if tower.pretrained:
                 pretrained.update(id(parameter) for parameter in tower.parameters())
     groups: dict[tuple[float, float], list[Tensor]] = {}

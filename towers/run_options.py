@@ -29,7 +29,7 @@ class RunOptions:
     run: Path = Path("runs/default")
     resume: bool = False
     replan: bool = False
-    checkpoint_every_steps: PositiveInt | None = None  # type: ignore[valid-type]
+    checkpoint_every_steps: PositiveInt | None = None
     then_test: bool = False
     floor: bool = True
     wandb: Literal["off", "online", "offline"] = "off"

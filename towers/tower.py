@@ -40,16 +40,18 @@ class Tower(nn.Module):
     """Base of the towers of all modalities.
 
     Batch norms always use their running statistics: with those of the batch, a product's features
-    would depend on its neighbours, and chunked encoding would not equal the whole batch.
+    would depend on its neighbors, and chunked encoding would not equal the whole batch.
 
     Attributes:
         out_dim: F, the size of the features.
+        preprocess: turns B inputs of its modality into tensors.
         pretrained: its weights come from an earlier training and deserve the low learning rate.
         frozen: its weights are not trained; features of the same input never change, so they can be
             cached.
     """
 
     out_dim: int
+    preprocess: Any
     pretrained: bool = False
     frozen: bool = False
 

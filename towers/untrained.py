@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -69,8 +70,10 @@ def untrained_features(
             continue
         features = features_of(tower, inputs)
         if tower is encoder.towers[name]:
-            items = items._replace(**{name: features})
+            replaced: dict[str, Any] = {name: features}
+            items = items._replace(**replaced)
         if name == "image":
+            assert items.image_row is not None
             features = mean_by_row(features, items.image_row, len(items.present))
         column = encoder.columns[list(encoder.towers).index(name)]
         there = items.present[:, column].unsqueeze(-1)

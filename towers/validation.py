@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import lightning as L
 import numpy as np
@@ -27,6 +27,13 @@ K = 10
 """Hits that are counted."""
 
 
+Rows = NDArray[np.int64]
+Vectors = NDArray[np.float32]
+Mask = NDArray[np.bool_]
+Part = tuple[Rows, Vectors]
+"""(B,) rows and their (B, D) vectors."""
+
+
 class HeldOutEmbeddings:
     """Embeddings of held-out queries and of the products they are searched among.
 
@@ -34,7 +41,7 @@ class HeldOutEmbeddings:
     """
 
     def __init__(self) -> None:
-        self.batches: tuple[list[tuple[NDArray, NDArray]], list[tuple[NDArray, NDArray]]] = ([], [])
+        self.batches: tuple[list[Part], list[Part]] = ([], [])
 
     def add(self, side: int, rows: NDArray[np.int64], vectors: NDArray[np.float32]) -> None:
         """Add a batch.
@@ -46,9 +53,9 @@ class HeldOutEmbeddings:
         """
         self.batches[side].append((rows, vectors))
 
-    def gather(self, side: int, num_rows: int, dim: int) -> tuple[NDArray, NDArray]:
+    def gather(self, side: int, num_rows: int, dim: int) -> tuple[Vectors, Mask]:
         """(num_rows, D) float32 of all processes, and (num_rows,) bool: which were encoded."""
-        gathered: list[list[tuple[NDArray, NDArray]]] = [self.batches[side]]
+        gathered: list[list[Part]] = [self.batches[side]]
         if num_processes() > 1:
             gathered = [[]] * num_processes()
             torch.distributed.all_gather_object(gathered, self.batches[side])
@@ -92,7 +99,7 @@ class HeldOutSearch(L.LightningModule, ABC):
     @property
     def data(self) -> ProductDataModule:
         """The data module of the run."""
-        return cast("ProductDataModule", self.trainer.datamodule)  # type: ignore[attr-defined]
+        return cast("ProductDataModule", self.trainer.datamodule)
 
     def on_validation_epoch_start(self) -> None:
         """Forget the embeddings of the last validation."""
@@ -128,7 +135,7 @@ class HeldOutSearch(L.LightningModule, ABC):
         product, _ = self.held_out.gather(1, len(queries.candidates), self.embed_dim)
         if not (np.isfinite(query).all() and np.isfinite(product).all()):
             raise self.not_finite("Embeddings of held-out queries or products are not numbers")
-        is_unread = ~query.any(1)
+        is_unread = np.asarray(~query.any(axis=1), bool)
         message = unreadable_queries(queries, split, self.query_towers(), is_unread, is_encoded)
         if message and self.trainer.is_global_zero and split not in self._warned_splits:
             self._warned_splits.add(split)
@@ -143,7 +150,7 @@ class HeldOutSearch(L.LightningModule, ABC):
 
 
 def held_out_figures(
-    prefix: str, queries: HeldOut, query: NDArray, product: NDArray, is_unread: NDArray
+    prefix: str, queries: HeldOut, query: Vectors, product: Vectors, is_unread: Mask
 ) -> dict[str, float]:
     """Figures of exact search, over all queries and by type where there are both.
 
@@ -174,7 +181,7 @@ def held_out_figures(
 
 
 def unreadable_queries(
-    queries: HeldOut, split: str, towers: Sequence[str], is_unread: NDArray, is_encoded: NDArray
+    queries: HeldOut, split: str, towers: Sequence[str], is_unread: Mask, is_encoded: Mask
 ) -> str:
     """A warning of held-out queries of which the model reads nothing; empty where there are none.
 
@@ -205,7 +212,7 @@ def unreadable_queries(
 
 
 def ranking_figures(
-    prefix: str, hits: NDArray, relevant: NDArray, judged: NDArray, grade: NDArray
+    prefix: str, hits: Rows, relevant: Rows, judged: Rows, grade: NDArray[np.floating[Any]]
 ) -> dict[str, float]:
     """hit@1, hit@10, recall@10, MRR@10 and nDCG@10, by name.
 
@@ -226,7 +233,7 @@ def ranking_figures(
 
 
 def exact_search(
-    query: NDArray, product: NDArray, own: NDArray, k: int, block: int = 1024
+    query: Vectors, product: Vectors, own: Rows, k: int, block: int = 1024
 ) -> NDArray[np.int64]:
     """The k products with the highest inner product, best first, without the query's own product.
 

@@ -5,9 +5,8 @@ Products are read, arranged and written; then queries and their judged answers.
 
 from __future__ import annotations
 
-import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -15,16 +14,6 @@ from typing import TypeVar
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TextColumn,
-    TimeRemainingColumn,
-)
-from rich.text import Text
 
 from tritower.datamodules.prepare.catalogue import ProductParser, Reading
 from tritower.datamodules.prepare.columns import ATTRIBUTES, Columns
@@ -32,7 +21,7 @@ from tritower.datamodules.prepare.judgements import Judgements, query_splits
 from tritower.datamodules.prepare.parallel import parse_records
 from tritower.datamodules.prepare.pictures import digest
 from tritower.datamodules.prepare.queries import ASKED, Part, QueryParser, QuerySet, find_parts
-from tritower.datamodules.prepare.report import ProblemLog, console
+from tritower.datamodules.prepare.report import ProblemLog
 from tritower.datamodules.prepare.rows import Row
 from tritower.datamodules.prepare.shards import ShardWriter, Spool, product_columns, query_columns
 from tritower.datamodules.prepare.splits import (
@@ -45,6 +34,7 @@ from tritower.datamodules.prepare.splits import (
 from tritower.datamodules.prepare.statistics import AttributeStatistics
 from tritower.datamodules.prepare.tables import CatalogueError, Table
 from tritower.datamodules.schema import Schema
+from tritower.terminal.progress import show_progress
 
 T = TypeVar("T")
 
@@ -90,7 +80,7 @@ class Preparation:
         with Spool(self.folder / "products.spool") as spool:
             workers = self.num_workers if image_columns else 0
             parsed = parse_records(parser, table.records(), workers)
-            for row in watched(parsed, rows, "reading products"):
+            for row in show_progress(parsed, rows, one_row, "reading products", "rows"):
                 self._take_product(row, image_columns, spool)
             if sum(self.log.files[table.path.name].ended()) != rows:
                 raise CatalogueError(f"{table.path} changed while it was read")
@@ -137,7 +127,9 @@ class Preparation:
         statistics = AttributeStatistics(columns.of(*ATTRIBUTES))
         layout = product_columns(text, statistics.attributes())
         with ShardWriter(self.folder / "products", layout) as writer:
-            for number in watched(arrangement.order, len(spool), "writing products"):
+            for number in show_progress(
+                arrangement.order, len(spool), one_row, "writing products", "rows"
+            ):
                 item = spool[number]
                 split = arrangement.splits[number]
                 statistics.add(item.attributes, split == "train")
@@ -184,7 +176,9 @@ class Preparation:
         records = self.queries.new_queries(table.records(), parts) if pairs else table.records()
         parser = QueryParser(table.path.name, parts, self.reading)
         workers = self.num_workers if "image" in parts else 0
-        for row in watched(parse_records(parser, records, workers), None, "reading queries"):
+        for row in show_progress(
+            parse_records(parser, records, workers), None, one_row, "reading queries", "rows"
+        ):
             row = self.queries.add(row, self.numbers)
             self.log.add(row, counted=not pairs)
             if row.item is not None:
@@ -201,7 +195,7 @@ class Preparation:
             parts = find_parts(table, ["query_id"], ["product"])
         self._note_unread(table, parts)
         rows = self.judgements.read(table, parts, self.queries, self.numbers, pairs)
-        for row in watched(rows, None, "reading judgements"):
+        for row in show_progress(rows, None, one_row, "reading judgements", "rows"):
             self.log.add(row)
 
     def _write_queries(self, splits: list[str], spool: Spool) -> None:
@@ -233,31 +227,6 @@ class Preparation:
         pq.write_table(pa.table(columns), self.folder / "qrels.parquet", compression="zstd")
 
 
-class _Rate(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        return Text("" if speed is None else f"{speed:,.0f}/s")
-
-
-def watched(rows: Iterable[T], total: int | None, what: str) -> Iterator[T]:
-    """Pass rows on with a progress bar on stderr, and log a line at the end."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        _Rate(),
-        TimeRemainingColumn(),
-    )
-    screen = console(stderr=True)
-    start = time.monotonic()
-    done = 0
-    with Progress(
-        *columns, console=screen, transient=True, disable=not screen.is_terminal
-    ) as progress:
-        for row in progress.track(rows, total=total, description=what):
-            done += 1
-            yield row
-    seconds = time.monotonic() - start
-    screen.print(
-        f"{what}: {done:,} in {seconds:,.1f} s ({done / max(seconds, 0.001):,.0f}/s)", style="dim"
-    )
+def one_row(_: object) -> int:
+    """The size of a batch of one row."""
+    return 1

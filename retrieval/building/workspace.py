@@ -94,7 +94,7 @@ class Workspace(WorkFolder):
 
         And what the manifest says of the training.
         """
-        if self._learned() is None:
+        if self._read_training() is None:
             for block in self.path.glob("*.parquet"):  # of another training
                 files.system.unlink(block)
             trained, about = train()
@@ -112,19 +112,19 @@ class Workspace(WorkFolder):
             )
         # Read back even what has just been learned: a build that was killed and one that was not do
         # the same.
-        about = self._learned()
-        if about is None:
+        training = self._read_training()
+        if training is None:
             raise ArtefactError(
                 f"what was written to {self.path} is not what is there: is its disk damaged?"
             )
-        if TRAINED_REFINE_FILE in about.pop("files"):
+        refine = None
+        if TRAINED_REFINE_FILE in training.pop("files"):
             refine = faiss.read_index(str(self.path / TRAINED_REFINE_FILE))
-        else:
-            refine = None
         index = faiss.read_index(str(self.path / TRAINED_FILE))
-        return TrainedQuantizers(index, refine, centroids_of(index), about.pop("spill")), about
+        spill = training.pop("spill")
+        return TrainedQuantizers(index, refine, centroids_of(index), spill), training
 
-    def _learned(self) -> dict[str, Any] | None:
+    def _read_training(self) -> dict[str, Any] | None:
         """What training.json says; None where that or a file it names is missing or damaged.
 
         A folder that is being removed when its process is killed loses its files in any order.

@@ -222,9 +222,9 @@ def stepped(number: float) -> int:
 
 def _count(lists_of: Iterable[NDArray[Any]], total: int) -> NDArray[np.int64]:
     """(L,) how often each list occurs."""
-    counts: NDArray[np.int64] = sum(
-        np.bincount(lists, minlength=total + 1)[:total] for lists in lists_of
-    )
+    counts = np.zeros(total, np.int64)
+    for lists in lists_of:
+        counts += np.bincount(lists, minlength=total + 1)[:total]
     return counts
 
 

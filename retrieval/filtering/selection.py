@@ -11,13 +11,13 @@ So a selection of k rows or more always gives k results.
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
 import faiss
 import numpy as np
+from cachetools import LRUCache
 from numpy.typing import NDArray
 
 from tritower.retrieval.filtering.selected_lists import Lists, SelectedLists, lists_of_rows
@@ -115,7 +115,7 @@ class SelectiveSearch:
         self.engine = engine
         self._alive = alive
         self._lock = threading.Lock()
-        self._kept: OrderedDict[str, Selection] = OrderedDict()
+        self._kept: LRUCache[str, Selection] = LRUCache(CACHED)
 
     def select(self, mask: Mask | None = None) -> Selection:
         """The selection of a (N,) mask, without empty rows; None for all rows."""
@@ -137,14 +137,10 @@ class SelectiveSearch:
         """
         with self._lock:
             if key in self._kept:
-                self._kept.move_to_end(key)
                 return self._kept[key]
-        selection = self.select(mask())
+        selection = self.select(mask())  # several threads may make it; one of them is kept
         with self._lock:
-            selection = self._kept.setdefault(key, selection)
-            while len(self._kept) > CACHED:
-                self._kept.popitem(last=False)
-        return selection
+            return self._kept.setdefault(key, selection)
 
     def search(self, queries: Vectors, k: int, settings: Settings, selection: Selection) -> Hits:
         """The nearest of the selected rows: min(k, selected) for every query.
@@ -263,7 +259,7 @@ class SelectiveSearch:
             rows = np.take_along_axis(rows, order, axis=1)
         scores[rows < 0] = -np.inf
         if engine.spill:
-            return drop_repeated_rows(Hits(scores, rows), k, beside=engine.refine is not None)
+            return drop_repeated_rows(Hits(scores, rows), k, adjacent=engine.refine is not None)
         return Hits(scores[:, :k], rows[:, :k])
 
     def _compare_all(self, queries: Vectors, k: int, selection: Selection) -> Hits:

@@ -142,7 +142,7 @@ class Tuning:
 
     def _query_types(self, query_type: str | None) -> list[str]:
         """The query type, where it was measured, else all that were."""
-        if query_type in self.points:
+        if query_type is not None and query_type in self.points:
             return [query_type]
         return list(self.points)
 

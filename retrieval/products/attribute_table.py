@@ -15,7 +15,6 @@ millisecond.
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
+from cachetools import LRUCache
 from numpy.typing import NDArray
 
 from tritower.artefacts.storage import ArtefactError
@@ -93,7 +93,7 @@ class AttributeTable:
         self.file = Path(file)
         self._lock = threading.Lock()
         self._columns: dict[str, Numbers | Texts] = {}
-        self._masks: OrderedDict[str, NDArray[np.uint8]] = OrderedDict()
+        self._masks: LRUCache[str, NDArray[np.uint8]] = LRUCache(CACHED_MASKS)
         self._batch: pa.RecordBatch | None = None
         try:
             self._reader = pa.ipc.open_file(pa.memory_map(str(self.file)))
@@ -165,15 +165,11 @@ class AttributeTable:
         """
         with self._lock:
             bits = self._masks.get(key)
-            if bits is not None:
-                self._masks.move_to_end(key)
         if bits is not None:
             return np.unpackbits(bits, count=self.count, bitorder="little").view(np.bool_)
         mask = make()
         with self._lock:
             self._masks[key] = np.packbits(mask, bitorder="little")
-            while len(self._masks) > CACHED_MASKS:
-                self._masks.popitem(last=False)
         return mask
 
     def _codes(self, name: str) -> Codes | None:

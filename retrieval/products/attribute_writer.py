@@ -143,10 +143,9 @@ class _Column:
 
     def array(self, file: BinaryIO, start: int, count: int) -> pa.Array:
         """The column as Arrow has it, its values mapped from where they wait."""
+        values = np.empty(0, self.dtype)
         if count:
             values = np.memmap(file, self.dtype, "r", start, (count,))
-        else:
-            values = np.empty(0, self.dtype)
         buffers = [pa.py_buffer(self.valid), pa.py_buffer(values)]
         array = pa.Array.from_buffers(pa.from_numpy_dtype(self.dtype), count, buffers)
         if self.vocabulary is None:

@@ -70,7 +70,8 @@ class CrossBatchMemory(nn.Module):
             joined.append(torch.cat([getattr(rows, name), remembered]))
         judged = F.pad(rows.judged_products, (0, 0, 0, filled), value=NO_KEY)
         weights = F.pad(rows.judgement_weights, (0, 0, 0, filled), value=0)
-        return LossRows(*joined, judged, weights)
+        vectors, keys, offset, present = joined
+        return LossRows(vectors, keys, offset, present, judged, weights)
 
     def _remember(self, side: str, rows: LossRows) -> None:
         """Write the rows over the oldest ones, in a ring."""
