@@ -10,7 +10,7 @@ PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13; do \
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help setup demo test lint types docs reliability release-check clean bench-setup
+.PHONY: help setup demo test lint docs reliability release-check clean bench-setup
 
 help:  ## Show the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -50,14 +50,12 @@ demo: $(INSTALLED)  ## From a made-up catalogue to recall figures and a page wit
 	python -m benchmarks.demo demo
 
 # Two processes halve the time; threads of one must not spin on the core that the other one needs.
-test: $(INSTALLED) lint  ## Format check, lint and all tests; skipped ones say why.
+test: $(INSTALLED) lint  ## Format check, lint, types and all tests; skipped ones say why.
 	OMP_WAIT_POLICY=passive $(BIN)/pytest -q -rs --durations=15 --numprocesses=2 --dist=worksteal
 
-lint: $(INSTALLED)  ## Format check and lint only.
+lint: $(INSTALLED)  ## Format check, lint and types only.
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
-
-types: $(INSTALLED)  ## Check types; not all of them are right yet, so `make test` leaves it out.
 	$(BIN)/mypy
 
 docs: $(INSTALLED)  ## The documentation as a site, in site/.

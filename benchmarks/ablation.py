@@ -1,6 +1,6 @@
 """What each part of the training recipe is worth: one thing changed at a time.
 
-    python -m benchmarks.ablation --data DIR --weights DIR --json FILE [--quick true] [--split
+    python -m benchmarks.ablation --data DIR --weights DIR --json FILE [--quick] [--split
     val|test] [--only NAMES]
 
 Every arm is the catalogue's configuration with the arguments that the table names, trained on the
@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import auto_cli
 
 from benchmarks.catalogues import (
     ALONE,
@@ -28,12 +27,12 @@ from benchmarks.catalogues import (
     TOWERS,
     WHOLE,
     Bench,
+    BenchOptions,
     Catalogue,
     Results,
-    Split,
-    chosen,
     run_all,
 )
+from benchmarks.command import ALL, Folders, Reading, chosen, run
 from benchmarks.ledger import Ledger
 
 CATALOGUE = "--data.examples.types=[catalogue]"
@@ -175,42 +174,33 @@ ARMS: dict[str, dict[str, list[str]]] = {
 
 
 def main(
-    data: Path,
-    weights: Path,
-    json: Path,
+    folders: Folders,
+    reading: Reading,
     quick: bool = False,
-    split: Split = "val",
-    only: list[str] | None = None,
-    arms: list[str] | None = None,
-    work: Path = Path("benchmarks/results/catalogues"),
-    again: str | None = None,
+    only: list[str] = ALL,
+    arms: list[str] = ALL,
 ) -> None:
     """Measure all arms.
 
     Args:
-        data: folder of the raw catalogues of docs/data.md.
-        weights: folder of all-minilm-l6-v2/ and tf_efficientnet_lite0.safetensors.
-        json: where figures are stored, and resumed from.
+        folders: what is read and written
+        reading: which queries are measured
         quick: one seed, two epochs: does everything run?
-        split: whose queries are asked; test is for the final table.
-        only: names of catalogues; null takes all.
-        arms: names of arms; null takes all.
-        work: folder of everything that is made.
-        again: why arms are read on the test split that were read before.
+        only: names of catalogues; all when not given.
+        arms: names of arms; all when not given.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    results = Results(json, Ledger(again=again))
-    benches = []
+    results = Results(folders.json, Ledger(again=reading.again))
     catalogues = chosen(only, ARMS)
-    asked = chosen(arms, dict.fromkeys(arm for name in catalogues for arm in ARMS[name]))
+    wanted = chosen(arms, dict.fromkeys(arm for name in catalogues for arm in ARMS[name]))
+    benches = []
     for name in catalogues:
-        table = {arm: arguments for arm, arguments in ARMS[name].items() if arm in asked}
+        table = {arm: arguments for arm, arguments in ARMS[name].items() if arm in wanted}
         catalogue = Catalogue(name, seeds=3, trained=tuple(table), splits=SPLITS.get(name))
-        benches.append(
-            Bench(catalogue, data, weights, work, split, results, quick, table, robust=("in use",))
-        )
-    run_all(benches, results, split)
+        options = BenchOptions(quick, table, robust=("in use",))
+        benches.append(Bench(catalogue, folders, reading.split, results, options))
+    run_all(benches, results, reading.split)
 
 
 if __name__ == "__main__":
-    auto_cli(main, as_positional=False, parser_mode="yaml", allow_abbrev=False)
+    run("benchmarks.ablation", main, "What the parts of the recipes are worth.")

@@ -2,7 +2,7 @@
 
 Traditional search, pretrained towers, trained towers, fused models.
 
-    python -m benchmarks.catalogues --data DIR --weights DIR --json FILE [--quick true] [--split
+    python -m benchmarks.catalogues --data DIR --weights DIR --json FILE [--quick] [--split
     val|test]
 
 `DIR` holds the catalogues of docs/data.md. Every arm is stored in FILE as it finishes; a second run
@@ -30,18 +30,18 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from jsonargparse import auto_cli
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table as RichTable
 
+from benchmarks.command import ALL, Folders, Reading, Split, chosen, run
 from benchmarks.ledger import Ledger, commit
 from benchmarks.splits import NewSplits
 from tritower.artefacts.storage import write_json
@@ -73,7 +73,6 @@ from tritower.towers.image import TimmImage
 from tritower.towers.model_folder import save_model
 from tritower.towers.two_tower import TwoTower
 
-Split = Literal["val", "test"]
 METRICS = ("hit@1", "hit@10", "recall@10", "best_recall@10", "ndcg@10")
 MODALITIES = ("text", "image", "attribute")
 UNTRAINED = ("bm25", "tfidf", "text", "image", "numbers", "words + image", "sum", "floor")
@@ -203,50 +202,66 @@ class Results:
         write_json(self.file, self.data)
 
 
+@dataclass(frozen=True)
+class BenchOptions:
+    """What is measured beside the arms themselves.
+
+    Attributes:
+        quick: few epochs, one seed.
+        arms: name -> command-line arguments of what is trained. None for the standard arms; with
+            others, untrained search is not measured.
+        robust: trained arms that are also measured with a modality missing.
+        hybrid: trained arms that are also fused with lexical search.
+    """
+
+    quick: bool = False
+    arms: Mapping[str, list[str]] | None = None
+    robust: Sequence[str] = ()
+    hybrid: Sequence[str] = ()
+
+
+DEFAULT_BENCH = BenchOptions()
+
+
 class Bench:
     """Runs the arms of one catalogue.
 
     Args:
-        catalogue: which.
-        data: folder of raw catalogues.
-        weights: folder of pretrained weights.
-        work: folder of everything that is made; it may be kept between runs.
-        split: whose queries are asked.
-        results: where figures go.
-        quick: few epochs.
-        arms: name -> command-line arguments of what is trained; with other ones than these, search
-            without training is not measured.
-        robust: trained arms that are measured with a modality missing, too.
-        hybrid: trained arms that are fused with words, too.
+        catalogue: the catalogue.
+        folders: what is read and written.
+        split: whose queries are measured.
+        results: stores the figures.
+        options: what is measured.
     """
 
     def __init__(
         self,
         catalogue: Catalogue,
-        data: Path,
-        weights: Path,
-        work: Path,
+        folders: Folders,
         split: Split,
         results: Results,
-        quick: bool,
-        arms: Mapping[str, list[str]] | None = None,
-        robust: Sequence[str] = (),
-        hybrid: Sequence[str] = (),
+        options: BenchOptions = DEFAULT_BENCH,
     ) -> None:
-        self.all = arms is None
-        self.hybrid = hybrid
-        self.arms = TRAINED | {name: [] for name in BORROWED} if arms is None else arms
+        self.all = options.arms is None
+        self.hybrid = options.hybrid
+        self.arms: Mapping[str, list[str]]
+        if options.arms is None:
+            self.arms = TRAINED | {name: [] for name in BORROWED}
+        else:
+            self.arms = options.arms
         self.catalogue = catalogue
-        self.weights = weights
-        self.work = work
+        self.weights = folders.weights
+        self.work = folders.work
         self.split = split
         self.results = results
-        self.quick = quick
-        self.raw = data / catalogue.name
-        self.prepared = work / "catalogues" / catalogue.folder
-        self.cache = work / "features"
-        self.seeds = range(1 if quick else catalogue.seeds)
-        self.robust = [name for name in robust if name in catalogue.trained and not quick]
+        self.quick = options.quick
+        self.raw = folders.data / catalogue.name
+        self.prepared = self.work / "catalogues" / catalogue.folder
+        self.cache = self.work / "features"
+        self.seeds = range(1 if self.quick else catalogue.seeds)
+        self.robust = []
+        if not self.quick:
+            self.robust = [name for name in options.robust if name in catalogue.trained]
 
     def run(self) -> Iterator[str]:
         """Measure every arm that is missing; yields its name."""
@@ -618,60 +633,25 @@ def with_interval(values: NDArray[np.float64], sign: str = "") -> str:
     return f"{values.mean():{sign}.3f} ({low:{sign}.3f} to {high:{sign}.3f})"
 
 
-def main(
-    data: Path,
-    weights: Path,
-    json: Path,
-    quick: bool = False,
-    split: Split = "val",
-    only: list[str] | None = None,
-    work: Path = Path("benchmarks/results/catalogues"),
-    again: str | None = None,
-) -> None:
+def main(folders: Folders, reading: Reading, quick: bool = False, only: list[str] = ALL) -> None:
     """Measure all arms on the real catalogues.
 
     Args:
-        data: folder of the raw catalogues of docs/data.md.
-        weights: folder of all-minilm-l6-v2/ and tf_efficientnet_lite0.safetensors.
-        json: where figures are stored, and resumed from.
+        folders: what is read and written
+        reading: which queries are measured
         quick: the smallest catalogue, one seed, two epochs: does everything run?
-        split: whose queries are asked; test is for the final table.
-        only: names of catalogues; null takes all.
-        work: folder of everything that is made.
-        again: why arms are read on the test split that were read before.
+        only: names of catalogues; all when not given.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    results = Results(json, Ledger(again=again))
-    catalogues = {
-        catalogue.name: catalogue for catalogue in (CATALOGUES[:1] if quick else CATALOGUES)
-    }
-    names = chosen(only, catalogues)
-    run_all(
-        [
-            Bench(catalogues[name], data, weights, work, split, results, quick, hybrid=HYBRIDS)
-            for name in names
-        ],
-        results,
-        split,
-    )
-
-
-def chosen(asked: list[str] | None, names: Iterable[str]) -> list[str]:
-    """What is asked for of these names; null is all of them.
-
-    Raises:
-        SystemExit: a name that is not there.
-    """
-    known = list(names)
-    for name in asked or ():
-        if name not in known:
-            quoted = ", ".join(f'"{one}"' for one in known)
-            raise SystemExit(
-                f'there is no "{name}"; choose of {quoted} (a name with a comma needs its quotes).'
-            )
-    if asked is None:
-        return known
-    return asked
+    results = Results(folders.json, Ledger(again=reading.again))
+    catalogues = {}
+    for catalogue in CATALOGUES[:1] if quick else CATALOGUES:
+        catalogues[catalogue.name] = catalogue
+    options = BenchOptions(quick, hybrid=HYBRIDS)
+    benches = []
+    for name in chosen(only, catalogues):
+        benches.append(Bench(catalogues[name], folders, reading.split, results, options))
+    run_all(benches, results, reading.split)
 
 
 def run_all(benches: Sequence[Bench], results: Results, split: Split) -> None:
@@ -685,4 +665,4 @@ def run_all(benches: Sequence[Bench], results: Results, split: Split) -> None:
 
 
 if __name__ == "__main__":
-    auto_cli(main, as_positional=False, parser_mode="yaml", allow_abbrev=False)
+    run("benchmarks.catalogues", main, "How good are embeddings of real catalogues.")

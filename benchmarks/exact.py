@@ -15,22 +15,27 @@ from collections.abc import Sequence
 
 import faiss
 import numpy as np
-from jsonargparse import auto_cli
 
+from benchmarks.command import run
 from tritower.retrieval.building.choose_spec import EXACT_NUMBERS
 
 SEARCHES = 500
 
 
-def exact(dim: int = 256, counts: list[int] = [10_000, 20_000, 30_000, 50_000]) -> None:  # noqa: B006
+COUNTS = [10_000, 20_000, 30_000, 50_000]
+STANDARD: list[int] = []
+"""Default of the numbers of products: `COUNTS`."""
+
+
+def exact(dim: int = 256, counts: list[int] = STANDARD) -> None:
     """Print the milliseconds of an exact search.
 
     Args:
         dim: D.
-        counts: numbers of products.
+        counts: numbers of products; 10,000 to 50,000 when not given.
     """
     print(f"the default index is exact up to {EXACT_NUMBERS // dim:,} products of {dim} dimensions")
-    for count, milliseconds in measure(dim, counts):
+    for count, milliseconds in measure(dim, counts or COUNTS):
         print(f"{count:>9,} products: {milliseconds:.3f} ms")
 
 
@@ -60,4 +65,4 @@ def _drawn(count: int, dim: int, seed: int) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    auto_cli(exact)
+    run("benchmarks.exact", exact, "Milliseconds of an exact search.")

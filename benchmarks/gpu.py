@@ -112,7 +112,7 @@ def build_and_search(work: Path, gpu: bool) -> dict[str, Any]:
     exact = np.load(work / "exact.npy")
     index = ProductIndex.open(work / "index")
     points = []
-    for nprobe in (p for p in NPROBES if p <= (index.num_lists or 0)):
+    for nprobe in (p for p in NPROBES if p <= (index.engine.lists or 0)):
         rows = index.search(queries, 10, nprobe=nprobe).rows
         qps = measure_latency(index, queries, repeats=len(queries), settings=index.resolve(nprobe))[
             "qps"

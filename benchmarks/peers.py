@@ -27,8 +27,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import auto_cli
-
 from benchmarks.ablation import CATALOGUE, PRODUCTS
 from benchmarks.catalogues import (
     ALONE,
@@ -36,13 +34,13 @@ from benchmarks.catalogues import (
     SPLITS,
     WHOLE,
     Bench,
+    BenchOptions,
     Catalogue,
     Results,
-    Split,
     call,
-    chosen,
     run_all,
 )
+from benchmarks.command import ALL, Folders, Reading, chosen, run
 from benchmarks.ledger import Ledger
 from tritower.artefacts.storage import write_json
 
@@ -151,44 +149,36 @@ def last_figures(run: Path) -> dict[str, float]:
 
 
 def main(
-    data: Path,
-    weights: Path,
-    json: Path,
-    split: Split = "val",
+    folders: Folders,
+    reading: Reading,
     seeds: int = 1,
-    arms: list[str] | None = None,
+    arms: list[str] = ALL,
     trials: Path = Path("benchmarks/peer_trials.json"),
-    work: Path = Path("benchmarks/results/catalogues"),
-    again: str | None = None,
 ) -> None:
-    """Try, choose, train and measure all arms.
+    """Try, choose, train and measure all arms. Trials are measured on val.
 
     Args:
-        data: folder of the raw catalogues of docs/data.md.
-        weights: folder of all-minilm-l6-v2/ and tf_efficientnet_lite0.safetensors.
-        json: where figures are stored, and resumed from.
-        split: whose queries are asked; test is for the final table. Trials ask those of val.
+        folders: what is read and written
+        reading: which queries are measured
         seeds: trainings per arm.
-        arms: names of arms; null takes all.
+        arms: names of arms; all when not given.
         trials: where trials are stored, and resumed from.
-        work: folder of everything that is made.
-        again: why arms are read on the test split that were read before.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    asked = chosen(arms, ARMS)
+    names = chosen(arms, ARMS)
     made = Trials(trials)
-    results = Results(json, Ledger(again=again))
-    catalogue = Catalogue("fashion", seeds=seeds, trained=tuple(asked), splits=SPLITS["fashion"])
+    results = Results(folders.json, Ledger(again=reading.again))
+    catalogue = Catalogue("fashion", seeds=seeds, trained=tuple(names), splits=SPLITS["fashion"])
     table: dict[str, list[str]] = {}
-    bench = Bench(catalogue, data, weights, work, split, results, quick=False, arms=table)
+    bench = Bench(catalogue, folders, reading.split, results, BenchOptions(arms=table))
     bench.check()
     bench.prepare()
-    for name in asked:
+    for name in names:
         made.make(bench, name)
         table[name] = [*made.best(name), *short(TRIAL_EPOCHS)]
         print(f"{name}: {' '.join(table[name])}", flush=True)
-    run_all([bench], results, split)
+    run_all([bench], results, reading.split)
 
 
 if __name__ == "__main__":
-    auto_cli(main, as_positional=False, parser_mode="yaml", allow_abbrev=False)
+    run("benchmarks.peers", main, "Peers at their own best, trained on the same data.")

@@ -29,11 +29,11 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from jsonargparse import auto_cli
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.catalogues import CLIP, SIGLIP, WHOLE, Bench, Catalogue, Results, Split, chosen
+from benchmarks.catalogues import CLIP, SIGLIP, WHOLE, Bench, BenchOptions, Catalogue, Results
+from benchmarks.command import ALL, Folders, Reading, chosen, run
 from benchmarks.ledger import Ledger
 from tritower.datamodules.batch import RELATIONS, Batch, Items, NumberedItems
 from tritower.datamodules.catalogue import query_item
@@ -201,78 +201,73 @@ def hit(ranks: Iterable[list[int]], k: int) -> float:
 
 
 def main(
-    data: Path,
-    weights: Path,
-    json: Path,
+    folders: Folders,
+    reading: Reading,
     quick: bool = False,
-    split: Split = "val",
     seeds: int = 1,
-    arms: list[str] | None = None,
-    arguments: list[str] | None = None,
-    work: Path = Path("benchmarks/results/catalogues"),
-    again: str | None = None,
+    arms: list[str] = ALL,
+    arguments: list[str] = ALL,
 ) -> None:
     """Train and measure all arms.
 
     Args:
-        data: folder of the raw catalogues of docs/data.md.
-        weights: folder of all-minilm-l6-v2/ and tf_efficientnet_lite0.safetensors.
-        json: where figures are stored, and resumed from.
+        folders: what is read and written
+        reading: which photos are the queries
         quick: two epochs: does everything run?
-        split: whose photos ask; test is for the final table.
         seeds: trainings per arm.
         arms: `ours`, `open_clip's ClipLoss`, `open_clip's SigLipLoss`, `every block tuned`,
             `softmax classifier`, `for new products`, and `ours, some products new`, `for new
-            products, some products new`; null takes all.
+            products, some products new`; all when not given.
         arguments: further command-line arguments of train.py, for all arms.
-        work: folder of everything that is made.
-        again: why arms are read on the test split that were read before.
     """
     quiet_lightning()
-    given = arguments or []
-    results = Results(json, Ledger(again=again))
-    asked = [
-        (seed, arm)
-        for seed, arm in itertools.product(range(seeds), chosen(arms, ARMS))
-        if not results.done("arms", f"grocery/{arm}/{seed}", split, salt=None)
-    ]
+    split = reading.split
+    results = Results(folders.json, Ledger(again=reading.again))
+    missing = []
+    for seed, arm in itertools.product(range(seeds), chosen(arms, ARMS)):
+        if not results.done("arms", f"grocery/{arm}/{seed}", split, salt=None):
+            missing.append((seed, arm))
     if split == "test":
-        results.ledger.check("grocery", None, [f"{arm}/{seed}" for seed, arm in asked])
-    for seed, arm in asked:
-        key = f"grocery/{arm}/{seed}"
+        results.ledger.check("grocery", None, [f"{arm}/{seed}" for seed, arm in missing])
+    for seed, arm in missing:
         L.seed_everything(seed, verbose=False)
         started = time.monotonic()
-        bench = Bench(Catalogue("grocery", seeds=seeds), data, weights, work, split, results, quick)
-        new: list[str] = []
-        if arm.endswith(SOME_NEW):
-            bench.raw = work / "raw" / "grocery_new"
-            bench.prepared = work / "catalogues" / "grocery_new"
-            new = without_new(data / "grocery", bench.raw)
-        bench.prepare()
-        arguments_of = [*ARMS[arm], *given]
-        if arm == "softmax classifier":
-            figures = classified(bench, arguments_of, work / "runs" / key, seed)
-        else:
-            model, command = bench.train(arm, arguments_of, seed)
-            found = ranks(model, bench, work / "runs" / key / "embeddings")
-            figures = {f"hit@{k}": hit(found.values(), k) for k in (1, 5, 10)}
-            figures |= {"photos": sum(map(len, found.values())), "command": command}
-            if new:
-                figures["new"] = new
-                figures["hit@1 new"] = hit(
-                    (of for product, of in found.items() if product in new), 1
-                )
-                figures["hit@1 seen"] = hit(
-                    (of for product, of in found.items() if product not in new), 1
-                )
+        options = BenchOptions(quick)
+        bench = Bench(Catalogue("grocery", seeds=seeds), folders, split, results, options)
+        figures = measure_arm(bench, folders, arm, seed, arguments)
         seconds = round(time.monotonic() - started, 1)
+        key = f"grocery/{arm}/{seed}"
         results.store("arms", key, {**figures, "split": split, "seconds": seconds}, salt=None)
-        print(
-            key,
-            {name: value for name, value in figures.items() if name not in ("command", "new")},
-            flush=True,
-        )
+        shown = {name: v for name, v in figures.items() if name not in ("command", "new")}
+        print(key, shown, flush=True)
+
+
+def measure_arm(
+    bench: Bench, folders: Folders, arm: str, seed: int, arguments: list[str]
+) -> dict[str, Any]:
+    """Train an arm and measure it."""
+    run_folder = folders.work / "runs" / f"grocery/{arm}/{seed}"
+    new: list[str] = []
+    if arm.endswith(SOME_NEW):
+        bench.raw = folders.work / "raw" / "grocery_new"
+        bench.prepared = folders.work / "catalogues" / "grocery_new"
+        new = without_new(folders.data / "grocery", bench.raw)
+    bench.prepare()
+    own_arguments = [*ARMS[arm], *arguments]
+    if arm == "softmax classifier":
+        return classified(bench, own_arguments, run_folder, seed)
+    model, command = bench.train(arm, own_arguments, seed)
+    found = ranks(model, bench, run_folder / "embeddings")
+    figures: dict[str, Any] = {f"hit@{k}": hit(found.values(), k) for k in (1, 5, 10)}
+    figures |= {"photos": sum(map(len, found.values())), "command": command}
+    if new:
+        of_new = [own for product, own in found.items() if product in new]
+        of_seen = [own for product, own in found.items() if product not in new]
+        figures["new"] = new
+        figures["hit@1 new"] = hit(of_new, 1)
+        figures["hit@1 seen"] = hit(of_seen, 1)
+    return figures
 
 
 if __name__ == "__main__":
-    auto_cli(main, as_positional=False, parser_mode="yaml", allow_abbrev=False)
+    run("benchmarks.photos", main, "Photos of customers against pictures of a shop.")

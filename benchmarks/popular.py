@@ -14,11 +14,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from jsonargparse import auto_cli
 from numpy.typing import NDArray
 from pyarrow import csv
 
-from benchmarks.catalogues import Split
+from benchmarks.command import Split, run
 from tritower.retrieval.ranking.metrics import ndcg_at_k
 
 
@@ -98,4 +97,4 @@ def main(data: Path, only: str = "luma", split: Split = "val") -> None:
 
 
 if __name__ == "__main__":
-    auto_cli(main, as_positional=False, parser_mode="yaml", allow_abbrev=False)
+    run("benchmarks.popular", main, "How far counting goes.")

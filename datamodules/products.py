@@ -210,19 +210,6 @@ class ProductDataModule(L.LightningDataModule):
         """Held-out queries of the test split, and the products they are searched among."""
         return self._held_out_loaders(self.test_split)
 
-    def all_items(self) -> Iterator[Item]:
-        """Every product and every query of the catalogue, in order.
-
-        Frozen towers encode them once.
-        """
-        for row in range(len(self.products)):
-            yield product_item(self.products.row(row))
-        queries = AllQueries(self.queries, GeneratedQueries([], []))
-        if self.training is not None:
-            queries = self.training.queries
-        for number in range(len(queries)):
-            yield query_item(queries.row(number))
-
     def product_ids(self, batch: Batch) -> list[str]:
         """The ids of the products of a batch, for messages."""
         keys = set(batch.product_keys[:, RELATIONS.index("product")].tolist())
@@ -259,6 +246,17 @@ class ProductDataModule(L.LightningDataModule):
         """A loader of what a sampler draws from a dataset, with this run's processes."""
         on_gpu = self.trainer.accelerator.__class__.__name__ == "CUDAAccelerator"
         return make_loader(dataset, sampler, self.loader.num_workers, pin_memory=on_gpu)
+
+
+def all_items(data: ProductDataModule) -> Iterator[Item]:
+    """Every product and every query of a catalogue, in order: what frozen towers encode once."""
+    for row in range(len(data.products)):
+        yield product_item(data.products.row(row))
+    queries = AllQueries(data.queries, GeneratedQueries([], []))
+    if data.training is not None:
+        queries = data.training.queries
+    for number in range(len(queries)):
+        yield query_item(queries.row(number))
 
 
 def make_loader(

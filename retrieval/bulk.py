@@ -137,7 +137,7 @@ def _search(
         batch.vectors, k + exclude_self, settings=settings, filter=filter, group_by=group_by
     )
     query, place = np.nonzero(hits.rows >= 0)  # -1 never reaches the table of ids
-    product_ids = index.all_ids().take(pa.array(hits.rows[query, place]))
+    product_ids = index.id_table.column.take(pa.array(hits.rows[query, place]))
     query_ids = batch.ids.take(pa.array(query)).cast(pa.string())
     keep = np.ones(len(query), bool)
     if exclude_self:

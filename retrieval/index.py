@@ -13,17 +13,16 @@ index/
 
 from __future__ import annotations
 
-import json
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import ArrayLike, NDArray
 
-from tritower.artefacts import storage, versions
-from tritower.artefacts.storage import ArtefactError, Manifest
+from tritower.artefacts import versions
+from tritower.artefacts.storage import ArtefactError
 from tritower.retrieval.filtering.filtered_search import (
     NOTHING_EXCLUDED,
     Exclusion,
@@ -31,11 +30,8 @@ from tritower.retrieval.filtering.filtered_search import (
     Grouping,
 )
 from tritower.retrieval.filtering.filters import Filter, parse
-from tritower.retrieval.id_table import IdTable
-from tritower.retrieval.ivf.engine import Engine, Settings, is_whole
-from tritower.retrieval.ivf.layout import IDS_FILE
-from tritower.retrieval.ivf.operating_points import Tuning
-from tritower.retrieval.products.attribute_table import ATTRIBUTES_FILE, AttributeTable
+from tritower.retrieval.index_files import IndexFiles, open_files
+from tritower.retrieval.ivf.engine import Settings, is_whole
 from tritower.retrieval.ranking.hits import Hits
 from tritower.retrieval.vectors.checks import (
     Metric,
@@ -43,33 +39,6 @@ from tritower.retrieval.vectors.checks import (
     checked_queries,
     checked_vectors,
 )
-
-ARTEFACT_TYPE = "index"
-FORMAT = 2
-READABLE = (FORMAT,)
-"""Formats that open."""
-
-SETTINGS_FILE = "settings.json"
-
-
-class IndexFiles(NamedTuple):
-    """The opened files of one version.
-
-    Attributes:
-        manifest: with digests and facts.
-        engine: the FAISS side.
-        ids: row number -> product id.
-        settings: how it is searched by default.
-        tuning: operating points, where they were measured.
-        attributes: for filters, or None.
-    """
-
-    manifest: Manifest
-    engine: Engine
-    ids: IdTable
-    settings: Settings
-    tuning: Tuning | None
-    attributes: AttributeTable | None
 
 
 class ProductIndex:
@@ -89,6 +58,7 @@ class ProductIndex:
         metric: measure that vectors are compared by.
         dim: D.
         attributes: for filters, or None.
+        id_table: product id and content digest of each row.
     """
 
     def __init__(self, path: Path, opened: versions.Opened[IndexFiles]) -> None:
@@ -103,7 +73,7 @@ class ProductIndex:
         self.attributes = files.attributes
         self.metric: Metric = checked_metric(files.manifest.meta["metric"])
         self.dim: int = files.manifest.meta["dim"]
-        self._ids = files.ids
+        self.id_table = files.ids
         self._lock = opened.hold  # the version is not removed while it is open
 
     @classmethod
@@ -130,11 +100,6 @@ class ProductIndex:
         """Fingerprint of the model that made the embeddings, None where unknown."""
         model: str | None = self.manifest.meta["model"]
         return model
-
-    @property
-    def num_lists(self) -> int | None:
-        """Number of lists, None for an index without lists."""
-        return self.engine.lists
 
     def check_model(self, model: str | None, source: str) -> None:
         """Refuse queries of another model: equal dimensions would let them pass and rank nonsense.
@@ -208,7 +173,7 @@ class ProductIndex:
 
     @cached_property
     def _filtered_search(self) -> FilteredSearch:
-        alive = None if len(self) == len(self._ids) else self.alive()
+        alive = None if len(self) == len(self.id_table) else self.id_table.alive()
         return FilteredSearch(self.engine, self.attributes, alive)
 
     def resolve(
@@ -234,18 +199,17 @@ class ProductIndex:
                 this index.
         """
         settings = self.settings
+        tuning = self.tuning
         if recall is not None:
-            if self.tuning is not None:
-                settings = self.tuning.settings_for(recall, query_type)
+            if tuning is not None:
+                settings = tuning.settings_for(recall, query_type)
             elif self.engine.lists is not None:
                 raise ValueError(
                     f"{self.path} was not built for a recall: build it with one, or name nprobe"
                 )
-        elif (
-            query_type is not None and self.tuning is not None and query_type in self.tuning.points
-        ):
+        elif tuning is not None and query_type in tuning.points:
             target = self.manifest.meta["target"]["recall"]
-            settings = self.tuning.nearest_settings(target, query_type)
+            settings = tuning.nearest_settings(target, query_type)
         if nprobe is not None:
             settings = settings._replace(nprobe=nprobe)
         if k_factor is not None:
@@ -254,19 +218,7 @@ class ProductIndex:
 
     def ids(self, rows: NDArray[np.int64]) -> NDArray[np.object_]:
         """Product ids of row numbers, in the same shape; None where the row is -1."""
-        return self._ids.ids_of(rows)
-
-    def all_ids(self) -> pa.ChunkedArray:
-        """(N,) product ids of all rows, memory-mapped; null for a deleted row."""
-        return self._ids.column
-
-    def contents(self) -> pa.ChunkedArray:
-        """(N,) int64 digest of each row's embedded content; null where unknown or deleted."""
-        return self._ids.contents
-
-    def alive(self) -> NDArray[np.bool_]:
-        """(N,) bool: rows that hold a product."""
-        return self._ids.alive()
+        return self.id_table.ids_of(rows)
 
     def row_of(self, product_id: str) -> int:
         """The row number of a product.
@@ -274,7 +226,7 @@ class ProductIndex:
         Raises:
             ValueError: no such product.
         """
-        row = self._ids.row_of(product_id)
+        row = self.id_table.row_of(product_id)
         if row < 0:
             raise ValueError(f"no product {product_id!r} among the {len(self):,} of {self.path}")
         return row
@@ -284,7 +236,7 @@ class ProductIndex:
 
         Reads all ids: pass many at once.
         """
-        return self._ids.rows_of(product_ids)
+        return self.id_table.rows_of(product_ids)
 
     def vector_of(self, product_id: str) -> NDArray[np.float32]:
         """(D,) float32 vector of a product as the index keeps it, of unit length under cosine.
@@ -301,42 +253,6 @@ class ProductIndex:
         if self.metric == "cosine":
             return vector / np.linalg.norm(vector)
         return vector
-
-
-def open_files(path: Path) -> IndexFiles:
-    """Open the files of one version.
-
-    Raises:
-        ArtefactError: damaged files, of another format, or files that do not belong together.
-    """
-    manifest = storage.verify(path, ARTEFACT_TYPE, fast=True)
-    if manifest.meta.get("format") not in READABLE:
-        raise ArtefactError(
-            f"{path}: index format {manifest.meta.get('format')}, this program reads {READABLE}: "
-            "build it anew, or upgrade the program"
-        )
-    engine = Engine.open(path, manifest.meta)
-    attributes = None
-    tuning = None
-    try:
-        ids = IdTable(path / IDS_FILE)
-        if ATTRIBUTES_FILE in manifest.files:
-            attributes = AttributeTable(path / ATTRIBUTES_FILE)
-        stored = json.loads((path / SETTINGS_FILE).read_text(encoding="utf-8"))
-        if "tuning" in stored:
-            tuning = Tuning.from_json(stored.pop("tuning"))
-        settings = Settings(**stored).checked(engine.lists)
-    except (pa.ArrowInvalid, OSError, ValueError, TypeError, KeyError) as error:
-        raise ArtefactError(f"{path} cannot be opened as an index: {error}") from None
-    if len(ids) != engine.count:
-        raise ArtefactError(
-            f"{path}: files do not belong together: {engine.count} vectors, {len(ids)} ids"
-        )
-    if attributes is not None and len(attributes) != len(ids):
-        raise ArtefactError(
-            f"{path}: files do not belong together: {len(ids)} ids, attributes of {len(attributes)}"
-        )
-    return IndexFiles(manifest, engine, ids, settings, tuning, attributes)
 
 
 def checked_k(k: Any) -> int:

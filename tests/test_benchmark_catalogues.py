@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks import ledger
+from benchmarks.command import Folders
 from benchmarks.ledger import Ledger
 from benchmarks.splits import NewSplits
 
@@ -29,8 +30,9 @@ def bench(
     results = catalogues.Results(tmp_path / json, Ledger(tmp_path / "reads.json", again))
     catalogue = catalogues.Catalogue("shop", seeds=2, trained=ARMS, splits=splits)
     arms: dict[str, list[str]] = {name: [] for name in ARMS}
-    places = [tmp_path] * 3
-    return catalogues.Bench(catalogue, *places, "test", results, False, arms, robust=("fused",))
+    folders = Folders(tmp_path, tmp_path, tmp_path / json, tmp_path)
+    options = catalogues.BenchOptions(arms=arms, robust=("fused",))
+    return catalogues.Bench(catalogue, folders, "test", results, options)
 
 
 def reads(tmp_path: Path) -> list[Any]:
@@ -135,7 +137,9 @@ def test_a_catalogue_without_a_configuration_is_trained_with_those_of_others(
     monkeypatch.setattr(catalogues, "call", lambda *arguments: called.append(arguments[2]))
     flipkart = next(one for one in catalogues.CATALOGUES if one.name == "flipkart")
     results = catalogues.Results(tmp_path / "figures.json", Ledger(tmp_path / "reads.json"))
-    made = catalogues.Bench(flipkart, tmp_path, tmp_path, tmp_path, "val", results, quick=True)
+    folders = Folders(tmp_path, tmp_path, tmp_path / "figures.json", tmp_path)
+    options = catalogues.BenchOptions(quick=True)
+    made = catalogues.Bench(flipkart, folders, "val", results, options)
     for name in flipkart.trained:
         made.train(name, made.arms[name], seed=0)
     assert called == ["--config=configs/fashion.yaml", "--config=configs/luma.yaml"]

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from benchmarks.command import Folders
 from benchmarks.ledger import Ledger
 from benchmarks.splits import NewSplits
 from tritower.datamodules.catalogue import Table
@@ -77,7 +78,9 @@ def prepared(raw: Path, work: Path, salt: int) -> tuple[dict[str, Any], dict[str
     results = catalogues.Results(work / "figures.json", Ledger(work / "reads.json"))
     splits = NewSplits(salt, val_share=0.2, test_share=0.3)
     catalogue = catalogues.Catalogue("shop", seeds=1, splits=splits)
-    bench = catalogues.Bench(catalogue, raw, work, work, "val", results, quick=True)
+    folders = Folders(raw, work, work / "figures.json", work)
+    options = catalogues.BenchOptions(quick=True)
+    bench = catalogues.Bench(catalogue, folders, "val", results, options)
     bench.prepare()
     assert bench.prepared == work / "catalogues" / f"shop-{salt}"
     tables = (Table(bench.prepared / side) for side in ("products", "queries"))

@@ -49,7 +49,7 @@ def test_the_catalogue_that_was_embedded_gives_the_attributes(
 ):
     index, table = build(products, tmp_path / "index", options=options)
     known = catalogue_rows(tiny_catalogue)
-    ids = index.all_ids().to_pylist()
+    ids = index.id_table.column.to_pylist()
     assert table.attribute_types == {
         "group": "category",
         "family": "category",
@@ -80,7 +80,7 @@ def test_a_file_gives_the_attributes_by_id_in_whatever_order(products, tmp_path,
     column = table.column("stock")
     assert isinstance(column, Numbers)
     expected = {product_id: float(i) for i, product_id in enumerate(ids[:100])}
-    found = dict(zip(index.all_ids().to_pylist(), column.values.tolist(), strict=True))
+    found = dict(zip(index.id_table.column.to_pylist(), column.values.tolist(), strict=True))
     assert {i: value for i, value in found.items() if not np.isnan(value)} == expected
     assert index.manifest.meta["attributes"] == {
         "attribute_types": {"stock": "number"},

@@ -49,7 +49,7 @@ def test_imbalance_by_hand():
 def test_recall_is_that_of_comparing_with_every_living_product(root):
     update_index(root, delete=[f"p{i}" for i in range(0, 100, 2)], measure=False)
     index = ProductIndex.open(root)
-    alive, engine = index.alive(), index.engine
+    alive, engine = index.id_table.alive(), index.engine
     stored = engine.refine.reconstruct_n(0, 800)
     settings = index.settings._replace(nprobe=2)
     shares = []
@@ -73,7 +73,7 @@ def test_recall_is_that_of_comparing_with_every_living_product(root):
 def test_the_same_products_are_asked_wherever_their_rows_are(root):
     def asked():
         index = ProductIndex.open(root)
-        return index.ids(module._drawn(index.engine, index.alive())).tolist()
+        return index.ids(module._drawn(index.engine, index.id_table.alive())).tolist()
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "SAMPLE", 50)
@@ -88,7 +88,7 @@ def test_the_same_products_are_asked_wherever_their_rows_are(root):
 def test_errors_by_hand(root):
     index = ProductIndex.open(root)
     new = vectors(40, 3)
-    state = measure_drift(index.engine, index.settings, index.alive(), index.metric, new)
+    state = measure_drift(index.engine, index.settings, index.id_table.alive(), index.metric, new)
     centers = index.engine.ivf.quantizer.reconstruct_n(0, 16)
     distances = np.square(new[:, None] - centers[None]).sum(axis=2).min(axis=1)
     assert state.new_list_error == pytest.approx(distances.mean(), rel=1e-4)

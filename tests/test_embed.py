@@ -364,7 +364,7 @@ def test_shards_without_rows_are_skipped(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_no_catalogue_is_refused(tiny_run: Path, tmp_path: Path) -> None:
-    with pytest.raises(ArtefactError, match="query type 'model'; expected 'catalogue'"):
+    with pytest.raises(ArtefactError, match="of type 'model'; expected 'catalogue'"):
         embed(
             tiny_run / "model",
             tiny_run / "model",

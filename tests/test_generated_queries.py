@@ -19,6 +19,7 @@ from tritower.datamodules.catalogue import Table, product_item
 from tritower.datamodules.example_rows import NO_ROW
 from tritower.datamodules.generated_queries import GeneratedQueries, generate_queries
 from tritower.datamodules.preprocess import stable_hash
+from tritower.datamodules.products import all_items
 from tritower.datamodules.schema import Attribute, Schema
 from tritower.towers.model_folder import load_model
 
@@ -162,7 +163,7 @@ def test_a_batch_knows_all_answers_and_no_family_of_a_query(tiny_catalogue: Path
         assert example.product_keys[QUERY] == example.query_keys[QUERY] != NO_KEY
         assert example.product_keys[0] in answers
         assert example.weight == 0.5
-    typed = [item.text.get("query") for item in data.all_items()]
+    typed = [item.text.get("query") for item in all_items(data)]
     assert set(data.training.queries.generated.texts) <= set(typed), (
         "frozen towers encode them once"
     )

@@ -118,7 +118,7 @@ def test_the_manifest_says_what_the_index_is(ivf, reader):
     assert meta["training"].pop("seconds") >= 0
     assert meta["training"] == {"seed": 0, "vectors": 6000, "per_list": 46.88, "device": "cpu"}
     assert meta["embeddings"] == reader.fingerprint
-    assert (len(ivf), ivf.dim, ivf.model, ivf.num_lists) == (6000, DIM, "model-a", 128)
+    assert (len(ivf), ivf.dim, ivf.model, ivf.engine.lists) == (6000, DIM, "model-a", 128)
     assert ivf.settings == (default_nprobe(128), 8.0)
 
 
@@ -259,7 +259,7 @@ def test_vectors_of_mixed_lengths_find_themselves_once_they_are_normalised(tmp_p
     for factory in ("Flat", "IVF16,PQ8x4fsr,Refine(SQfp16)"):
         build_index(reader, tmp_path / factory, BuildOptions(factory))
         index = ProductIndex.open(tmp_path / factory)
-        rows = index.search(unit(vectors), 1, settings=index.resolve(index.num_lists, 50)).rows[
+        rows = index.search(unit(vectors), 1, settings=index.resolve(index.engine.lists, 50)).rows[
             :, 0
         ]
         assert (rows == np.arange(1000)).all()
@@ -734,7 +734,7 @@ def test_any_text_is_an_id_and_comes_back_verbatim(tmp_path_factory, ids):
     assert index.ids(index.search(vectors, 1).rows[:, 0]).tolist() == ids
     for product_id in ids:
         assert ids[index.row_of(product_id)] == product_id
-    assert index.all_ids().to_pylist() == ids
+    assert index.id_table.column.to_pylist() == ids
 
 
 def test_inner_product_keeps_lengths(tmp_path):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from benchmarks.ablation import ARMS as ABLATION
 from benchmarks.catalogues import CLIP, SIGLIP, SPLITS, Bench, Catalogue, Results
+from benchmarks.command import Folders
 from benchmarks.ledger import Ledger
 from benchmarks.peer_losses import OpenClipLoss, OpenClipSigmoid
 from benchmarks.peers import ARMS, CHOSEN_BY, TRIAL_EPOCHS, TRIALS, Trials
@@ -62,7 +63,8 @@ class Parsed(TrainingCLI):
 def understood(tmp_path: Path, catalogue: str, arguments: list[str]) -> Any:
     """The configuration of a catalogue and these arguments, as the benchmark has them trained."""
     results = Results(tmp_path / "results.json", Ledger(tmp_path / "reads.json"))
-    bench = Bench(Catalogue(catalogue, seeds=1), *[tmp_path] * 3, "val", results, quick=False)
+    folders = Folders(tmp_path, tmp_path, tmp_path / "results.json", tmp_path)
+    bench = Bench(Catalogue(catalogue, seeds=1), folders, "val", results)
     command = bench.fit_arguments(tmp_path / "run", arguments, seed=0)
     return Parsed.start([a.replace("configs/", f"{ROOT}/configs/") for a in command]).config.fit
 

@@ -89,7 +89,7 @@ def test_products_come_change_and_go(built, tmp_path):
         "000002",
     )
     index = ProductIndex.open(root)
-    assert len(index) == 828 and index.engine.count == 850 and len(index.all_ids()) == 850
+    assert len(index) == 828 and index.engine.count == 850 and len(index.id_table.column) == 850
     ids, _ = found(root, new, 1, **WIDE)
     assert ids[:, 0].tolist() == [f"p{i}" for i in range(20)] + [f"n{i}" for i in range(30)]
     everything = found(root, new, 850, **WIDE)[0]
@@ -415,7 +415,7 @@ def test_digests_tell_what_has_changed(tmp_path):
     digests = [-1 if i < 5 else i for i in range(700)]
     report = update_index(tmp_path / "i", upsert=embed(tmp_path / "u", rows, ids, contents=digests))
     assert (report.replaced, report.unchanged) == (5, 695)
-    assert ProductIndex.open(tmp_path / "i").contents().to_pylist() == [
+    assert ProductIndex.open(tmp_path / "i").id_table.contents.to_pylist() == [
         *[None] * 5,
         *range(5, 700),
         *[-1] * 5,
@@ -435,7 +435,7 @@ def test_a_column_called_content_in_files_of_others_means_nothing(of_unknown_mod
 def without_contents(root):
     """Rewrite an index as one that knows nothing of what was embedded."""
     folder = versions.current(root)
-    ids = pa.array(ProductIndex.open(root).all_ids().to_pylist(), pa.string())
+    ids = pa.array(ProductIndex.open(root).id_table.column.to_pylist(), pa.string())
     (folder / "ids.arrow").unlink()
     with pa.ipc.new_file(folder / "ids.arrow", pa.schema([("product_id", pa.string())])) as file:
         file.write_table(pa.table({"product_id": ids}))
@@ -447,13 +447,15 @@ def without_contents(root):
 def test_where_an_index_does_not_know_what_was_embedded_all_has_changed(built, tmp_path):
     root, _ = built
     without_contents(root)
-    assert ProductIndex.open(root).contents().null_count == 800
+    assert ProductIndex.open(root).id_table.contents.null_count == 800
     zeros = embed(
         tmp_path / "u", vectors(800)[:10], [f"p{i}" for i in range(10)], contents=[0] * 10
     )
     assert update_index(root, upsert=zeros).replaced == 10
     assert update_index(root, upsert=zeros).unchanged == 10
-    assert ProductIndex.open(root).contents().null_count == 800, "ten rows are empty, ten are new"
+    assert ProductIndex.open(root).id_table.contents.null_count == 800, (
+        "ten rows are empty, ten are new"
+    )
 
 
 def test_searches_of_every_kind_never_see_what_was_deleted(built, tmp_path):
@@ -470,7 +472,7 @@ def test_searches_of_every_kind_never_see_what_was_deleted(built, tmp_path):
     assert hits.column("product_id").null_count == 0
     assert not set(hits.column("product_id").to_pylist()) & set(gone)
     assert index.ids(np.array([0, 39, -1, 40])).tolist() == [None, None, None, "p40"]
-    assert index.alive().sum() == 760 and not index.alive()[:40].any()
+    assert index.id_table.alive().sum() == 760 and not index.id_table.alive()[:40].any()
 
 
 @pytest.mark.parametrize(
@@ -520,7 +522,7 @@ def attributes_of(root):
         table.decoded("brand", rows).to_pylist(),
         strict=True,
     )
-    return dict(zip(index.all_ids().to_pylist(), values, strict=True))
+    return dict(zip(index.id_table.column.to_pylist(), values, strict=True))
 
 
 def test_attributes_go_with_the_products(origin, tmp_path):

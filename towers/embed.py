@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from tritower.artefacts import storage
-from tritower.datamodules.batch import NumberedItems
+from tritower.datamodules.batch import NumberedItems, Side
 from tritower.datamodules.catalogue import Table
 from tritower.datamodules.tuning_queries import TuningQueries
 from tritower.retrieval.vectors.checks import Metric
@@ -31,6 +33,7 @@ from tritower.towers.embedding_tables import (
 )
 from tritower.towers.feature_cache import CacheOptions, cached
 from tritower.towers.model_folder import load_model, load_untrained
+from tritower.towers.two_tower import TwoTower
 from tritower.towers.untrained import UntrainedTowers
 
 
@@ -84,48 +87,66 @@ def embed(
             preprocess, *two_tower.encoders, items, options.feature_cache, cache_options
         )
 
+    job = _EmbedJob(model, catalogue, output, two_tower, options)
+    towers: Mapping[Side, UntrainedTowers] = {"product": {}, "query": {}}
+    if untrained and queries is not None:
+        towers = load_untrained(model, two_tower)
+    product_data = ProductTable(products, preprocess.product, product_view)
+    job.write("products", product_data, products, np.arange(len(products)), towers["product"])
+    if queries is not None:
+        query_data = QueryTable(queries, products, preprocess.query, query_view)
+        job.write("queries", query_data, queries, np.arange(len(queries)), towers["query"])
+    if len(tuning.rows):
+        tuning_data = TuningTable(tuning, products, preprocess.query, query_view)
+        job.write("tuning", tuning_data, products, tuning.rows, {})
+
+
+@dataclass(frozen=True)
+class _EmbedJob:
+    """A model and a catalogue whose embeddings folders are written."""
+
+    model: Path
+    catalogue: Path
+    output: Path
+    two_tower: TwoTower
+    options: EmbedOptions
+
     def write(
+        self,
         name: str,
         data: Dataset[NumberedItems],
         table: Table,
         rows: Rows,
         towers: UntrainedTowers,
     ) -> None:
-        """Write one embeddings folder, and the features of towers before training."""
+        """Write one embeddings folder, and the features of towers before training.
 
-        def writer(folder: Path, dim: int, metric: Metric = "cosine") -> EmbeddingWriter:
-            return EmbeddingWriter(
-                folder,
-                dim=dim,
-                id_column="product_id" if name == "products" else "query_id",
-                model=storage.fingerprint(model),
-                catalogue=storage.fingerprint(catalogue),
-                metric=metric,
-            )
-
-        folder = output / name
+        Args:
+            name: "products", "queries" or "tuning".
+            data: the items by row number.
+            table: the table of the rows.
+            rows: (n,) ascending row numbers.
+            towers: pretrained towers before training.
+        """
+        folder = self.output / name
         if (folder / storage.MANIFEST).is_file():
             storage.verify(folder, artefact_type="embeddings")
-        own = writer(folder, two_tower.embed_dim, two_tower.metric)
+        writer = self._writer(folder, name, self.two_tower.embed_dim, self.two_tower.metric)
         features = {}
         for tower_name, tower in towers.items():
-            features[tower_name] = writer(output / "untrained" / tower_name / name, tower.out_dim)
-        hints = {"model": str(model.resolve()), "catalogue": str(catalogue.resolve())}
+            tower_folder = self.output / "untrained" / tower_name / name
+            features[tower_name] = self._writer(tower_folder, name, tower.out_dim, "cosine")
+        hints = {"model": str(self.model.resolve()), "catalogue": str(self.catalogue.resolve())}
         outputs = UntrainedOutputs(towers, features)
         shards = rows_by_shard(table, rows)
-        embed_rows(data, two_tower, table, shards, own, hints, options, outputs)
+        embed_rows(data, self.two_tower, table, shards, writer, hints, self.options, outputs)
 
-    product_towers: UntrainedTowers = {}
-    query_towers: UntrainedTowers = {}
-    if untrained and queries is not None:
-        towers = load_untrained(model, two_tower)
-        product_towers = towers["product"]
-        query_towers = towers["query"]
-    product_data = ProductTable(products, preprocess.product, product_view)
-    write("products", product_data, products, np.arange(len(products)), product_towers)
-    if queries is not None:
-        query_data = QueryTable(queries, products, preprocess.query, query_view)
-        write("queries", query_data, queries, np.arange(len(queries)), query_towers)
-    if len(tuning.rows):
-        tuning_data = TuningTable(tuning, products, preprocess.query, query_view)
-        write("tuning", tuning_data, products, tuning.rows, {})
+    def _writer(self, folder: Path, name: str, dim: int, metric: Metric) -> EmbeddingWriter:
+        return EmbeddingWriter(
+            folder,
+            dim=dim,
+            metric=metric,
+            id_column="product_id" if name == "products" else "query_id",
+            model=storage.fingerprint(self.model),
+            catalogue=storage.fingerprint(self.catalogue),
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -13,13 +14,13 @@ from torch.utils.checkpoint import checkpoint
 
 from tritower.datamodules.batch import Item, Items
 from tritower.datamodules.preprocess import Preprocess
+from tritower.datamodules.products import ProductDataModule, all_items
 from tritower.towers import guards
 from tritower.towers.encoder import Encoded, Encoder
 from tritower.towers.feature_cache import CacheOptions, cached
 from tritower.towers.tower import Tower
 
 if TYPE_CHECKING:
-    from tritower.datamodules.products import ProductDataModule
     from tritower.towers.two_tower import TwoTower
 
 
@@ -45,8 +46,10 @@ class EncodingOptions:
             raise ValueError(
                 f"chunk_size={self.chunk_size}: choose at least 1, or null for the whole batch."
             )
+        if self.compile_backend is None:
+            return  # listing the backends would slow every start
         backends = torch.compiler.list_backends(exclude_tags=())
-        if self.compile_backend not in (None, *backends):
+        if self.compile_backend not in backends:
             choices = ", ".join(backends)
             raise ValueError(f"compile_backend={self.compile_backend!r}: choose one of {choices}.")
 
@@ -126,7 +129,7 @@ def exchange_with_data(model: TwoTower, data: ProductDataModule, *, check_texts:
         )
     data.preprocess = model.preprocess
     if check_texts:
-        guards.check_texts(model.product, data.all_items())
+        guards.check_texts(model.product, all_items(data))
     if model.encoding.feature_cache is not None:
         data.preprocess = cached_preprocess(model, model.encoding.feature_cache)
 
@@ -140,10 +143,10 @@ def cached_preprocess(model: TwoTower, folder: Path) -> Preprocess:
     )
 
     def own_items() -> Iterator[Item]:
-        return islice(data.all_items(), trainer.global_rank, None, trainer.world_size)
+        return islice(all_items(data), trainer.global_rank, None, trainer.world_size)
 
     # Each process adds a part of the features, and reads all of them.
     arguments = (model.preprocess, model.query, model.product)
     cached(*arguments, own_items, folder, options)
     trainer.strategy.barrier()
-    return cached(*arguments, data.all_items, folder, replace(options, write=False))
+    return cached(*arguments, partial(all_items, data), folder, replace(options, write=False))

@@ -117,7 +117,7 @@ class Ours(Arm):
     def open(self, folder: Path, task: Task) -> None:
         """See `Arm`."""
         self.index = ProductIndex.open(folder / "index")
-        self.lists = self.index.num_lists
+        self.lists = self.index.engine.lists
         self.pinned = len(self._tuned())
 
     def _tuned(self) -> list[OperatingPoint]:

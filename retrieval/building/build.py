@@ -18,7 +18,7 @@ from tritower.retrieval.building.faiss_index import build_faiss_index
 from tritower.retrieval.building.ivf_pq_index import IvfPqBuild
 from tritower.retrieval.building.options import BuildOptions, BuildResult
 from tritower.retrieval.building.workspace import Workspace
-from tritower.retrieval.index import ARTEFACT_TYPE, FORMAT, SETTINGS_FILE
+from tritower.retrieval.index_files import ARTEFACT_TYPE, FORMAT, SETTINGS_FILE
 from tritower.retrieval.ivf.operating_points import Target
 from tritower.retrieval.ivf.spec import parse_ivf_pq
 from tritower.retrieval.products.attribute_providers import known_source, open_source

@@ -32,6 +32,14 @@ TOKEN = re.compile(
     )""",
     re.VERBOSE | re.DOTALL,
 )
+COMPARISON_SIGNS: dict[str, Operator] = {
+    "<=": "<=",
+    "<": "<",
+    ">=": ">=",
+    ">": ">",
+    "=": "=",
+    "==": "=",
+}
 ESCAPES = {"\\": "\\", '"': '"', "'": "'", "n": "\n", "t": "\t", "r": "\r"}
 LOOKALIKES = (
     {"≤": "<=", "≥": ">=", "≠": "!="} | dict.fromkeys("“”„‟", '"') | dict.fromkeys("‘’‚‛`", "'")
@@ -148,35 +156,39 @@ class _Parser:
         at = self.token.at
         name = self.name()
         if self.take_word("is"):
-            holds = not self.take_word("not")
-            known = self.take_word("known")
-            if not known and not self.take_word("missing"):
-                self.unexpected("missing or known")
-            test = Test(name, "known", (), at)
-            if known == holds:
-                return test
-            return negated(test)
+            return self.known_test(name, at)
         if self.take_sign("!="):
             return negated(Test(name, "=", (self.value(),), at))
-        for sign in ("<=", "<", ">=", ">", "=", "=="):
+        for sign, comparison in COMPARISON_SIGNS.items():
             if self.take_sign(sign):
-                return Test(
-                    name, cast(Operator, sign[:1] if sign == "==" else sign), (self.value(),), at
-                )
+                return Test(name, comparison, (self.value(),), at)
         holds = not self.take_word("not")
-        if self.take_word("in"):
-            test = Test(name, "in", self.values(), at)
-        elif self.take_word("under"):
-            test = Test(name, "under", (self.value(),), at)
-        elif self.take_word("has"):
-            test = Test(name, "has", (self.value(),), at)
-        else:
-            self.unexpected(
-                "<, <=, >, >=, =, !=, in, under, has or is" if holds else "in, under or has"
-            )
+        test = self.word_test(name, at, holds)
         if holds:
             return test
         return negated(test)
+
+    def known_test(self, name: str, at: int) -> Term:
+        """After `is`: `known`, `missing`, `not known` or `not missing`."""
+        holds = not self.take_word("not")
+        is_known = self.take_word("known")
+        if not is_known and not self.take_word("missing"):
+            self.unexpected("missing or known")
+        test = Test(name, "known", (), at)
+        if is_known == holds:
+            return test
+        return negated(test)
+
+    def word_test(self, name: str, at: int, holds: bool) -> Test:
+        """A test by `in`, `under` or `has`."""
+        if self.take_word("in"):
+            return Test(name, "in", self.values(), at)
+        if self.take_word("under"):
+            return Test(name, "under", (self.value(),), at)
+        if self.take_word("has"):
+            return Test(name, "has", (self.value(),), at)
+        signs = "<, <=, >, >=, =, !=, in, under, has or is"
+        self.unexpected(signs if holds else "in, under or has")
 
     def name(self) -> str:
         if self.token.token_type not in ("word", "quoted") or self.token.text.lower() in KEYWORDS:

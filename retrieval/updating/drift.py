@@ -102,24 +102,24 @@ def measure_drift(
     """
     centroids = centroids_of(engine.ivf)
     recall: float | None = None
-    errors = new_errors = Errors(None, None, None)
+    errors = new_errors = EncodingErrors(None, None, None)
     if engine.refine is not None:
-        rows = _drawn(engine, alive)
+        rows = _draw_rows(engine, alive)
         recall = _recall(engine, settings, alive, rows[:NUM_QUERIES], metric)
-        errors = _errors(engine, centroids, _vectors(engine, rows))
+        errors = _encoding_errors(engine, centroids, _vectors(engine, rows))
     if new is not None and len(new):
-        new_errors = _errors(engine, centroids, new)
+        new_errors = _encoding_errors(engine, centroids, new)
     return Drift(
         count=int(alive.sum()),
         recall=recall,
         imbalance=imbalance_of(
             np.array([engine.ivf.get_list_size(number) for number in range(engine.ivf.nlist)])
         ),
-        list_error=errors.of_lists,
-        code_error=errors.of_codes,
-        new_list_error=new_errors.of_lists,
-        new_code_error=new_errors.of_codes,
-        new_refine_error=new_errors.of_refine,
+        list_error=errors.list_error,
+        code_error=errors.code_error,
+        new_list_error=new_errors.list_error,
+        new_code_error=new_errors.code_error,
+        new_refine_error=new_errors.refine_error,
         tombstone_share=round(float(1 - alive.mean()), 4),
     )
 
@@ -130,7 +130,7 @@ def imbalance_of(sizes: NDArray[np.int64]) -> float:
     return round(float(len(sizes) * (shares**2).sum()), 3)
 
 
-def _drawn(engine: Engine, alive: NDArray[np.bool_]) -> NDArray[np.int64]:
+def _draw_rows(engine: Engine, alive: NDArray[np.bool_]) -> NDArray[np.int64]:
     """Up to SAMPLE rows that hold a product, drawn by what the vectors are.
 
     So the same products are asked before and after, wherever their rows are: chance does not look
@@ -173,7 +173,7 @@ def _nearest(
 ) -> NDArray[np.int64]:
     """(Q, k) nearest rows that hold a product, by comparing with all of them."""
     best = faiss.ResultHeap(len(queries), k, keep_max=True)
-    for rows, vectors in _living(engine, alive):
+    for rows, vectors in _present_vectors(engine, alive):
         scores, found = faiss.knn(
             queries, vectors, min(k, len(rows)), metric=faiss.METRIC_INNER_PRODUCT
         )
@@ -183,7 +183,7 @@ def _nearest(
     return nearest
 
 
-def _living(
+def _present_vectors(
     engine: Engine, alive: NDArray[np.bool_]
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
     """(B,) rows that hold a product and their (B, D) vectors, block by block."""
@@ -195,21 +195,23 @@ def _living(
         "compare products to measure by",
         "vectors",
     ):
-        there = np.flatnonzero(alive[first : first + len(codes)])
-        if len(there):
-            yield first + there, engine.refine.sa_decode(codes[there])
+        is_present = np.flatnonzero(alive[first : first + len(codes)])
+        if len(is_present):
+            yield first + is_present, engine.refine.sa_decode(codes[is_present])
         first += len(codes)
 
 
-class Errors(NamedTuple):
+class EncodingErrors(NamedTuple):
     """What is lost of products, as of `Drift`."""
 
-    of_lists: float | None
-    of_codes: float | None
-    of_refine: float | None
+    list_error: float | None
+    code_error: float | None
+    refine_error: float | None
 
 
-def _errors(engine: Engine, centroids: Centroids, vectors: NDArray[np.float32]) -> Errors:
+def _encoding_errors(
+    engine: Engine, centroids: Centroids, vectors: NDArray[np.float32]
+) -> EncodingErrors:
     """What is lost of (B, D) vectors."""
     nearest = faiss.knn(vectors, centroids.vectors, 1, metric=faiss.METRIC_INNER_PRODUCT)[1][:, 0]
     centers = centroids.vectors[nearest]
@@ -226,7 +228,7 @@ def _errors(engine: Engine, centroids: Centroids, vectors: NDArray[np.float32]) 
             return None
         return round(float(np.square(vectors - kept).sum(axis=1).mean()) / square, 6)
 
-    return Errors(error(centers), error(coded), error(refine))
+    return EncodingErrors(error(centers), error(coded), error(refine))
 
 
 def _vectors(engine: Engine, rows: NDArray[np.int64]) -> NDArray[np.float32]:

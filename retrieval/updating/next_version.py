@@ -1,6 +1,6 @@
 """The version of an index that follows another one.
 
-Its lists are copied without what is gone and with what is new.
+Its lists are copied without what is deleted and with what is new.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from tritower.retrieval.building.assemble import (
     write_ivf_pq,
     write_products,
 )
-from tritower.retrieval.index import ARTEFACT_TYPE, FORMAT, SETTINGS_FILE, ProductIndex
+from tritower.retrieval.index import ProductIndex
+from tritower.retrieval.index_files import ARTEFACT_TYPE, FORMAT, SETTINGS_FILE
 from tritower.retrieval.ivf.encoded import GROUPING_BYTES, Blocks, to_table
 from tritower.retrieval.ivf.engine import Engine
 from tritower.retrieval.ivf.ivf_pq import TrainedQuantizers
@@ -39,8 +40,8 @@ from tritower.retrieval.products.attribute_providers import (
 from tritower.retrieval.products.attribute_table import ATTRIBUTES_FILE, AttributeTable, TableSource
 from tritower.retrieval.updating.drift import SAMPLE, Drift, measure_drift, recommendation
 from tritower.retrieval.updating.plan import BLOCK, Plan
-from tritower.retrieval.updating.previous import Version, products_of, trained_of
-from tritower.retrieval.vectors.embeddings import EmbeddingReader
+from tritower.retrieval.updating.previous import VersionVectors, product_tables, trained_quantizers
+from tritower.retrieval.vectors.embeddings import EmbeddingBatch, EmbeddingReader
 from tritower.terminal.progress import show_progress
 
 COMPACT_ABOVE = 0.2
@@ -77,16 +78,16 @@ class NextVersion:
         self.meta = meta
         self.plan = plan
         self.work = work
-        self.alive = index.alive()
-        self.gone = plan.gone | ~self.alive
-        self.count = int((~self.gone).sum()) + plan.new
-        self.whole = plan.new + plan.unchanged == self.count
+        self.alive = index.id_table.alive()
+        self.deleted_rows = plan.deleted_rows | ~self.alive
+        self.count = int((~self.deleted_rows).sum()) + plan.num_new_rows
+        self.whole = plan.num_new_rows + plan.unchanged == self.count
         """Whether all products of the new version were given.
 
         Whatever they are from describes all of them.
         """
         self.compacted = False
-        self.rows = len(self.gone) + plan.new
+        self.rows = len(self.deleted_rows) + plan.num_new_rows
         self.attributes: list[AttributeSource] = []
         self.needed = plan.changes
         self._sample: list[NDArray[np.float32]] = []
@@ -115,7 +116,9 @@ class NextVersion:
         replaced = attributes is None and self.whole and new is not None
         if table.exists() and not replaced:
             name = f"{self.index.path} ({self.index.version.name})"
-            self.attributes.append(TableSource(AttributeTable(table), self.index.all_ids(), name))
+            self.attributes.append(
+                TableSource(AttributeTable(table), self.index.id_table.column, name)
+            )
         if new is not None and (self.attributes or replaced or attributes is not None):
             self.attributes.append(new)  # else some products had attributes and most had none
 
@@ -136,9 +139,9 @@ class NextVersion:
             index.path, artefact_type=ARTEFACT_TYPE, meta=meta, base=index.version.name
         ) as folder:
             if isinstance(index.engine.index, faiss.IndexFlat):
-                self._write_flat(folder)
+                write_flat(folder, index, self.deleted_rows, self._new())
             else:
-                self._check_room()
+                check_resources(index, self.rows, self.plan.num_new_rows)
                 self._write_mapped(folder)
             if self.attributes:
                 meta["attributes"] = attach_attributes(folder, self.attributes)
@@ -176,8 +179,12 @@ class NextVersion:
             before = Drift.from_json(known["after"])
         else:
             built = before = measure_drift(index.engine, index.settings, self.alive, index.metric)
-        kept = np.ones(self.rows - self.plan.new, bool) if self.compacted else ~self.gone
-        alive = np.concatenate([kept, np.ones(self.plan.new, bool)])
+        kept = (
+            np.ones(self.rows - self.plan.num_new_rows, bool)
+            if self.compacted
+            else ~self.deleted_rows
+        )
+        alive = np.concatenate([kept, np.ones(self.plan.num_new_rows, bool)])
         new = np.concatenate(self._sample) if self._sample else None
         after = measure_drift(engine, index.settings, alive, index.metric, new)
         states = {"built": built, "before": before, "after": after}
@@ -187,12 +194,12 @@ class NextVersion:
         }
 
     def _write_mapped(self, folder: Path) -> None:
-        trained = trained_of(self.index)
-        kept = ~self.gone
+        trained = trained_quantizers(self.index)
+        kept = ~self.deleted_rows
         moved = np.where(kept, np.cumsum(kept) - 1, -1) if self.compacted else np.arange(len(kept))
-        sources: list[PlacedVectors] = [(Version(self.index, self.gone), moved)]
-        if self.plan.new:
-            sources.append((self._encoded(trained), self.rows - self.plan.new))
+        sources: list[PlacedVectors] = [(VersionVectors(self.index, self.deleted_rows), moved)]
+        if self.plan.num_new_rows:
+            sources.append((self._encoded(trained), self.rows - self.plan.num_new_rows))
         write_ivf_pq(folder, trained, sources)
 
     def _encoded(self, trained: TrainedQuantizers) -> Blocks:
@@ -210,28 +217,7 @@ class NextVersion:
             files.append(folder.path / f"{name}.parquet")
         return Blocks(files)
 
-    def _write_flat(self, folder: Path) -> None:
-        """An exact index has no rows to spare: it is written anew."""
-        old = self.index.engine.index
-        new = faiss.IndexFlatIP(self.index.dim)
-
-        def products() -> Iterable[pa.Table]:
-            row = 0
-            for part in products_of(self.index, self.gone):
-                kept = ~self.gone[row : row + len(part)]
-                new.add(old.reconstruct_n(row, len(part))[kept])
-                yield part.filter(pa.array(kept))
-                row += len(part)
-            for _, batch, kept in self._new():
-                new.add(batch.vectors[kept])
-                ids = batch.ids.filter(pa.array(kept))
-                yield pa.table({"product_id": ids, "content": batch.digests()[kept]})
-
-        write_products(folder / IDS_FILE, products())
-        with storage.create(folder / INDEX_FILE) as file:
-            faiss.write_index(new, faiss.PyCallbackIOWriter(file.write))
-
-    def _new(self) -> Iterable[tuple[str, Any, NDArray[np.bool_]]]:
+    def _new(self) -> Iterable[tuple[str, EmbeddingBatch, NDArray[np.bool_]]]:
         """Name, embeddings and (B,) bool mask of what is new of them, block by block.
 
         The same in every run.
@@ -257,19 +243,60 @@ class NextVersion:
                 self._sample.append(batch.vectors[sampled[of]])
                 yield f"{number:06d}", batch, kept
 
-    def _check_room(self) -> None:
-        """Refuse what does not fit in memory or on the disk."""
-        index = self.index
-        spec = parse_ivf_pq(index.manifest.meta["factory"])
-        assert spec is not None
-        need = resources.predict(
-            self.rows,
-            index.dim,
-            spec,
-            sample=1,
-            spill=index.engine.spill,
-            block=BLOCK,
-            grouping=GROUPING_BYTES,
-        )
-        there = sum(entry.bytes for entry in index.manifest.files.values()) / len(self.gone)
-        resources.check(replace(need, disk=int(there * (self.rows + self.plan.new))), index.path)
+
+def write_flat(
+    folder: Path,
+    index: ProductIndex,
+    deleted: NDArray[np.bool_],
+    added: Iterable[tuple[str, EmbeddingBatch, NDArray[np.bool_]]],
+) -> None:
+    """Write an exact index anew: it has no rows to spare.
+
+    Args:
+        folder: of the version.
+        index: the old version.
+        deleted: (N,) bool, rows of it that are left out.
+        added: name, embeddings and (B,) bool mask of the products to add, block by block.
+    """
+    old = index.engine.index
+    new = faiss.IndexFlatIP(index.dim)
+
+    def products() -> Iterable[pa.Table]:
+        row = 0
+        for part in product_tables(index, deleted):
+            kept = ~deleted[row : row + len(part)]
+            new.add(old.reconstruct_n(row, len(part))[kept])
+            yield part.filter(pa.array(kept))
+            row += len(part)
+        for _, batch, kept in added:
+            new.add(batch.vectors[kept])
+            ids = batch.ids.filter(pa.array(kept))
+            yield pa.table({"product_id": ids, "content": batch.digests()[kept]})
+
+    write_products(folder / IDS_FILE, products())
+    with storage.create(folder / INDEX_FILE) as file:
+        faiss.write_index(new, faiss.PyCallbackIOWriter(file.write))
+
+
+def check_resources(index: ProductIndex, rows: int, added: int) -> None:
+    """Refuse an update that would not fit into memory or on the disk.
+
+    Args:
+        index: the old version.
+        rows: rows of the new version.
+        added: rows that are added.
+    """
+    spec = parse_ivf_pq(index.manifest.meta["factory"])
+    assert spec is not None
+    need = resources.predict(
+        rows,
+        index.dim,
+        spec,
+        sample=1,
+        spill=index.engine.spill,
+        block=BLOCK,
+        grouping=GROUPING_BYTES,
+    )
+    size = sum(entry.bytes for entry in index.manifest.files.values())
+    bytes_per_row = size / len(index.id_table)
+    resources.check(replace(need, disk=int(bytes_per_row * (rows + added))), index.path)

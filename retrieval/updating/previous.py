@@ -25,18 +25,18 @@ BLOCK = 65_536
 """Rows read at a time."""
 
 
-class Version:
+class VersionVectors:
     """The encoded vectors of an opened index with mapped lists, as a source for the next one.
 
     Args:
         index: the version.
-        gone: (N,) bool, rows that are empty from now on: they leave the lists, and their ids are
+        deleted: (N,) bool, rows that are empty from now on: they leave the lists, and their ids are
             null.
     """
 
-    def __init__(self, index: ProductIndex, gone: NDArray[np.bool_]) -> None:
+    def __init__(self, index: ProductIndex, deleted: NDArray[np.bool_]) -> None:
         self._index = index
-        self._gone = gone
+        self._gone = deleted
         self._file = index.version / LISTS_FILE
         self._sizes: NDArray[np.int64] = np.load(index.version / SIZES_FILE, allow_pickle=False)
 
@@ -47,9 +47,11 @@ class Version:
 
     def sizes(self, num_lists: int, kept: NDArray[np.bool_] | None = None) -> NDArray[np.int64]:
         """See `EncodedSource`."""
-        there = ~self._gone if kept is None else kept & ~self._gone
+        is_present = ~self._gone if kept is None else kept & ~self._gone
         lists = read_rows(self._file, self._sizes, self._index.engine.ivf.code_size)
-        return np.fromiter((np.count_nonzero(there[rows]) for rows in lists), np.int64, num_lists)
+        return np.fromiter(
+            (np.count_nonzero(is_present[rows]) for rows in lists), np.int64, num_lists
+        )
 
     def entries(self, first: int, end: int) -> Iterator[Entries]:
         """See `EncodedSource`."""
@@ -57,26 +59,28 @@ class Version:
         for number, (codes, rows) in enumerate(
             read_lists(self._file, ivf, self._sizes, first, end), first
         ):
-            there = ~self._gone[rows]
-            yield Entries(np.full(np.count_nonzero(there), number), rows[there], codes[there])
+            is_present = ~self._gone[rows]
+            yield Entries(
+                np.full(np.count_nonzero(is_present), number), rows[is_present], codes[is_present]
+            )
 
     def products(self) -> Iterator[pa.Table]:
         """See `EncodedSource`."""
-        return products_of(self._index, self._gone)
+        return product_tables(self._index, self._gone)
 
     def refine(self) -> Iterator[NDArray[np.uint8]]:
         """See `EncodedSource`."""
         return refine_code_blocks(self._index.engine.refine)
 
 
-def products_of(index: ProductIndex, gone: NDArray[np.bool_]) -> Iterator[pa.Table]:
-    """product_id and content of an index row by row, nulls for a row that is `gone`, (N,) bool."""
+def product_tables(index: ProductIndex, deleted: NDArray[np.bool_]) -> Iterator[pa.Table]:
+    """product_id and content of an index row by row, nulls for a row that is `deleted`, (N,) bool."""
     row = 0
-    table = pa.table({"product_id": index.all_ids(), "content": index.contents()})
+    table = pa.table({"product_id": index.id_table.column, "content": index.id_table.contents})
     for batch in table.to_batches(BLOCK):
-        there = pa.array(~gone[row : row + len(batch)])
+        is_present = pa.array(~deleted[row : row + len(batch)])
         columns = [
-            pc.if_else(there, column, pa.scalar(None, column.type)) for column in batch.columns
+            pc.if_else(is_present, column, pa.scalar(None, column.type)) for column in batch.columns
         ]
         yield pa.table(columns, names=batch.schema.names)
         row += len(batch)
@@ -89,7 +93,7 @@ def refine_code_blocks(refine: Any) -> Iterator[NDArray[np.uint8]]:
         yield codes[start : start + BLOCK]
 
 
-def trained_of(index: ProductIndex) -> TrainedQuantizers:
+def trained_quantizers(index: ProductIndex) -> TrainedQuantizers:
     """What encoded the vectors of an opened index whose lists are mapped."""
     engine = index.engine
     empty = faiss.read_index(str(index.version / INDEX_FILE))  # as it is stored: without lists

@@ -3,7 +3,7 @@
 Products come, change and go, and nothing else is encoded again.
 
 An update writes a new version. The quantizers of the old one stay; its lists are copied without
-what is gone and with what is new. A product that is gone leaves its row empty, and one that has
+what is deleted and with what is new. A deleted product leaves its row empty, and one that has
 changed gets a new row at the end, so that no other row moves. When too many rows are empty they are
 closed up (compaction).
 
@@ -146,22 +146,22 @@ def update_index(
     """
     root = Path(root)
     index = ProductIndex.open(root, fall_back=False)
-    _check_kind(index)
+    _check_updatable(index)
     with WorkFolder(root, "update", _identity(index, upsert), "embedded|encoded") as work:
         embedded = _embedded(index, upsert, work)
         plan = make_plan(
             index, embedded.reader, delete, unchanged=embedded.unchanged, strict=strict
         )
-        following = NextVersion(
+        next_version = NextVersion(
             index, embedded.reader, {} if upsert is None else upsert.meta, plan, work
         )
-        following.choose(compact, attributes)
-        if following.needed:
-            said = following.publish(measure)
-            report = _report(plan, following, versions.current(root).name, said.get("drift"))
+        next_version.choose(compact, attributes)
+        if next_version.needed:
+            said = next_version.publish(measure)
+            report = _report(plan, next_version, versions.current(root).name, said.get("drift"))
         else:
             versions.collect(root)  # a run that was killed after publishing may have left something
-            report = _report(plan, following)
+            report = _report(plan, next_version)
     remove_work(root, "update")
     return report
 
@@ -179,7 +179,7 @@ def read_ids_to_delete(file: Path) -> list[str]:
     return [line.removesuffix("\r") for line in lines if line.removesuffix("\r")]
 
 
-def _check_kind(index: ProductIndex) -> None:
+def _check_updatable(index: ProductIndex) -> None:
     """Refuse what FAISS cannot take products out of without losing rows."""
     if index.version == index.path:
         raise ArtefactError(
@@ -237,7 +237,7 @@ def _embedded(
 
 def _report(
     plan: Plan,
-    following: NextVersion,
+    next_version: NextVersion,
     version: str | None = None,
     drift: Mapping[str, Any] | None = None,
 ) -> UpdateReport:
@@ -248,14 +248,14 @@ def _report(
         }
     return UpdateReport(
         version=version,
-        given=plan.new + plan.unchanged,
+        given=plan.num_new_rows + plan.unchanged,
         added=plan.added,
         replaced=plan.replaced,
         unchanged=plan.unchanged,
         deleted=plan.deleted,
         unknown=plan.unknown,
-        count=following.count,
-        rows=following.rows,
-        compacted=following.compacted,
+        count=next_version.count,
+        rows=next_version.rows,
+        compacted=next_version.compacted,
         **states,
     )

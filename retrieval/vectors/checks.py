@@ -73,17 +73,9 @@ def checked_vectors(
         )
     if metric == "cosine" and _is_fine_already(vectors, dim):
         return vectors
-    array = np.asarray(vectors)
-    if array.dtype.kind not in "f" and not (
-        isinstance(vectors, list | tuple) and array.dtype.kind in "iu"
-    ):
-        raise ValueError(f"{where}: dtype {array.dtype}; expected float16, float32 or float64")
-    if array.ndim != 2 or (dim is not None and array.shape[1] != dim) or not array.shape[1]:
-        expected = "(B, D)" if dim is None else f"(B, {dim})"
-        raise ValueError(f"{where}: shape {array.shape}; expected {expected}, one vector per row")
+    given = _numbers(vectors, dim, where)
     with np.errstate(over="ignore"):
-        given = array
-        array = np.ascontiguousarray(array, dtype=np.float32)
+        array = np.ascontiguousarray(given, dtype=np.float32)
 
     def refuse(bad: NDArray[np.bool_], problem: str) -> None:
         if bad.any():
@@ -96,12 +88,12 @@ def checked_vectors(
 
     length = _lengths(array)
     if not np.isfinite(length).all():  # a long but finite vector has a finite length, too
-        refuse(~np.isfinite(array).all(axis=1), "holds NaN or infinity")
+        refuse(np.asarray(~np.isfinite(array).all(axis=1)), "holds NaN or infinity")
     refuse(length == 0, "is a zero vector, which is similar to nothing")
     if metric != "cosine" and not normalize:
         return array
     if not normalize:
-        bad = np.abs(length - 1) > NORM_TOLERANCE
+        bad = np.asarray(np.abs(length - 1) > NORM_TOLERANCE)
         worst = length[bad.argmax()] if len(length) else 1.0
         refuse(
             bad,
@@ -115,6 +107,18 @@ def checked_vectors(
         None if np.shares_memory(array, given) else array
     )  # what was made here may be overwritten
     return np.divide(array, length.astype(np.float32)[:, None], out=into)
+
+
+def _numbers(vectors: ArrayLike, dim: int | None, where: str) -> NDArray[Any]:
+    """(B, D) numbers; refuses other dtypes and shapes."""
+    array = np.asarray(vectors)
+    is_list_of_integers = isinstance(vectors, list | tuple) and array.dtype.kind in "iu"
+    if array.dtype.kind != "f" and not is_list_of_integers:
+        raise ValueError(f"{where}: dtype {array.dtype}; expected float16, float32 or float64")
+    if array.ndim != 2 or (dim is not None and array.shape[1] != dim) or not array.shape[1]:
+        expected = "(B, D)" if dim is None else f"(B, {dim})"
+        raise ValueError(f"{where}: shape {array.shape}; expected {expected}, one vector per row")
+    return array
 
 
 def checked_queries(

@@ -141,7 +141,7 @@ def opened(root: Path, memory: int, seconds: int, known: set[str] | None) -> int
 def main(source: Path, folder: Path, cases: int, memory: int, seconds: int) -> None:
     chance = random.Random(0)
     manifest, good = storage.read_manifest(source), ProductIndex.open(source)
-    known = set(good.all_ids().to_pylist())
+    known = set(good.id_table.column.to_pylist())
     names = sorted(manifest.files)
     done, unexpected, most = Counter(refused=0, answered=0, ended=0), [], 0
     for number in range(cases):

@@ -63,7 +63,7 @@ def test_any_text_comes_back_verbatim_at_its_own_vector(tmp_path_factory, figure
         embed(folder / "e", len(ids), min(shards, len(ids)), ids=ids), folder / "index", "Flat"
     )
     index = ProductIndex.open(root)
-    assert index.all_ids().to_pylist() == ids
+    assert index.id_table.column.to_pylist() == ids
     vectors = unit_vectors(len(ids)).astype(np.float16).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     assert index.ids(index.search(vectors, 1).rows).ravel().tolist() == ids
@@ -81,7 +81,7 @@ def test_ids_that_look_alike_stay_apart_in_an_index_with_lists(tmp_path, figures
     index = ProductIndex.open(
         build(embed(tmp_path / "e", len(ids), 3, ids=ids), tmp_path / "index")
     )
-    assert index.all_ids().to_pylist() == ids
+    assert index.id_table.column.to_pylist() == ids
     found = index.search(unit_vectors(len(ids)), 1, nprobe=8)
     assert index.ids(found.rows).ravel().tolist() == ids
     figures["T14 ids returned verbatim"] += len(ids)
@@ -90,7 +90,7 @@ def test_ids_that_look_alike_stay_apart_in_an_index_with_lists(tmp_path, figures
 @pytest.mark.parametrize("factory", [FACTORY, "IVF8,Flat"])
 def test_where_fewer_are_found_no_product_stands_in(tmp_path, factory):
     index = ProductIndex.open(build(embed(tmp_path / "e", 200), tmp_path / "index", factory))
-    last = index.all_ids()[199].as_py()
+    last = index.id_table.column[199].as_py()
     hits = index.search(unit_vectors(20, seed=3), 200, nprobe=1)
     missing = hits.rows < 0
     assert (
@@ -116,7 +116,7 @@ def test_where_fewer_are_found_no_product_stands_in(tmp_path, factory):
 def test_a_row_is_the_place_of_its_id_whatever_order_shards_have(tmp_path):
     ids = [f"{number}" for number in np.random.default_rng(0).permutation(300)]
     root = build(embed(tmp_path / "e", 300, 12, ids=ids), tmp_path / "index")
-    assert ProductIndex.open(root).all_ids().to_pylist() == ids
+    assert ProductIndex.open(root).id_table.column.to_pylist() == ids
     assert all(row[0] is not None for row in answers(root)[0])
 
 

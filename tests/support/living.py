@@ -167,7 +167,9 @@ class LivingIndex(RuleBasedStateMachine):
     def served(self, *truths):
         """What a killed update leaves is one of these as a whole."""
         index = ProductIndex.open(self.root, fall_back=False)
-        assert set(index.all_ids().drop_null().to_pylist()) in [set(truth) for truth in truths]
+        assert set(index.id_table.column.drop_null().to_pylist()) in [
+            set(truth) for truth in truths
+        ]
 
     def check_report(self, report: UpdateReport, reader, delete, old, killed):
         assert report.count == len(self.after(reader, delete))
@@ -195,7 +197,7 @@ class LivingIndex(RuleBasedStateMachine):
         )  # maybe by the run that was killed
         now = {
             product: row
-            for row, product in enumerate(index.all_ids().to_pylist())
+            for row, product in enumerate(index.id_table.column.to_pylist())
             if product is not None
         }
         same = [
@@ -245,7 +247,7 @@ class LivingIndex(RuleBasedStateMachine):
     @rule()
     def compact(self):
         self.change({}, [], compact=True)
-        assert len(ProductIndex.open(self.root).all_ids()) == len(self.truth)
+        assert len(ProductIndex.open(self.root).id_table.column) == len(self.truth)
 
     @invariant()
     def finds_what_the_dict_holds(self):
@@ -270,7 +272,7 @@ class LivingIndex(RuleBasedStateMachine):
         What is left of the one that was embedded, bit for bit.
         """
         refine = index.engine.refine
-        ids = index.all_ids().to_pylist()
+        ids = index.id_table.column.to_pylist()
         kept = refine.reconstruct_n(0, refine.ntotal)
         stored = {
             product: vector
