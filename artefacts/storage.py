@@ -162,9 +162,10 @@ def read_manifest(path: Path | str, artefact_type: str | None = None) -> Manifes
             or another type.
     """
     path = Path(path)
-    wanted = (
-        "a finished artefact" if artefact_type is None else f"a finished {artefact_type} folder"
-    )
+    if artefact_type is None:
+        wanted = "a finished artefact"
+    else:
+        wanted = f"a finished {artefact_type} folder"
     if not path.is_dir():
         raise ArtefactError(f"{path}: no such folder; expected {wanted}")
     try:

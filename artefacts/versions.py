@@ -87,7 +87,10 @@ def publish(
     if keep < 1:
         raise ValueError(f"keep={keep}; expected at least 1, the version in use")
     _check_place(root, artefact_type)
-    started_from = _pointer(root) if base is None else f"{base}\n".encode()
+    if base is None:
+        started_from = _pointer(root)
+    else:
+        started_from = f"{base}\n".encode()
     _check_base(root, started_from)
     with temporary(root / VERSIONS / "version", folder=True) as new:
         yield new.path
@@ -117,7 +120,10 @@ def current(root: Path | str) -> Path:
         if pointer == _pointer(root):  # else that version was overtaken and removed meanwhile
             break
     if pointer is None:
-        problem = f"{root} has no {CURRENT}" if root.is_dir() else f"{root}: no such folder"
+        if root.is_dir():
+            problem = f"{root} has no {CURRENT}"
+        else:
+            problem = f"{root}: no such folder"
     elif name is None:
         problem = (
             f"{root / CURRENT} is damaged: expected the name of a version such as 000001, found "
@@ -279,8 +285,14 @@ def _check_artefact_type(folder: Path, artefact_type: str) -> None:
 
 def _other_things(root: Path) -> list[str]:
     """Names in a place without a version that no publish has put there."""
-    entries = [entry.name for entry in root.iterdir()] if root.is_dir() else []
-    inside = [entry.name for entry in (root / VERSIONS).iterdir()] if VERSIONS in entries else []
+    if root.is_dir():
+        entries = [entry.name for entry in root.iterdir()]
+    else:
+        entries = []
+    if VERSIONS in entries:
+        inside = [entry.name for entry in (root / VERSIONS).iterdir()]
+    else:
+        inside = []
     others = [name for name in entries if name != VERSIONS and not is_temporary(name)]
     return sorted(others + [f"{VERSIONS}/{name}" for name in inside if not is_temporary(name)])
 

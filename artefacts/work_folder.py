@@ -119,7 +119,10 @@ class WorkFolder:
             logger.info(
                 "removed from an unfinished %s of something else: %s", self._task, self.path / name
             )
-            remove = files.system.rmtree if (self.path / name).is_dir() else files.system.unlink
+            if (self.path / name).is_dir():
+                remove = files.system.rmtree
+            else:
+                remove = files.system.unlink
             remove(self.path / name)
         storage.write_json(begun, self.identity)
 

@@ -70,9 +70,10 @@ def parts_weigh(weight: float) -> str:
 
 def without(catalogue: str, *towers: str) -> list[str]:
     """The configuration in use for items that never have what these towers read."""
-    left = [
-        pair for pair in compared(catalogue) if not {pair["query"], pair["product"]} & set(towers)
-    ]
+    left = []
+    for pair in compared(catalogue):
+        if not {pair["query"], pair["product"]} & set(towers):
+            left.append(pair)
     return [*(f"--model.product.{tower}=null" for tower in towers), compare(left)]
 
 

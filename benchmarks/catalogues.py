@@ -368,7 +368,10 @@ class Bench:
             if query_types and not self.done("arms", f"{name}/0"):
                 figures, values = figures_of(evaluation.queries, query_types)
                 about = {"command": "", "seconds": round(time.monotonic() - started, 1)}
-                chosen = evaluation.report["chosen"] if name == "floor" else {}
+                if name == "floor":
+                    chosen = evaluation.report["chosen"]
+                else:
+                    chosen = {}
                 self.store(
                     "arms",
                     f"{name}/0",

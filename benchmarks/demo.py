@@ -40,8 +40,14 @@ def main(folder: Path) -> int:
     for column in ("modalities", "oracle", "trained", "of the oracle"):
         table.add_column(column, justify="left" if column == "modalities" else "right")
     for subset, best in oracle.items():
-        trained = fused if subset == "+".join(SINGLES) else singles.get(subset)
-        share = [] if trained is None else [f"{trained:.3f}", f"{trained / best:.2f}"]
+        if subset == "+".join(SINGLES):
+            trained = fused
+        else:
+            trained = singles.get(subset)
+        if trained is None:
+            share = []
+        else:
+            share = [f"{trained:.3f}", f"{trained / best:.2f}"]
         table.add_row(subset, f"{best:.3f}", *share)
     table.add_row("all three, through the index", "", f"{ann:.3f}", "")
     Console().print(table)

@@ -271,7 +271,10 @@ def _versions(python: Path, packages: list[str]) -> dict[str, str]:
     answer = subprocess.run(
         [python, "-I", "-c", code, *packages], capture_output=True, text=True, timeout=120
     )
-    found: dict[str, str] = json.loads(answer.stdout) if answer.returncode == 0 else {}
+    if answer.returncode == 0:
+        found: dict[str, str] = json.loads(answer.stdout)
+    else:
+        found = {}
     return found
 
 

@@ -33,7 +33,10 @@ class Ledger:
         self.file = file
         self.again = again
         self.commit = commit()  # of the start: the ledger itself changes while a run goes on
-        text = file.read_text(encoding="utf-8") if file.is_file() else "[]"
+        if file.is_file():
+            text = file.read_text(encoding="utf-8")
+        else:
+            text = "[]"
         self.reads: list[dict[str, Any]] = json.loads(text)
         self.of_this_run: dict[tuple[str, int | None], dict[str, Any]] = {}
 

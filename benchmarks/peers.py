@@ -108,7 +108,10 @@ class Trials:
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        text = file.read_text(encoding="utf-8") if file.is_file() else "{}"
+        if file.is_file():
+            text = file.read_text(encoding="utf-8")
+        else:
+            text = "{}"
         self.data: dict[str, dict[str, Any]] = json_format.loads(text)
 
     def make(self, bench: Bench, name: str) -> None:

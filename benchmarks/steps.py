@@ -104,7 +104,10 @@ def main(arguments: list[str] | None = None) -> int:
 def measure(arm: str, model: str, batch: int, chunk: int | None, steps: int) -> dict[str, Any]:
     """The median step of an arm."""
     torch.manual_seed(0)
-    step = of_open_clip(model, batch) if arm == "open_clip" else of_ours(arm, model, batch, chunk)
+    if arm == "open_clip":
+        step = of_open_clip(model, batch)
+    else:
+        step = of_ours(arm, model, batch, chunk)
     if DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
     seconds = []
@@ -213,7 +216,10 @@ def show(rows: list[dict[str, Any]]) -> None:
             "" if row[name] is None else f"{row[name]:.2f}"
             for name in ("of_tuned", "over_open_clip")
         )
-        peak = f"{row['peak_bytes'] / 1e9:.1f}" if row["peak_bytes"] else ""
+        if row["peak_bytes"]:
+            peak = f"{row['peak_bytes'] / 1e9:.1f}"
+        else:
+            peak = ""
         table.add_row(
             row["arm"], f"{row['seconds']:.3f}", f"{row['pairs_per_s']:,.0f}", *ratios, peak
         )

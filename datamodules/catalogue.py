@@ -160,7 +160,10 @@ def attribute_keys(attributes: Mapping[str, Any]) -> list[int]:
     brand = attributes.get("brand")
     path = attributes.get("category")
     model = next((attributes[name] for name in MODEL if attributes.get(name)), None)
-    levels = [path] if isinstance(path, str) and path else list(path or ())
+    if isinstance(path, str) and path:
+        levels = [path]
+    else:
+        levels = list(path or ())
     return [
         stable_hash(f"{brand}\0{model}".lower()) if brand and model else NO_KEY,
         stable_hash("\0".join(levels)) if levels else NO_KEY,

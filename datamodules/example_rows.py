@@ -114,7 +114,10 @@ def judgement_examples(
     top_positions = max(float(relevance.max(initial=0.0)), 1e-9)
     weight = np.where(relevance > 0, (relevance / top_positions) ** options.power, 0.0)
     weight = weight.astype(np.float32)
-    label = weight if options.labelled else np.full(len(weight), np.nan, np.float32)
+    if options.labelled:
+        label = weight
+    else:
+        label = np.full(len(weight), np.nan, np.float32)
     is_product_query = query_product >= 0
     return ExampleRows(
         product[keep],

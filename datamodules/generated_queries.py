@@ -154,7 +154,10 @@ def generate_queries(
                 break
             named.append(code)
             having = table.products_of[code]
-            match = having if match is None else _intersection(match, having)
+            if match is None:
+                match = having
+            else:
+                match = _intersection(match, having)
         if match is not None and len(match) <= MAX_PRODUCTS:
             text = " ".join(table.words[code] for code in [*named, *head])
             matching.setdefault(text, rows[match])

@@ -164,13 +164,14 @@ def _render(
     if enough is not None and image.format in ("JPEG", "MPO"):
         image.draft("RGB", (enough, enough))  # JPEG can shrink by 2, 4 or 8 while it decodes
     _load(image)
-    upright = image if _orientation(image) == 1 else ImageOps.exif_transpose(image)
+    upright: Image.Image = image
+    if _orientation(image) != 1:
+        upright = ImageOps.exif_transpose(image)
     pixels = _to_rgb(upright, background)
     if max_side is None or max(pixels.size) <= max_side:
         return pixels
-    scale = max_side / max(
-        pixels.size
-    )  # rounded up: what is stored must pass the limits on shape again
+    # Sides are rounded up: what is stored must pass the limits on shape again.
+    scale = max_side / max(pixels.size)
     width, height = (max(LIMITS.min_side, math.ceil(side * scale - 1e-9)) for side in pixels.size)
     return pixels.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=3.0)
 

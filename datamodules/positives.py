@@ -130,7 +130,10 @@ class Judgements:
             query: row of `queries/`, or `NO_ROW`.
             query_product: row of `products/`, where `query` is `NO_ROW`.
         """
-        number = query_product if query == NO_ROW else self.num_products + query
+        if query == NO_ROW:
+            number = query_product
+        else:
+            number = self.num_products + query
         own = slice(*np.searchsorted(self.number, (number, number + 1)))
         missing = self.width - (own.stop - own.start)
         keys = [*self.key[own].tolist(), *[NO_KEY] * missing]

@@ -16,7 +16,10 @@ from tritower.datamodules.batch import MODALITIES, AttributeTensors, Item, Items
 
 def stable_hash(text: str | bytes) -> int:
     """A positive 63-bit hash that is the same in every process and release; never 0."""
-    data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
+    if isinstance(text, str):
+        data = text.encode("utf-8", "surrogatepass")
+    else:
+        data = text
     digest = hashlib.blake2b(data, digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1 or 1
 
@@ -96,7 +99,10 @@ class ItemPreprocess:
             present[:, 1] = [count > 0 for count in counts]
             if present[:, 1].any():
                 image_row = torch.from_numpy(np.repeat(np.arange(len(items)), counts))
-                picture_rngs = None if rngs is None else [rngs[row] for row in image_row.tolist()]
+                if rngs is None:
+                    picture_rngs = None
+                else:
+                    picture_rngs = [rngs[row] for row in image_row.tolist()]
                 image = self.image(
                     [picture for item in items for picture in item.images], picture_rngs
                 )
@@ -131,8 +137,14 @@ class ItemPreprocess:
 
         (B,) bool, which have.
         """
-        texts = [] if tower is None else [tower.render(item, self.side) for item in items]
-        there = np.array([text != "" for text in texts]) if texts else np.zeros(len(items), bool)
+        if tower is None:
+            texts = []
+        else:
+            texts = [tower.render(item, self.side) for item in items]
+        if texts:
+            there = np.array([text != "" for text in texts])
+        else:
+            there = np.zeros(len(items), bool)
         return (tower(texts) if tower is not None and there.any() else None), there
 
 

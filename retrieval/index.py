@@ -173,7 +173,10 @@ class ProductIndex:
 
     @cached_property
     def _filtered_search(self) -> FilteredSearch:
-        alive = None if len(self) == len(self.id_table) else self.id_table.alive()
+        if len(self) == len(self.id_table):
+            alive = None
+        else:
+            alive = self.id_table.alive()
         return FilteredSearch(self.engine, self.attributes, alive)
 
     def resolve(

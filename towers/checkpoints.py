@@ -112,7 +112,10 @@ def checkpoint_to_resume(run_folder: Path, checkpoints: Path, resume: bool) -> P
     Raises:
         ValueError: the folder holds a run that is not to be resumed, or only damaged checkpoints.
     """
-    existing = sorted(checkpoints.glob("*.ckpt")) if checkpoints.is_dir() else []
+    if checkpoints.is_dir():
+        existing = sorted(checkpoints.glob("*.ckpt"))
+    else:
+        existing = []
     if not resume:
         if existing:
             raise ValueError(
@@ -139,7 +142,7 @@ def newest_valid_checkpoint(paths: list[Path]) -> Path | None:
         try:
             steps[path] = _read_step(path)
         except Exception as error:  # a torn file raises whatever its first wrong byte leads to
-            problem = str(error).splitlines()[0] if str(error) else error
+            problem = (str(error) or type(error).__name__).splitlines()[0]
             logger.warning("skipped %s: it cannot be read (%s)", path, problem)
     if paths and not steps:
         raise ValueError(f"None of the checkpoints can be read: {', '.join(map(str, paths))}.")

@@ -97,7 +97,10 @@ def embed_rows(
     for shard, shard_rows in rows.items():
         if not all(own.done(names[shard]) for own in writers):
             missing[shard] = shard_rows
-    side: Side = "product" if writer.id_column == "product_id" else "query"
+    if writer.id_column == "product_id":
+        side: Side = "product"
+    else:
+        side = "query"
     logger.info("%s: %d of %d shards to embed", writer.path.name, len(missing), len(rows))
     trainer = L.Trainer(
         accelerator=options.accelerator,
@@ -262,7 +265,10 @@ class ShardWriter(L.Callback):
                 f"{encoded_rows} of {wanted} rows of shard {shard} were encoded: nothing is "
                 "written."
             )
-        kept = is_encoded if self.is_query else np.ones(len(number), bool)
+        if self.is_query:
+            kept = is_encoded
+        else:
+            kept = np.ones(len(number), bool)
         self._write_rows(self.writer, shard, number[kept], embedding[kept])
         for tower, writer in self.untrained.items():
             has_feature = features[tower].any(axis=1)
@@ -277,7 +283,10 @@ class ShardWriter(L.Callback):
             return
         start, stop = self.table.shard_starts[shard : shard + 2]
         # Products that are used as queries keep their ids.
-        id_column = "product_id" if "product_id" in self.table.names else "query_id"
+        if "product_id" in self.table.names:
+            id_column = "product_id"
+        else:
+            id_column = "query_id"
         ids = self.table.column(id_column)[start:stop].to_pylist()
         own_ids = [ids[row] for row in (self._rows_of(number) - start).tolist()]
         if self.is_query:

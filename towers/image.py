@@ -55,13 +55,15 @@ class PicturePreprocess:
         self, images: Sequence[bytes], rngs: Sequence[np.random.Generator] | None = None
     ) -> Tensor:
         """(N, 3, S, S) uint8; varied where `rngs` are given."""
-        vary = rngs if rngs is not None and self.augment else [None] * len(images)
-        pictures = (
-            decode(data, draft=2 * self.size) for data in images
-        )  # many pixels more than S are not even decoded
-        return torch.stack(
-            [self.square(picture, rng) for picture, rng in zip(pictures, vary, strict=True)]
-        )
+        squares = []
+        for position, data in enumerate(images):
+            rng = None
+            if rngs is not None and self.augment:
+                rng = rngs[position]
+            # A draft decodes a JPEG at a fraction of its size, still above 2 S.
+            picture = decode(data, draft=2 * self.size)
+            squares.append(self.square(picture, rng))
+        return torch.stack(squares)
 
     def square(self, picture: Image.Image, rng: np.random.Generator | None) -> Tensor:
         """An RGB picture as (3, S, S) uint8."""
@@ -177,7 +179,10 @@ class ImageTower(Tower):
         """See `Tower.at`: whole pictures in the last tenth."""
         for module in self.modules():
             if isinstance(module, PatchDropout):
-                module.prob = self.patch_dropout if progress < WHOLE_PICTURES else 0.0
+                if progress < WHOLE_PICTURES:
+                    module.prob = self.patch_dropout
+                else:
+                    module.prob = 0.0
 
     def normalize(self, pixels: Tensor) -> Tensor:
         """(N, 3, S, S) uint8 -> float32 with the model's mean and standard deviation.
@@ -255,7 +260,10 @@ class TimmImage(ImageTower):
     ) -> None:
         if isinstance(pretrained, Path) and not pretrained.is_file():
             raise FileNotFoundError(f"pretrained={pretrained}: no such weights file.")
-        overlay = {"file": str(pretrained)} if isinstance(pretrained, Path) else None
+        if isinstance(pretrained, Path):
+            overlay = {"file": str(pretrained)}
+        else:
+            overlay = None
         backbone = timm.create_model(
             model,
             pretrained=bool(pretrained),

@@ -76,7 +76,10 @@ class LossTerms(nn.Module):
         for term in self.terms:
             loss = term.loss
             if loss is None:
-                loss = copy.deepcopy(shared) if shared in losses else shared
+                if shared in losses:
+                    loss = copy.deepcopy(shared)
+                else:
+                    loss = shared
             losses.append(loss)
         for loss in losses:
             _check_metric(loss, metric)

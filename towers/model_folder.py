@@ -127,9 +127,10 @@ def load_model(folder: Path | str) -> TwoTower:
     model.set_schema(schema)
     weights = load_file(folder / "model.safetensors")
     for side, encoder in encoders.items():
-        own = {
-            k.removeprefix(f"{side}."): v for k, v in weights.items() if k.startswith(f"{side}.")
-        }
+        own = {}
+        for k, v in weights.items():
+            if k.startswith(f"{side}."):
+                own[k.removeprefix(f"{side}.")] = v
         encoder.load_state_dict(own)
     return model.eval()
 

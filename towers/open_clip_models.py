@@ -179,7 +179,10 @@ class OpenClipImage(ImageTower):
         self_config = open_clip_config(model)
         visual: Any = create_open_clip(model, pretrained).visual
         cfg = {**self_config.get("preprocess_cfg", {}), **visual.preprocess_cfg}
-        size = cfg["size"] if isinstance(cfg["size"], int) else cfg["size"][0]
+        if isinstance(cfg["size"], int):
+            size = cfg["size"]
+        else:
+            size = cfg["size"][0]
         resize = RESIZE[cfg.get("resize_mode", "shortest")]
         preprocess = PicturePreprocess(size, resize, cfg.get("interpolation", "bicubic"), augment)
         super().__init__(preprocess, mean=cfg["mean"], std=cfg["std"])

@@ -53,7 +53,10 @@ def parameter_groups(
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        lr = options.pretrained_lr if id(parameter) in pretrained else options.lr
+        if id(parameter) in pretrained:
+            lr = options.pretrained_lr
+        else:
+            lr = options.lr
         decays = parameter.ndim > 1 and not name.endswith("bias")
         decay = options.weight_decay if decays else 0.0
         groups.setdefault((lr, decay), []).append(parameter)

@@ -81,9 +81,10 @@ class Tower(nn.Module):
             raise ValueError(f"freeze_lower={share} is a share of the blocks: choose 0 to 1.")
         if share == 0:
             return
-        stacks = [
-            m for m in self.modules() if isinstance(m, nn.Sequential | nn.ModuleList) and len(m) > 1
-        ]
+        stacks = []
+        for m in self.modules():
+            if isinstance(m, nn.Sequential | nn.ModuleList) and len(m) > 1:
+                stacks.append(m)
         if not stacks:
             raise ValueError(
                 f"{type(self).__name__} has no stack of blocks: freeze all of it, or nothing."

@@ -77,7 +77,10 @@ class Ours(Arm):
         """See `Arm`; the vectors come from the embeddings folder that holds the same ones."""
         faiss.omp_set_num_threads(task.threads)
         reader = EmbeddingReader(task.data / "embeddings")
-        queries = None if self._target is None else EmbeddingReader(task.data / "tuning")
+        if self._target is None:
+            queries = None
+        else:
+            queries = EmbeddingReader(task.data / "tuning")
         options = self._recipe
         if self._target is None and choose_factory(reader.count, reader.dim).factory == "Flat":
             options = replace(

@@ -380,7 +380,12 @@ class AutoFaiss(FaissArm):
 
     def grid(self) -> Sequence[Sequence[OperatingPoint]]:
         """Its own choice first, then the same with other numbers of probes."""
-        name, values = ("nprobe", NUM_QUERIES) if "nprobe=" in self._chosen else ("efSearch", EFS)
+        if "nprobe=" in self._chosen:
+            name = "nprobe"
+            values = NUM_QUERIES
+        else:
+            name = "efSearch"
+            values = EFS
         others = [re.sub(rf"\b{name}=\d+", f"{name}={value}", self._chosen) for value in values]
         return [[{"parameters": text}] for text in dict.fromkeys([self._chosen, *others])]
 
@@ -577,7 +582,10 @@ def main(arguments: list[str], arms: dict[str, Callable[[], Arm]]) -> int:
     """The command; returns its exit code."""
     task = Task.read(Path(arguments[0]))
     arm = arms[task.arm]()
-    answer = build(arm, task) if task.stage == "build" else measure(arm, task)
+    if task.stage == "build":
+        answer = build(arm, task)
+    else:
+        answer = measure(arm, task)
     answer["packages"] = {name: version(name) for name in arm.packages} | {"numpy": np.__version__}
     temporary = task.output.with_suffix(".tmp")
     temporary.write_text(json.dumps(answer), encoding="utf-8")

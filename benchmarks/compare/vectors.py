@@ -81,7 +81,10 @@ def prepare(source: EncodedSource, folder: Path) -> dict[str, Any]:
     """Write what is missing; returns what data.json says."""
     if not (folder / DATA_FILE).exists():
         folder.mkdir(parents=True, exist_ok=True)
-        blocks, queries, tuning = synthetic(source) if source.real is None else jittered(source)
+        if source.real is None:
+            blocks, queries, tuning = synthetic(source)
+        else:
+            blocks, queries, tuning = jittered(source)
         exact, digest = _write(source, folder, blocks, queries)
         np.save(folder / "queries.npy", queries)
         np.save(folder / "exact.npy", exact)
@@ -141,7 +144,10 @@ def jittered(source: EncodedSource) -> tuple[Iterator[Vectors], Vectors, Vectors
     Queries are those of the folder; without any, copies with noise of products drawn at random.
     """
     assert source.real is not None
-    products = source.real / "products" if (source.real / "products").is_dir() else source.real
+    if (source.real / "products").is_dir():
+        products = source.real / "products"
+    else:
+        products = source.real
     base = _read(products)
     base = base[np.random.default_rng(source.seed).permutation(len(base))]
     if (source.real / "queries").is_dir():

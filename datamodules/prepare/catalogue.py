@@ -65,9 +65,10 @@ class Reading:
     def attribute(self, attribute_type: str, cell: Cell, columns: Columns) -> Value | None:
         """The value of an attribute; None where it is missing."""
         if attribute_type in ("path", "set"):
-            separator = (
-                columns.path_separator if attribute_type == "path" else columns.value_separator
-            )
+            if attribute_type == "path":
+                separator = columns.path_separator
+            else:
+                separator = columns.value_separator
             parts = [clean for part in parse_list(cell, separator) if (clean := self._clean(part))]
             return (parts if attribute_type == "path" else list(dict.fromkeys(parts))) or None
         if isinstance(cell, list) and len(cell) == 1:
@@ -158,7 +159,10 @@ class ProductParser:
         None where the table has none.
         """
         column = self.columns.one(role)
-        cell = None if column is None else record.cells.get(column.column)
+        if column is None:
+            cell = None
+        else:
+            cell = record.cells.get(column.column)
         if column is None or cell is None or cell == "":
             return None
         if role == "split":
@@ -182,7 +186,10 @@ def read_split(notebook: Notebook, column: str, cell: Cell) -> str:
 
 
 def _split(cell: Cell) -> str:
-    split = SPLITS.get(cell.strip().lower()) if isinstance(cell, str) else None
+    if isinstance(cell, str):
+        split = SPLITS.get(cell.strip().lower())
+    else:
+        split = None
     if split is None:
         raise BadValue("SPLIT_UNKNOWN", f"{excerpt(cell)} is none of {', '.join(SPLITS)}")
     return split
@@ -208,7 +215,10 @@ class _Cells:
 
 def _object(cell: Cell) -> Mapping[str, Cell]:
     try:
-        value = parse_json(cell) if isinstance(cell, str) and cell.strip() else cell or {}
+        if isinstance(cell, str) and cell.strip():
+            value = parse_json(cell)
+        else:
+            value = cell or {}
     except ValueError as error:
         raise BadValue("JSON_INVALID", f"{error}: {excerpt(cell)}") from None
     if not isinstance(value, Mapping):

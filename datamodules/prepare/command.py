@@ -179,7 +179,10 @@ def prepare(
         ArtefactError: `output` is in the way.
     """
     start = time.monotonic()
-    threshold = None if run.max_problems is None else Threshold.parse(run.max_problems)
+    if run.max_problems is None:
+        threshold = None
+    else:
+        threshold = Threshold.parse(run.max_problems)
     policy = SplitPolicy(splits.val_share, splits.test_share, splits.seed, pictures.join_pictures)
     policy.check()
     table, *judged_tables = _open_tables(products, judged, text)
@@ -187,7 +190,10 @@ def prepare(
 
     # The role of every column, given or guessed from a pass over the table.
     profiles, rows = profile(table)
-    override = None if columns.columns is None else Override.load(columns.columns)
+    if columns.columns is None:
+        override = None
+    else:
+        override = Override.load(columns.columns)
     roles = guess_columns(table, profiles, rows, override)
     _show(f"{table}: {rows:,} rows", columns_grid(roles, rows), "")
     if columns.write_columns is not None:
@@ -232,7 +238,10 @@ def prepare(
 
 def _picture_reader(products: Path, options: PictureOptions, roles: Columns) -> PictureReader:
     limits = LIMITS._replace(max_pixels=options.max_pixels, max_bytes=options.max_bytes)
-    root = products.parent if options.image_root is None else options.image_root
+    if options.image_root is None:
+        root = products.parent
+    else:
+        root = options.image_root
     background = _color(options.background)
     reader = PictureReader(root, options.image_size, roles.value_separator, background, limits)
     reader.check()

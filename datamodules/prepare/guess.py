@@ -301,7 +301,10 @@ def _second_thoughts(
 
 def _rank(column: Column, named: Sequence[str]) -> tuple[int, int, int]:
     """Columns that the user names come first, then titles, then the order of the table."""
-    place = named.index(column.name) if column.name in named else len(named)
+    if column.name in named:
+        place = named.index(column.name)
+    else:
+        place = len(named)
     title = (
         column.role == "text" and column.key is None and plain_name(column.name) in _NAMES["text"]
     )

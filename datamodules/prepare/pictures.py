@@ -58,14 +58,20 @@ class PictureReader:
         try:
             for part in self._parts(cell):
                 try:
-                    data = part if isinstance(part, bytes) else self._file(part)
+                    if isinstance(part, bytes):
+                        data = part
+                    else:
+                        data = self._file(part)
                     pictures.append(
                         downsize(
                             data, self.max_side, background=self.background, limits=self.limits
                         )
                     )
                 except ImageError as error:
-                    named = "" if isinstance(part, bytes) else f": {_named(part)}"
+                    if isinstance(part, bytes):
+                        named = ""
+                    else:
+                        named = f": {_named(part)}"
                     problems.append(BadValue(error.code, error.reason + named))
                 except BadValue as error:
                     problems.append(error)

@@ -171,9 +171,15 @@ class Preparation:
         return query_split
 
     def _read_queries(self, table: Table, spool: Spool, pairs: bool) -> None:
-        parts = find_parts(table, ASKED) if pairs else find_parts(table, ASKED, ["query_id"])
+        if pairs:
+            parts = find_parts(table, ASKED)
+        else:
+            parts = find_parts(table, ASKED, ["query_id"])
         self._note_unread(table, parts)
-        records = self.queries.new_queries(table.records(), parts) if pairs else table.records()
+        if pairs:
+            records = self.queries.new_queries(table.records(), parts)
+        else:
+            records = table.records()
         parser = QueryParser(table.path.name, parts, self.reading)
         workers = self.num_workers if "image" in parts else 0
         for row in show_progress(

@@ -113,7 +113,10 @@ class QueryParser:
             notebook.note("", record.fault)
             return notebook.row(None)
         if not notebook.id:
-            missing = "a query needs an id" if "query_id" in self.parts else "nothing is asked"
+            if "query_id" in self.parts:
+                missing = "a query needs an id"
+            else:
+                missing = "nothing is asked"
             notebook.note(self.parts.get("query_id", ""), BadValue("ID_MISSING", missing))
             return notebook.row(None)
         source = notebook.read(self.parts.get("source", ""), _one_id, cells["source"])

@@ -232,7 +232,10 @@ def _grid(
         width = max([cell_len(name), *(cell_len(line[number]) for line in lines)])
         width = max(12, min(width, room)) if last else width
         room -= width + 2
-        justify: Literal["left", "right"] = "right" if name in right else "left"
+        if name in right:
+            justify: Literal["left", "right"] = "right"
+        else:
+            justify = "left"
         grid.add_column(
             name,
             justify=justify,

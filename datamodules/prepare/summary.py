@@ -67,11 +67,10 @@ def summary(report: Report, seconds: float, output: Path) -> dict[str, str]:
     """What a person wants to know of a run, by name."""
     products = report["products"]
     queries = report["queries"]
-    leaking = [
-        f"{leak_type} {leak['count']:,}"
-        for leak_type, leak in report["leaks"].items()
-        if leak["count"]
-    ]
+    leaking = []
+    for leak_type, leak in report["leaks"].items():
+        if leak["count"]:
+            leaking.append(f"{leak_type} {leak['count']:,}")
     facts = {
         "products": f"{report['accepted']:,}, with picture {products['with_picture']:,}, with text "
         f"{products['with_text']:,}, with attributes {products['with_attributes']:,}",

@@ -78,7 +78,10 @@ class Table:
             self.columns = _parquet_columns(self.path)
         else:
             self.encoding = _encoding_of(self.path, self.encoding)
-            self.columns = self._json_columns() if self.format == "jsonl" else self._header()
+            if self.format == "jsonl":
+                self.columns = self._json_columns()
+            else:
+                self.columns = self._header()
 
     def __str__(self) -> str:
         if self.format in ("csv", "tsv"):
@@ -114,7 +117,10 @@ class Table:
     def _header(self) -> list[str]:
         try:
             if self.delimiter is None:
-                self.delimiter = "\t" if self.format == "tsv" else self._guess_delimiter()
+                if self.format == "tsv":
+                    self.delimiter = "\t"
+                else:
+                    self.delimiter = self._guess_delimiter()
             if len(self.delimiter) != 1:
                 raise CatalogueError(f"--delimiter {self.delimiter!r} must be one character")
             with self._open() as stream:

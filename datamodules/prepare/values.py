@@ -93,10 +93,21 @@ def parse_number(
         BadValue: {PRICE,NUMBER}_{UNPARSEABLE,AMBIGUOUS,OUT_OF_RANGE}.
     """
     prefix = role.upper()
-    value = float(text) if isinstance(text, Number) else _read_number(text.strip(), decimal, prefix)
-    low, high = (0.0, MAX_PRICE) if role == "price" else (-MAX_NUMBER, MAX_NUMBER)
+    if isinstance(text, Number):
+        value = float(text)
+    else:
+        value = _read_number(text.strip(), decimal, prefix)
+    if role == "price":
+        low = 0.0
+        high = MAX_PRICE
+    else:
+        low = -MAX_NUMBER
+        high = MAX_NUMBER
     if not math.isfinite(value) or value > high or value < low or (role == "price" and value == 0):
-        bounds = f"above 0 and at most {high:g}" if role == "price" else f"within ±{high:g}"
+        if role == "price":
+            bounds = f"above 0 and at most {high:g}"
+        else:
+            bounds = f"within ±{high:g}"
         raise BadValue(f"{prefix}_OUT_OF_RANGE", f"{excerpt(text)} is not {bounds}")
     return value
 
@@ -136,7 +147,12 @@ def _read_digits(digits: str, decimal: Decimal, prefix: str, text: str) -> float
         return _one_separator(single, decimal, prefix, text, spaced)
     for sign in ("point", "comma"):
         if decimal in ("auto", sign) and _GROUPED[sign].fullmatch(digits):
-            thousands, point = (",", ".") if sign == "point" else (".", ",")
+            if sign == "point":
+                thousands = ","
+                point = "."
+            else:
+                thousands = "."
+                point = ","
             return float(digits.replace(thousands, "").replace(point, "."))
     raise BadValue(f"{prefix}_UNPARSEABLE", f"{excerpt(text)} is not a number" + _with(decimal))
 
@@ -207,7 +223,10 @@ def parse_list(cell: Cell, separator: str) -> list[str]:
     """
     if isinstance(cell, str):
         text = cell.strip()
-        listed = _json_list(text) if text.startswith("[") and text.endswith("]") else None
+        if text.startswith("[") and text.endswith("]"):
+            listed = _json_list(text)
+        else:
+            listed = None
         if listed is None:
             parts: Sequence[Cell] = text.split(separator.strip() or separator)
         else:

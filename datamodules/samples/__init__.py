@@ -159,8 +159,14 @@ def product_row(listing: Listing) -> Sequence[str]:
 
 def query_row(query: Query, listings: Sequence[Listing]) -> Sequence[str]:
     """A query in the order of `QUERY_COLUMNS`."""
-    image = f"images/{query.query_id}.jpg" if query.type == "image" else ""
-    source = listings[query.source].product_id if query.type == "product" else ""
+    if query.type == "image":
+        image = f"images/{query.query_id}.jpg"
+    else:
+        image = ""
+    if query.type == "product":
+        source = listings[query.source].product_id
+    else:
+        source = ""
     return (query.query_id, query.type, query.text, image, source, query.split)
 
 

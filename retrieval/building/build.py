@@ -75,7 +75,10 @@ def build_index(
             f"{output} already exists and holds an index: choose another place, or publish a new "
             "version (overwrite)"
         )
-    provider = known_source(reader.meta) if attributes is None else open_source(attributes)
+    if attributes is None:
+        provider = known_source(reader.meta)
+    else:
+        provider = open_source(attributes)
     meta: dict[str, Any] = {"format": FORMAT}
     with (
         _removing_new_folders(output),

@@ -175,7 +175,10 @@ def choose(predictor: Predictor) -> ChosenIndex:
     compared.sort(key=lambda candidate: -candidate.queries_per_second)
     if winner is None or winner.point is None or trained is None:
         known = [candidate.best for candidate in compared if candidate.best is not None]
-        latency = "" if target.latency_ms is None else f" within {target.latency_ms:g} ms"
+        if target.latency_ms is None:
+            latency = ""
+        else:
+            latency = f" within {target.latency_ms:g} ms"
         raise ValueError(
             f"no index reaches recall@{target.k} of {target.recall:g}{latency}; the best one would "
             f"have {max(known, default=0.0):.3f}: ask for less recall, or allow more latency or "

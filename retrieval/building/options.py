@@ -46,7 +46,10 @@ class BuildOptions:
         nprobe = self.nprobe
         if lists and nprobe is None:
             nprobe = default_nprobe(lists)
-        k_factor = Settings().k_factor if self.k_factor is None else self.k_factor
+        if self.k_factor is None:
+            k_factor = Settings().k_factor
+        else:
+            k_factor = self.k_factor
         return Settings(nprobe, k_factor).checked(lists)
 
 

@@ -112,7 +112,10 @@ def check(need: Requirements, place: Path, limit: int | None = None) -> None:
     else:
         have = int(MEMORY_SHARE * free)
     if have is not None and need.memory > have:
-        whose = "allowed" if limit is not None else f"there ({MEMORY_SHARE:.0%} of what is free)"
+        if limit is not None:
+            whose = "allowed"
+        else:
+            whose = f"there ({MEMORY_SHARE:.0%} of what is free)"
         raise ValueError(
             f"the build needs about {decimal(need.memory)} of memory, {decimal(have)} is {whose}: "
             "lower train_sample "

@@ -98,7 +98,10 @@ def summary(report: Mapping[str, Any]) -> str:
     if report["dropped_queries"]:
         parts.append(f"{report['dropped_queries']:,} queries without relevant products dropped")
     if report["identical_to_source"]:
-        treatment = "left out" if settings["exclude_identical"] else "counted"
+        if settings["exclude_identical"]:
+            treatment = "left out"
+        else:
+            treatment = "counted"
         parts.append(
             f"{report['identical_to_source']:,} queries found products with the same vector as "
             f"their own ({treatment})"

@@ -107,7 +107,10 @@ def search_untrained(
     settings: dict[str, list[Mapping[str, Any]]] = {}
     for query_type in measured.queries.distinct_types:
         queries = measured.of_type(query_type)
-        other = None if choosing is None else choosing.of_type(query_type)
+        if choosing is None:
+            other = None
+        else:
+            other = choosing.of_type(query_type)
         rows[query_type] = {}
         settings[query_type] = []
         for positions, choosing_queries in _parts(queries, other):

@@ -128,7 +128,10 @@ class FilteredSearch:
 
     def _codes(self, grouping: Grouping) -> NDArray[np.int32]:
         table = self._attributes()
-        codes = table.group_codes() if grouping == "group" else table.family_codes()
+        if grouping == "group":
+            codes = table.group_codes()
+        else:
+            codes = table.family_codes()
         if codes is None:
             names = ", ".join(table.attribute_types)
             raise ValueError(

@@ -119,7 +119,10 @@ class SelectiveSearch:
 
     def select(self, mask: Mask | None = None) -> Selection:
         """The selection of a (N,) mask, without empty rows; None for all rows."""
-        mask = np.ones(self.engine.count, np.bool_) if mask is None else mask
+        if mask is None:
+            mask = np.ones(self.engine.count, np.bool_)
+        else:
+            mask = mask
         if mask.shape != (self.engine.count,):
             raise ValueError(
                 f"mask of shape {mask.shape}; expected ({self.engine.count},), one for each row"

@@ -89,7 +89,10 @@ class Test:
 
     def text(self, holds: bool) -> str:
         """As it is written; `holds` is False for its opposite."""
-        name = _quoted(self.attribute) if not _is_word(self.attribute) else self.attribute
+        if not _is_word(self.attribute):
+            name = _quoted(self.attribute)
+        else:
+            name = self.attribute
         no = "" if holds else "not "
         values = ", ".join(map(_value_text, self.values))
         if self.operator == "known":
@@ -148,9 +151,10 @@ def all_of(terms: list[Term]) -> Term:
 
 def some_of(terms: list[Term]) -> Term:
     """`Some`, without another one inside."""
-    flat = [
-        inner for term in terms for inner in (term.terms if isinstance(term, Some) else (term,))
-    ]
+    flat = []
+    for term in terms:
+        for inner in term.terms if isinstance(term, Some) else (term,):
+            flat.append(inner)
     if len(flat) == 1:
         return flat[0]
     return Some(tuple(flat))
@@ -188,7 +192,10 @@ def misfit(test: Test, attribute_types: Mapping[str, AttributeType]) -> str | No
             attribute_types,
             key=lambda known: -SequenceMatcher(None, name.lower(), known.lower()).ratio(),
         )
-        more = f" and {len(nearest) - SHOWN} more" if len(nearest) > SHOWN else ""
+        if len(nearest) > SHOWN:
+            more = f" and {len(nearest) - SHOWN} more"
+        else:
+            more = ""
         if attribute_types:
             return f"no attribute {name!r}; there are {', '.join(nearest[:SHOWN])}{more}"
         return "no attributes"

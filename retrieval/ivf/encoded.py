@@ -67,8 +67,14 @@ def to_table(
     """Encoded vectors with ids and content digests, as a table that `Blocks` reads."""
     list_columns = {f"list{i}": pa.array(column) for i, column in enumerate(encoded.lists.T)}
     codes = {f"code{i}": _binary(codes) for i, codes in enumerate(encoded.codes)}
-    refine = {"refine": _binary(encoded.refine)} if encoded.refine.shape[1] else {}
-    content = pa.nulls(len(ids), pa.int64()) if contents is None else pa.array(contents, pa.int64())
+    if encoded.refine.shape[1]:
+        refine = {"refine": _binary(encoded.refine)}
+    else:
+        refine = {}
+    if contents is None:
+        content = pa.nulls(len(ids), pa.int64())
+    else:
+        content = pa.array(contents, pa.int64())
     return pa.table(
         {"product_id": ids.cast(pa.string()), "content": content, **list_columns, **codes, **refine}
     )
@@ -105,7 +111,10 @@ class Blocks:
                 file, columns=[f"list{i}" for i in range(self._num_lists_per_row)]
             ).columns:
                 lists = column.to_numpy()
-                inside = lists >= 0 if kept is None else (lists >= 0) & kept[row : row + count]
+                if kept is None:
+                    inside = lists >= 0
+                else:
+                    inside = (lists >= 0) & kept[row : row + count]
                 sizes += np.bincount(lists[inside], minlength=num_lists)
             row += count
         return sizes
@@ -185,7 +194,13 @@ def _binary(array: NDArray[np.uint8]) -> pa.Array:
 def _bytes(column: pa.ChunkedArray) -> NDArray[np.uint8]:
     """Undo `_binary`."""
     array: Any = column.combine_chunks()
-    array = array.chunk(0) if isinstance(array, pa.ChunkedArray) and array.num_chunks else array
+    if isinstance(array, pa.ChunkedArray) and array.num_chunks:
+        array = array.chunk(0)
+    else:
+        array = array
     width = array.type.byte_width
-    data = np.frombuffer(array.buffers()[1], np.uint8) if len(array) else np.empty(0, np.uint8)
+    if len(array):
+        data = np.frombuffer(array.buffers()[1], np.uint8)
+    else:
+        data = np.empty(0, np.uint8)
     return data[array.offset * width : (array.offset + len(array)) * width].reshape(-1, width)

@@ -80,7 +80,10 @@ class Engine:
         self.spill = spill
         self._keep = keep
         self.ivf = lists_of(index)
-        self.lists: int | None = None if self.ivf is None else int(self.ivf.nlist)
+        if self.ivf is None:
+            self.lists: int | None = None
+        else:
+            self.lists = int(self.ivf.nlist)
         self.refine: Any = None
         if isinstance(index, faiss.IndexRefine):
             self.refine = faiss.downcast_index(index.refine_index)
@@ -237,7 +240,10 @@ def drop_repeated_rows(found: Hits, k: int, *, adjacent: bool) -> Hits:
 
     # Comparing neighbors is enough, unless another row with the same score stands in between.
     between = (same_score & ~same_row & (rows[:, 1:] >= 0)).any(axis=1)
-    unsure = np.flatnonzero(between) if adjacent else np.arange(len(rows))
+    if adjacent:
+        unsure = np.flatnonzero(between)
+    else:
+        unsure = np.arange(len(rows))
     for query in unsure:
         is_first[query] = False
         is_first[query, np.unique(rows[query], return_index=True)[1]] = True

@@ -138,6 +138,13 @@ def map_lists(index: Any, file: Path, table: NDArray[np.uint64]) -> Any:
     return lists
 
 
+def _mapped_bytes(file: Path, sizes: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """All bytes of lists.bin, mapped; an empty file cannot be mapped."""
+    if sizes.any():
+        return np.memmap(file, np.uint8, "r")
+    return np.empty(0, np.uint8)
+
+
 def read_lists(
     file: Path, index: Any, sizes: NDArray[np.int64], first: int = 0, end: int | None = None
 ) -> Iterator[tuple[Codes, NDArray[np.int64]]]:
@@ -145,7 +152,7 @@ def read_lists(
 
     (n, C) uint8 codes and (n,) int64 rows.
     """
-    data = np.memmap(file, np.uint8, "r") if sizes.any() else np.empty(0, np.uint8)
+    data = _mapped_bytes(file, sizes)
     packer = index.get_CodePacker()
     code_size = index.code_size
     for size, room, start in extents(sizes, code_size).astype(np.int64)[first:end]:
@@ -161,7 +168,7 @@ def read_rows(
     file: Path, sizes: NDArray[np.int64], code_size: int, first: int = 0, end: int | None = None
 ) -> Iterator[NDArray[np.int64]]:
     """The (n,) int64 rows alone of lists first to end - 1."""
-    data = np.memmap(file, np.uint8, "r") if sizes.any() else np.empty(0, np.uint8)
+    data = _mapped_bytes(file, sizes)
     for size, room, start in extents(sizes, code_size).astype(np.int64)[first:end]:
         stop = start + room * code_size
         yield data[stop : stop + 8 * size].view(np.int64)

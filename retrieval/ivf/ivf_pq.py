@@ -87,7 +87,10 @@ class TrainedQuantizers:
         return EncodedVectors(np.concatenate(lists), np.concatenate(codes, axis=1), refine)
 
     def _codes(self, vectors: Vectors, lists: NDArray[np.int64]) -> NDArray[np.uint8]:
-        residuals = vectors - self.centroids.vectors[lists] if self.index.by_residual else vectors
+        if self.index.by_residual:
+            residuals = vectors - self.centroids.vectors[lists]
+        else:
+            residuals = vectors
         codes: NDArray[np.uint8] = self.index.pq.compute_codes(residuals)
         return codes
 
@@ -109,7 +112,10 @@ def train(
         centroids: of the lists, where they are known already.
     """
     dim = sample.shape[1]
-    centroids = find_centroids(sample, spec.lists, seed) if centroids is None else centroids
+    if centroids is None:
+        centroids = find_centroids(sample, spec.lists, seed)
+    else:
+        centroids = centroids
     index = faiss.IndexIVFPQFastScan(
         coarse_quantizer(centroids),
         dim,

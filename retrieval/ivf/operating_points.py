@@ -148,10 +148,9 @@ class Tuning:
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON."""
-        points = {
-            query_type: [asdict(point) for point in front]
-            for query_type, front in self.points.items()
-        }
+        points = {}
+        for query_type, front in self.points.items():
+            points[query_type] = [asdict(point) for point in front]
         return {"k": self.k, "queries": dict(self.queries), "points": points}
 
     @classmethod
@@ -161,10 +160,9 @@ class Tuning:
         Raises:
             KeyError, TypeError: it is not that.
         """
-        points = {
-            query_type: tuple(OperatingPoint(**point) for point in front)
-            for query_type, front in data["points"].items()
-        }
+        points = {}
+        for query_type, front in data["points"].items():
+            points[query_type] = tuple(OperatingPoint(**point) for point in front)
         return cls(int(data["k"]), points, dict(data["queries"]))
 
 

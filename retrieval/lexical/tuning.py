@@ -147,7 +147,10 @@ def _with_value(settings: LexicalSettings, name: str, value: float) -> LexicalSe
 def _analyses(settings: LexicalSettings) -> Iterator[LexicalSettings]:
     """The settings with every way to make terms of tokens."""
     language = settings.analyzer.language
-    choices = [(True, True), (True, False), (False, False)] if language else [(False, False)]
+    if language:
+        choices = [(True, True), (True, False), (False, False)]
+    else:
+        choices = [(False, False)]
     for neighbors in (False, True):
         for stop_words, stem in choices:
             analyzer = Analyzer(language, stop_words, stem)

@@ -88,7 +88,10 @@ class CatalogueSource:
         self.attribute_types: dict[str, AttributeType] = {GROUP: "category", FAMILY: "category"}
         self.ignored: dict[str, str] = {}
         for field, attribute_type in catalogue.attributes.items():
-            name = f"attributes.{field}" if field in (GROUP, FAMILY) else field
+            if field in (GROUP, FAMILY):
+                name = f"attributes.{field}"
+            else:
+                name = field
             self.attribute_types[name] = checked_attribute_type(attribute_type, field)
             self._fields[name] = field
 
@@ -103,7 +106,10 @@ class CatalogueSource:
         field = self._fields[attribute]
         attribute_type = self.attribute_types[attribute]
         for file in self._files:
-            column = attribute if field is None else f"attributes.{field}"
+            if field is None:
+                column = attribute
+            else:
+                column = f"attributes.{field}"
             for batch in pq.ParquetFile(file).iter_batches(columns=[column]):
                 if field is None:
                     values = batch.column(attribute)

@@ -182,9 +182,9 @@ def _codes(batches: Iterator[pa.Array], places: NDArray[np.int64]) -> tuple[NDAr
     """(N,) int32 codes, and the texts they stand for."""
     dictionaries = [batch.dictionary_encode() for batch in batches]
     encoded = pa.chunked_array(dictionaries, pa.dictionary(pa.int32(), TEXT)).unify_dictionaries()
-    chunks = [
-        pc.fill_null(chunk.indices, -1).to_numpy(zero_copy_only=False) for chunk in encoded.chunks
-    ]
+    chunks = []
+    for chunk in encoded.chunks:
+        chunks.append(pc.fill_null(chunk.indices, -1).to_numpy(zero_copy_only=False))
     codes = np.concatenate([*chunks, np.array([-1], np.int32)])
     return codes[places], encoded.chunk(0).dictionary if encoded.num_chunks else pa.array([], TEXT)
 

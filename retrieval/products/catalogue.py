@@ -113,9 +113,11 @@ class PreparedCatalogue:
     @property
     def number_attributes(self) -> list[str]:
         """Names of the attributes that are numbers."""
-        return [
-            name for name, attribute_type in self.attributes.items() if attribute_type == "number"
-        ]
+        result = []
+        for name, attribute_type in self.attributes.items():
+            if attribute_type == "number":
+                result.append(name)
+        return result
 
     def records(self) -> Iterator[tuple[list[str], list[Record], NDArray[np.float64]]]:
         """Per shard: B product ids, their records, and (B, A) numbers, NaN where missing."""

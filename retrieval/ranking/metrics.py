@@ -100,7 +100,10 @@ def best_recall_at_k_per_query(relevant: ArrayLike, k: int) -> NDArray[np.float6
 def mrr_per_query(retrieved: ArrayLike, relevant: ArrayLike) -> NDArray[np.float64]:
     """(Q,) 1 / rank of the first relevant product, 0 where none of the K hits is relevant."""
     found = _found(retrieved, relevant)
-    first = found.argmax(axis=1) if found.shape[1] else np.zeros(len(found), np.int64)
+    if found.shape[1]:
+        first = found.argmax(axis=1)
+    else:
+        first = np.zeros(len(found), np.int64)
     return np.where(found.any(axis=1), 1.0 / (first + 1.0), 0.0)
 
 

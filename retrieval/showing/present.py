@@ -73,9 +73,10 @@ class Found:
             cards = self.catalogue.products({i for i, _ in scored}, images=images)
         else:
             cards = {}
-        return [
-            Hit(product_id, score, cards.get(product_id, Card())) for product_id, score in scored
-        ]
+        result = []
+        for product_id, score in scored:
+            result.append(Hit(product_id, score, cards.get(product_id, Card())))
+        return result
 
     def table(self) -> Table:
         """Rank, score, id, and title and telling attributes where the catalogue is known."""
@@ -184,7 +185,10 @@ def describe_index(path: Path, manifest: Manifest) -> Table:
         "model": meta["model"] or "unknown",
     }
     if training["vectors"]:
-        per_list = f", {training['per_list']:g} for each list" if "per_list" in training else ""
+        if "per_list" in training:
+            per_list = f", {training['per_list']:g} for each list"
+        else:
+            per_list = ""
         facts["trained"] = (
             f"on {training['vectors']:,} vectors (seed {training['seed']}){per_list}, "
             f"{training['device']}"
@@ -271,7 +275,10 @@ def describe_points(path: Path, recall: float) -> Table:
         for wanted in sorted({recall, 0.9, 0.95, 0.99}):
             point = tuning.nearest(wanted, query_type)
             if point.reaches(wanted) or wanted == recall:
-                said = f"{wanted:g} *" if wanted == recall else f"{wanted:g}"
+                if wanted == recall:
+                    said = f"{wanted:g} *"
+                else:
+                    said = f"{wanted:g}"
                 table.add_row(
                     query_type,
                     said if point.reaches(wanted) else f"below {said}",
@@ -291,7 +298,10 @@ def describe_points(path: Path, recall: float) -> Table:
 
 def describe_update(report: UpdateReport) -> Table:
     """What an update did, and how the index was before and after it."""
-    title = f"version {report.version}" if report.version else "nothing to do"
+    if report.version:
+        title = f"version {report.version}"
+    else:
+        title = "nothing to do"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("")
     for name in ("before", "after"):

@@ -218,9 +218,10 @@ def _encoding_errors(
     pq = engine.ivf.pq
     origin = centers if engine.ivf.by_residual else np.float32(0)
     coded = pq.decode(pq.compute_codes(vectors - origin)) + origin
-    refine = (
-        None if engine.refine is None else engine.refine.sa_decode(engine.refine.sa_encode(vectors))
-    )
+    if engine.refine is None:
+        refine = None
+    else:
+        refine = engine.refine.sa_decode(engine.refine.sa_encode(vectors))
     square = float(np.square(vectors).sum(axis=1).mean())
 
     def error(kept: NDArray[np.float32] | None) -> float | None:

@@ -100,7 +100,10 @@ class NextVersion:
         """Decide whether rows are closed up and where attributes come from."""
         meta = self.index.manifest.meta
         table = self.index.version / ATTRIBUTES_FILE
-        new = known_source(self.meta) if attributes is None else open_source(attributes)
+        if attributes is None:
+            new = known_source(self.meta)
+        else:
+            new = open_source(attributes)
         another = (
             self.whole and new is not None and self.meta.get("catalogue") != meta.get("catalogue")
         )
@@ -179,11 +182,10 @@ class NextVersion:
             before = Drift.from_json(known["after"])
         else:
             built = before = measure_drift(index.engine, index.settings, self.alive, index.metric)
-        kept = (
-            np.ones(self.rows - self.plan.num_new_rows, bool)
-            if self.compacted
-            else ~self.deleted_rows
-        )
+        if self.compacted:
+            kept = np.ones(self.rows - self.plan.num_new_rows, bool)
+        else:
+            kept = ~self.deleted_rows
         alive = np.concatenate([kept, np.ones(self.plan.num_new_rows, bool)])
         new = np.concatenate(self._sample) if self._sample else None
         after = measure_drift(engine, index.settings, alive, index.metric, new)
@@ -196,7 +198,10 @@ class NextVersion:
     def _write_mapped(self, folder: Path) -> None:
         trained = trained_quantizers(self.index)
         kept = ~self.deleted_rows
-        moved = np.where(kept, np.cumsum(kept) - 1, -1) if self.compacted else np.arange(len(kept))
+        if self.compacted:
+            moved = np.where(kept, np.cumsum(kept) - 1, -1)
+        else:
+            moved = np.arange(len(kept))
         sources: list[PlacedVectors] = [(VersionVectors(self.index, self.deleted_rows), moved)]
         if self.plan.num_new_rows:
             sources.append((self._encoded(trained), self.rows - self.plan.num_new_rows))

@@ -74,14 +74,14 @@ class VersionVectors:
 
 
 def product_tables(index: ProductIndex, deleted: NDArray[np.bool_]) -> Iterator[pa.Table]:
-    """product_id and content of an index row by row, nulls for a row that is `deleted`, (N,) bool."""
+    """Tables of product_id and content row by row, with nulls for deleted rows, (N,) bool."""
     row = 0
     table = pa.table({"product_id": index.id_table.column, "content": index.id_table.contents})
     for batch in table.to_batches(BLOCK):
         is_present = pa.array(~deleted[row : row + len(batch)])
-        columns = [
-            pc.if_else(is_present, column, pa.scalar(None, column.type)) for column in batch.columns
-        ]
+        columns = []
+        for column in batch.columns:
+            columns.append(pc.if_else(is_present, column, pa.scalar(None, column.type)))
         yield pa.table(columns, names=batch.schema.names)
         row += len(batch)
 

@@ -166,12 +166,19 @@ class ParquetPart:
         row = 0
         with _open(self.files[0]) as file:
             for batch in file.iter_batches(batch_size, columns=columns):
-                query_types = (
-                    as_text(batch.column(self._query_type), self.name) if self._query_type else None
-                )
+                if self._query_type:
+                    query_types = as_text(batch.column(self._query_type), self.name)
+                else:
+                    query_types = None
                 ids = as_text(batch.column(self._id), self.name)
-                contents = batch.column(self._content) if self._content else None
-                known = None if contents is None or contents.null_count else contents.to_numpy()
+                if self._content:
+                    contents = batch.column(self._content)
+                else:
+                    contents = None
+                if contents is None or contents.null_count:
+                    known = None
+                else:
+                    known = contents.to_numpy()
                 yield RawBatch(
                     ids, self._matrix(batch.column(self._embedding), row), query_types, known
                 )
@@ -284,9 +291,11 @@ def _csv_ids(records: list[list[str]], count: int, file: Path) -> list[str]:
 def _listed(folder: Path, suffix: str) -> list[Path]:
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such file or folder")
-    return [
-        file for file in folder.iterdir() if file.suffix == suffix and not file.name.startswith(".")
-    ]
+    result = []
+    for file in folder.iterdir():
+        if file.suffix == suffix and not file.name.startswith("."):
+            result.append(file)
+    return result
 
 
 def _partner(file: Path, files: Sequence[Path], ids: Path) -> Path:

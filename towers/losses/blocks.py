@@ -76,7 +76,10 @@ class _LossesInBlocks(torch.autograd.Function):
             with torch.enable_grad():
                 inputs = []
                 for i, tensor in enumerate(tensors):
-                    part = tensor if i < ctx.num_shared else tensor[block]
+                    if i < ctx.num_shared:
+                        part = tensor
+                    else:
+                        part = tensor[block]
                     inputs.append(part.detach().requires_grad_(needs_gradient[i]))
                 leaves = [tensor for tensor in inputs if tensor.requires_grad]
                 gradients = iter(
@@ -84,6 +87,9 @@ class _LossesInBlocks(torch.autograd.Function):
                 )
             for i, total in enumerate(totals):
                 if total is not None:
-                    target = total if i < ctx.num_shared else total[block]
+                    if i < ctx.num_shared:
+                        target = total
+                    else:
+                        target = total[block]
                     target.add_(next(gradients))
         return (None, None, None, *totals)

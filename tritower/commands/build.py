@@ -75,7 +75,10 @@ class TargetOptions:
                     "memory and latency_ms choose how to reach a recall: give recall, e.g. 0.95"
                 )
             return None
-        memory = None if self.memory is None else parse_bytes(self.memory)
+        if self.memory is None:
+            memory = None
+        else:
+            memory = parse_bytes(self.memory)
         return Target(self.recall, self.k, memory, self.latency_ms)
 
 
@@ -119,7 +122,10 @@ def build(
     target = goal.target()
     products = one_side(embeddings, "products")
     reader = files.open(products, spec.metric)
-    limit = None if spec.build_memory is None else parse_bytes(spec.build_memory)
+    if spec.build_memory is None:
+        limit = None
+    else:
+        limit = parse_bytes(spec.build_memory)
     options = BuildOptions(
         spec.factory,
         spec.seed,

@@ -180,7 +180,10 @@ def query_card_of_product(catalogue: PreparedCatalogue | None, like: str) -> Car
     """What a page shows as the query where products or a vector were given."""
     from tritower.retrieval.products.catalogue import Card
 
-    known = catalogue.products([like], images=True) if catalogue and like else {}
+    if catalogue and like:
+        known = catalogue.products([like], images=True)
+    else:
+        known = {}
     return known.get(like, Card({"query": f"like {like}"} if like else {"query": "a vector"}))
 
 

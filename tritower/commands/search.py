@@ -129,7 +129,10 @@ def _search_one(
         ),
         group_by=options.group_by,
     )
-    matching = None if options.filter is None else index.count(options.filter)
+    if options.filter is None:
+        matching = None
+    else:
+        matching = index.count(options.filter)
     found = Found(index, parsed.card, hits, options.k, settings, catalogue, matching)
     if output.html is not None:
         found.write_html(output.html)
@@ -166,7 +169,10 @@ def _search_many(
         group_by=options.group_by,
     )
     done_before = result.queries - result.searched
-    earlier = f", {done_before:,} of them in an earlier run" if done_before else ""
+    if done_before:
+        earlier = f", {done_before:,} of them in an earlier run"
+    else:
+        earlier = ""
     print(f"hits: {bulk.output}: {result.hits:,} for {result.queries:,} queries{earlier}")
     if result.hits < result.queries * options.k:
         if options.filter is None:
