@@ -59,6 +59,8 @@ class System:
         """Swap two names in one step where the system can (Linux); returns whether it did."""
         if sys.platform != "linux":
             return False
+        # renameat2(2) with RENAME_EXCHANGE swaps two names atomically. Python has no binding for
+        # it, so libc is called directly; -100 is AT_FDCWD, "relative to the working directory".
         at_cwd = -100
         rename_exchange = 2
         try:

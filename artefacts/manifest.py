@@ -96,6 +96,8 @@ def decode(data: bytes, file: Path) -> Manifest:
                 f"{file}: manifest version {version}, this program reads up to {VERSION}: upgrade "
                 "it"
             )
+        # The content is intact if encoding it again gives the same bytes, and if the fingerprint
+        # follows from the digests of the files.
         files = {
             name: FileEntry(entry["bytes"], entry["sha256"], entry.get("sample"))
             for name, entry in body["files"].items()
@@ -106,6 +108,7 @@ def decode(data: bytes, file: Path) -> Manifest:
         intact = False
     if not intact:
         raise ArtefactError(f"{file} is damaged: its content does not match its own digest")
+    # A manifest must not make a reader open files elsewhere.
     for name in files:
         if not _inside(name):
             raise ArtefactError(f"{file} lists a file outside its folder: {name!r}")

@@ -44,6 +44,8 @@ class ShardFolder:
         self.artefact_type = artefact_type
         self.identity = json.loads(json.dumps(identity))
         self.finished = (self.path / storage.MANIFEST).exists()
+        # A finished folder is checked by its manifest, an unfinished one by the identity that its
+        # first run wrote. Anything else in the folder is not ours.
         if self.finished:
             meta = storage.verify(self.path, artefact_type).meta
             self._check_same({name: meta.get(name) for name in self.identity})
@@ -69,6 +71,7 @@ class ShardFolder:
         """
         if self.finished:
             raise ArtefactError(f"{self.path} is finished: {shard} cannot be added")
+        # Dictionary encoding and compression pay off for text only.
         text = [field.name for field in table.schema if pa.types.is_string(field.type)]
         compression = {name: "zstd" if name in text else "none" for name in _leaves(table.schema)}
         with storage.write_file(self._file(shard)) as temporary, storage.create(temporary) as file:
@@ -94,6 +97,7 @@ class ShardFolder:
         """
         if self.finished:
             return storage.read_manifest(self.path, self.artefact_type)
+        # Exactly the wanted shards must be there.
         wanted = {self._file(shard).name for shard in shards}
         there = {file.name for file in self.path.glob("*.parquet")}
         if missing := sorted(wanted - there):
@@ -127,6 +131,7 @@ class ShardFolder:
         return begun
 
     def _check_same(self, begun: Mapping[str, JSON]) -> None:
+        # Name every setting that differs, with both values.
         differing = []
         for name in {**begun, **self.identity}:
             if begun.get(name) != self.identity.get(name):

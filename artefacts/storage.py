@@ -203,6 +203,7 @@ def verify(path: Path | str, artefact_type: str | None = None, *, fast: bool = F
             raise ArtefactError(
                 f"{file} is missing; the manifest lists it with {entry.bytes} bytes"
             )
+        # The size is compared first: it is free, and finds most damage.
         size = file.stat().st_size
         if size != entry.bytes:
             raise ArtefactError(f"{file} is damaged: expected {entry.bytes} bytes, found {size}")
@@ -318,6 +319,8 @@ def _move_folder(new: Path, path: Path) -> None:
     old = new.with_suffix(
         ".old"
     )  # not swept: killed between the two renames, this is the only copy
+    # Three ways, the safest first: take a free name, swap both names in one step, or rename twice
+    # and undo the first rename if the second fails.
     if not path.exists():
         files.system.rename(
             new, path

@@ -75,6 +75,7 @@ def lock(path: Path, *, shared: bool = False, wait: bool = False) -> Lock | None
         shared: with others who share it; else alone.
         wait: until whoever has it gives it back; else `held` tells.
     """
+    # Windows has no flock: the lock is then unknown (None), and stale temporaries stay.
     try:
         descriptor = files.system.open(Path(os.devnull) if fcntl is None else path, os.O_RDONLY)
     except FileNotFoundError:
@@ -106,6 +107,7 @@ def temporary(path: Path, *, folder: bool) -> Iterator[Temporary]:
 
     What killed writers left there is removed first.
     """
+    # Make a name and lock it. Between the two, a sweep of another writer may remove it: then again.
     taken = None
     while taken is None:
         files.make_folder(path.parent)

@@ -88,15 +88,18 @@ def publish(
         raise ValueError(f"keep={keep}; expected at least 1, the version in use")
     _check_place(root, artefact_type)
     if base is None:
+        # Remember the version that this work starts from; another one at the end is a conflict.
         started_from = _pointer(root)
     else:
         started_from = f"{base}\n".encode()
     _check_base(root, started_from)
     with temporary(root / VERSIONS / "version", folder=True) as new:
+        # Fill the folder, flush it, and read it back before anybody can see it.
         yield new.path
         storage.seal(new.path, artefact_type=artefact_type, meta=meta)
         storage.verify(new.path)
         new.lock.share()  # from CURRENT's change on it has readers
+        # One publisher at a time compares CURRENT, switches it and removes old versions.
         with _alone(root):
             _check_base(root, started_from)
             overtaken = _newer_than_current(root)
@@ -112,6 +115,7 @@ def current(root: Path | str) -> Path:
             not there.
     """
     root = Path(root)
+    # CURRENT may change between reading it and looking at the folder: then read it again.
     while True:
         pointer = _pointer(root)
         name = _name_in(pointer or b"")
@@ -132,6 +136,7 @@ def current(root: Path | str) -> Path:
     else:
         problem = f"{root / CURRENT} names version {name}, which "
         problem += f"has no {MANIFEST}" if (root / VERSIONS / name).is_dir() else "is not there"
+    # Tell how to get a readable index back.
     there = [folder.name for folder in versions(root)]
     if there:
         remedy = f"write one of the versions there into it ({', '.join(there)}), or build anew"
@@ -251,6 +256,7 @@ def _check_place(root: Path, artefact_type: str) -> None:
     """Refuse a place that holds something else."""
     if root.exists() and not root.is_dir():
         raise ArtefactError(f"{root} is a file; expected a folder, or nothing")
+    # Versions of the same type, one artefact folder, or foreign files.
     if there := versions(root):
         with suppress(ArtefactError):
             there.append(current(root))
@@ -399,6 +405,7 @@ def _open_older(root: Path, read: Callable[[Path], T], error: Exception) -> Open
     """The newest good version before the one in use; of all where that is unknown."""
     name = _name_in(_pointer(root) or b"")
     problems = [str(error)]
+    # From the newest one down, the first that opens wins.
     for folder in reversed(versions(root)):
         if name is not None and int(folder.name) >= int(name):
             continue

@@ -85,6 +85,7 @@ class WorkFolder:
 
     def _take(self) -> Lock:
         """Make the folder and lock it."""
+        # A finishing run removes the folder: if that happened in between, make and lock it again.
         while True:
             files.make_folder(self.path)
             held = lock(self.path)
@@ -100,6 +101,7 @@ class WorkFolder:
 
     def _keep_only_same(self) -> None:
         """Remove what earlier work on something else has left, and nothing that no run has made."""
+        # Refuse to work among foreign files.
         own = re.compile(f"{self._ours}|{re.escape(BEGUN)}")
         names = sorted(file.name for file in self.path.iterdir())
         if others := [name for name in names if not (own.fullmatch(name) or is_temporary(name))]:
@@ -108,6 +110,7 @@ class WorkFolder:
                 f"({', '.join(others[:5])}): "
                 "move them, or choose another place"
             )
+        # Work on the same inputs continues; anything else is removed first.
         begun = self.path / BEGUN
         try:
             same = json.loads(begun.read_text(encoding="utf-8")) == self.identity

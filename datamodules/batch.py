@@ -136,6 +136,7 @@ class Items(NamedTuple):
         """Items `start` to `stop` (exclusive) as views of the same tensors."""
         image = self.image
         image_row = self.image_row
+        # Pictures belong to items by `image_row`, which is ascending: cut the same part of them.
         if image is not None and image_row is not None:
             first = int((image_row < start).sum())
             last = int((image_row < stop).sum())

@@ -42,6 +42,7 @@ class Table:
         sizes = []
         self.groups = []
         self.shard_starts = [0]
+        # Row numbers run through all row groups of all shards.
         for number, shard in enumerate(self.shards):
             metadata = pq.read_metadata(shard)
             self.groups += [(number, group) for group in range(metadata.num_row_groups)]
@@ -138,6 +139,7 @@ def product_keys(row: Mapping[str, Any]) -> list[int]:
     text = row.get("text") or {}
     images = row.get("images")
     title = next(iter(text.values()), None)
+    # In the order of `RELATIONS`.
     return [
         stable_hash(row["product_id"]),
         *(
@@ -164,6 +166,7 @@ def attribute_keys(attributes: Mapping[str, Any]) -> list[int]:
         levels = [path]
     else:
         levels = list(path or ())
+    # Brand and model number, category, and the category above it.
     return [
         stable_hash(f"{brand}\0{model}".lower()) if brand and model else NO_KEY,
         stable_hash("\0".join(levels)) if levels else NO_KEY,

@@ -257,6 +257,7 @@ def _report_dropped(
     """Warn of judged queries without a relevant product, or refuse where that is all of them."""
     count = len(np.unique(query))
     dropped = len(np.unique(query[~kept]))
+    # Nothing left to measure is an error.
     if dropped == count:
         raise ValueError(
             f"None of the {count} judged {split} queries has a product of relevance {threshold:g} "

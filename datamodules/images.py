@@ -122,6 +122,7 @@ def _open(data: bytes, limits: Limits) -> ImageFile.ImageFile:
         raise ImageError(
             "FILE_TOO_LARGE", f"{len(data):,} bytes; at most {limits.max_bytes:,} are read"
         )
+    # The header decides: format and size are checked before anything is decoded.
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError:
@@ -139,6 +140,7 @@ def _open(data: bytes, limits: Limits) -> ImageFile.ImageFile:
 
 def _check_size(width: int, height: int, limits: Limits) -> None:
     size = f"{width:,} x {height:,} pixels"
+    # Limits on the area, on the shorter side, and on the shape.
     if width * height > limits.max_pixels:
         raise ImageError(
             "IMAGE_TOO_LARGE", f"{size}; at most {limits.max_pixels:,} in all are decoded"
@@ -239,6 +241,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+    # 16-bit pixels are scaled, transparency is laid on the background.
     if image.mode.startswith("I"):
         return _from_16_bit(image)
     if "A" in image.mode or "a" in image.mode or "transparency" in image.info:

@@ -94,6 +94,7 @@ class ItemPreprocess:
         image = image_row = attribute = None
         text, present[:, 0] = self._written(self.text, items)
         lexical, present[:, 3] = self._written(self.lexical, items)
+        # Pictures of all items in one tensor, with the item of each.
         if self.image is not None:
             counts = [len(item.images) for item in items]
             present[:, 1] = [count > 0 for count in counts]
@@ -106,6 +107,7 @@ class ItemPreprocess:
                 image = self.image(
                     [picture for item in items for picture in item.images], picture_rngs
                 )
+        # An item has attributes if any number or category is known.
         if self.attribute is not None:
             attribute = self.attribute([item.attributes for item in items])
             number, category = attribute
@@ -117,6 +119,7 @@ class ItemPreprocess:
             if not present[:, 2].any():
                 attribute = None
         if rngs is None:
+            # Parts of modalities are drawn in training only.
             part = None
         else:
             part = np.stack([part_of(row, rng) for row, rng in zip(present, rngs, strict=True)])

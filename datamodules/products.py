@@ -115,6 +115,7 @@ class ProductDataModule(L.LightningDataModule):
             self.queries = Table(self.catalogue / "queries", self.loader.window_groups)
         qrels = self.catalogue / "qrels.parquet"
         self.qrels = pq.read_table(qrels) if qrels.is_file() else None
+        # Training examples, and the held-out queries of the split that is measured.
         if stage == "fit":
             self.training = TrainingRows(
                 self.products, self.queries, self.qrels, self.schema, self.examples, self.seed
@@ -151,6 +152,7 @@ class ProductDataModule(L.LightningDataModule):
         """Epochs of the train split; the first one begins where a resumed run stopped."""
         training = self.training
         assert training is not None
+        # The stream draws rows of examples; the dataset reads and collates them.
         self._stream = BatchStream(
             len(training.rows),
             self.batch_size,

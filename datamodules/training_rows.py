@@ -146,6 +146,7 @@ class TrainingRows:
 
     def _examples(self) -> ExampleRows:
         parts = []
+        # Examples of each type, as often as asked for.
         for kind, times in self._options.times.items():
             if kind == "catalogue":
                 rows = self.split

@@ -83,6 +83,7 @@ def bulk_search(
     chosen = parse(filter) if isinstance(filter, str) else filter
     if chosen is not None:
         index.count(chosen)  # refuses a filter that does not suit before anything is written
+    # The same call continues a killed run: its blocks are found by this identity.
     identity = {
         "index": index.manifest.fingerprint,
         "queries": queries.fingerprint or queries.stamp(),
@@ -103,6 +104,7 @@ def bulk_search(
     blocks = show_progress(
         _blocks(queries), queries.count, lambda block: len(block[1].ids), "search", "queries"
     )
+    # Search block by block; finished blocks are skipped.
     for name, batch in blocks:
         names.append(name)
         if not folder.done(name):
@@ -136,9 +138,11 @@ def _search(
     hits = index.search(
         batch.vectors, k + exclude_self, settings=settings, filter=filter, group_by=group_by
     )
+    # One row for each hit.
     query, place = np.nonzero(hits.rows >= 0)  # -1 never reaches the table of ids
     product_ids = index.id_table.column.take(pa.array(hits.rows[query, place]))
     query_ids = batch.ids.take(pa.array(query)).cast(pa.string())
+    # Without the query's own product, the ranks of later hits move up.
     keep = np.ones(len(query), bool)
     if exclude_self:
         keep = ~pc.equal(product_ids, query_ids).to_numpy()

@@ -39,6 +39,7 @@ class IdTable:
                 f"rows from {flat.min()} to {flat.max()}; expected -1 to {len(self) - 1}"
             )
         ids = np.full(flat.shape, None, dtype=object)
+        # Arrow takes from one chunk at a time.
         chunk_of = np.searchsorted(self._starts, flat, side="right") - 1
         chunk_of = np.where(flat < 0, -1, chunk_of)
         for number in np.unique(chunk_of[chunk_of >= 0]):

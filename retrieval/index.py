@@ -149,12 +149,14 @@ class ProductIndex:
             ValueError: vectors that `checked_vectors` refuses, k < 1, settings that do not suit
                 this index, or a filter, groups or families that its attributes do not have.
         """
+        # Vectors are checked before FAISS sees them: it accepts wrong ones without an error.
         k = min(checked_k(k), len(self))
         checked = checked_vectors(vectors, dim=self.dim, metric=self.metric, where="queries")
         queries = checked_queries(checked, self.metric)
         if settings is None:
             settings = self.resolve(nprobe, recall=recall)
         settings = settings.checked(self.engine.lists)
+        # The plain search goes straight to the engine.
         if filter is None and group_by is None and not len(exclude.rows):
             return self.engine.search(queries, k, settings)
         parsed = parse(filter) if isinstance(filter, str) else filter
@@ -203,6 +205,7 @@ class ProductIndex:
         """
         settings = self.settings
         tuning = self.tuning
+        # A named recall, else the one that the index was built for.
         if recall is not None:
             if tuning is not None:
                 settings = tuning.settings_for(recall, query_type)
@@ -213,6 +216,7 @@ class ProductIndex:
         elif tuning is not None and query_type in tuning.points:
             target = self.manifest.meta["target"]["recall"]
             settings = tuning.nearest_settings(target, query_type)
+        # Named settings win.
         if nprobe is not None:
             settings = settings._replace(nprobe=nprobe)
         if k_factor is not None:

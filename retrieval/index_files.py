@@ -56,6 +56,7 @@ def open_files(path: Path) -> IndexFiles:
             f"{path}: index format {manifest.meta.get('format')}, this program reads {READABLE}: "
             "build it anew, or upgrade the program"
         )
+    # The FAISS files, then the tables beside them.
     engine = Engine.open(path, manifest.meta)
     attributes = None
     tuning = None
@@ -69,6 +70,7 @@ def open_files(path: Path) -> IndexFiles:
         settings = Settings(**stored).checked(engine.lists)
     except (pa.ArrowInvalid, OSError, ValueError, TypeError, KeyError) as error:
         raise ArtefactError(f"{path} cannot be opened as an index: {error}") from None
+    # Files of two versions must never be mixed.
     if len(ids) != engine.count:
         raise ArtefactError(
             f"{path}: files do not belong together: {engine.count} vectors, {len(ids)} ids"

@@ -83,6 +83,7 @@ def combined(
             "nothing to search for: give text, image, attribute, like or vector, or queries"
         )
     weights = [1.0] * len(vectors) if weights is None else weights
+    # Parts of different lengths count alike: each is scaled to length 1, then weighted and summed.
     parts = [np.asarray(vector, np.float64).ravel() for vector in vectors]
     if metric == "kl":
         parts = [centred(np.log(part.clip(min=np.finfo(np.float32).tiny))) for part in parts]
@@ -90,6 +91,7 @@ def combined(
     for place, length in enumerate(lengths):
         if not 0 < length < math.inf:
             raise ValueError(f"part {place} of the query has length {length}: it has no direction")
+    # Opposite weights may leave nothing.
     total = np.sum([w * p / n for w, p, n in zip(weights, parts, lengths, strict=True)], axis=0)
     length = float(np.linalg.norm(total))
     if length < SHORTEST * max(abs(weight) for weight in weights):

@@ -127,11 +127,13 @@ def _add_options(
     helps = _helps(function)
     for name, parameter in inspect.signature(function).parameters.items():
         hint = types[name]
+        # A dataclass is a group of options, one for each field.
         if is_dataclass(hint):
             group = parser.add_argument_group(helps.get(name, name))
             for option in _options_of(hint):
                 _add_option(group, option)
             continue
+        # Any other parameter is one option.
         default = parameter.default
         if default is inspect.Parameter.empty:
             default = REQUIRED

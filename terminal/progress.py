@@ -47,6 +47,7 @@ def progress_bar(task: str, total: int | None, unit: str) -> Iterator[Callable[[
     ) as bar:
         row = bar.add_task(task, total=total, rate="")
 
+        # The rate is the mean since the start, which is steadier than that of the last seconds.
         def advance(count: int) -> None:
             nonlocal done
             done += count

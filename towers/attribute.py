@@ -66,6 +66,8 @@ class AttributePreprocess:
         categories = self.schema.categories
         number = np.full((len(attributes), len(numbers)), math.nan, np.float32)
         hashes: list[tuple[int, int, list[int]]] = []
+        # Numbers stay numbers, NaN where missing. Categories become hashes, one for each level or
+        # value.
         for row, facts in enumerate(attributes):
             for column, attribute in enumerate(numbers):
                 number[row, column] = as_number(attribute.name, facts.get(attribute.name))
@@ -78,6 +80,7 @@ class AttributePreprocess:
                             [value_hash(attribute.name, v) for v in levels(attribute, value)],
                         )
                     )
+        # Pad the hashes of all products to the same width; 0 is none.
         width = max([1, *(len(values) for _, _, values in hashes)])
         category = np.zeros((len(attributes), len(categories), width), np.int64)
         for row, column, values in hashes:

@@ -48,6 +48,7 @@ class ChangedProducts:
         """See `Catalogue`."""
         table = Table(self._catalogue / "products")
         ids = table.column("product_id").cast(pa.large_string())
+        # Compare digests of the content: only products that differ are embedded.
         changed = _changed(table, *known_digests(index, index.rows_of(ids)))
         unchanged = ids.filter(pa.array(~changed))
         if not changed.any():

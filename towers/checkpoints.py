@@ -116,6 +116,7 @@ def checkpoint_to_resume(run_folder: Path, checkpoints: Path, resume: bool) -> P
         existing = sorted(checkpoints.glob("*.ckpt"))
     else:
         existing = []
+    # A new run must not overwrite an old one by mistake.
     if not resume:
         if existing:
             raise ValueError(

@@ -235,6 +235,7 @@ def export_best_model(
     """
     best = trainer.checkpoint_callback
     assert isinstance(best, ModelCheckpoint)
+    # Weights of the best checkpoint; every process loads them, one writes the folder.
     if best.best_model_path:
         checkpoint = torch.load(best.best_model_path, weights_only=True, map_location="cpu")
         model.load_state_dict(checkpoint["state_dict"])

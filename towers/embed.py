@@ -72,6 +72,7 @@ def embed(
     options = options or EmbedOptions()
     two_tower = load_model(model)
     storage.read_manifest(catalogue, artefact_type="catalogue")
+    # The catalogue's tables, and the products that tune an index.
     tables = {}
     for side in ("products", "queries"):
         if (catalogue / side).is_dir():
@@ -80,6 +81,7 @@ def embed(
     queries = tables.get("queries")
     tuning = TuningQueries(products, queries)
     preprocess = two_tower.preprocess
+    # Frozen towers may have run in training: their features are looked up.
     if options.feature_cache is not None:
         items = partial(all_items, tables, tuning)
         cache_options = CacheOptions(every_view=False, device=two_tower.device)
@@ -91,6 +93,7 @@ def embed(
     towers: Mapping[Side, UntrainedTowers] = {"product": {}, "query": {}}
     if untrained and queries is not None:
         towers = load_untrained(model, two_tower)
+    # One folder for products, one for queries, one for tuning queries.
     product_data = ProductTable(products, preprocess.product, product_view)
     job.write("products", product_data, products, np.arange(len(products)), towers["product"])
     if queries is not None:
@@ -132,6 +135,7 @@ class _EmbedJob:
         if (folder / storage.MANIFEST).is_file():
             storage.verify(folder, artefact_type="embeddings")
         writer = self._writer(folder, name, self.two_tower.embed_dim, self.two_tower.metric)
+        # One folder for the features of each tower before training.
         features = {}
         for tower_name, tower in towers.items():
             tower_folder = self.output / "untrained" / tower_name / name

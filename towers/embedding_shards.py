@@ -93,6 +93,7 @@ def embed_rows(
     untrained = untrained or UntrainedOutputs()
     writers = [writer, *untrained.writers.values()]
     names = {shard: table.shards[shard].stem for shard in rows}
+    # Shards that any of the folders lacks are embedded again.
     missing = {}
     for shard, shard_rows in rows.items():
         if not all(own.done(names[shard]) for own in writers):
@@ -102,6 +103,7 @@ def embed_rows(
     else:
         side = "query"
     logger.info("%s: %d of %d shards to embed", writer.path.name, len(missing), len(rows))
+    # Lightning places the model on the devices; each process predicts shards of its own.
     trainer = L.Trainer(
         accelerator=options.accelerator,
         devices=options.devices,
@@ -248,6 +250,7 @@ class ShardWriter(L.Callback):
 
     def write(self, shard: int) -> None:
         """Write the collected batches as a shard; queries without content are left out."""
+        # Join the batches of the shard.
         number = np.concatenate([part.number for part in self.pending])
         embedding = np.concatenate([part.embedding for part in self.pending])
         is_encoded = np.concatenate([part.is_encoded for part in self.pending])
@@ -257,6 +260,7 @@ class ShardWriter(L.Callback):
         self.pending = []
         self.not_encoded += int((~is_encoded).sum())
 
+        # A process that lost a batch must not publish a shard with a hole.
         rows = self._rows_of(number)
         wanted = len(self.rows[shard])
         encoded_rows = len(np.unique(rows))
@@ -266,6 +270,7 @@ class ShardWriter(L.Callback):
                 "written."
             )
         if self.is_query:
+            # Queries without content are left out; products without content share one embedding.
             kept = is_encoded
         else:
             kept = np.ones(len(number), bool)

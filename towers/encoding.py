@@ -64,6 +64,8 @@ def encode_in_chunks(encoder: Encoder, items: Items, chunk_size: int | None) -> 
     if chunk_size is None or count <= chunk_size:
         encoded: Encoded = encoder(items)
         return encoded
+    # The forward pass of a chunk runs again in its backward pass, so memory holds the activations
+    # of one chunk at a time.
     chunks = []
     for start in range(0, count, chunk_size):
         chunks.append(items.rows(start, min(start + chunk_size, count)))

@@ -93,6 +93,7 @@ class FeatureCache:
         result = np.zeros(
             (len(contents), self._parts[0].shape[1] if self._parts else 0), np.float32
         )
+        # Empty contents have no features: zeros stand for them.
         for i, position in enumerate(positions):
             if position >= 0:
                 part = int(np.searchsorted(self._starts, position, side="right")) - 1
@@ -159,6 +160,7 @@ def fingerprint(tower: Tower) -> str:
     else:
         pixels = {}
     about = [type(tower).__name__, architecture, pixels]
+    # Buffers count, too: the mean and the deviation of pixels are among them.
     digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
     for name, tensor in sorted(
         [*tower.named_parameters(), *tower.named_buffers()]
@@ -180,6 +182,7 @@ def text_views(item: Item, preprocess: ItemPreprocess, every_view: bool) -> set[
             "many to cache. "
             "Set views.field_dropout to 0, or name fewer text fields when preparing the catalogue."
         )
+    # All fields, the title alone, and every subset that training may draw.
     sizes = range(1, len(fields) + 1) if every_view else ()
     views = [
         dict(fields),
@@ -229,6 +232,7 @@ def cached(
     """
     sides = {"query": query, "product": product}
     result = {"query": preprocess.query, "product": preprocess.product}
+    # Sides that share an encoder share its caches.
     for encoder in {id(e): e for e in sides.values()}.values():
         own = [side for side in sides if sides[side] is encoder]
         for name, tower in encoder.named_towers.items():
@@ -239,6 +243,7 @@ def cached(
                 plain = [getattr(preprocess, side) for side in own]
                 needed = contents(items(), plain, name, options.every_view)
                 fill(cache, tower, needed, options.device, options.batch_size)
+            # From now on, preprocessing looks features up in place of tokens and pixels.
             for side in own:
                 if isinstance(tower, TextTower):
                     result[side] = replace(result[side], text=CachedText(tower.preprocess, cache))

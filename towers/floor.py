@@ -135,6 +135,7 @@ def _encode(
     embeddings = [np.zeros((0, model.embed_dim), np.float32)]
     features: dict[str, list[NDArray[Any]]] = {name: [] for name in towers}
     stream = iter(items)
+    # The features of a tower that was not trained are those of the encoder's own forward pass.
     while batch := list(islice(stream, ENCODED_AT_ONCE)):
         tensors = to_device(preprocess(batch), model.device)
         tensors, untrained = untrained_features(encoder, towers, tensors)
@@ -163,6 +164,7 @@ def _typed_queries(rows: QueryRows) -> Iterator[TypedQuery]:
     """Every held-out query in each of its query types; types without content are left out."""
     for number in range(len(rows.held_out)):
         item = rows.item(number)
+        # A query of its own, or a product in all the ways that it can be a query.
         if rows.held_out.own[number] < 0:
             if item.text and item.images:
                 query_type = "fused"
@@ -210,6 +212,7 @@ def _query_inputs(
 ) -> UntrainedInputs:
     """What untrained search reads of the queries."""
     records: list[Record] = []
+    # A product shows a part of its record, a typed query its text.
     for query, source in zip(queries, evaluation_queries.source.tolist(), strict=True):
         if source >= 0:
             records.append(visible_record(products.records[source], query.query_type))

@@ -80,6 +80,7 @@ class HuggingFaceText(TextTower):
         super().__init__(TextPreprocess(words, Template(template), query_prefix, product_prefix))
         self.pooling = pooling
         self.pretrained = loads_weights()
+        # Pretrained weights, or the architecture alone for a model folder.
         if self.pretrained:
             self.model = AutoModel.from_pretrained(pretrained)
         else:

@@ -69,10 +69,12 @@ class PicturePreprocess:
         """An RGB picture as (3, S, S) uint8."""
         pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
         mirror = False
+        # In training: a random part, half of the time mirrored.
         if rng is not None:
             pixels = part_of(pixels, float(rng.uniform(0.7, 1.0)), rng)
             mirror = bool(rng.random() < 0.5)
         height, width = pixels.shape[1:]
+        # Three ways to make the picture square.
         if self.resize == "crop":
             side = min(width, height)
             top = (height - side) // 2
@@ -160,6 +162,7 @@ class ImageTower(Tower):
         if share == 0:
             return
         found = False
+        # timm and open_clip both keep a placeholder for it, under two names.
         for module in list(self.modules()):
             for name in (
                 "patch_drop",
@@ -271,6 +274,7 @@ class TimmImage(ImageTower):
             num_classes=0,
             **(model_args or {}),
         )
+        # The model's own settings, where no others are named.
         own = timm.data.resolve_model_data_config(backbone)
         preprocess = PicturePreprocess(
             pictures.image_size or own["input_size"][-1],

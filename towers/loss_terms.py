@@ -73,6 +73,8 @@ class LossTerms(nn.Module):
         self.metric = metric
         shared = default if default is not None else InfoNCE()
         losses: list[Loss] = []
+        # Terms share the default loss, each with a copy of its own: a temperature is learned per
+        # term.
         for term in self.terms:
             loss = term.loss
             if loss is None:

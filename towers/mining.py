@@ -98,6 +98,7 @@ class HardNegatives(L.Callback):
         if epoch % self.every_n_epochs or epoch == trainer.max_epochs:
             return
         assert isinstance(pl_module, TwoTower)
+        # Embed, search and write the negatives; then all processes use them from the next epoch on.
         file = Path(trainer.default_root_dir) / "negatives" / f"epoch-{epoch:05d}.npy"
         work = file.parent / "work"
         _embed(trainer, pl_module, work / "embeddings")
@@ -105,6 +106,7 @@ class HardNegatives(L.Callback):
             suspected = self._mine(trainer.datamodule, work, file)
             pl_module.log("train/suspected_false_negatives", suspected, rank_zero_only=True)
         trainer.strategy.barrier()
+        # The share of mined negatives rises with each time of mining.
         share = min(1.0, epoch / max(1, self.ramp * self.every_n_epochs))
         trainer.datamodule.negatives = Negatives(file, self.per_example, share)
 
@@ -120,6 +122,7 @@ class HardNegatives(L.Callback):
         rows: Rows = data.training.split
         build_index(EmbeddingReader(work / "embeddings"), work / "index")
         index = ProductIndex.open(work / "index")
+        # Relations that make two products no negatives of each other.
         keys = np.array([product_keys(data.products.row(int(row))) for row in rows])
         keys = keys[:, [RELATIONS.index(relation) for relation in self.related]]
         table = np.lib.format.open_memmap(
@@ -127,6 +130,7 @@ class HardNegatives(L.Callback):
         )
         table[:] = -1
         searched = suspected = first = 0
+        # Search for the neighbors of every product, and choose among them.
         for batch in EmbeddingReader(work / "embeddings").batches(BLOCK):
             hits = index.search(batch.vectors, min(self.last_rank + 1, len(rows)))
             own = np.arange(first, first + len(batch.ids))
@@ -187,6 +191,7 @@ def _embed(trainer: L.Trainer, model: TwoTower, folder: Path) -> None:
     trainer.strategy.barrier()
     writer = EmbeddingWriter(folder, dim=model.embed_dim)
     was_training = model.training
+    # Every process embeds some of the shards.
     shards = np.array_split(rows, max(-(-len(rows) // SHARD), min(trainer.world_size, len(rows))))
     names = [f"shard-{number:05d}" for number in range(len(shards))]
     model.eval()

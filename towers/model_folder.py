@@ -78,6 +78,7 @@ def save_model(
         raise ValueError("The model has no schema: train it first, or call set_schema.")
     about = {"metric": model.metric, "embed_dim": model.embed_dim, **(meta or {})}
     with new_folder(folder, artefact_type="model", meta=about, overwrite=overwrite) as new:
+        # Both sides, unless they share their weights.
         encoders = {"product": model.product} | (
             {} if model.own_query is None else {"query": model.own_query}
         )
@@ -92,6 +93,7 @@ def save_model(
             json.dumps(config, indent=1, ensure_ascii=False), encoding="utf-8"
         )
         model.schema.save(new / "schema.json")
+        # All weights in one file, named SIDE.PARAMETER.
         weights = {}
         for s, e in encoders.items():
             for k, v in e.state_dict().items():
@@ -118,6 +120,7 @@ def load_model(folder: Path | str) -> TwoTower:
             "upgrade."
         )
     schema = Schema.load(folder / "schema.json")
+    # Rebuild the architecture from the folder alone, then load the weights.
     encoders = {
         side: _rebuild(parts, folder / side, folder) for side, parts in config["encoders"].items()
     }
@@ -153,6 +156,7 @@ def load_untrained(folder: Path | str, model: TwoTower) -> dict[Side, dict[str, 
     for side, encoder in encoders.items():
         stored = side if side in config["encoders"] else "product"  # sides that share their weights
         result[side] = {}
+        # A tuned tower gets its weights from before training; a frozen one is as it was.
         for name, tower in encoder.named_towers.items():
             prefix = f"{stored}.{name}."
             weights = {}
@@ -186,6 +190,7 @@ def _tuned_weights(model: TwoTower, untrained: Mapping[Side, UntrainedTowers]) -
 def _describe(encoder: Encoder, folder: Path) -> dict[str, Any]:
     towers = {}
     for name, tower in encoder.named_towers.items():
+        # Only classes that can be rebuilt from plain arguments are allowed.
         class_name = type(tower).__name__
         if TOWERS.get(class_name) is not type(tower):
             raise ValueError(

@@ -54,6 +54,7 @@ def open_clip_config(model: str) -> dict[str, Any]:
     Raises:
         ValueError: no such built-in model.
     """
+    # A local folder, a model of the hub, or a built-in name.
     if model.startswith("local-dir:"):
         path = Path(model.removeprefix("local-dir:")) / "open_clip_config.json"
         return dict(json.loads(path.read_text(encoding="utf-8")))
@@ -120,6 +121,7 @@ class OpenClipText(TextTower):
         super().__init__(
             TextPreprocess(tokenizer, Template(template), query_prefix, product_prefix)
         )
+        # The text side alone; the visual side is dropped.
         text: Any = create_open_clip(model, pretrained).text
         self.model = text
         self.pretrained = is_pretrained(model, pretrained)

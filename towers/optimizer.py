@@ -45,6 +45,7 @@ def parameter_groups(
     Matrices decay; vectors and scalars do not.
     """
     pretrained: set[int] = set()
+    # Pretrained towers learn at a lower rate.
     for encoder in encoders:
         for tower in encoder.named_towers.values():
             if tower.pretrained:
@@ -57,6 +58,7 @@ def parameter_groups(
             lr = options.pretrained_lr
         else:
             lr = options.lr
+        # Vectors and scalars, such as biases and norms, do not decay.
         decays = parameter.ndim > 1 and not name.endswith("bias")
         decay = options.weight_decay if decays else 0.0
         groups.setdefault((lr, decay), []).append(parameter)
@@ -73,6 +75,7 @@ def make_optimizer(
     optimizer = torch.optim.AdamW(groups)
     warmup_steps = max(1, round(options.warmup * steps))
 
+    # Linear warmup, then half a cosine down to 0.
     def factor(step: int) -> float:
         """The learning rate of a step, as a share of the highest one."""
         if step < warmup_steps:
@@ -101,6 +104,7 @@ def plan_steps(estimated: float, planned: int | None, *, replan: bool) -> int:
             "no end: name trainer.max_epochs or trainer.max_steps (trainer.max_time may stop a run "
             "earlier)."
         )
+    # A resumed run must have the schedule that it began with.
     steps = max(1, int(estimated))
     if planned not in (None, steps) and not replan:
         raise ValueError(

@@ -69,11 +69,13 @@ class Template:
 
     def render(self, item: Item) -> str:
         """The text of an item; empty where it has none of the fields."""
+        # A typed query is read as it is.
         if query := item.text.get("query"):
             return query
         if self.template is None:
             return ". ".join(text for text in item.text.values() if text)
         text = ""
+        # Text between fields is left out with a field that is missing.
         for literal, field, _, _ in string.Formatter().parse(self.template):
             if field is None:
                 if text:
@@ -120,6 +122,7 @@ class TextPreprocess:
         Warns where they are high.
         """
         counts = [self.tokenizer.lengths_and_fallbacks(text) for text in texts]
+        # Two signs of a wrong tokenizer: many unknown tokens, and many texts that are cut.
         tokens = max(1, sum(length for length, _, _ in counts))
         cut = sum(length > kept for length, kept, _ in counts) / max(1, len(texts))
         fallback = sum(unknown for _, _, unknown in counts) / tokens

@@ -81,6 +81,7 @@ class Tower(nn.Module):
             raise ValueError(f"freeze_lower={share} is a share of the blocks: choose 0 to 1.")
         if share == 0:
             return
+        # The blocks are the largest stack of modules.
         stacks = []
         for m in self.modules():
             if isinstance(m, nn.Sequential | nn.ModuleList) and len(m) > 1:
@@ -91,6 +92,7 @@ class Tower(nn.Module):
             )
         blocks = max(stacks, key=lambda stack: sum(p.numel() for p in stack.parameters()))
         inside = {id(p) for p in blocks.parameters()}
+        # Blocks of the upper share stay trainable.
         upper = {
             id(p)
             for block in list(blocks)[round(share * len(blocks)) :]

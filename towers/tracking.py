@@ -60,6 +60,7 @@ def wandb_logger(folder: Path, project: str, *, offline: bool) -> list[Logger]:
     os.environ.setdefault(
         "WANDB_FINISH_TIMEOUT", str(FINISH_TIMEOUT_S)
     )  # releases that do not know it ignore it so
+    # Without network or key, log offline; without a disk, not at all. Training goes on.
     for mode in ("offline",) if offline else ("online", "offline"):
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -184,11 +184,13 @@ class TwoTower(HeldOutSearch):
         """The loss of one batch, a scalar."""
         query = self.encode_batch(self.query, batch.query)
         product = self.encode_batch(self.product, batch.product)
+        # Losses are computed in float32, whatever the precision of the towers.
         with torch.autocast(self.device.type, enabled=False):
             terms = self.loss_terms(self.encoders, query, product, batch)
             loss = torch.stack(terms).sum()
         if not torch.isfinite(loss):
             raise self.not_finite(f"The loss is {loss.item()}", self.data.product_ids(batch))
+        # Every parameter must take part in the gradient exchange of all processes.
         if num_processes() > 1:
             loss = loss + guards.zero_loss_of_unused_towers(self.encoders, batch)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch.weight), sync_dist=True)

@@ -69,6 +69,7 @@ def untrained_features(
             )
             continue
         features = features_of(tower, inputs)
+        # The encoder's own tower: its features are reused in its forward pass.
         if tower is encoder.towers[name]:
             replaced: dict[str, Any] = {name: features}
             items = items._replace(**replaced)

@@ -133,6 +133,7 @@ class HeldOutSearch(L.LightningModule, ABC):
         queries = self.data.held_out[split]
         query, is_encoded = self.held_out.gather(0, len(queries), self.embed_dim)
         product, _ = self.held_out.gather(1, len(queries.candidates), self.embed_dim)
+        # A model that diverged must not be chosen.
         if not (np.isfinite(query).all() and np.isfinite(product).all()):
             raise self.not_finite("Embeddings of held-out queries or products are not numbers")
         is_unread = np.asarray(~query.any(axis=1), bool)
@@ -162,8 +163,10 @@ def held_out_figures(
         is_unread: (Q,) bool, the model reads nothing of the query.
     """
     hits = exact_search(query, product, queries.own, k=K)  # (Q, K)
+    # A query that the model cannot read finds nothing.
     hits[is_unread] = -1
     is_product_query = queries.own >= 0
+    # Products as queries and other queries are different tasks: each has its own figures.
     subsets = {prefix: np.full(len(hits), True)}
     if is_product_query.any() and not is_product_query.all():
         subsets[f"{prefix}/product_queries"] = is_product_query
@@ -196,6 +199,7 @@ def unreadable_queries(
         ValueError: the model reads nothing of any query.
     """
     names = ", ".join(towers)
+    # Nothing readable at all is an error, some unreadable queries a warning.
     unread = is_unread[is_encoded]
     if unread.all() and is_encoded.all():
         raise ValueError(
@@ -256,6 +260,7 @@ def exact_search(
         scores = torch.from_numpy(query[start : start + block]) @ products.T  # (b, G)
         own_column = torch.from_numpy(own[start : start + block])
         row = (own_column >= 0).nonzero().flatten()
+        # A product is never its own hit, and an empty item is never found.
         scores[row, own_column[row]] = float("-inf")
         scores[:, is_empty] = float("-inf")
         best = scores.topk(min(k, scores.shape[1]), 1)

@@ -655,12 +655,10 @@ def sweep(arm: Arm, queries: Vectors, exact: Rows, task: Task) -> list[Operating
             if len(inner) > 1 and inner[-1]["recall"] < inner[-2]["recall"] + FLAT:
                 break
         tried += inner
-        missed_targets = max(point["recall"] for point in inner)
-        if number >= arm.pinned and (
-            missed_targets >= MIN_RECALL_GAIN or missed_targets < best + FLAT
-        ):
+        reached = max(point["recall"] for point in inner)
+        if number >= arm.pinned and (reached >= MIN_RECALL_GAIN or reached < best + FLAT):
             break
-        best = missed_targets if number >= arm.pinned else best
+        best = reached if number >= arm.pinned else best
     front = pareto(tried)
     arm.threads(1)
     worth = min(SLOW_ENOUGH, front[-1]["recall"])

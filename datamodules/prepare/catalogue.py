@@ -64,6 +64,7 @@ class Reading:
 
     def attribute(self, attribute_type: str, cell: Cell, columns: Columns) -> Value | None:
         """The value of an attribute; None where it is missing."""
+        # Lists: levels keep their order, values of a set are unique.
         if attribute_type in ("path", "set"):
             if attribute_type == "path":
                 separator = columns.path_separator
@@ -77,6 +78,7 @@ class Reading:
             return None
         if not isinstance(cell, str):
             raise BadValue("NOT_A_VALUE", f"{excerpt(cell)} is not one value")
+        # Single values: numbers, or cleaned text.
         if attribute_type in ("number", "price"):
             return parse_number(
                 cell, self.decimal, "price" if attribute_type == "price" else "number"
@@ -107,6 +109,7 @@ class ProductParser:
         assert id_column is not None
         id = record.cells.get(id_column.column)
         notebook = Notebook(self.file, record, id if isinstance(id, str) else "")
+        # Rows that cannot be read, or that have no id, are rejected at once.
         if record.fault is not None:
             notebook.note("", record.fault)
             return notebook.row(None)
@@ -115,10 +118,12 @@ class ProductParser:
                 id_column.name, BadValue("ID_MISSING", "a product needs an id" + _odd_id(id))
             )
             return notebook.row(None)
+        # Everything readable is kept; problems are noted by column.
         item = self._item(_Cells(record, self.columns, notebook), notebook)
         group, family, split = (
             self._fact(role, record, notebook) for role in ("group", "family", "split")
         )
+        # A row without any content, or with a problem in a strict run, is rejected.
         if not (item.text or item.images or item.attributes):
             notebook.note(
                 "", BadValue("NOTHING_USABLE", "no text, no picture and no attribute is left")
@@ -129,6 +134,7 @@ class ProductParser:
         return notebook.row(item, group=group, family=family, split=split)
 
     def _item(self, cells: _Cells, notebook: Notebook) -> Item:
+        # Texts, pictures and attributes, each with its own problems.
         text: dict[str, str] = {}
         for column in self.columns.of("text"):
             words = notebook.read(column.name, self.reading.text, cells.of(column))
@@ -138,6 +144,7 @@ class ProductParser:
             notebook.note(
                 self.columns.of("text")[0].name, BadValue("TEXT_EMPTY", "the product has no text")
             )
+        # The same picture twice counts once.
         images: dict[bytes, None] = {}
         for column in self.columns.of("image"):
             pictures, problems = self.reading.pictures.read(cells.of(column))
@@ -246,6 +253,7 @@ def parse_attribute(
         return parts
     if not text.strip():
         raise ValueError(f"{attribute.name}={text!r}: no value")
+    # Categories are taken as they are, numbers must be readable and within the log's range.
     if attribute.attribute_type == "category":
         return text.strip()
     try:

@@ -124,6 +124,7 @@ class Override:
             raise CatalogueError(f"{path}: cannot be read: {error}") from None
         if not isinstance(data, dict):
             raise CatalogueError(f"{path}: lines such as `text: [title, description]` are expected")
+        # Separators first; everything else is a role.
         separators = {name: data.pop(name, default) for name, default in SEPARATORS.items()}
         for name, value in separators.items():
             if not isinstance(value, str) or not value:
@@ -134,6 +135,7 @@ class Override:
                 raise CatalogueError(
                     f"{path}: unknown role {role!r}; known are {', '.join([*ROLES, *SEPARATORS])}"
                 )
+            # A column has one role.
             for name in _listed(names, role, path):
                 if name in roles:
                     raise CatalogueError(

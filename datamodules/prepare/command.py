@@ -252,6 +252,7 @@ def _open_tables(products: Path, judged: JudgedFiles, text: TextOptions) -> list
     """The user's files: products, pairs, queries and judgements."""
     paths = [products, judged.pairs, judged.queries, judged.qrels]
     given = [path for path in paths if path is not None]
+    # Problems are listed by file name, so names must differ.
     names = {path.name for path in given}
     if len(names) < len(given):
         files = [str(path) for path in given]
@@ -275,6 +276,7 @@ def _problem_log(folder: Path, output: Path) -> Iterator[ProblemLog]:
     try:
         with log:
             yield log
+    # The folder of a failed run is removed: its problems are copied beside it.
     except CatalogueError as error:
         if log.codes:
             _show(files_grid(log.files), "", problems_grid(log), "")

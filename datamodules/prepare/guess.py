@@ -103,11 +103,13 @@ def guess_columns(
     """
     override = override or Override({})
     found = {profile.name: profile for profile in profiles}
+    # Named columns first.
     missing = [name for name in override.roles if name not in found]
     if missing:
         raise _column_missing(table, f"column {missing}, which --columns names", found)
     roles: dict[str, Guess] = {name: (role, "as you say") for name, role in override.roles.items()}
     others = [profile for profile in profiles if profile.name not in roles]
+    # Roles that only one column has: by name, and the id by its values.
     for role in SINGLE:
         if role in override.closed:
             best = None
@@ -121,6 +123,7 @@ def guess_columns(
             "column for the id (id, product_id, sku, or one that differs in every row)",
             found,
         )
+    # All other columns by name and values.
     for profile in others:
         if profile.name not in roles:
             role, why = _guess(profile, rows)
@@ -152,6 +155,7 @@ def plain_name(name: str) -> str:
 def _single(role: Role, profiles: Sequence[Profile], rows: int) -> tuple[Profile, str] | None:
     """The column that fits a role of which there is one at most."""
     columns = [p for p in profiles if p.key is None and p.filled]
+    # The first known name that fits; an id may also be a column without repeats.
     for name in _NAMES[role]:
         for p in columns:
             if plain_name(p.name) == name and _fits(role, p):
@@ -243,6 +247,7 @@ def _number(p: Profile, name: str) -> Guess | None:
         return None
     if p.share(p.currencies) > 0.5:
         return "price", "amounts with a currency"
+    # Digits may be codes: equal lengths, leading zeros, or a telling name.
     same_length = len(p.lengths) == 1 and min(p.lengths) >= 6 and not p.fractions
     if p.codes or same_length or _CODE.search(name):
         unique = p.seen >= MANY_ROWS and p.distinct > 0.9 * p.seen
@@ -263,6 +268,7 @@ def _by_values(p: Profile, name: str, rows: int) -> Guess | None:
         return "path", "levels separated by >"
     if p.share(p.lists + p.bars) > 0.3:
         return "set", "several values in a cell"
+    # Long and different texts are text; short and different ones are codes.
     unique = p.seen >= MANY_ROWS and p.distinct > 0.9 * p.seen
     words = p.share(p.words)
     if (words >= 4 and p.distinct > 0.6 * p.seen) or (words >= 3 and unique):
@@ -281,11 +287,13 @@ def _second_thoughts(
     pictures = [
         name for name, (role, _) in roles.items() if role == "image" and name not in override.roles
     ]
+    # Local pictures win over web addresses, which are not downloaded.
     local = [name for name in pictures if not found[name].addresses]
     for name in pictures:
         if local and found[name].addresses:
             roles[name] = ("ignore", f"web addresses; the pictures of {', '.join(local)} are used")
     if "text" not in override.closed and all(role != "text" for role, _ in roles.values()):
+        # A catalogue without text takes the column with the most words.
         words = [
             (found[name].share(found[name].words), -number, name)
             for number, (name, (role, why)) in enumerate(roles.items())

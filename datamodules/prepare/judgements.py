@@ -61,6 +61,7 @@ class Judgements:
         for record in table.records():
             cells = PartCells(parts, record)
             notebook = Notebook(table.path.name, record, "" if record.fault else cells.id())
+            # Faulty rows are counted once: pairs were noted when their queries were read.
             if record.fault is not None or (pairs and not notebook.id):
                 if record.fault is not None and not pairs:
                     notebook.note("", record.fault)
@@ -75,6 +76,7 @@ class Judgements:
                 weight = notebook.read(parts["weight"], parse_weight, cells["weight"])
             else:
                 weight = 1.0
+            # Both ends must exist, and a product is no answer to itself.
             if query is None or product is None or weight is None:
                 yield notebook.row(None)
                 continue
@@ -121,6 +123,7 @@ class Judgements:
         order = np.lexsort(
             (-weight, product, query)
         )  # of equal pairs, the highest weight comes first
+        # Keep one judgement of each pair, then order them by query and weight.
         new = np.ones(len(order), bool)
         new[1:] = (np.diff(query[order]) != 0) | (np.diff(product[order]) != 0)
         self.repeated = int(len(order) - new.sum())
@@ -162,6 +165,7 @@ def query_splits(
     """
     ids = list(products)
     best: dict[int, tuple[float, str, int]] = {}
+    # A query without a split follows its best judged product; equal weights are settled by a hash.
     for query, product, weight in zip(*(column.tolist() for column in judged), strict=True):
         if queries.splits[query] is None and queries.sources[query] is None:
             key = hashlib.blake2b(

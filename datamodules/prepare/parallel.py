@@ -46,6 +46,7 @@ def parse_records(
         CatalogueError: a worker died.
     """
     rest = iter(records)
+    # A few records are not worth the start of processes.
     if num_workers is None:
         yield from map(parse, islice(rest, FEW))
         more = list(islice(rest, 1))
@@ -59,6 +60,7 @@ def parse_records(
     )  # a forked child inherits locks of threads that it has not
     pool = ProcessPoolExecutor(num_workers, spawn, initializer=_start, initargs=(parse,))
     waiting: deque[tuple[Sequence[Record], Future[list[Row]]]] = deque()
+    # Chunks are handed out ahead of time, a few for each process, and come back in order.
     try:
         while chunk := list(islice(rest, CHUNK)):
             waiting.append((chunk, pool.submit(_parse_chunk, chunk)))

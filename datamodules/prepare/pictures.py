@@ -56,6 +56,7 @@ class PictureReader:
         pictures: list[bytes] = []
         problems: list[BadValue] = []
         try:
+            # Each picture of a cell by itself: a bad one does not cost the others.
             for part in self._parts(cell):
                 try:
                     if isinstance(part, bytes):
@@ -106,6 +107,7 @@ class PictureReader:
                 f"{excerpt(name)} is an address; only files under --image-root are read",
             )
         try:
+            # Only regular files under the picture folder are read.
             path = self._inside(name)
             if path is None or not stat.S_ISREG((found := path.stat()).st_mode):
                 raise BadValue(
@@ -131,6 +133,7 @@ class PictureReader:
         None where there is none.
         """
         root = self.root.resolve()
+        # File systems differ in how they store accents: try both normal forms.
         for form in dict.fromkeys(
             (name, unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name))
         ):

@@ -80,10 +80,12 @@ class Preparation:
         with Spool(self.folder / "products.spool") as spool:
             workers = self.num_workers if image_columns else 0
             parsed = parse_records(parser, table.records(), workers)
+            # First pass: parse every row, and put what is accepted into a spool on disk.
             for row in show_progress(parsed, rows, one_row, "reading products", "rows"):
                 self._take_product(row, image_columns, spool)
             if sum(self.log.files[table.path.name].ended()) != rows:
                 raise CatalogueError(f"{table.path} changed while it was read")
+            # Nothing accepted is an error, not an empty catalogue.
             if not self.members.ids:
                 raise CatalogueError(
                     f"none of the {rows:,} rows of {table} was accepted: {self.log.most_frequent()}"
@@ -95,6 +97,7 @@ class Preparation:
                     f"Is --image-root {self.reading.pictures.root} right? Without pictures: "
                     "`image: null` in --columns"
                 )
+            # Second pass: write in the order of splits and groups.
             arrangement = arrange(self.members, self.policy)
             self._write_products(columns, arrangement, spool)
         return arrangement
@@ -103,6 +106,7 @@ class Preparation:
         self.counts["bad pictures"] += sum(
             problem.column in image_columns for problem in row.problems
         )
+        # The first row of an id counts.
         if row.item is not None and row.id in self.numbers:
             row = row.rejected(
                 "ID_DUPLICATE", "an earlier row has the same id; the first one counts"
@@ -110,6 +114,7 @@ class Preparation:
         self.log.add(row)
         if row.item is None:
             return
+        # Memory holds ids and digests; contents go to the spool.
         self.numbers[row.id] = len(self.members)
         self.members.ids.append(row.id)
         self.members.groups.append(row.group)
@@ -132,6 +137,7 @@ class Preparation:
             ):
                 item = spool[number]
                 split = arrangement.splits[number]
+                # Statistics come from the train split alone.
                 statistics.add(item.attributes, split == "train")
                 writer.write(
                     {
@@ -157,6 +163,7 @@ class Preparation:
             CatalogueError: COLUMN_MISSING.
         """
         with Spool(self.folder / "queries.spool") as spool:
+            # Queries, then judgements: those of pairs name queries by their text.
             if queries is not None:
                 self._read_queries(queries, spool, pairs=False)
             if pairs is not None:
@@ -205,6 +212,7 @@ class Preparation:
             self.log.add(row)
 
     def _write_queries(self, splits: list[str], spool: Spool) -> None:
+        # Queries of one split lie together.
         order = sorted(
             range(len(splits)), key=lambda number: (SPLIT_NAMES.index(splits[number]), number)
         )

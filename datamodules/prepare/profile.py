@@ -90,6 +90,7 @@ class Profile:
         self.filled += 1
         if self.seen == LOOKED_AT:
             return
+        # Everything is counted; values are looked at in the first rows only.
         self.seen += 1
         text = cell if isinstance(cell, str) else str(cell)[:1000]
         self.values.add(hash(text))
@@ -143,6 +144,7 @@ def profile(table: Table) -> tuple[list[Profile], int]:
         rows += 1
         if record.fault is not None:
             continue
+        # Keys of JSON objects are profiled like columns.
         for name, cell in record.cells.items():
             value = _as_object(cell)
             columns[name].add(value)

@@ -44,6 +44,7 @@ def find_parts(table: Table, *needed: Sequence[Part]) -> dict[Part, str]:
     """
     plain = {plain_name(name): name for name in reversed(table.columns)}
     parts: dict[Part, str] = {}
+    # The first known name of each part.
     for part, names in NAMES.items():
         found = [plain[name] for name in names if name in plain]
         if found:
@@ -119,6 +120,7 @@ class QueryParser:
                 missing = "nothing is asked"
             notebook.note(self.parts.get("query_id", ""), BadValue("ID_MISSING", missing))
             return notebook.row(None)
+        # A query is a text, pictures, or a product.
         source = notebook.read(self.parts.get("source", ""), _one_id, cells["source"])
         item = (
             Item() if cells["type"] == "product" else self._item(cells, notebook)
@@ -198,6 +200,7 @@ class QuerySet:
             return row
         if row.id in self.numbers:
             return row.rejected("ID_DUPLICATE", f"an earlier query has the id {excerpt(row.id)}")
+        # A query by an unknown product loses that source, and is rejected if nothing else is left.
         source = row.source
         if source is not None and source not in products:
             unknown = row.rejected(
@@ -209,6 +212,7 @@ class QuerySet:
             source = None
         item = row.item
         assert item is not None
+        # Equal contents in two splits are leaks: keep a digest.
         content = hashlib.blake2b(
             json.dumps([item.text.get("query"), source]).encode("ascii"), digest_size=16
         )

@@ -67,6 +67,7 @@ def csv_records(
             cells = next(reader)
         except StopIteration:
             return
+        # The reader may have swallowed good records: go back to the line after the bad one.
         except csv.Error as error:
             row += 1
             lines.rewind()  # an open quote swallowed lines that are records of their own
@@ -93,6 +94,7 @@ def json_records(lines: Lines) -> Iterator[Record]:
         line = next(lines, None)
         if line is None:
             return
+        # Blank lines are no records.
         if not line.strip():
             continue
         row += 1
@@ -110,6 +112,7 @@ def _json_record(line: str) -> tuple[Mapping[str, Cell], BadValue | None]:
         return {}, BadValue("UNREADABLE_ROW", f"not JSON: {error}: {excerpt(line.strip())}")
     if not isinstance(value, Mapping):
         return {}, BadValue("UNREADABLE_ROW", f"not a JSON object: {excerpt(line.strip())}")
+    # Names are compared without blanks at their ends.
     cells = {clean_name(key): cell for key, cell in value.items()}
     if len(cells) < len(value):
         return {}, BadValue(
@@ -155,6 +158,7 @@ def parquet_records(path: Path, columns: Sequence[str]) -> Iterator[Record]:
 
 
 def _parquet_values(array: pa.Array) -> list[Cell]:
+    # The shortest text of a float32 is what its writer meant: 0.1, not 0.10000000149.
     if pa.types.is_float32(array.type) or pa.types.is_float16(array.type):
         result = []
         for v in array.to_pylist():
@@ -182,6 +186,7 @@ def _as_cell(value: Any) -> Cell:
         if value:
             return "true"
         return "false"
+    # NaN is how pandas writes a missing value.
     if isinstance(value, float):
         if value != value:
             return None
@@ -240,6 +245,7 @@ class Lines:
     def undecoded(self) -> BadValue | None:
         """Which byte of this record is not in the file's encoding."""
         offset = self.offset
+        # Find the first byte that could not be decoded, for the message.
         for number, line in enumerate(self.taken, self.number + 1):
             match = None if line.isascii() else _UNDECODED.search(line)
             if match:

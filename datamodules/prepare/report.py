@@ -161,6 +161,7 @@ def columns_grid(columns: Columns, rows: int) -> Grid:
             lines.append(
                 (column.name, column.role, f"{column.filled / rows:.0%}", column.why, examples)
             )
+    # Rare keys of JSON objects share one line.
     if rare:
         lines.append(
             (
@@ -227,6 +228,7 @@ def _grid(
     """
     grid = Grid(box=None, pad_edge=False, header_style="bold", show_header=any(header))
     room = console().width
+    # The last column takes the room that is left.
     for number, name in enumerate(header):
         last = shrinks and number == len(header) - 1
         width = max([cell_len(name), *(cell_len(line[number]) for line in lines)])

@@ -40,6 +40,7 @@ def product_columns(text: Sequence[str], attributes: Sequence[Attribute]) -> pa.
         ("family", pa.string()),
         ("split", pa.string()),
     ]
+    # Arrow knows no struct without fields: leave it out.
     if text:
         fields.append(("text", pa.struct([(name, pa.string()) for name in text])))
     fields.append(("images", pa.list_(pa.binary())))
@@ -139,6 +140,7 @@ class ShardWriter:
     def _finish_group(self) -> None:
         if not self.rows:
             return
+        # A shard's file is opened with its first row group.
         if self.file is None:
             self.folder.mkdir(exist_ok=True)
             path = self.folder / f"shard-{self.shards:05d}.parquet"

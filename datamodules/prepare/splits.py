@@ -122,6 +122,7 @@ def arrange(members: Members, policy: SplitPolicy) -> Arrangement:
     A product keeps the split that its row names. Others get that of their set where a row of it
     names one, else one drawn by the hash of the set's group, else family, else id.
     """
+    # A picture that very many products share is a placeholder and joins nothing.
     counts = Counter(picture for pictures in members.pictures for picture in pictures)
     common = max(20, len(members) // 100)  # a "no picture" sign, not variants of one product
     placeholders = {picture: count for picture, count in counts.items() if count > common}
@@ -131,18 +132,21 @@ def arrange(members: Members, policy: SplitPolicy) -> Arrangement:
         for picture in own
         if policy.join_pictures and counts[picture] > 1 and picture not in placeholders
     ]
+    # Families: products of one family name, and products that share a picture.
     families = _Sets(len(members))
     families.join_equal(
         (n, family) for n, family in enumerate(members.families) if family is not None
     )
     families.join_equal(pictures)
     family_names = _family_names(members, families.roots(), dict(pictures))
+    # Groups and families stay in one split.
     together = _Sets(len(members))
     together.join_equal((n, group) for n, group in enumerate(members.groups) if group is not None)
     together.join_equal((n, family) for n, family in enumerate(family_names) if family is not None)
     roots = together.roots()
     splits = _splits(members, roots, policy)
     family_roots = families.roots()
+    # Split by split, group by group.
     order = sorted(
         range(len(members)),
         key=lambda n: (SPLIT_NAMES.index(splits[n]), roots[n], family_roots[n], n),
@@ -170,6 +174,7 @@ def _family_names(
 def _splits(members: Members, roots: Sequence[int], policy: SplitPolicy) -> list[str]:
     named: dict[int, str] = {}
     keys: dict[int, tuple[int, str]] = {}
+    # A set of related products is drawn by one key: its smallest group, family or id.
     for number, root in enumerate(roots):
         split = members.splits[number]
         group = members.groups[number]
@@ -196,6 +201,7 @@ def leaks(entries: Iterable[tuple[Hashable, str, str]]) -> dict[str, object]:
         entries: key, split and id of every product or query.
     """
     found: dict[Hashable, dict[str, list[str]]] = defaultdict(dict)
+    # Keep a few ids of each split, for the report.
     for key, split, id in entries:
         ids = found[key].setdefault(split, [])
         if len(ids) < 3:

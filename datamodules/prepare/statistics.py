@@ -46,6 +46,8 @@ class AttributeStatistics:
         share = self.present[column.name, train] / max(self.rows[train], 1)
         attribute_type = "number" if column.role == "price" else column.role
         assert attribute_type in ("number", "category", "path", "set")
+        # The scale of a number follows from the train split; skewed ones are described by their
+        # log.
         described = np.array(self.values[column.name, train])
         if attribute_type != "number" or not len(described):
             return Attribute(column.name, attribute_type, present=share)

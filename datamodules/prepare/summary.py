@@ -71,6 +71,7 @@ def summary(report: Report, seconds: float, output: Path) -> dict[str, str]:
     for leak_type, leak in report["leaks"].items():
         if leak["count"]:
             leaking.append(f"{leak_type} {leak['count']:,}")
+    # What people look at first: how many products, pictures and splits there are.
     facts = {
         "products": f"{report['accepted']:,}, with picture {products['with_picture']:,}, with text "
         f"{products['with_text']:,}, with attributes {products['with_attributes']:,}",

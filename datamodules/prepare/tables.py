@@ -62,6 +62,7 @@ class Table:
     def __post_init__(self) -> None:
         if not self.path.is_file():
             raise CatalogueError(f"{self.path}: no such file")
+        # The format follows from the name, the columns from the header.
         try:
             self.format = FORMATS[self.path.suffix.lower()]
             codecs.lookup(self.encoding)
@@ -116,6 +117,7 @@ class Table:
 
     def _header(self) -> list[str]:
         try:
+            # Guess the delimiter, then read the header with it.
             if self.delimiter is None:
                 if self.format == "tsv":
                     self.delimiter = "\t"

@@ -103,6 +103,7 @@ def parse_number(
     else:
         low = -MAX_NUMBER
         high = MAX_NUMBER
+    # Prices are above 0; all numbers have bounds, beyond which they are typing errors.
     if not math.isfinite(value) or value > high or value < low or (role == "price" and value == 0):
         if role == "price":
             bounds = f"above 0 and at most {high:g}"
@@ -140,6 +141,7 @@ def _read_digits(digits: str, decimal: Decimal, prefix: str, text: str) -> float
     spaced = _SPACED.fullmatch(digits) is not None
     if spaced:
         digits = re.sub(r"[^\d.,]", "", digits)
+    # Plain digits, digits with one separator, or grouped thousands.
     if digits.isascii() and digits.isdigit():
         return float(digits)
     single = _ONE_SEPARATOR.fullmatch(digits)
@@ -162,6 +164,7 @@ def _one_separator(
 ) -> float:
     """`12.5`, `1,600`, `,89`: the sign is a decimal sign, or it separates thousands."""
     whole, sign, rest = match.groups()
+    # "1,299" is 1299 in one country and 1.299 in another: refused unless the sign is known.
     grouped = 1 <= len(whole) <= 3 and len(rest) == 3 and whole[0] != "0" and not spaced
     if decimal == "auto" and (grouped or not whole):
         raise BadValue(
@@ -198,6 +201,7 @@ def _without_tags(text: str) -> Iterator[str]:
     end = 0
     skipping = ""
     last_closing = {match[1].lower(): match.start() for match in _HIDDEN_END.finditer(text)}
+    # Content of scripts and styles is skipped up to their closing tag, if there is one.
     for match in _TAG.finditer(text):
         closing = match[1]
         name = (match[2] or "").lower()
@@ -221,6 +225,7 @@ def parse_list(cell: Cell, separator: str) -> list[str]:
     Raises:
         BadValue: `NOT_A_LIST`: a mapping, bytes, or a list that holds more than plain values.
     """
+    # A JSON list, or text with separators.
     if isinstance(cell, str):
         text = cell.strip()
         if text.startswith("[") and text.endswith("]"):

@@ -71,6 +71,7 @@ def write_samples(
             raise ValueError(f"{name}={value} is too small: at least {least}.")
     output = output.absolute()
     _refuse(output, overwrite)
+    # Draw everything before anything is written.
     listings = draw_listings(products, seed)
     queries = draw_queries(listings, seed)
     report = oracle_report(
@@ -78,6 +79,7 @@ def write_samples(
     )
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
+    # Write beside the output, then rename: the folder is complete or absent.
     try:
         _write(partial, listings, queries, report)
         draw_pictures(

@@ -79,6 +79,7 @@ def draw_listings(products: int, seed: int) -> list[Listing]:
     rng = np.random.default_rng((seed, 0))
     offers: list[Offer] = []
     family = group = 0
+    # Families of things, each thing sold by a few sellers.
     while len(offers) < products:
         for thing in draw_family(family, rng):
             sellers = rng.choice(list(SELLERS_PER_THING), p=list(SELLERS_PER_THING.values()))
@@ -97,6 +98,7 @@ def draw_family(family: int, rng: np.random.Generator) -> list[Thing]:
     product_type, shape, material, use = (
         int(rng.integers(count)) for count in (len(PRODUCT_TYPES), CHOICES, CHOICES, CHOICES)
     )
+    # A family shares everything but color or size.
     brand = int(rng.choice(BRANDS_PER_USE, p=BRAND_SHARES))
     colourways = rng.permutation(CHOICES).tolist()
     sizes = rng.permutation(CHOICES).tolist()
@@ -125,6 +127,7 @@ def _log_price(product_type: int, rng: np.random.Generator) -> float:
 
 
 def _listing(product_id: str, offer: Offer, rng: np.random.Generator) -> Listing:
+    # Fields are missing at random, prices are noisy.
     thing = offer.thing
     missing = {field for field, share in MISSING.items() if rng.random() < share}
     use = PRODUCT_TYPES[thing.product_type].uses[thing.use].word
@@ -162,6 +165,7 @@ def evidence(listings: Sequence[Listing]) -> dict[str, Evidence]:
         fact: np.array([fact in listing.text.shown for listing in listings])
         for fact in ("material", "size")
     }
+    # Which facts each modality shows.
     shown = {
         "text": {"type": everywhere, **written},
         "image": {"type": pictured, "shape": pictured, "colourway": pictured},

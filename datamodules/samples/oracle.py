@@ -144,6 +144,7 @@ def oracle(
             "to find."
         )
     recall = {}
+    # Rank by the evidence of each set of modalities.
     for subset in SUBSETS:
         scores = log_ratio(Evidence.seen([evidence[m] for m in subset]), query)
         scores[rows, query] = np.nan

@@ -170,6 +170,7 @@ def drawing(shape: str, hue: str, pattern: str) -> Image.Image:
     outline_colour = tuple(int(c) for c in 0.4 * colour)
     canvas = Image.new("RGB", (DRAWING, DRAWING), outline_colour)
     covered = Image.new("L", canvas.size)
+    # Each layer with a dark outline.
     for layer, fill in layers.items():
         mask = _mask(getattr(SILHOUETTES[shape], layer))
         outline = mask.filter(ImageFilter.MaxFilter(5))
@@ -216,6 +217,7 @@ def photograph(
         second: seen from the other side and closer, as in a second view.
     """
     side = 2 * size  # drawn at twice the size, for smooth edges
+    # Scale, mirror, rotate and move the drawing; then light and noise of a camera.
     look = drawing(shape, hue, pattern)
     scale = rng.uniform(0.74, 0.88) * (1.1 if second else 1.0)
     width = round(side * scale)

@@ -76,11 +76,13 @@ def text_queries(listings: Sequence[Listing], count: int, rng: np.random.Generat
             break
         source = int(rng.integers(len(listings)))
         number = rng.choice(list(ASKED_COUNT), p=list(ASKED_COUNT.values()))
+        # The type, and a few facts of one listing.
         facts = [
             "type",
             *rng.choice(list(ASKED), number, replace=False, p=list(ASKED.values())).tolist(),
         ]
         grades = text_grades({fact: truth[fact] == words[source][fact].word for fact in facts})
+        # Queries with equal answers, or too many, tell nothing new.
         answers = (grades == 3).tobytes()
         if answers in answered_before or (grades == 3).sum() > MOST_ANSWERS:
             continue
@@ -127,6 +129,7 @@ def product_queries(listings: Sequence[Listing]) -> list[Query]:
     family = np.array([listing.thing.family for listing in listings])
     queries = []
     for source in _one_per_thing(listings):
+        # Other offers of the thing are grade 3, variants of it grade 2.
         grades = np.where(group == group[source], 3, np.where(family == family[source], 2, 0))
         grades[source] = 0
         if 3 in grades:

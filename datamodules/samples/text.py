@@ -102,6 +102,7 @@ def write_text(
         rng: decides words and order.
     """
     style = STYLES[seller]
+    # Facts of the title, then sentences about some of the others.
     in_title = {"type"} | {fact for fact, share in IN_TITLE.items() if rng.random() < share}
     title = _title(style, {fact: facts[fact] for fact in in_title}, rng)
     if not described:

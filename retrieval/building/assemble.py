@@ -50,6 +50,7 @@ def write_ivf_pq(
         source.count if isinstance(moved, int) else int((moved >= 0).sum())
         for source, moved in sources
     )
+    # Ids, and refine vectors behind a FAISS header, in the order of rows.
     write_products(
         folder / IDS_FILE, (part for source, moved in sources for part in _kept(source, moved))
     )
@@ -59,6 +60,7 @@ def write_ivf_pq(
             for source, moved in sources:
                 for refine in _kept_refine(source, moved):
                     file.write(np.ascontiguousarray(refine).data.cast("B"))
+    # Lists need the order of lists: count their entries, then write one list after another.
     nlist = trained.index.nlist
     sizes = np.zeros(nlist, np.int64)
     for source, moved in sources:
@@ -73,6 +75,7 @@ def write_ivf_pq(
             write_list(file, trained.index, codes, rows)
     with storage.create(folder / SIZES_FILE) as file:
         np.save(file, sizes)
+    # The index itself: quantizers, without any list.
     with storage.create(folder / INDEX_FILE) as file:
         faiss.write_index(trained.index, faiss.PyCallbackIOWriter(file.write))
 
@@ -103,6 +106,7 @@ def attach_attributes(folder: Path, sources: Sequence[AttributeSource]) -> dict[
     ):
         ids = pa.ipc.open_file(file).read_all().column("product_id")
         report = write_attributes(stream, ids.chunks, sources, folder)
+    # Report products without attributes, and columns that are no attributes.
     if report["rows_without"]:
         names = " nor in ".join(source.name for source in sources)
         logger.warning(

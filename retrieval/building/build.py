@@ -66,10 +66,12 @@ def build_index(
     """
     options = options or BuildOptions()
     output = Path(output)
+    # Choose the index, and refuse options that do not go together before anything is written.
     spec = _choose_spec(reader, options, target)
     _check_options(reader, spec, options, target, queries)
     if target is None and options.is_default and spec.factory != "Flat":
         target = Target(DEFAULT_RECALL, strict=False)
+    # An index that exists is replaced on request only.
     if versions.occupied(output) and not overwrite:
         raise ArtefactError(
             f"{output} already exists and holds an index: choose another place, or publish a new "
@@ -80,6 +82,7 @@ def build_index(
     else:
         provider = open_source(attributes)
     meta: dict[str, Any] = {"format": FORMAT}
+    # Build into a new version. It becomes the one in use when the block ends without an error.
     with (
         _removing_new_folders(output),
         versions.publish(output, artefact_type=ARTEFACT_TYPE, meta=meta) as folder,
@@ -135,6 +138,7 @@ def _check_options(
             f"factory {spec.factory!r} has no mapped lists, which {purpose} is for: factories such "
             "as IVF1024,PQ64x4fsr,Refine(SQ8) have"
         )
+    # Queries need a target to tune for, and must come from the model of the products.
     if queries is None:
         return
     if target is None and not options.is_default:

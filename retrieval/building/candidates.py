@@ -136,6 +136,7 @@ def candidates(count: int, dim: int, target: Target, refine: str = "SQ8") -> lis
 def _shapes(count: int, dim: int) -> list[tuple[int, int, bool]]:
     """Number of lists, dimensions of a sub-quantizer, and spill of each candidate."""
     lists = num_lists(count)
+    # Sub-quantizers of 2, 4 and 8 dimensions; another size only if none of these divides D.
     sizes = [size for size in (2, 4, 8) if dim % size == 0]
     if not sizes:
         sizes = [size for size in range(2, 17) if dim % size == 0][:1]
@@ -144,6 +145,7 @@ def _shapes(count: int, dim: int) -> list[tuple[int, int, bool]]:
             f"{dim} dimensions cannot be cut into equal pieces of 2 to 16: name a factory, for "
             f"example IVF{lists},SQ8"
         )
+    # A second list pays off with short codes only. One candidate has half as many lists.
     shapes = []
     for size in sizes:
         shapes.append((lists, size, False))
@@ -164,6 +166,7 @@ def choose(predictor: Predictor) -> ChosenIndex:
     winner = None
     trained = None
     compared = []
+    # Predict every candidate that fits into memory, and keep the fastest.
     for candidate in candidates(predictor.count, predictor.dim, target, predictor.refine):
         if not candidate.rejected_because:
             prediction = predictor.predict(candidate.spec, candidate.spill)
@@ -174,6 +177,7 @@ def choose(predictor: Predictor) -> ChosenIndex:
         compared.append(candidate)
     compared.sort(key=lambda candidate: -candidate.queries_per_second)
     if winner is None or winner.point is None or trained is None:
+        # Nothing reaches the target: tell how near the best candidate comes.
         known = [candidate.best for candidate in compared if candidate.best is not None]
         if target.latency_ms is None:
             latency = ""
@@ -184,6 +188,7 @@ def choose(predictor: Predictor) -> ChosenIndex:
             f"have {max(known, default=0.0):.3f}: ask for less recall, or allow more latency or "
             "memory"
         )
+    # Say why the winner was chosen; the manifest keeps it.
     others = ""
     if len(compared) > 1:
         reaching = sum(candidate.point is not None for candidate in compared)

@@ -68,6 +68,7 @@ def choose_lists(count: int, dim: int) -> IndexSpec:
             "search instead"
         )
         return IndexSpec("Flat", reason)
+    # Codes of 4 bits if the dimension can be cut into short pieces, else 8 bits per dimension.
     lists = num_lists(count)
     reason = f"{lists:,} lists of about {count / lists:,.0f} vectors"
     sub_quantizers = num_sub_quantizers(dim)

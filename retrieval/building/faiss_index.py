@@ -60,6 +60,7 @@ def build_faiss_index(
     settings = options.settings(num_lists or None)._asdict()
     if not index.is_trained:
         _check_enough(spec.factory, lists, size, options.strict)
+    # Train, then add all vectors in one pass that also writes their ids.
     reader.check_unique()
     training = _train(index, reader, size, options.seed, spec.factory)
     write_products(folder / IDS_FILE, _add_all(index, reader))
@@ -68,6 +69,7 @@ def build_faiss_index(
             f"the index holds {index.ntotal} vectors, {reader.source} has {reader.count}"
         )
     _write(index, folder / INDEX_FILE)
+    # Tune how the finished index is searched.
     if target is not None and lists:
         engine = Engine.open(folder, {"count": reader.count, "dim": reader.dim})
         settings = tuned_settings(reader, engine, target, queries, options.seed, size)
@@ -119,6 +121,7 @@ def _train(
         report["per_list"] = round(size / lists.nlist, 2)
     if index.is_trained:
         return report
+    # Flat needs no training; everything else trains on a uniform sample of all shards.
     sample = uniform_sample(reader, size, seed)
     started = time.perf_counter()
     report["device"] = _train_faiss(index, sample, seed)
@@ -135,6 +138,7 @@ def _train_faiss(index: Any, sample: NDArray[np.float32], seed: int) -> str:
         lists.cp.seed = seed % 2**31
         assigner = _gpu_assigner(lists.d)
         lists.clustering_index = assigner
+    # FAISS hands the assignment of k-means to the given index, which may live on GPUs.
     try:
         index.train(sample)
     except RuntimeError as error:

@@ -70,17 +70,21 @@ def predict(
         block: vectors encoded at a time.
         grouping: bytes of codes regrouped at a time.
     """
+    # Sizes in bytes: one vector, all centers with their codes, and one batch while it is read.
     copies = 1 + spill
     vector = 4 * dim
     sample = min(count, train_size(count, spec.lists) if sample is None else sample)
     centers = spec.lists * (vector + dim // 4 + 16)
     batch = min(count, block) * vector
     reading = 6 * batch  # one batch and the next one: as stored, as float32, of unit length
+    # Peaks of the three phases of a build: training, encoding, and grouping codes by list.
     training = int(1.1 * sample * vector) + max(
         reading, 3 * min(sample, TRAINED_CODES) * vector + 2 * centers
     )
     encoding = reading + int(2.5 * batch) + 2 * centers
     regrouping = 3 * min(grouping, count * copies * spec.code_size) + 32 * count * copies + centers
+    # Sizes on disk: lists, padded to whole blocks of codes; refine vectors and ids; and the encoded
+    # blocks that a killed build continues from.
     average = count * copies / spec.lists
     padded = (average + BLOCK / 2) / average  # half a block of every list is empty
     lists = int(count * copies * (padded * spec.code_size + 8))
@@ -104,6 +108,7 @@ def check(need: Requirements, place: Path, limit: int | None = None) -> None:
     Raises:
         ValueError: with what is needed, what there is, and what to lower.
     """
+    # Memory: a share of what is free, or what the caller allows.
     free = available_memory()
     if limit is not None:
         have = limit
@@ -121,6 +126,7 @@ def check(need: Requirements, place: Path, limit: int | None = None) -> None:
             "lower train_sample "
             "(--train-sample) or the number of lists (--factory), or allow more"
         )
+    # Disk: a share of what is free on the volume of the output.
     existing = next(folder for folder in (place, *place.absolute().parents) if folder.is_dir())
     have = int(DISK_SHARE * shutil.disk_usage(existing).free)
     if need.disk > have:
@@ -153,6 +159,8 @@ def available_memory() -> int | None:
 
     Of the machine, of its container and of its own limit; None = unknown.
     """
+    # Several limits may apply at once, and the lowest one counts: of the machine, of the container
+    # (cgroup version 2 or 1), and of the process.
     found = [
         _proc_available(),
         _cgroup_available(CGROUP, "memory.max", "memory.current", ""),

@@ -37,6 +37,7 @@ def check_enough_for_lists(factory: str, lists: int, size: int, strict: bool) ->
     Raises:
         ValueError: fewer than lists; with `strict`, also fewer than `MIN_POINTS_PER_LIST` a list.
     """
+    # Fewer vectors than lists cannot train; few for each list train badly.
     if lists > size:
         raise ValueError(
             f"factory {factory!r} needs at least {lists} training vectors and has {size}: at most "
@@ -82,6 +83,7 @@ def uniform_sample(reader: EmbeddingReader, size: int, seed: int) -> NDArray[np.
 def read_rows(reader: EmbeddingReader, rows: NDArray[np.int64]) -> NDArray[np.float32]:
     """(S, D) vectors of (S,) distinct rows, in one pass over all shards."""
     vectors = np.empty((len(rows), reader.dim), np.float32)
+    # Shards are read in order, so rows are looked up in order and put back to their places.
     order = np.argsort(rows, kind="stable")
     ascending = rows[order]
     first = 0

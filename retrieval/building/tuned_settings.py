@@ -49,6 +49,7 @@ def tuned_settings(
         ValueError: the index misses the target, and the target is strict.
     """
     tuning = _measure_index(reader, engine, target, queries, seed, sample)
+    # A strict target refuses the index; the default index is published with its best settings.
     problems = missed_targets(tuning, target)
     if problems and target.strict:
         raise ValueError(

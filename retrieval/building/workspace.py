@@ -56,6 +56,7 @@ class Workspace(WorkFolder):
         sample: int,
         spill: bool,
     ) -> None:
+        # Whatever decides the encoded vectors: with another value, a build starts anew.
         identity = {
             "embeddings": reader.fingerprint or reader.stamp(),
             "factory": factory,
@@ -133,6 +134,7 @@ class Workspace(WorkFolder):
             about: dict[str, Any] = json.loads(
                 (self.path / TRAINING_FILE).read_text(encoding="utf-8")
             )
+            # A file that does not match its digest was written by a run that was killed.
             digests = {}
             for name in about["files"]:
                 digests[name] = hashlib.sha256((self.path / name).read_bytes()).hexdigest()

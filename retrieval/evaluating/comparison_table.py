@@ -93,6 +93,7 @@ def terminal_table(report: Mapping[str, Any]) -> Table:
     table.add_column("", no_wrap=True)
     for name in (*TABLE_METRICS, "gain"):
         table.add_column(name, justify="right", no_wrap=True)
+    # A section for each query type, a row for each search.
     for query_type, queries in report["queries"].items():
         table.add_row(
             f"[bold]{escape(query_type)}[/bold]", f"[dim]{queries['count']:,} queries[/dim]"
@@ -137,12 +138,15 @@ def below_floor(report: Mapping[str, Any]) -> list[str]:
 def rows_of_type(report: Mapping[str, Any], query_type: str) -> Iterator[FigureRow]:
     """The rows of a query type: untrained search, the model, the hybrid, the oracle."""
     baselines = report["baselines"]
+    # Untrained search first.
     for key in sorted(baselines, key=lambda key: (_ROW_ORDER.get(key, _TOWER_ORDER), key)):
         if query_type in baselines[key] and key != "hybrid":
             yield FigureRow(row_name(key), key, baselines[key][query_type])
+    # Then the model: exact, through the index, and one against the other.
     for task, name in TASKS.items():
         if query_type in report["tasks"].get(task, {}):
             yield FigureRow(name, task, report["tasks"][task][query_type])
+    # Then the model fused with lexical search, and the best that anybody could do.
     if query_type in baselines.get("hybrid", {}):
         yield FigureRow(row_name("hybrid"), "hybrid", baselines["hybrid"][query_type])
     recall = oracle_recall(report, query_type)

@@ -102,6 +102,7 @@ def evaluate(
     options = options or EvaluationOptions()
     index.check_model(queries.meta.get("model"), str(queries.source))
     index.check_model(products.meta.get("model"), str(products.source))
+    # Queries with their judgements, as rows of the index.
     judgements = _read_judgements(catalogue, qrels)
     if catalogue is None:
         table = None
@@ -113,6 +114,7 @@ def evaluate(
         queries, judgements, index, queries=table, split=split, threshold=options.threshold
     )
 
+    # What the model finds, exactly and through the index, and what untrained search finds.
     result = search_tasks(index, products, evaluation_queries, options)
     rankings = UntrainedRankings({}, {})
     if catalogue is not None and options.untrained:
@@ -121,6 +123,7 @@ def evaluate(
             index, catalogue, untrained or {}, evaluation_queries, choosing, result.ann, options
         )
 
+    # All figures as plain JSON.
     rows = {"exact": result.exact, "ann": result.ann}
     report = {
         "version": REPORT_VERSION,
@@ -200,6 +203,8 @@ def _search_untrained(
     def compared(own: EvaluationQueries, trained: NDArray[np.int64]) -> ComparedQueries:
         return ComparedQueries(own, read_query_inputs(own, table, products, towers), trained)
 
+    # The queries that settings are chosen on need the model's results, too: the weight of the
+    # hybrid depends on them.
     compared_choosing = None
     if choosing is not None:
         rows = search_as_served(index, choosing, 1, options)

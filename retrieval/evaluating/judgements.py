@@ -107,6 +107,7 @@ def _read_queries(
         query_types += batch.type_names()
         vectors.append(batch.vectors)
 
+    # A query may occur once in each type.
     seen: set[tuple[str, str]] = set()
     for key in zip(ids, query_types, strict=True):
         if key in seen:

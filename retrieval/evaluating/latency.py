@@ -36,6 +36,7 @@ def measure_latency(
         other processes slow searches down.
     """
     rows = np.resize(np.arange(len(queries)), repeats)  # (repeats,)
+    # Single queries on one thread, after some to warm up.
     threads = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(1)
     try:
@@ -46,6 +47,7 @@ def measure_latency(
             seconds[number] = _search_seconds(index, queries[row : row + 1], k, settings)
     finally:
         faiss.omp_set_num_threads(threads)
+    # The throughput is that of one batch on all threads.
     batch_seconds = _search_seconds(index, queries[rows], k, settings)
     p50, p99 = np.quantile(seconds, [0.5, 0.99]) * 1000
     return {

@@ -102,6 +102,7 @@ def paired_differences(
     """
     if not untrained:
         return {}
+    # The untrained ranking to beat is the one with the highest nDCG@10.
     best = ""
     best_values: dict[str, NDArray[np.float64]] = {}
     for name, rows in untrained.items():
@@ -110,6 +111,7 @@ def paired_differences(
             best = name
             best_values = values
 
+    # Differences are taken query by query, so their intervals are those of paired samples.
     result: dict[str, Any] = {"best": best}
     for name, rows in trained.items():
         values = metrics_per_query(rows, queries)

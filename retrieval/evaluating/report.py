@@ -68,6 +68,7 @@ def write_report(
         report["oracle"] = dict(oracle)
     report["warnings"] = index_warnings(report)
     storage.write_json(folder / "report.json", report)
+    # Everything is inlined: the page can be sent to somebody.
     page = render(
         "report.html",
         summary=summary(report),
@@ -119,6 +120,7 @@ def examples(
     """A few measured queries of each type with their first hits, drawn at random."""
     queries = evaluation.queries
     generator = np.random.default_rng(0)
+    # The same number of queries of each type.
     positions: list[int] = []
     for query_type in queries.distinct_types:
         drawn = generator.permutation(queries.positions_of_type(query_type))[:per_type]
@@ -126,6 +128,7 @@ def examples(
     if not positions:
         return []
 
+    # Titles and pictures of the queries and of their hits.
     rows = evaluation.rows["ann"][positions, :hits]
     ids = index.ids(rows)
     shown_ids = {product_id for product_id in ids.ravel() if product_id is not None}
@@ -137,6 +140,7 @@ def examples(
         nprobe=evaluation.report["settings"]["nprobe"],
     )
 
+    # A section for each query, with scores where the search for them found the same product.
     sections = []
     for number, position in enumerate(positions):
         scores = found.scores[number].tolist()
@@ -188,6 +192,7 @@ def _html_row(report: Mapping[str, Any], query_type: str, row: FigureRow) -> lis
         if figure is None:
             cells.append(_html_cell(""))
             continue
+        # "[low, high]", and the best possible value where that is below 1.
         interval = ""
         if "low" in figure:
             interval = f"[{figure['low']:.2f}, {figure['high']:.2f}]"
@@ -240,6 +245,7 @@ def _draw_bars(axes: Any, evaluation: Evaluation) -> None:
     }
     width = 0.8 / len(series)
     for number, (name, figures) in enumerate(series.items()):
+        # Bars of one search stand side by side with those of the others.
         places = []
         values = []
         for place, query_type in enumerate(query_types):
@@ -271,13 +277,14 @@ def _draw_curves(axes: Any, evaluation: Evaluation) -> None:
         rows = evaluation.rows["ann"][positions]
         relevant = queries.relevant[positions]
         count: NDArray[np.int64] = (relevant >= 0).sum(axis=1)
-        missed_targets = []
+        # What the index reaches, and what a perfect ranking would reach.
+        reached = []
         possible = []
         for k in PLOTTED_CUTS:
-            missed_targets.append(recall_at_k_per_query(rows, relevant, k).mean())
+            reached.append(recall_at_k_per_query(rows, relevant, k).mean())
             possible.append((np.minimum(k, count) / count).mean())
         color = f"C{number}"
-        axes.plot(PLOTTED_CUTS, missed_targets, color=color, label=query_type)
+        axes.plot(PLOTTED_CUTS, reached, color=color, label=query_type)
         axes.plot(PLOTTED_CUTS, possible, ":", color=color, linewidth=0.8)
     axes.set_xscale("log")
     axes.set_xticks(PLOTTED_CUTS, PLOTTED_CUTS)

@@ -113,6 +113,7 @@ def search_untrained(
             other = choosing.of_type(query_type)
         rows[query_type] = {}
         settings[query_type] = []
+        # Choose on one part of the queries, rank for the other.
         for positions, choosing_queries in _parts(queries, other):
             chosen = chooser.choose(choosing_queries)
             hybrid_weight = chooser.hybrid_weight(choosing_queries, chosen)

@@ -61,6 +61,7 @@ def read_product_inputs(
     count = index.engine.count
     records: list[Record] = [{} for _ in range(count)]
     numbers = np.full((count, len(catalogue.number_attributes)), np.nan)
+    # The catalogue may be in another order than the index, and hold other products.
     for ids, batch_records, batch_numbers in catalogue.records():
         rows = rows_of(ids, index)
         in_index = rows >= 0
@@ -69,6 +70,7 @@ def read_product_inputs(
             if row >= 0:
                 records[row] = record
 
+    # Features of numbers, and of each tower before training.
     features: dict[str, NDArray[np.floating[Any]]] = {}
     if numbers.size:
         features[NUMBERS] = number_features(numbers)
@@ -107,6 +109,7 @@ def read_query_inputs(
         else:
             records.append(typed_record(texts.get(query_id)))
 
+    # Features of a query are found by its id and type.
     features: dict[str, NDArray[np.floating[Any]]] = {}
     keys = zip(queries.ids, queries.query_types, strict=True)
     position = {key: number for number, key in enumerate(keys)}

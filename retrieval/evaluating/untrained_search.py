@@ -90,6 +90,7 @@ class UntrainedSearch:
             Name of a block, "sum" or "floor" -> Hits of Q queries. Blocks that no query has are
             left out.
         """
+        # Every block scores every product: queries are searched in parts that fit into memory.
         block_size = max(1, MAX_CELLS // max(1, len(self.products)))
         parts: dict[str, list[Hits]] = {}
         for first in range(0, len(queries), block_size):

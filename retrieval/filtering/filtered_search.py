@@ -89,6 +89,8 @@ class FilteredSearch:
             ValueError: an index without the attributes that are needed, or a filter that
                 `Filter.check` refuses.
         """
+        # Rows that match the filter, and rows to leave out. A few are left out by searching for
+        # more hits, many by another mask.
         selection = self._selection(filter)
         excluded = exclude.rows
         if exclude.groups and len(excluded):
@@ -98,6 +100,8 @@ class FilteredSearch:
             selection = self._without(selection, excluded)
             excluded = NO_ROWS
 
+        # Three searches that grouping is built on: among the selection, without excluded rows, and
+        # without the rows of groups that are already among the hits.
         def search_selection(queries: Vectors, k: int) -> Hits:
             return self._search.search(queries, k, settings, selection)
 

@@ -92,6 +92,7 @@ def _tokens(text: str) -> list[_Token]:
     at = 0
     while not tokens or tokens[-1].token_type != "end":
         found = TOKEN.match(text, at)
+        # Point at typographic quotes and signs: they are pasted from documents.
         if found is None:
             at += len(text[at:]) - len(text[at:].lstrip())
             sign = text[at]
@@ -141,6 +142,7 @@ class _Parser:
             fail(
                 f"more than {MAX_DEPTH} parentheses and not within each other", self._text, first.at
             )
+        # "not" binds tighter than "and" and "or".
         if self.take_word("not"):
             term = negated(self.one())
         elif self.take_sign("("):
@@ -155,6 +157,7 @@ class _Parser:
     def test(self) -> Term:
         at = self.token.at
         name = self.name()
+        # NAME is known, NAME != value, NAME < value ..., NAME [not] in (values) ...
         if self.take_word("is"):
             return self.known_test(name, at)
         if self.take_sign("!="):
@@ -213,6 +216,7 @@ class _Parser:
             self.unexpected("a value")
         self._next += 1
         if token.token_type == "number":
+            # A number without quotes is a number; words and quoted texts are text.
             number = float(token.text)
             if math.isinf(number):
                 fail(f"{token} is too large a number", self._text, token.at)

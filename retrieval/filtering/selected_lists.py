@@ -44,7 +44,7 @@ UNRELATED = 0.1
 selection counts as unrelated to the vectors.
 """
 
-SHOWN_METRICS = 6000
+COMPARED_LISTS = 6000
 """Lists that are all compared with a query sooner than looked up."""
 
 STEP = 1.25
@@ -97,7 +97,7 @@ class SelectedLists:
         """
         if self.unrelated:
             return _compact(*self._nearest(queries, stepped(nprobe / self._mean_weight)))
-        few = len(self._held) <= SHOWN_METRICS
+        few = len(self._held) <= COMPARED_LISTS
         found = self._nearest(
             queries, nprobe if few else max(nprobe, stepped(1.5 * nprobe / self._mean_weight))
         )
@@ -175,6 +175,7 @@ class SelectedLists:
         else:
             centers = faiss.rev_swig_ptr(self._centres.get_xb(), self._total * dim).reshape(-1, dim)
             scores = np.ascontiguousarray(queries @ centers[held].T)
+        # Nearest lists first.
         order = np.argsort(-scores, axis=1)
         return held[order], np.take_along_axis(scores, order, axis=1)
 
@@ -201,6 +202,7 @@ def lists_of_rows(engine: Engine) -> NDArray[Any]:
     total = int(engine.ivf.nlist)
     found = np.full((2 if engine.spill else 1, engine.count), total, np.min_scalar_type(total))
     lists = engine.ivf.invlists
+    # Read the rows of each list; with spill, a row may be in a second list.
     for number in range(total):
         if size := lists.list_size(number):
             held = lists.get_ids(number)
@@ -247,6 +249,7 @@ def _compact(lists: NDArray[np.int64], scores: Vectors, kept: Mask | None = None
     width = min(
         lists.shape[1], stepped(int(kept.sum(axis=1).max(initial=1)))
     )  # FAISS takes no more than there are
+    # Move the kept lists of each query to the front, in their order.
     front = np.full((len(lists), width), -1, np.int64)
     front_scores = np.zeros((len(lists), width), np.float32)
     query, place = np.nonzero(kept)

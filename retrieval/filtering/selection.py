@@ -165,6 +165,7 @@ class SelectiveSearch:
         wanted = min(k, selection.count)
         if not wanted or not len(queries):
             return hits
+        # Queries are searched in blocks that bound the memory of candidates.
         width = self._width(wanted, settings, selection)
         held = max(
             4 * self.engine.index.d * width, 16 * (self.engine.lists or 0)
@@ -182,14 +183,18 @@ class SelectiveSearch:
         """(Q, k) of a block of queries, k at most the number of selected rows."""
         engine = self.engine
         if self._is_small(selection):
+            # Few rows are compared one by one.
             part, among = selection.gathered
             scores, places = part.search(queries, k)
             return Hits(scores, among[places])
         if engine.ivf is None:
             return self._compare_all(queries, k, selection)
+        # Else the lists that hold most of them are scanned.
         asked = _transformed(engine.index, queries)
         lists = selection.lists.to_visit(asked, settings.nprobe or engine.ivf.nprobe, k)
         scores, rows = self._scan(queries, asked, k, width, selection, lists)
+        # Queries that found too few rows scan all lists, and compare all rows if that is not
+        # enough.
         if (lacking := rows[:, -1] < 0).any():
             everywhere = selection.lists.all(asked[lacking])
             scores[lacking], rows[lacking] = self._scan(
@@ -209,6 +214,8 @@ class SelectiveSearch:
     def _width(self, k: int, settings: Settings, selection: Selection) -> int:
         """Candidates of each query."""
         engine = self.engine
+        # Candidates for re-ranking: more of them if the selection is related to the vectors, and if
+        # rows are in two lists.
         width = float(k)
         if engine.refine is not None and engine.ivf is not None and not self._is_small(selection):
             width = (
@@ -246,12 +253,14 @@ class SelectiveSearch:
         (numbers, closeness) = lists
         scores = np.empty((len(queries), width), np.float32)
         rows = np.empty((len(queries), width), np.int64)
+        # FAISS scans the given lists of each query, with an IDSelector of the rows.
         pointers = [faiss.swig_ptr(array) for array in (asked, numbers, closeness, scores, rows)]
         parameters = selection.parameters(numbers.shape[1])
         engine.ivf.search_preassigned_c(
             len(asked), pointers[0], width, *pointers[1:], False, parameters
         )
         if engine.refine is not None:
+            # Re-rank the candidates by their refine vectors.
             vectors = engine.refine.sa_decode(refine_codes(engine.refine)[rows.ravel()]).reshape(
                 *rows.shape, -1
             )
@@ -302,6 +311,7 @@ def part_of(engine: Engine, rows: Rows) -> Any:
     """
     refine = engine.refine
     part = None
+    # Refine codes are copied as they are: nothing is decoded.
     if isinstance(refine, faiss.IndexScalarQuantizer):
         part = faiss.IndexScalarQuantizer(refine.d, refine.sq.qtype, faiss.METRIC_INNER_PRODUCT)
         part.sq = refine.sq
@@ -311,6 +321,7 @@ def part_of(engine: Engine, rows: Rows) -> Any:
     if part is not None:
         part.add_sa_codes(refine_codes(refine)[rows])
         return part
+    # Any other index has to decode its vectors.
     try:
         vectors = (engine.index if refine is None else refine).reconstruct_batch(rows)
     except RuntimeError as error:

@@ -188,6 +188,7 @@ def misfit(test: Test, attribute_types: Mapping[str, AttributeType]) -> str | No
     name = test.attribute
     attribute_type = attribute_types.get(test.attribute)
     if attribute_type is None:
+        # Suggest the names that look most alike.
         nearest = sorted(
             attribute_types,
             key=lambda known: -SequenceMatcher(None, name.lower(), known.lower()).ratio(),
@@ -201,6 +202,7 @@ def misfit(test: Test, attribute_types: Mapping[str, AttributeType]) -> str | No
         return "no attributes"
     if test.operator not in OPERATORS[attribute_type]:
         return f"{name} is {ADVICE[attribute_type]}"
+    # Values must be numbers for a number, and text for everything else.
     for value in test.values:
         if (attribute_type == "number") != isinstance(value, float):
             if attribute_type == "number":
@@ -238,6 +240,7 @@ def _numbers_match(test: Test, column: Numbers, holds: bool) -> Mask:
     values = column.values
     asked = [float(value) for value in test.values]
     if test.operator in COMPARISONS:  # NaN, the unknown, is neither below nor above anything
+        # The opposite of "<" is ">=": a missing number matches neither.
         compare = COMPARISONS[test.operator if holds else OPPOSITES[test.operator]]
         return cast(Mask, compare(values, asked[0]))
     known = cast(Mask, values == values)
@@ -277,6 +280,7 @@ def _words_match(
     if test.operator == "under":
         within = pc.starts_with(vocabulary, asked[0] + LEVEL_SEPARATOR)
         return _bools(pc.or_(pc.equal(vocabulary, pa.scalar(asked[0], TEXT)), within))
+    # `has`: the value between separators. Substrings are found first, as that is fast.
     sign = pa.scalar(VALUE_SEPARATOR if attribute_type == "set" else LEVEL_SEPARATOR, TEXT)
     value = value_text(asked[0])
     answers = _bools(pc.match_substring(vocabulary, value))

@@ -79,6 +79,7 @@ class Centroids:
             )
         if count == 1:
             return self._nearest_one(vectors)
+        # Compare vectors with the lists of their nearest groups only.
         best = faiss.ResultHeap(len(vectors), count, keep_max=True)
         for rows, lists in self._meetings(vectors):
             best.add_result_subset(rows, vectors[rows] @ self.vectors[lists].T, lists)
@@ -210,6 +211,7 @@ def _kmeans(vectors: Vectors, count: int, seed: int) -> Vectors:
         "min_points_per_centroid": 1,  # too few are refused or warned of before
         "max_points_per_centroid": len(vectors),
     }
+    # As many centroids as vectors: every vector is one.
     if count == len(vectors):
         themselves: Vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
         return themselves

@@ -65,6 +65,7 @@ def to_table(
     ids: pa.Array, encoded: EncodedVectors, contents: NDArray[np.int64] | None = None
 ) -> pa.Table:
     """Encoded vectors with ids and content digests, as a table that `Blocks` reads."""
+    # One column of lists and one of codes for each list that a vector is in.
     list_columns = {f"list{i}": pa.array(column) for i, column in enumerate(encoded.lists.T)}
     codes = {f"code{i}": _binary(codes) for i, codes in enumerate(encoded.codes)}
     if encoded.refine.shape[1]:
@@ -106,6 +107,7 @@ class Blocks:
         """
         sizes = np.zeros(num_lists, np.int64)
         row = 0
+        # A vector counts once for each of its lists; -1 is none.
         for file, count in zip(self.files, self._counts, strict=True):
             for column in pq.read_table(
                 file, columns=[f"list{i}" for i in range(self._num_lists_per_row)]
@@ -157,6 +159,8 @@ def grouped_lists(
     Yields:
         L pairs of (n, C) uint8 codes and (n,) int64 rows.
     """
+    # As many lists at a time as fit the budget: read their entries from all sources, sort them by
+    # list and row, and yield list after list.
     budget = max(1, GROUPING_BYTES // (code_size + 16))
     ends = np.cumsum(sizes)
     first = 0

@@ -84,6 +84,7 @@ class Engine:
             self.lists: int | None = None
         else:
             self.lists = int(self.ivf.nlist)
+        # Vectors of all rows: those behind an IndexRefine, or the flat index itself.
         self.refine: Any = None
         if isinstance(index, faiss.IndexRefine):
             self.refine = faiss.downcast_index(index.refine_index)
@@ -147,6 +148,8 @@ class Engine:
             settings = settings._replace(k_factor=settings.k_factor * MIN_RERANKED / k)
         if k * settings.k_factor > self.count:  # no more candidates than rows
             settings = settings._replace(k_factor=self.count / k)
+        # Rows in two lists may be found twice: search for twice as many, and drop the repeated
+        # ones.
         if not self.spill:
             hits = Hits(
                 *self.index.search(queries, k, params=self._search_parameters(settings, selector))

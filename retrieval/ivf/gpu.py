@@ -52,6 +52,7 @@ def nearest(
     Returns:
         (B, count) float32 inner products, descending, and (B, count) int64 numbers of centers.
     """
+    # A GPU that fails once is not used again in this process.
     if in_use():
         try:
             found: Any = faiss.knn_gpu(

@@ -102,6 +102,7 @@ def attach(index: Any, file: Path, sizes: NDArray[np.int64]) -> Any:
             f"sizes of lists are {sizes.dtype} of shape {sizes.shape}; expected int64, one for "
             "each list"
         )
+    # Sizes, index and file must belong together, or a scan would read foreign memory.
     expected = file_bytes(sizes, index.code_size)
     if len(sizes) != index.nlist or (sizes < 0).any() or file.stat().st_size != expected:
         raise ValueError(
@@ -131,6 +132,7 @@ def map_lists(index: Any, file: Path, table: NDArray[np.uint64]) -> Any:
     lists.read_only = True
     lists.prefetch_nthread = 0  # its threads cost more than a page fault
     lists.lists.resize(index.nlist)
+    # The table of extents is copied into FAISS's own vector of list descriptors.
     faiss.memcpy(lists.lists.data(), faiss.swig_ptr(table.view(np.uint8).ravel()), table.nbytes)
     if lists.totsize:
         lists.do_mmap()

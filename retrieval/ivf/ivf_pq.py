@@ -27,7 +27,7 @@ from tritower.retrieval.ivf.spec import IvfPqSpec
 TRAINED_CODES = 65_536
 """Vectors that train the code books: they hold only 16 centroids each."""
 
-CODES_OF_CENTRES = 2
+CENTER_CODE_DIMENSIONS = 2
 """Dimensions of a piece in the codes of the lists' centers.
 
 Finer than those of vectors, there are few of them.
@@ -75,6 +75,7 @@ class TrainedQuantizers:
         block = (
             16_384 if self.spill else 65_536
         )  # choosing second lists compares many residuals at a time
+        # Blocks bound the memory of residuals.
         for start in range(0, len(vectors), block):
             part = vectors[start : start + block]
             found = self.centroids.lists_of(part, self.spill)
@@ -114,8 +115,7 @@ def train(
     dim = sample.shape[1]
     if centroids is None:
         centroids = find_centroids(sample, spec.lists, seed)
-    else:
-        centroids = centroids
+    # Lists are trained already: only the code books are learned, from residuals to the centers.
     index = faiss.IndexIVFPQFastScan(
         coarse_quantizer(centroids),
         dim,
@@ -134,6 +134,7 @@ def train(
     index.pq.cp.min_points_per_centroid = 1
     index.pq.train(np.ascontiguousarray(residuals))
     index.is_trained = True
+    # Ranges of each dimension for 8-bit vectors; 16-bit ones need none.
     refine = None
     if spec.refine is not None:
         quantizer_type = {
@@ -155,10 +156,11 @@ def coarse_quantizer(centroids: Centroids) -> Any:
         flat = faiss.IndexFlatIP(dim)
         flat.add(centroids.vectors)
         return flat
+    # Many centers are an IVF-PQ of their own, re-ranked exactly. FAISS owns its parts from then on.
     groups = faiss.IndexFlatIP(dim)
     groups.add(centroids.groups)
     sub_quantizers = next(
-        (dim // size for size in range(CODES_OF_CENTRES, 9) if dim % size == 0), dim
+        (dim // size for size in range(CENTER_CODE_DIMENSIONS, 9) if dim % size == 0), dim
     )
     base = faiss.IndexIVFPQFastScan(
         groups, dim, len(centroids.groups), sub_quantizers, 4, faiss.METRIC_INNER_PRODUCT

@@ -116,6 +116,7 @@ class Tuning:
         """
         if not 0 < recall <= 1:
             raise ValueError(f"recall={recall}; expected a number above 0, at most 1")
+        # Every type must reach the recall, or its best point is named.
         for name in self._query_types(query_type):
             best = self.nearest(recall, name)
             if not best.reaches(recall):

@@ -150,6 +150,8 @@ class LexicalIndex:
         counts = np.zeros(
             len(self._products), np.float32
         )  # (P,) weighted, added up over the fields
+        # BM25F: counts are weighted, normalized by the length of their field, and summed over
+        # fields.
         for row, name in enumerate(FIELDS):
             if weight := scoring.weights.get(name, 0.0):
                 of_field = weight * self._counts[row]
@@ -158,6 +160,7 @@ class LexicalIndex:
                         self._products
                     ].clip(1e-6)
                 counts += of_field
+        # Then BM25 saturates them; TF-IDF dampens them and makes each product a unit vector.
         idf = np.repeat(self._idf(scoring), self._document_frequency)
         if scoring.model == "bm25":
             weights = idf * counts / (scoring.k1 + counts)
@@ -175,6 +178,7 @@ class LexicalIndex:
             weights += counts * (1.0 if name == QUERY else scoring.weights.get(name, 0.0))
         weights.eliminate_zeros()
         if scoring.model == "bm25":
+            # The query's own counts saturate, too: 1 for a term that occurs once.
             weights.data *= (scoring.k1 + 1) / (
                 scoring.k1 + weights.data
             )  # 1 for a term that occurs once
@@ -192,6 +196,7 @@ class LexicalIndex:
         if self._last_queries is None or self._last_queries[0] is not queries:
             counts = {}
             for name in (*FIELDS, QUERY):
+                # A sparse matrix of the known terms of each query.
                 columns: list[int] = []
                 starts = [0]
                 for query in queries:
@@ -238,6 +243,7 @@ class LexicalIndex:
         if name in EXACT_FIELDS:
             return list(tokens)
         term_of = self._term_of
+        # Terms are looked up once for each distinct token.
         for token in tokens:
             if token not in term_of:
                 term_of[token] = self.analyzer.term(token)
@@ -246,6 +252,7 @@ class LexicalIndex:
         terms = [term for token in tokens if (term := term_of[token]) is not None]
         if not self.neighbors and self._cjk.isdisjoint(terms):
             return terms
+        # Pairs of neighbors, as "a b".
         pairs = [f"{a} {b}" for a, b in pairwise(terms) if self.neighbors or {a, b} <= self._cjk]
         return terms + pairs
 

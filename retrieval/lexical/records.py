@@ -41,6 +41,7 @@ def record_of(
     words: list[str] = []
     facts: list[str] = []
     numbers: list[str] = []
+    # Numbers are exact terms; other values give both words and one exact term.
     for name, value in attributes.items():
         if isinstance(value, float | int):
             numbers.append(f"{name}={value:g}")

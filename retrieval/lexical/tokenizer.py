@@ -29,6 +29,7 @@ def tokenize(text: str) -> list[str]:
     * Model codes stay whole beside their parts: "WH-1000XM4" gives "wh", "1000xm4", "wh1000xm4".
     * The possessive is dropped: "women's" gives "women".
     """
+    # Compatibility forms, such as full-width letters, become plain ones.
     found = _TOKEN.findall(
         (text if text.isascii() else unicodedata.normalize("NFKC", text)).lower()
     )

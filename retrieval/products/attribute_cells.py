@@ -46,6 +46,7 @@ def cells(column: pa.Array, attribute_type: AttributeType) -> pa.Array:
         column = column.cast(column.type.value_type)
     if attribute_type == "number":
         return _numbers(column)
+    # Lists are joined by separators; texts of sets and paths are split and joined again.
     if is_list(column.type):
         texts = _joined(
             column.cast(pa.large_list(TEXT)),
@@ -62,6 +63,7 @@ def cells(column: pa.Array, attribute_type: AttributeType) -> pa.Array:
         texts = pc.replace_substring_regex(
             pc.ascii_trim_whitespace(texts), LEVEL_BORDER, LEVEL_SEPARATOR
         )
+    # Blank texts are missing.
     return pc.if_else(pc.equal(pc.utf8_trim_whitespace(texts), ""), None, texts)
 
 

@@ -87,6 +87,7 @@ class CatalogueSource:
         self._fields: dict[str, str | None] = {GROUP: None, FAMILY: None}
         self.attribute_types: dict[str, AttributeType] = {GROUP: "category", FAMILY: "category"}
         self.ignored: dict[str, str] = {}
+        # An attribute that is called like a grouping gets a longer name.
         for field, attribute_type in catalogue.attributes.items():
             if field in (GROUP, FAMILY):
                 name = f"attributes.{field}"
@@ -254,6 +255,7 @@ class FileSource:
         known = characters = 0
         path = False
         numbers = self._files[0].suffix not in (".parquet", "")
+        # Read all values: long texts are descriptions, and one level separator makes a path.
         for batch in self._read(column):
             values = batch.cast(TEXT).drop_null()
             known += len(values)

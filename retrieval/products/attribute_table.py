@@ -96,6 +96,7 @@ class AttributeTable:
         self._masks: LRUCache[str, NDArray[np.uint8]] = LRUCache(CACHED_MASKS)
         self._batch: pa.RecordBatch | None = None
         try:
+            # The schema's metadata holds the types; columns are opened when a filter needs them.
             self._reader = pa.ipc.open_file(pa.memory_map(str(self.file)))
             metadata = self._reader.schema.metadata or {}
             self.count = int(metadata[ROWS_KEY])
@@ -182,6 +183,7 @@ class AttributeTable:
         try:
             if self._batch is None:
                 self._batch = self._reader.get_batch(0)
+            # Views of the mapped memory: nothing is copied.
             array = self._batch.column(name)
             if len(array) != self.count or array.offset:
                 raise ValueError(f"{len(array)} rows; expected {self.count}")

@@ -50,6 +50,7 @@ def write_attributes(
         ValueError: an id that a source has twice, or an attribute that two sources have with
             different types.
     """
+    # Each column waits in a temporary file, so memory holds one column of one batch at a time.
     attribute_types = _common_attribute_types(sources)
     places, report = _join(list(ids), sources)
     with tempfile.TemporaryFile(dir=work) as waiting:
@@ -103,6 +104,7 @@ def _join(
     rows = pa.chunked_array([batch.cast(TEXT) for batch in ids], TEXT)
     places = np.full(len(rows), -1, np.int64)
     start = unused = 0
+    # The last provider that knows a product describes it.
     for source in sources:
         keys = pa.chunked_array(list(source.ids()), TEXT).combine_chunks()
         _check_distinct(keys, source.name)

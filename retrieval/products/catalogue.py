@@ -154,6 +154,7 @@ class PreparedCatalogue:
         for file in self._shards(table) if len(ids) else ():
             parquet = pq.ParquetFile(file)
             there = [name for name in columns if name in parquet.schema_arrow.names]
+            # Row groups without a wanted id are skipped after reading their ids alone.
             for group in range(parquet.num_row_groups):
                 keys = parquet.read_row_group(group, [id_column]).column(0)
                 mask = pc.is_in(keys, value_set=wanted)
@@ -180,6 +181,7 @@ def read_qrels(file: Path) -> pa.Table:
         )
     else:
         table = pq.read_table(file)
+    # Relevance may be left out: then every judgement counts 1.
     for name in ("query_id", "product_id"):
         if name not in table.column_names:
             raise ValueError(f"{file}: no column {name!r} among {', '.join(table.column_names)}")
@@ -197,11 +199,11 @@ def read_qrels(file: Path) -> pa.Table:
             "relevance": relevance,
         }
     )
-    refine = pc.and_kleene(
+    is_valid = pc.and_kleene(
         pc.is_finite(table.column("relevance")), pc.greater_equal(table.column("relevance"), 0)
     )
-    if not pc.all(pc.fill_null(refine, False)).as_py():
-        row = pc.fill_null(refine, False).index(False).as_py()
+    if not pc.all(pc.fill_null(is_valid, False)).as_py():
+        row = pc.fill_null(is_valid, False).index(False).as_py()
         raise ValueError(
             f"{file}: row {row}: relevance {table.column('relevance')[row].as_py()}; expected a "
             "number >= 0"

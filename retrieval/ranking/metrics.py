@@ -269,6 +269,7 @@ def _checked_grades(judged: NDArray[np.int64], grades: NDArray[np.float64]) -> N
     if grades.shape != judged.shape:
         raise ValueError(f"grades has shape {grades.shape}, relevant has {judged.shape}")
     grades = np.where(judged == NO_ROW, 0.0, grades)
+    # A grade that is not a number, and a query without a positive grade, have no gain.
     wrong = ~np.isfinite(grades) | (grades < 0)
     if wrong.any():
         row, column = np.argwhere(wrong)[0]

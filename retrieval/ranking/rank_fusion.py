@@ -33,6 +33,7 @@ def reciprocal_rank_fusion(
     fused = np.full((len(rankings[0].rows), width), NO_ROW)
     ranks = [ranking.mean_ranks() for ranking in rankings]
     for query in range(len(fused)):
+        # Sum the points of each product over the rankings.
         points: dict[int, float] = {}
         for ranking, rank, weight in zip(
             rankings, ranks, weights or [1.0] * len(rankings), strict=True

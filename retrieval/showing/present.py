@@ -222,6 +222,7 @@ def describe_candidates(manifest: Manifest) -> Table:
     for name in names:
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
     count = manifest.meta["count"]
+    # The first candidate was chosen; the others say what they lack.
     for place, one in enumerate(manifest.meta["candidates"]):
         spec = parse_ivf_pq(one["factory"])
         point = one["point"]
@@ -272,6 +273,7 @@ def describe_points(path: Path, recall: float) -> Table:
     if tuning is None:
         return table
     for query_type in tuning.points:
+        # A few recalls beside the one that the index was built for.
         for wanted in sorted({recall, 0.9, 0.95, 0.99}):
             point = tuning.nearest(wanted, query_type)
             if point.reaches(wanted) or wanted == recall:
@@ -315,6 +317,7 @@ def describe_update(report: UpdateReport) -> Table:
     table.add_row(
         "rows, empty ones closed up" if report.compacted else "rows", "", f"{report.rows:,}"
     )
+    # The state of the index before and after.
     if report.before is not None and report.after is not None:
         table.add_section()
         names = {

@@ -103,6 +103,7 @@ def measure_drift(
     centroids = centroids_of(engine.ivf)
     recall: float | None = None
     errors = new_errors = EncodingErrors(None, None, None)
+    # Without refine vectors, products cannot be compared: only sizes of lists are known.
     if engine.refine is not None:
         rows = _draw_rows(engine, alive)
         recall = _recall(engine, settings, alive, rows[:NUM_QUERIES], metric)
@@ -214,6 +215,7 @@ def _encoding_errors(
 ) -> EncodingErrors:
     """What is lost of (B, D) vectors."""
     nearest = faiss.knn(vectors, centroids.vectors, 1, metric=faiss.METRIC_INNER_PRODUCT)[1][:, 0]
+    # A vector is approximated by its list's center, by its code, and by its refine vector.
     centers = centroids.vectors[nearest]
     pq = engine.ivf.pq
     origin = centers if engine.ivf.by_residual else np.float32(0)
@@ -244,6 +246,7 @@ def recommendation(built: Drift, now: Drift) -> str:
         built: its state when it was built.
         now: its state now.
     """
+    # One reason for each limit that is passed.
     reasons = []
     if (
         built.recall is not None

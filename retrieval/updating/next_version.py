@@ -107,6 +107,8 @@ class NextVersion:
         another = (
             self.whole and new is not None and self.meta.get("catalogue") != meta.get("catalogue")
         )
+        # A new version is needed for other products, another catalogue, other attributes, or to
+        # close up empty rows.
         self.needed |= (
             attributes is not None
             or (compact and not self.alive.all())
@@ -116,6 +118,8 @@ class NextVersion:
             flat = isinstance(self.index.engine.index, faiss.IndexFlat)
             self.compacted = flat or compact or self.count < (1 - COMPACT_ABOVE) * self.rows
             self.rows = self.count if self.compacted else self.rows
+        # Attributes: those of all products replace the old ones, those of some products are put on
+        # top.
         replaced = attributes is None and self.whole and new is not None
         if table.exists() and not replaced:
             name = f"{self.index.path} ({self.index.version.name})"
@@ -213,6 +217,7 @@ class NextVersion:
             self.work.path / "encoded", artefact_type="encoded", identity=self.work.identity
         )
         files = []
+        # Blocks that an earlier run has encoded are kept.
         for name, batch, kept in self._new():
             if not folder.done(name):
                 encoded = trained.encode(np.ascontiguousarray(batch.vectors[kept]))
@@ -237,6 +242,7 @@ class NextVersion:
             "vectors",
         )
         self._sample = []
+        # A sample of the new vectors measures the drift.
         chosen = np.random.default_rng(0).permutation(np.flatnonzero(self.plan.keep))[:SAMPLE]
         sampled = np.isin(np.arange(len(self.plan.keep)), chosen)
         first = 0
@@ -268,6 +274,7 @@ def write_flat(
 
     def products() -> Iterable[pa.Table]:
         row = 0
+        # Copy the rows that stay, then add the new ones, and write their ids on the way.
         for part in product_tables(index, deleted):
             kept = ~deleted[row : row + len(part)]
             new.add(old.reconstruct_n(row, len(part))[kept])
@@ -302,6 +309,7 @@ def check_resources(index: ProductIndex, rows: int, added: int) -> None:
         block=BLOCK,
         grouping=GROUPING_BYTES,
     )
+    # The new version takes the space of the old one, in proportion to its rows.
     size = sum(entry.bytes for entry in index.manifest.files.values())
     bytes_per_row = size / len(index.id_table)
     resources.check(replace(need, disk=int(bytes_per_row * (rows + added))), index.path)

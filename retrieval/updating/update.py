@@ -147,6 +147,7 @@ def update_index(
     root = Path(root)
     index = ProductIndex.open(root, fall_back=False)
     _check_updatable(index)
+    # One update at a time; a killed one continues from this folder.
     with WorkFolder(root, "update", _identity(index, upsert), "embedded|encoded") as work:
         embedded = _embedded(index, upsert, work)
         plan = make_plan(
@@ -156,6 +157,7 @@ def update_index(
             index, embedded.reader, {} if upsert is None else upsert.meta, plan, work
         )
         next_version.choose(compact, attributes)
+        # Nothing to do publishes nothing.
         if next_version.needed:
             said = next_version.publish(measure)
             report = _report(plan, next_version, versions.current(root).name, said.get("drift"))
@@ -204,6 +206,7 @@ def _identity(index: ProductIndex, upsert: EmbeddingReader | Catalogue | None) -
     if not isinstance(upsert, EmbeddingReader):
         index.check_model(upsert.meta["model"], "the catalogue's model")
         return {**base, "catalogue": upsert.meta["catalogue"], "model": upsert.meta["model"]}
+    # Vectors of another model or metric would be found at random.
     model = upsert.meta.get("model")
     if model is None and index.model is not None:
         raise ArtefactError(

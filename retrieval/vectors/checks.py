@@ -77,6 +77,7 @@ def checked_vectors(
     with np.errstate(over="ignore"):
         array = np.ascontiguousarray(given, dtype=np.float32)
 
+    # All messages name the row, its id, and how many rows are like it.
     def refuse(bad: NDArray[np.bool_], problem: str) -> None:
         if bad.any():
             row = int(bad.argmax())
@@ -86,6 +87,7 @@ def checked_vectors(
                 "rows are like this"
             )
 
+    # Lengths show most faults at once: NaN, infinity, zero, and vectors that are not normalized.
     length = _lengths(array)
     if not np.isfinite(length).all():  # a long but finite vector has a finite length, too
         refuse(np.asarray(~np.isfinite(array).all(axis=1)), "holds NaN or infinity")
@@ -100,6 +102,7 @@ def checked_vectors(
             f"has length {worst:.4g}, cosine needs 1: normalize (--normalize) or name metric "
             "inner_product",
         )
+    # Divide by the length, unless that is 1 up to float32's rounding.
     if ((length < 1e-30) | (length > 1e30)).any():  # outside float32's range
         return np.divide(array, length[:, None], out=np.empty_like(array), casting="same_kind")
     length[np.abs(np.square(length) - 1) <= EXACT] = 1  # as they are, whatever stands beside them

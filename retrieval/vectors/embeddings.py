@@ -107,6 +107,8 @@ class EmbeddingWriter:
                 f"{shard}: {len(ids)} ids, {len(array)} vectors, "
                 f"{query_types and len(query_types)} query types"
             )
+        # Vectors are stored as float16: half the size, and the rounding is far below that of an
+        # index.
         columns: dict[str, pa.Array] = {self.id_column: pa.array(ids, pa.string())}
         if query_types is not None:
             columns["query_type"] = pa.array(query_types, pa.string())
@@ -192,6 +194,7 @@ class EmbeddingReader:
         self.meta: Mapping[str, Any] = {}
         self.fingerprint: str | None = None
         files: list[Path] | None = None
+        # Our own folders have a manifest; other files are read as they are.
         if any((self.source / name).exists() for name in (storage.MANIFEST, BEGUN)):
             manifest = storage.verify(self.source, ARTEFACT_TYPE)
             self.meta = manifest.meta
@@ -203,6 +206,7 @@ class EmbeddingReader:
         self.parts: Sequence[Part] = find_parts(
             self.source, files, None if ids is None else Path(ids), id_column, embedding_column
         )
+        # All shards must have the same dimension.
         self.dim = self.parts[0].dim
         self.count = sum(part.count for part in self.parts)
         for part in self.parts:
@@ -266,6 +270,7 @@ class EmbeddingReader:
         Raises:
             ValueError: naming such an id and how often it appears.
         """
+        # Sort the hashes, then compare only the ids whose hashes occur twice.
         hashes = [np.fromiter(map(hash, ids.to_pylist()), np.int64, len(ids)) for ids in self.ids()]
         values, counts = np.unique(np.concatenate(hashes), return_counts=True)
         suspects = set(values[counts > 1].tolist())

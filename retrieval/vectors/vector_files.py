@@ -90,6 +90,7 @@ def find_parts(
             files = _listed(source, ".parquet") or _listed(source, ".npy")
     if not files:
         raise ValueError(f"{source}: no .parquet and no .npy files there")
+    # .npy files need a file of ids beside them; Parquet files have a column of ids.
     files = sorted(files, key=natural_key)
     parts: list[Part]
     if files[0].suffix == ".npy":
@@ -141,6 +142,7 @@ class ParquetPart:
                 self.count = opened.metadata.num_rows
         except pa.ArrowInvalid as error:
             raise ValueError(f"{file} is not a Parquet file: {error}") from None
+        # Columns of ids and vectors, found by name or by type.
         self._embedding = find_column(
             schema, embedding_column, _is_vector, (), f"{file}: column of vectors"
         )
@@ -194,6 +196,7 @@ class ParquetPart:
         return len(first.column(0)[0].as_py() or ())
 
     def _matrix(self, column: pa.Array, row: int) -> NDArray[Any]:
+        # Every row must have the same number of values, none of them missing.
         lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False)
         wrong = lengths != self.dim
         if wrong.any():
@@ -258,6 +261,8 @@ def read_ids(file: Path, count: int) -> pa.Array:
         schema = pq.read_schema(file)
         column = find_column(schema, None, is_id, ID_COLUMNS, f"{file}: column of ids")
         return as_text(pq.read_table(file, columns=[column]).column(0).combine_chunks(), str(file))
+    # Text files: one id a line, and the last line break ends the last line. Windows line breaks are
+    # dropped only if every line has one: an id may end with a carriage return.
     with file.open(encoding="utf-8-sig", newline="") as stream:
         if file.suffix == ".csv":
             return pa.array(_csv_ids(list(csv.reader(stream)), count, file), pa.large_string())
@@ -271,6 +276,7 @@ def read_ids(file: Path, count: int) -> pa.Array:
 
 def _csv_ids(records: list[list[str]], count: int, file: Path) -> list[str]:
     column = 0
+    # One record more than vectors is a header; its column of ids must be clear.
     if len(records) == count + 1:
         header = records.pop(0)
         column = next(
@@ -309,6 +315,7 @@ def _partner(file: Path, files: Sequence[Path], ids: Path) -> Path:
                 f"{len(files)} files of vectors but one file of ids, {ids}: give a folder of files"
             )
         return ids
+    # Match files of ids by name, else by the last number in the name.
     candidates = [
         c
         for suffix in (".txt", ".npy", ".csv", ".parquet")
@@ -343,6 +350,7 @@ def find_column(
                 f"{schema.names})"
             )
         return named
+    # Known names win; otherwise only one column may fit.
     for name in preferred:
         if name in fitting:
             return name

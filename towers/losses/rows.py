@@ -35,6 +35,7 @@ class LossRows(NamedTuple):
         """The rows of all processes, in float32, with gradient."""
         judged = self.judged_products
         weights = self.judgement_weights
+        # Products have no judgements: there is nothing to send.
         if judged.shape[1]:
             judged = gather_rows(judged)
             weights = gather_rows(weights)
@@ -71,6 +72,7 @@ def make_rows(
     query_zeros = zeros[: len(query)]  # (B,)
     no_judgements = batch.query_keys[:, :0]  # (B, 0)
 
+    # Whatever a batch leaves out is neutral: no judgements, everything present, no offset.
     judged = batch.judged_products
     weights = batch.judgement_weights
     if judged is None or weights is None:

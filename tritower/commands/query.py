@@ -82,6 +82,7 @@ def parse_query(
     card = None
     vectors: list[np.ndarray] = []
     weights: list[float] = []
+    # Everything that is searched for is a vector with a weight: +1 or -1.
     if options.has_item:
         item = parse_item(index, options)
         vectors.append(encode(index, options.model, item))
@@ -97,6 +98,7 @@ def parse_query(
     if options.vector is not None:
         vectors.append(read_vector(options.vector, index, options.normalize))
         weights.append(1.0)
+    # One part is searched as it is; several are combined.
     if weights == [1.0]:
         vector = vectors[0].reshape(1, -1)
     else:
@@ -122,6 +124,7 @@ def parse_item(index: ProductIndex, options: QueryOptions) -> Item:
     schema = Schema.load(find_model(index, options.model) / "schema.json")
     by_name = {attribute.name: attribute for attribute in schema.attributes}
     attributes = {}
+    # Values are read as the catalogue's were.
     for text in options.attribute:
         name, equals, value = text.partition("=")
         if not equals or name not in by_name:

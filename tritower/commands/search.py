@@ -90,6 +90,7 @@ def search(
     from tritower.retrieval.index import ProductIndex
 
     opened = ProductIndex.open(index)
+    # Many queries from a file, or one query from options.
     if bulk.queries is not None or bulk.output is not None:
         if not query.is_empty or output.json or output.html:
             raise ValueError(
@@ -118,6 +119,7 @@ def _search_one(
     parsed = parse_query(index, query, catalogue)
     settings = index.resolve(effort.nprobe, recall=effort.recall, query_type=parsed.query_type)
     has_groups = index.attributes is not None and "group" in index.attributes.attribute_types
+    # Products that are searched by, and others of their groups, are left out.
     hits = index.search(
         parsed.vector,
         checked_k(options.k),

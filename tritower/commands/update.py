@@ -85,6 +85,7 @@ def update(
     products = None
     if upsert is not None:
         products = _open_products(opened, upsert, embedding, files, progress=not options.json)
+    # An id to delete, new embeddings and attributes make one new version.
     report = update_index(
         index,
         upsert=products,

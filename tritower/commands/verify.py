@@ -21,6 +21,7 @@ def verify(index: Path) -> int:
 
     folders = versions.versions(index) or [index]
     problems = []
+    # Every version, not only the one in use.
     for folder in folders:
         try:
             manifest = storage.verify(folder, "index")

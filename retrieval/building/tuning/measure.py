@@ -33,6 +33,8 @@ def measure(engine: Engine, tuning_queries: Sequence[TuningQueries], target: Tar
     """Operating points of a finished index for each query type, checked on held-out queries."""
     points = {}
     for queries in tuning_queries:
+        # Half of the queries choose operating points; their recall is then measured on the other
+        # half, with a 95 % interval.
         choosing = queries.half(held_out=False)
         checking = queries.half(held_out=True)
         checked = []
@@ -116,6 +118,7 @@ def time_point(
 ) -> OperatingPoint:
     """The point with its latency on one thread."""
     k = min(k, engine.count)
+    # Latency is that of a single query on a single thread.
     threads = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(1)
     try:

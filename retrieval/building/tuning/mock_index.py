@@ -46,12 +46,15 @@ def mock_index(
         rows = count
     else:
         rows = min(count, max(1, SHARED_VECTORS // encoded.refine.shape[1]))
+    # All lists have the length that they will have on average. They lie in a few distinct places of
+    # one file, which is larger than caches and quick to write.
     sizes = np.full(index.nlist, max(1, round(count * (1 + trained.spill) / index.nlist)))
     distinct = max(1, min(index.nlist, SHARED_CODES // file_bytes(sizes[:1], index.code_size)))
     table = extents(sizes[:distinct], index.code_size)
     blocks = pack(index, encoded.codes[0])
     generator = np.random.default_rng(0)
-    with (folder / "mock index.bin").open("wb") as file:
+    with (folder / "mock-index.bin").open("wb") as file:
+        # Fill each place with random codes and rows.
         for size, room, start in table.astype(np.int64):
             file.seek(start)
             file.write(
@@ -59,14 +62,16 @@ def mock_index(
             )
             file.write(memoryview(generator.integers(rows, size=size)).cast("B"))
         file.truncate(file_bytes(sizes[:distinct], index.code_size))
+    # Every list points to one of these places.
     places = table[np.arange(index.nlist) % distinct]
-    keep: tuple[Any, ...] = (index, map_lists(index, folder / "mock index.bin", places))
+    keep: tuple[Any, ...] = (index, map_lists(index, folder / "mock-index.bin", places))
     index.ntotal = rows
     if trained.refine is None:
         return Engine(index, rows, spill=trained.spill, keep=keep)
-    with (folder / "mock index.faiss").open("wb") as file:
+    # Refine vectors likewise: a few, repeated.
+    with (folder / "mock-index.faiss").open("wb") as file:
         write_refine_header(file, trained.refine, rows)
         for start in range(0, rows, len(encoded.refine)):
             file.write(encoded.refine[: rows - start].data.cast("B"))
-    refine = open_refine(folder / "mock index.faiss", rows, index.d)
+    refine = open_refine(folder / "mock-index.faiss", rows, index.d)
     return Engine(faiss.IndexRefine(index, refine), rows, spill=trained.spill, keep=(*keep, refine))

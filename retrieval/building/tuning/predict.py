@@ -122,6 +122,8 @@ class Predictor:
         """What an index of this spec would find and cost."""
         trained = replace(self._train(spec), spill=spill)
         started = time.perf_counter()
+        # Encode the vectors that queries are compared with; their time predicts that of all
+        # vectors.
         encoded = trained.encode(self._held_out[self._rows])
         seconds = (time.perf_counter() - started) * self.count / len(self._rows)
         decoded = _decoded(trained, encoded)
@@ -132,6 +134,8 @@ class Predictor:
             for queries, positions, refine_recall in zip(
                 self._queries, self._positions, self._refine_recalls, strict=True
             ):
+                # For each neighbor: the lists to scan until it is met, and the codes that score
+                # higher.
                 neighbors = encoded.lists[positions[:, : self._num_neighbors]]
                 needed_lists = list_ranks(queries.vectors, neighbors, trained.centroids)
                 copies = [copy[positions] for copy in decoded]
@@ -272,6 +276,7 @@ def recall_of_8_bits(
     quantizer.train(sample)
     recalls = []
     for queries in tuning_queries:
+        # Only the nearest vectors matter: a neighbor is lost if so many decoded ones score higher.
         rows, positions = np.unique(queries.truth[:, : 8 * num_neighbors], return_inverse=True)
         decoded = quantizer.sa_decode(quantizer.sa_encode(sample[rows]))
         near = decoded[positions.reshape(len(queries.truth), -1)]  # (Q, M, D)

@@ -76,11 +76,13 @@ def without_own(rows: Rows, own: Rows) -> Rows:
 
 def draw_queries(queries: EmbeddingReader, seed: int, limit: int = PER_TYPE) -> list[TuningQueries]:
     """Up to `limit` queries of each type, drawn at random, without neighbors yet."""
+    # Collect the vectors of each query type over all shards.
     parts: dict[str, list[Vectors]] = {}
     for batch in queries.batches():
         types = np.array(batch.type_names(), object)
         for query_type in dict.fromkeys(types):
             parts.setdefault(query_type, []).append(batch.vectors[types == query_type])
+    # Draw the same number of each type.
     drawn = []
     for query_type, own_parts in parts.items():
         vectors = np.concatenate(own_parts)
@@ -112,6 +114,8 @@ def find_neighbors(
     tuning_queries = list(tuning_queries)
     vectors = np.concatenate([queries.vectors for queries in tuning_queries])
     own = np.concatenate([queries.own for queries in tuning_queries])
+    # Compare all queries with one block of vectors after another; the heap keeps the best rows. One
+    # more is kept, as a product finds itself first.
     best = faiss.ResultHeap(len(vectors), k + 1, keep_max=True)
     first = 0
     for block in blocks:
@@ -122,6 +126,7 @@ def find_neighbors(
     best.finalize()
     truth = without_own(best.I, own)
 
+    # Hand the rows back to the queries of each type.
     ends = np.cumsum([len(queries.vectors) for queries in tuning_queries])
     result = []
     for queries, part in zip(tuning_queries, np.split(truth, ends[:-1]), strict=True):
