@@ -187,9 +187,8 @@ def make_folder(path: Path) -> None:
     """Make a folder and the missing ones above it; their names are on disk when this returns."""
     missing = [folder for folder in (path, *path.parents) if not folder.is_dir()]
     for folder in reversed(missing):
-        with suppress(
-            FileExistsError
-        ):  # another process was quicker; a file of that name fails below
+        # Another process was quicker; a file of that name fails below.
+        with suppress(FileExistsError):
             system.mkdir(folder)
         fsync(folder.parent)
     if not path.is_dir():

@@ -275,10 +275,11 @@ def _entry(file: Path) -> FileEntry:
     """
     size = file.stat().st_size
     entry = FileEntry(size, _sha256(file), _sample_sha256(file) if size > LARGE_BYTES else None)
+    # Not every system has posix_fadvise (AttributeError).
     with (
         suppress(AttributeError, OSError),
         file.open("rb") as stream,
-    ):  # AttributeError: not on this system
+    ):
         os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     return entry
 
@@ -316,15 +317,13 @@ def _check_place(path: Path, artefact_type: str, overwrite: bool) -> None:
 
 
 def _move_folder(new: Path, path: Path) -> None:
-    old = new.with_suffix(
-        ".old"
-    )  # not swept: killed between the two renames, this is the only copy
+    # Its name is not swept: after a kill between two renames it would be the only copy.
+    old = new.with_suffix(".old")
     # Three ways, the safest first: take a free name, swap both names in one step, or rename twice
     # and undo the first rename if the second fails.
     if not path.exists():
-        files.system.rename(
-            new, path
-        )  # a folder that another writer finished meanwhile makes this fail
+        # This fails if another writer has finished the folder meanwhile.
+        files.system.rename(new, path)
     elif files.system.exchange(new, path):
         old = new
     else:

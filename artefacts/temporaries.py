@@ -111,9 +111,8 @@ def temporary(path: Path, *, folder: bool) -> Iterator[Temporary]:
     taken = None
     while taken is None:
         files.make_folder(path.parent)
-        with suppress(
-            FileNotFoundError
-        ):  # a failing run has just removed the folder that it had made
+        # Another run that fails may have just removed the parent folder that it had made.
+        with suppress(FileNotFoundError):
             sweep(path)
             name = temporary_name(path)
             if folder:

@@ -121,7 +121,8 @@ def current(root: Path | str) -> Path:
         name = _name_in(pointer or b"")
         if name is not None and (root / VERSIONS / name / MANIFEST).is_file():
             return root / VERSIONS / name
-        if pointer == _pointer(root):  # else that version was overtaken and removed meanwhile
+        # The pointer has not changed, so the version is really missing.
+        if pointer == _pointer(root):
             break
     if pointer is None:
         if root.is_dir():
@@ -280,7 +281,8 @@ def _check_artefact_type(folder: Path, artefact_type: str) -> None:
     try:
         there = storage.read_manifest(folder).artefact_type
     except ArtefactError:
-        if folder.parent.name == VERSIONS:  # a damaged version may be replaced by a good one
+        # A damaged version may be replaced by a good one.
+        if folder.parent.name == VERSIONS:
             return
         raise
     if there != artefact_type:
@@ -397,7 +399,8 @@ def _open_current(root: Path, read: Callable[[Path], T]) -> Opened[T]:
     while True:
         folder = current(root)
         held = _hold(folder)
-        if held is not None:  # else it was removed meanwhile, and another one is in use
+        # Without a lock, the folder was removed meanwhile: another version is in use.
+        if held is not None:
             return Opened(read(folder), folder, "", held)
 
 

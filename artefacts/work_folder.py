@@ -94,9 +94,8 @@ class WorkFolder:
                 raise ArtefactError(
                     f"another run is {doing} (in {self.path}): wait for it, or stop it"
                 )
-            if held is not None and held.is_of(
-                self.path
-            ):  # else a finishing run has removed it meanwhile
+            # A finishing run may have removed the folder meanwhile: then try again.
+            if held is not None and held.is_of(self.path):
                 return held
 
     def _keep_only_same(self) -> None:

@@ -223,219 +223,31 @@ class BenchOptions:
 DEFAULT_BENCH = BenchOptions()
 
 
-class Bench:
-    """Runs the arms of one catalogue.
+def untrained_model(weights: Path, schema: Schema) -> TwoTower:
+    """A model of pretrained towers; it has all towers, so that queries of all types are made."""
+    text = HuggingFaceText(
+        str(weights / "all-minilm-l6-v2"), template="{title}", max_length=64, freeze=True
+    )
+    picture_weights = weights / "tf_efficientnet_lite0.safetensors"
+    image = TimmImage("tf_efficientnet_lite0", pretrained=picture_weights, freeze=True)
+    model = TwoTower(Encoder(64, text, image, AttributeTower()))
+    model.set_schema(schema)
+    return model
 
-    Args:
-        catalogue: the catalogue.
-        folders: what is read and written.
+
+@dataclass(frozen=True)
+class Measuring:
+    """Embeds a prepared catalogue with a model, and measures the queries of a split.
+
+    Attributes:
+        prepared: the catalogue.
+        cache: folder of features of frozen towers.
         split: whose queries are measured.
-        results: stores the figures.
-        options: what is measured.
     """
 
-    def __init__(
-        self,
-        catalogue: Catalogue,
-        folders: Folders,
-        split: Split,
-        results: Results,
-        options: BenchOptions = DEFAULT_BENCH,
-    ) -> None:
-        self.all = options.arms is None
-        self.hybrid = options.hybrid
-        self.arms: Mapping[str, list[str]]
-        if options.arms is None:
-            self.arms = TRAINED | {name: [] for name in BORROWED}
-        else:
-            self.arms = options.arms
-        self.catalogue = catalogue
-        self.weights = folders.weights
-        self.work = folders.work
-        self.split = split
-        self.results = results
-        self.quick = options.quick
-        self.raw = folders.data / catalogue.name
-        self.prepared = self.work / "catalogues" / catalogue.folder
-        self.cache = self.work / "features"
-        self.seeds = range(1 if self.quick else catalogue.seeds)
-        self.robust = []
-        if not self.quick:
-            self.robust = [name for name in options.robust if name in catalogue.trained]
-
-    def run(self) -> Iterator[str]:
-        """Measure every arm that is missing; yields its name."""
-        self.prepare()
-        if self.all and not all(self.done("arms", f"{name}/0") for name in UNTRAINED):
-            yield from self.without_training()
-        for seed in self.seeds:
-            for name in self.catalogue.trained:
-                yield from self.arm(
-                    name, seed, lambda n=name, s=seed: self.train(n, self.arms[n], s)
-                )
-            for name in self.robust:
-                yield from self.missing(name, seed)
-
-    def check(self) -> None:
-        """Before anything is read.
-
-        Raises:
-            SystemExit: the test split would be read a second time.
-        """
-        if self.split == "test":
-            arms = [f"{name}/0" for name in UNTRAINED if self.all]
-            arms += [f"{name}/{seed}" for seed in self.seeds for name in self.catalogue.trained]
-            robust = [f"{name}/{seed}" for seed in self.seeds for name in self.robust]
-            hidden = [f"{arm}/{what}" for arm in robust for what in MISSING]
-            asked = [*(("arms", arm) for arm in arms), *(("missing", arm) for arm in hidden)]
-            left = [arm for part, arm in asked if not self.done(part, arm)]
-            self.results.ledger.check(self.catalogue.name, self.catalogue.salt, left)
-
-    def key(self, arm: str) -> str:
-        """Of the JSON file, of "ARM/SEED"."""
-        return f"{self.catalogue.name}/{arm}"
-
-    def done(self, part: str, arm: str) -> bool:
-        """Whether "ARM/SEED" was measured on the split."""
-        return self.results.done(part, self.key(arm), self.split, self.catalogue.salt)
-
-    def store(self, part: str, arm: str, value: dict[str, Any]) -> None:
-        """Keep the figures of "ARM/SEED"."""
-        self.results.store(part, self.key(arm), {**value, "split": self.split}, self.catalogue.salt)
-
-    def prepare(self) -> None:
-        """The prepared catalogue."""
-        if self.prepared.is_dir():
-            return
-        raw = self.raw
-        arguments = []
-        if self.catalogue.splits is not None:
-            raw = self.work / "raw" / self.catalogue.folder
-            arguments = self.catalogue.splits.write(self.raw, raw)
-        tables = [f"--queries={raw / 'queries.csv'}", f"--qrels={self.raw / 'qrels.csv'}"]
-        output = f"--output={self.prepared}"
-        call("-m", "datamodules.prepare", str(raw / "products.csv"), output, *tables, *arguments)
-
-    def arm(self, name: str, seed: int, make: Any) -> Iterator[str]:
-        """Make a model, embed the catalogue, measure."""
-        key = self.key(f"{name}/{seed}")
-        if self.done("arms", f"{name}/{seed}"):
-            return
-        started = time.monotonic()
-        folder = self.work / "runs" / self.catalogue.folder / name / str(seed)
-        model, command = make()
-        figures = self.measure(model, folder, untrained=name in self.hybrid)
-        made = folder / "train" / "made.json"
-        if made.is_file():
-            trained_at = json.loads(made.read_text(encoding="utf-8"))["commit"]
-        else:
-            trained_at = None
-        self.store(
-            "arms", f"{name}/{seed}", {**figures, "command": command, "trained_at": trained_at}
-        )
-        self.results.data["arms"][key]["seconds"] = round(time.monotonic() - started, 1)
-        self.results.save()
-        yield key
-
-    def without_training(self) -> Iterator[str]:
-        """Words, pretrained towers, and their sums.
-
-        All that a model of them is measured against.
-        """
-        text = HuggingFaceText(
-            str(self.weights / "all-minilm-l6-v2"), template="{title}", max_length=64, freeze=True
-        )
-        weights = self.weights / "tf_efficientnet_lite0.safetensors"
-        image = TimmImage("tf_efficientnet_lite0", pretrained=weights, freeze=True)
-        model = TwoTower(
-            Encoder(64, text, image, AttributeTower())
-        )  # so that each query type is asked
-        model.set_schema(Schema.load(self.prepared / "schema.json"))
-        folder = self.work / "runs" / self.catalogue.folder / "without training"
-        save_model(model, folder / "model", overwrite=True)
-        started = time.monotonic()
-        evaluation = self.evaluate(folder / "model", folder, untrained=True)
-        with_image = self.ask(
-            folder, {"image": open_tower_features(folder / "embeddings" / "untrained")["image"]}
-        )
-        found = {query_type: dict(rows) for query_type, rows in evaluation.untrained.items()}
-        if "fused" in found:
-            found["fused"]["words + image"] = with_image.untrained["fused"]["sum"]
-        for name in UNTRAINED:
-            query_types = {
-                query_type: rows[name] for query_type, rows in found.items() if name in rows
-            }
-            if query_types and not self.done("arms", f"{name}/0"):
-                figures, values = figures_of(evaluation.queries, query_types)
-                about = {"command": "", "seconds": round(time.monotonic() - started, 1)}
-                if name == "floor":
-                    chosen = evaluation.report["chosen"]
-                else:
-                    chosen = {}
-                self.store(
-                    "arms",
-                    f"{name}/0",
-                    {"query_types": figures, "values": values, "chosen": chosen, **about},
-                )
-                yield self.key(f"{name}/0")
-
-    def train(self, name: str, arguments: list[str], seed: int) -> tuple[Path, str]:
-        """Train by the command line; returns the model folder and the command."""
-        run = self.work / "runs" / self.catalogue.folder / name / str(seed) / "train"
-        config = self.catalogue.configs.get(name, self.catalogue.name)
-        command = ["train.py", *self.fit_arguments(run, arguments, seed, config)]
-        made = "python " + " ".join(command)
-        marker = run / "made.json"  # a model of the same command is not trained again
-        if (
-            not marker.is_file()
-            or json.loads(marker.read_text(encoding="utf-8"))["command"] != made
-        ):
-            shutil.rmtree(run, ignore_errors=True)
-            call(*command)
-            run.mkdir(parents=True, exist_ok=True)
-            write_json(marker, {"command": made, "commit": commit()})
-        return run / "model", made
-
-    def fit_arguments(
-        self,
-        run: Path,
-        arguments: list[str],
-        seed: int,
-        config: str | None = None,
-    ) -> list[str]:
-        """The arguments of `train.py` for a configuration and these.
-
-        Args:
-            run: folder of the run.
-            arguments: further ones.
-            seed: of weights and batches.
-            config: name under configs/; None takes the catalogue's.
-        """
-        text = "--model.product.text.init_args.pretrained=" + str(self.weights / "all-minilm-l6-v2")
-        image = "--model.product.image.init_args.pretrained=" + str(
-            self.weights / "tf_efficientnet_lite0.safetensors"
-        )
-        removed = [a.removesuffix("=null") for a in arguments if a.endswith("=null")]
-        if removed:
-            places = [a for a in (text, image) if not a.startswith(tuple(removed))]
-        else:
-            places = [text, image]
-        return [
-            "fit",
-            f"--config=configs/{config or self.catalogue.name}.yaml",
-            f"--data.catalogue={self.prepared}",
-            *places,
-            *arguments,
-            f"--model.encoding.feature_cache={self.cache}",
-            *(["--trainer.max_epochs=2"] if self.quick else []),
-            f"--seed_everything={seed}",
-            f"--model.seed={seed}",
-            f"--data.seed={seed}",
-            f"--run={run}",
-            "--floor=false",  # measured here
-            "--trainer.enable_progress_bar=false",
-            "--trainer.enable_model_summary=false",
-        ]
+    prepared: Path
+    cache: Path
+    split: Split
 
     def measure(
         self,
@@ -515,6 +327,193 @@ class Bench:
             ),
         )
 
+
+class Bench:
+    """Runs the arms of one catalogue.
+
+    Args:
+        catalogue: the catalogue.
+        folders: what is read and written.
+        split: whose queries are measured.
+        results: stores the figures.
+        options: what is measured.
+    """
+
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        folders: Folders,
+        split: Split,
+        results: Results,
+        options: BenchOptions = DEFAULT_BENCH,
+    ) -> None:
+        self.all = options.arms is None
+        self.hybrid = options.hybrid
+        self.arms: Mapping[str, list[str]]
+        if options.arms is None:
+            self.arms = TRAINED | {name: [] for name in BORROWED}
+        else:
+            self.arms = options.arms
+        self.catalogue = catalogue
+        self.weights = folders.weights
+        self.work = folders.work
+        self.split = split
+        self.results = results
+        self.quick = options.quick
+        self.raw = folders.data / catalogue.name
+        self.prepared = self.work / "catalogues" / catalogue.folder
+        self.cache = self.work / "features"
+        self.measuring = Measuring(self.prepared, self.cache, split)
+        self.seeds = range(1 if self.quick else catalogue.seeds)
+        self.robust = []
+        if not self.quick:
+            self.robust = [name for name in options.robust if name in catalogue.trained]
+
+    def run(self) -> Iterator[str]:
+        """Measure every arm that is missing; yields its name."""
+        self.prepare()
+        if self.all and not all(self.done("arms", f"{name}/0") for name in UNTRAINED):
+            yield from self.without_training()
+        for seed in self.seeds:
+            for name in self.catalogue.trained:
+                yield from self.arm(
+                    name, seed, lambda n=name, s=seed: self.train(n, self.arms[n], s)
+                )
+            for name in self.robust:
+                yield from self.missing(name, seed)
+
+    def check(self) -> None:
+        """Before anything is read.
+
+        Raises:
+            SystemExit: the test split would be read a second time.
+        """
+        if self.split != "test":
+            return
+        wanted = [("arms", f"{name}/0") for name in UNTRAINED if self.all]
+        for seed in self.seeds:
+            wanted += [("arms", f"{name}/{seed}") for name in self.catalogue.trained]
+            for name in self.robust:
+                wanted += [("missing", f"{name}/{seed}/{what}") for what in MISSING]
+        left = [arm for part, arm in wanted if not self.done(part, arm)]
+        self.results.ledger.check(self.catalogue.name, self.catalogue.salt, left)
+
+    def key(self, arm: str) -> str:
+        """Of the JSON file, of "ARM/SEED"."""
+        return f"{self.catalogue.name}/{arm}"
+
+    def done(self, part: str, arm: str) -> bool:
+        """Whether "ARM/SEED" was measured on the split."""
+        return self.results.done(part, self.key(arm), self.split, self.catalogue.salt)
+
+    def store(self, part: str, arm: str, value: dict[str, Any]) -> None:
+        """Keep the figures of "ARM/SEED"."""
+        self.results.store(part, self.key(arm), {**value, "split": self.split}, self.catalogue.salt)
+
+    def prepare(self) -> None:
+        """The prepared catalogue."""
+        if self.prepared.is_dir():
+            return
+        raw = self.raw
+        arguments = []
+        if self.catalogue.splits is not None:
+            raw = self.work / "raw" / self.catalogue.folder
+            arguments = self.catalogue.splits.write(self.raw, raw)
+        tables = [f"--queries={raw / 'queries.csv'}", f"--qrels={self.raw / 'qrels.csv'}"]
+        output = f"--output={self.prepared}"
+        call("-m", "datamodules.prepare", str(raw / "products.csv"), output, *tables, *arguments)
+
+    def arm(self, name: str, seed: int, make: Any) -> Iterator[str]:
+        """Make a model, embed the catalogue, measure."""
+        key = self.key(f"{name}/{seed}")
+        if self.done("arms", f"{name}/{seed}"):
+            return
+        started = time.monotonic()
+        folder = self.work / "runs" / self.catalogue.folder / name / str(seed)
+        model, command = make()
+        figures = self.measuring.measure(model, folder, untrained=name in self.hybrid)
+        made = folder / "train" / "made.json"
+        if made.is_file():
+            trained_at = json.loads(made.read_text(encoding="utf-8"))["commit"]
+        else:
+            trained_at = None
+        self.store(
+            "arms", f"{name}/{seed}", {**figures, "command": command, "trained_at": trained_at}
+        )
+        self.results.data["arms"][key]["seconds"] = round(time.monotonic() - started, 1)
+        self.results.save()
+        yield key
+
+    def without_training(self) -> Iterator[str]:
+        """Words, pretrained towers, and their sums.
+
+        All that a model of them is measured against.
+        """
+        model = untrained_model(self.weights, Schema.load(self.prepared / "schema.json"))
+        folder = self.work / "runs" / self.catalogue.folder / "without training"
+        save_model(model, folder / "model", overwrite=True)
+        started = time.monotonic()
+        evaluation = self.measuring.evaluate(folder / "model", folder, untrained=True)
+        with_image = self.measuring.ask(
+            folder, {"image": open_tower_features(folder / "embeddings" / "untrained")["image"]}
+        )
+        for name, query_types in untrained_rankings(evaluation, with_image).items():
+            if not self.done("arms", f"{name}/0"):
+                figures, values = figures_of(evaluation.queries, query_types)
+                about = {"command": "", "seconds": round(time.monotonic() - started, 1)}
+                chosen = evaluation.report["chosen"] if name == "floor" else {}
+                self.store(
+                    "arms",
+                    f"{name}/0",
+                    {"query_types": figures, "values": values, "chosen": chosen, **about},
+                )
+                yield self.key(f"{name}/0")
+
+    def train(self, name: str, arguments: list[str], seed: int) -> tuple[Path, str]:
+        """Train by the command line; returns the model folder and the command."""
+        run = self.work / "runs" / self.catalogue.folder / name / str(seed) / "train"
+        config = self.catalogue.configs.get(name, self.catalogue.name)
+        command = ["train.py", *self.fit_arguments(run, arguments, seed, config)]
+        made = "python " + " ".join(command)
+        marker = run / "made.json"  # a model of the same command is not trained again
+        if (
+            not marker.is_file()
+            or json.loads(marker.read_text(encoding="utf-8"))["command"] != made
+        ):
+            shutil.rmtree(run, ignore_errors=True)
+            call(*command)
+            run.mkdir(parents=True, exist_ok=True)
+            write_json(marker, {"command": made, "commit": commit()})
+        return run / "model", made
+
+    def fit_arguments(
+        self, run: Path, arguments: list[str], seed: int, config: str | None = None
+    ) -> list[str]:
+        """The arguments of `train.py` for a configuration and these.
+
+        Args:
+            run: folder of the run.
+            arguments: further ones.
+            seed: of weights and batches.
+            config: name under configs/; None takes the catalogue's.
+        """
+        return [
+            "fit",
+            f"--config=configs/{config or self.catalogue.name}.yaml",
+            f"--data.catalogue={self.prepared}",
+            *weights_arguments(self.weights, arguments),
+            *arguments,
+            f"--model.encoding.feature_cache={self.cache}",
+            *(["--trainer.max_epochs=2"] if self.quick else []),
+            f"--seed_everything={seed}",
+            f"--model.seed={seed}",
+            f"--data.seed={seed}",
+            f"--run={run}",
+            "--floor=false",  # measured here
+            "--trainer.enable_progress_bar=false",
+            "--trainer.enable_model_summary=false",
+        ]
+
     def missing(self, name: str, seed: int) -> Iterator[str]:
         """A trained model when a modality is missing on one side."""
         model = self.work / "runs" / self.catalogue.folder / name / str(seed) / "train" / "model"
@@ -523,7 +522,9 @@ class Bench:
             if not self.done("missing", arm):
                 hidden = {side: Without(modality)}
                 self.store(
-                    "missing", arm, self.measure(model, self.work / "runs" / "missing", **hidden)
+                    "missing",
+                    arm,
+                    self.measuring.measure(model, self.work / "runs" / "missing", **hidden),
                 )
                 yield self.key(arm)
 
@@ -541,6 +542,37 @@ class Without:
                 self.modality
             ]
         )
+
+
+def untrained_rankings(
+    evaluation: Evaluation, with_image: Evaluation
+) -> dict[str, dict[str, NDArray[np.int64]]]:
+    """Name of an untrained row -> query type -> (Q', DEPTH) rows; rows that nothing has left out.
+
+    Args:
+        evaluation: with all towers.
+        with_image: with the image tower alone, whose sum is "words + image".
+    """
+    found = {query_type: dict(rows) for query_type, rows in evaluation.untrained.items()}
+    if "fused" in found:
+        found["fused"]["words + image"] = with_image.untrained["fused"]["sum"]
+    rankings: dict[str, dict[str, NDArray[np.int64]]] = {}
+    for name in UNTRAINED:
+        for query_type, rows in found.items():
+            if name in rows:
+                rankings.setdefault(name, {})[query_type] = rows[name]
+    return rankings
+
+
+def weights_arguments(weights: Path, arguments: list[str]) -> list[str]:
+    """Where pretrained weights are, for the towers that the other arguments do not remove."""
+    places = [
+        f"--model.product.text.init_args.pretrained={weights / 'all-minilm-l6-v2'}",
+        "--model.product.image.init_args.pretrained="
+        f"{weights / 'tf_efficientnet_lite0.safetensors'}",
+    ]
+    removed = tuple(a.removesuffix("=null") for a in arguments if a.endswith("=null"))
+    return [place for place in places if not place.startswith(removed or ("nothing",))]
 
 
 def figures_of(

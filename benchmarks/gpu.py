@@ -38,7 +38,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.compare.vectors import EncodedSource, prepare
+from benchmarks.compare.vectors import VectorSource, prepare
 from tritower.artefacts import storage
 from tritower.retrieval.building.build import build_index
 from tritower.retrieval.evaluating.latency import measure_latency
@@ -76,7 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def measure(n: int, num_queries: int, work: Path) -> dict[str, Any]:
     """Both arms on the same vectors."""
-    source = EncodedSource(n, queries=2 * num_queries)
+    source = VectorSource(n, queries=2 * num_queries)
     data = alone(prepare, source, work)
     arms = {name: alone(build_and_search, work, name == "gpu") for name in ("gpu", "cpu")}
     return {

@@ -66,7 +66,7 @@ from jsonargparse import ArgumentParser
 from benchmarks.compare import ours, peers, tables
 from benchmarks.compare.figures import at_recall, cheapest, ratio, train_add
 from benchmarks.compare.peers import Task
-from benchmarks.compare.vectors import EncodedSource, prepare
+from benchmarks.compare.vectors import VectorSource, prepare
 from tritower.artefacts import storage
 
 ROOT = Path(__file__).parent.parent
@@ -128,8 +128,8 @@ class StageFailed(Exception):
     """A process of an arm ended with an error; the message is its last line."""
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command; returns its exit code."""
+def make_parser() -> ArgumentParser:
+    """The parser of the command."""
     parser = ArgumentParser(
         prog="python -m benchmarks.index",
         description=(__doc__ or "").splitlines()[0],
@@ -171,6 +171,12 @@ def main(arguments: list[str] | None = None) -> int:
         default=None,
         help="files of several N: show how figures grow",
     )
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    parser = make_parser()
     options = parser.parse_args(arguments)
     if options.growth is not None:
         return tables.show_growth(
@@ -184,7 +190,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"unknown arms {', '.join(unknown)}; there are {', '.join(ARMS)}")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     n = options.n or (QUICK if options.quick else FULL)
-    source = EncodedSource(n, options.real, options.noise)
+    source = VectorSource(n, options.real, options.noise)
     threads = options.threads or len(os.sched_getaffinity(0))
     folder = source.folder(options.work)
     about = prepare(source, folder)

@@ -22,13 +22,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL
 import torch
 import torchvision
-from jsonargparse import ArgumentParser
 from PIL import Image
 from rich import box
 from rich.console import Console
@@ -37,6 +38,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, SequentialSampler
 from torchvision import transforms
 
+from benchmarks.command import run
 from tritower.artefacts import storage
 from tritower.datamodules.catalogue import Table, product_item
 from tritower.towers.image import PicturePreprocess
@@ -96,29 +98,37 @@ class Shards:
         return product_item(self.table.row(int(self.row[number]))).images[self.place[number]]
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command; returns its exit code."""
-    parser = ArgumentParser(
-        prog="python -m benchmarks.loader", description=__doc__, allow_abbrev=False
-    )
-    parser.add_argument("--json", type=Path, required=True, help="file of the figures")
-    parser.add_argument("--pictures", type=int, default=5000, help="at least so many are drawn")
-    parser.add_argument("--side", type=int, default=1000, help="pixels of a side")
-    parser.add_argument("--rounds", type=int, default=3, help="of which the best counts")
-    parser.add_argument(
-        "--work",
-        type=Path,
-        default=Path("benchmarks/results/loader"),
-        help="folder of the pictures",
-    )
-    options = parser.parse_args(arguments)
+@dataclass(frozen=True)
+class LoaderBenchOptions:
+    """What is measured.
+
+    Attributes:
+        json: file of the figures.
+        pictures: at least so many are drawn.
+        side: pixels of a side.
+        rounds: of which the best counts.
+        work: folder of the pictures.
+    """
+
+    json: Path
+    pictures: int = 5000
+    side: int = 1000
+    rounds: int = 3
+    work: Path = Path("benchmarks/results/loader")
+
+
+def main(options: LoaderBenchOptions) -> None:
+    """Measure pictures per second.
+
+    Args:
+        options: what is measured
+    """
     raw = options.work / "raw"
     prepared = options.work / "catalogue"
-    if (
-        not raw.is_dir()
-    ):  # a catalogue has pictures of its queries, and second views of some products
+    if not raw.is_dir():
+        # A catalogue has pictures of its queries, too, and second views of some products.
         products = max(100, round(options.pictures / 1.2))
-        run(
+        run_module(
             "datamodules.samples",
             f"--output={raw}",
             f"--products={products}",
@@ -127,21 +137,10 @@ def main(arguments: list[str] | None = None) -> int:
     files = sorted((raw / "images").glob("*.jpg"))
     started = time.perf_counter()
     if not prepared.is_dir():
-        run("datamodules.prepare", str(raw / "products.csv"), f"--output={prepared}")
+        run_module("datamodules.prepare", str(raw / "products.csv"), f"--output={prepared}")
     seconds = time.perf_counter() - started
     shards = Shards(prepared)
-    small = options.work / "small"
-    small.mkdir(exist_ok=True)
-    stored = [small / f"{number:06d}.jpg" for number in range(len(shards))]
-    for number, file in enumerate(stored):
-        file.write_bytes(shards(number))
-    arms = {
-        "peer originals": lambda: DataLoader(Files(files), BATCH, num_workers=1),
-        "ours originals": lambda: ours(lambda number: files[number].read_bytes(), len(files)),
-        "peer prepared": lambda: DataLoader(Files(stored), BATCH, num_workers=1),
-        "ours prepared": lambda: ours(shards, len(shards)),
-    }
-    rates = {name: max(rate(make) for _ in range(options.rounds)) for name, make in arms.items()}
+    rates = measure_rates(files, shards, options)
     report = {
         "machine": {
             "cores": os.cpu_count(),
@@ -157,21 +156,46 @@ def main(arguments: list[str] | None = None) -> int:
         },
         "arms": {name: round(value, 1) for name, value in rates.items()},
         "ratios": {
-            kind: round(rates[f"ours {kind}"] / rates[f"peer {kind}"], 2)
-            for kind in ("originals", "prepared")
+            form: round(rates[f"ours {form}"] / rates[f"peer {form}"], 2)
+            for form in ("originals", "prepared")
         },
     }
     storage.write_json(options.json, report)
-    title = f"pictures per second and core, {len(files):,} pictures of {options.side} pixels"
+    show(report, rates)
+
+
+def measure_rates(
+    files: list[Path], shards: Shards, options: LoaderBenchOptions
+) -> dict[str, float]:
+    """Arm -> pictures per second, the best of the rounds."""
+    small = options.work / "small"
+    small.mkdir(exist_ok=True)
+    stored = [small / f"{number:06d}.jpg" for number in range(len(shards))]
+    for number, file in enumerate(stored):
+        file.write_bytes(shards(number))
+    arms = {
+        "peer originals": lambda: DataLoader(Files(files), BATCH, num_workers=1),
+        "ours originals": lambda: ours(lambda number: files[number].read_bytes(), len(files)),
+        "peer prepared": lambda: DataLoader(Files(stored), BATCH, num_workers=1),
+        "ours prepared": lambda: ours(shards, len(shards)),
+    }
+    return {name: max(rate(make) for _ in range(options.rounds)) for name, make in arms.items()}
+
+
+def show(report: dict[str, Any], rates: dict[str, float]) -> None:
+    """Print a table of both arms."""
+    pictures = report["pictures"]
+    title = (
+        f"pictures per second and core, {pictures['number']:,} pictures of {pictures['side']} "
+        "pixels"
+    )
     table = RichTable(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for column in ("", "peer", "ours", "ratio"):
         table.add_column(column, justify="right" if column else "left")
-    for kind, ratio in report["ratios"].items():
-        table.add_row(
-            kind, *(f"{rates[f'{side} {kind}']:,.0f}" for side in ("peer", "ours")), f"{ratio:.2f}"
-        )
+    for form, ratio in report["ratios"].items():
+        cells = [f"{rates[f'{side} {form}']:,.0f}" for side in ("peer", "ours")]
+        table.add_row(form, *cells, f"{ratio:.2f}")
     Console().print(table)
-    return 0
 
 
 def ours(read: Callable[[int], bytes], count: int) -> DataLoader[Tensor]:
@@ -190,7 +214,7 @@ def rate(make: Callable[[], DataLoader[Tensor]]) -> float:
     return count / (time.perf_counter() - started)
 
 
-def run(module: str, *arguments: str) -> None:
+def run_module(module: str, *arguments: str) -> None:
     """One of the project's own commands."""
     subprocess.run(
         [sys.executable, "-m", module, *arguments], check=True, stdout=subprocess.DEVNULL
@@ -199,4 +223,4 @@ def run(module: str, *arguments: str) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    sys.exit(main())
+    run("benchmarks.loader", main, "Pictures per second and core, beside torchvision.")

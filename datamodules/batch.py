@@ -13,7 +13,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-if TYPE_CHECKING:  # preparing a catalogue reads items too, and must start without torch
+# Preparing a catalogue reads items too, and must start without torch.
+if TYPE_CHECKING:
     from torch import Tensor
 
 Side = Literal["query", "product"]

@@ -164,7 +164,8 @@ def _render(
     """Decode, turn upright, flatten, shrink."""
     enough = draft if max_side is None else 2 * max_side
     if enough is not None and image.format in ("JPEG", "MPO"):
-        image.draft("RGB", (enough, enough))  # JPEG can shrink by 2, 4 or 8 while it decodes
+        # JPEG can shrink by 2, 4 or 8 while it decodes.
+        image.draft("RGB", (enough, enough))
     _load(image)
     upright: Image.Image = image
     if _orientation(image) != 1:
@@ -183,9 +184,8 @@ def _load(image: ImageFile.ImageFile) -> None:
     stream = image.fp
     try:
         image.load()
-        if image.format == "PNG" and isinstance(
-            stream, io.BytesIO
-        ):  # checks every chunk; loading stops at the last row
+        # Checks every chunk; loading stops at the last row.
+        if image.format == "PNG" and isinstance(stream, io.BytesIO):
             Image.open(io.BytesIO(stream.getbuffer()), formats=("PNG",)).verify()
     except (
         Exception

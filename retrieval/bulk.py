@@ -82,7 +82,8 @@ def bulk_search(
     settings = settings or index.settings
     chosen = parse(filter) if isinstance(filter, str) else filter
     if chosen is not None:
-        index.count(chosen)  # refuses a filter that does not suit before anything is written
+        # Refuses a filter that does not suit before anything is written.
+        index.count(chosen)
     # The same call continues a killed run: its blocks are found by this identity.
     identity = {
         "index": index.manifest.fingerprint,

@@ -42,22 +42,19 @@ from tritower.retrieval.vectors.checks import (
 
 
 class ProductIndex:
-    """An opened index. Several threads may search it at once.
-
-    Open it with `ProductIndex.open`; build one with
-    `tritower.retrieval.building.build.build_index`.
+    """An index opened by `ProductIndex.open`. Several threads may search it at once.
 
     Attributes:
-        path: that was opened.
-        version: folder of the version that was opened.
-        note: why that is not the version in use; empty where it is.
-        manifest: with digests and facts.
-        settings: how it is searched by default.
-        tuning: operating points, where they were measured.
-        engine: the FAISS side.
+        path: the opened folder.
+        version: folder of the opened version.
+        note: why this is not the version in use; empty if it is.
+        manifest: facts about the version, and digests of its files.
+        settings: default search settings.
+        tuning: measured operating points, or None.
+        engine: searches by FAISS.
         metric: measure that vectors are compared by.
         dim: D.
-        attributes: for filters, or None.
+        attributes: attributes for filters, or None.
         id_table: product id and content digest of each row.
     """
 
@@ -82,8 +79,7 @@ class ProductIndex:
 
         Args:
             path: folder of an index with its versions, or of one version.
-            fall_back: open the newest older version where the one in use is damaged, with a
-                warning; `note` holds the reason.
+            fall_back: if the version in use is damaged, open an older one; `note` says why.
 
         Raises:
             ArtefactError: no index, a damaged one, or files that do not belong together.
@@ -92,14 +88,12 @@ class ProductIndex:
 
     def __len__(self) -> int:
         """Number of products; an index that was updated may have more rows, deleted ones."""
-        count: int = self.manifest.meta["count"]
-        return count
+        return int(self.manifest.meta["count"])
 
     @property
     def model(self) -> str | None:
         """Fingerprint of the model that made the embeddings, None where unknown."""
-        model: str | None = self.manifest.meta["model"]
-        return model
+        return self.manifest.meta["model"]
 
     def check_model(self, model: str | None, source: str) -> None:
         """Refuse queries of another model: equal dimensions would let them pass and rank nonsense.
@@ -203,20 +197,7 @@ class ProductIndex:
             ValueError: a recall that was not measured or not reached, or settings that do not suit
                 this index.
         """
-        settings = self.settings
-        tuning = self.tuning
-        # A named recall, else the one that the index was built for.
-        if recall is not None:
-            if tuning is not None:
-                settings = tuning.settings_for(recall, query_type)
-            elif self.engine.lists is not None:
-                raise ValueError(
-                    f"{self.path} was not built for a recall: build it with one, or name nprobe"
-                )
-        elif tuning is not None and query_type in tuning.points:
-            target = self.manifest.meta["target"]["recall"]
-            settings = tuning.nearest_settings(target, query_type)
-        # Named settings win.
+        settings = _tuned_settings(self, recall, query_type)
         if nprobe is not None:
             settings = settings._replace(nprobe=nprobe)
         if k_factor is not None:
@@ -271,3 +252,17 @@ def checked_k(k: Any) -> int:
     if not is_whole(k) or k < 1:
         raise ValueError(f"k={k!r}; expected an integer of at least 1")
     return int(k)
+
+
+def _tuned_settings(index: ProductIndex, recall: float | None, query_type: str | None) -> Settings:
+    """The settings that reach a recall, or the recall that the index was built for."""
+    tuning = index.tuning
+    if recall is None:
+        if tuning is None or query_type not in tuning.points:
+            return index.settings
+        return tuning.nearest_settings(index.manifest.meta["target"]["recall"], query_type)
+    if tuning is not None:
+        return tuning.settings_for(recall, query_type)
+    if index.engine.lists is None:
+        return index.settings
+    raise ValueError(f"{index.path} was not built for a recall: build it with one, or name nprobe")

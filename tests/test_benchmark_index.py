@@ -18,7 +18,7 @@ from benchmarks import index
 from benchmarks.compare import peers, tables, vectors
 from benchmarks.compare.figures import at_recall, cheapest, exponent, ratio
 from benchmarks.compare.peers import Arm, VectorFile, pareto, recall_of
-from benchmarks.compare.vectors import EncodedSource, prepare
+from benchmarks.compare.vectors import VectorSource, prepare
 from benchmarks.index import Run
 from tritower.retrieval.vectors.embeddings import EmbeddingWriter
 
@@ -32,7 +32,7 @@ POINTS = [
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run over 2,000 vectors."""
-    source = EncodedSource(2000, queries=100, dim=64)
+    source = VectorSource(2000, queries=100, dim=64)
     folder = source.folder(tmp_path_factory.mktemp("bench"))
     return Run(folder, prepare(source, folder), 1, 60.0, singles=30, budget_s=0.2)
 
@@ -81,7 +81,7 @@ def test_recall_counts_true_neighbours_in_any_order():
 def test_vectors_are_those_of_the_dataset_whatever_the_blocks(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(vectors, "BLOCK", 700)
     dataset = SyntheticDataset(32, 0, 2000, 100, metric="IP", seed=vectors.SEED)
-    blocks, queries, tuning = vectors.synthetic(EncodedSource(2000, queries=100, dim=32))
+    blocks, queries, tuning = vectors.synthetic(VectorSource(2000, queries=100, dim=32))
     found = np.concatenate(list(blocks))
     np.testing.assert_allclose(found, vectors.unit(dataset.get_database().copy()), atol=1e-6)
     np.testing.assert_allclose(
@@ -107,7 +107,7 @@ def test_copies_of_real_vectors_are_as_far_as_the_noise_says(tmp_path: Path):
     writer.write("shard-00000", [str(row) for row in range(100)], base)
     writer.finish(["shard-00000"])
     blocks, queries, tuning = vectors.jittered(
-        EncodedSource(1000, tmp_path / "real", noise=0.3, queries=20)
+        VectorSource(1000, tmp_path / "real", noise=0.3, queries=20)
     )
     found = np.concatenate(list(blocks))
     assert (found.shape, queries.shape, tuning.shape) == ((1000, 64), (10, 64), (10, 64))

@@ -223,9 +223,8 @@ class AttributeTower(Tower):
         """(B, A) raw values -> (B, A, d); those of NaN are arbitrary but finite."""
         value = number.nan_to_num(0.0)
         value = torch.where(self.log, value.clamp(min=0).log1p(), value)
-        value = ((value - self.mean) / self.std).clamp(
-            -8, 8
-        )  # far outside of what was learned is "far outside"
+        # All values far outside the training range look alike.
+        value = ((value - self.mean) / self.std).clamp(-8, 8)
         angle = 2 * math.pi * self.frequency * value.unsqueeze(-1)  # (B, A, k)
         periodic = torch.cat([angle.sin(), angle.cos()], -1)
         return (

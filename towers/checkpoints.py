@@ -157,7 +157,8 @@ def newest_valid_checkpoint(paths: list[Path]) -> Path | None:
 
 def _read_step(path: Path) -> int:
     """The step of a checkpoint, after a check of its digests."""
-    with zipfile.ZipFile(path) as file:  # torch writes digests, and never compares them
+    # torch writes digests, and never compares them.
+    with zipfile.ZipFile(path) as file:
         damaged = file.testzip()
     if damaged:
         raise ValueError(f"{damaged} is damaged")

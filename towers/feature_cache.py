@@ -162,9 +162,8 @@ def fingerprint(tower: Tower) -> str:
     about = [type(tower).__name__, architecture, pixels]
     # Buffers count, too: the mean and the deviation of pixels are among them.
     digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(
-        [*tower.named_parameters(), *tower.named_buffers()]
-    ):  # mean and std among them
+    # Mean and deviation of pixels are among the buffers.
+    for name, tensor in sorted([*tower.named_parameters(), *tower.named_buffers()]):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -48,7 +48,8 @@ class GatedFusion(nn.Module):
     def forward(self, z: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
         """(B, M, D), (B, M) bool -> (B, D), (B, M)."""
         joined = torch.cat([z.flatten(1), present.to(z.dtype)], 1)
-        nothing = ~present.any(1, keepdim=True)  # a row of absent tokens alone: the mean of them
+        # An item without any modality is the mean of the absent tokens.
+        nothing = ~present.any(1, keepdim=True)
         shares = self.gate(joined).masked_fill(~present & ~nothing, float("-inf")).softmax(1)
         return (shares.unsqueeze(-1) * z).sum(1) + self.residual(joined), shares
 

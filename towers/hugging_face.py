@@ -99,7 +99,8 @@ class HuggingFaceText(TextTower):
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, L) int64 -> (B, F)."""
         there = tokens != self.pad_id
-        there[:, 0] = True  # a text without tokens would be a softmax over nothing
+        # A text without tokens would be a softmax over nothing.
+        there[:, 0] = True
         states = self.model(
             input_ids=tokens, attention_mask=there.long()
         ).last_hidden_state  # (B, L, F)

@@ -164,10 +164,11 @@ class ImageTower(Tower):
         found = False
         # timm and open_clip both keep a placeholder for it, under two names.
         for module in list(self.modules()):
+            # The names of timm and of open_clip; both drop nothing by default.
             for name in (
                 "patch_drop",
                 "patch_dropout",
-            ):  # timm's and open_clip's, where nothing is dropped so far
+            ):
                 if isinstance(getattr(module, name, None), nn.Module):
                     prefix = getattr(module, "num_prefix_tokens", 1)
                     setattr(module, name, PatchDropout(share, num_prefix_tokens=prefix))

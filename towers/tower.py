@@ -99,15 +99,15 @@ class Tower(nn.Module):
             for p in block.parameters()
         }
         reached = False
+        # Parameters come in the order of their creation, the input's first.
         for (
             name,
             parameter,
-        ) in self.named_parameters():  # in the order in which they were made: input first
+        ) in self.named_parameters():
             reached |= id(parameter) in inside
             after = reached and id(parameter) not in inside
-            if not (
-                after or id(parameter) in upper or "proj" in name.rsplit(".", 1)[-1]
-            ):  # open_clip makes proj first
+            # open_clip creates the last projection first.
+            if not (after or id(parameter) in upper or "proj" in name.rsplit(".", 1)[-1]):
                 parameter.requires_grad_(False)
 
     def train(self, mode: bool = True) -> Self:

@@ -57,9 +57,8 @@ def wandb_logger(folder: Path, project: str, *, offline: bool) -> list[Logger]:
     """
     import wandb
 
-    os.environ.setdefault(
-        "WANDB_FINISH_TIMEOUT", str(FINISH_TIMEOUT_S)
-    )  # releases that do not know it ignore it so
+    # As a variable, older releases ignore it.
+    os.environ.setdefault("WANDB_FINISH_TIMEOUT", str(FINISH_TIMEOUT_S))
     # Without network or key, log offline; without a disk, not at all. Training goes on.
     for mode in ("offline",) if offline else ("online", "offline"):
         try:

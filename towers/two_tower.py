@@ -50,13 +50,11 @@ class TwoTower(HeldOutSearch):
         query: encoder of queries; null shares the product encoder's weights.
         loss: of all terms that name none; null takes InfoNCE.
         loss_terms: terms that are summed into the loss; null compares whole queries with whole
-            products. With parts, an embedding works with any of its modalities and loses nothing
-            where all are there.
+            products. Terms of parts make embeddings work with any of their modalities.
         optimizer: learning rates, decay and warm-up.
         encoding: chunks, cached features and compilation.
         seed: of dropout; every step follows from it and the step's number, also after resuming.
-        metric: measure that embeddings are compared by, here and in an index. `kl` suits
-            contrastive losses alone.
+        metric: measure that embeddings are compared by; `kl` suits contrastive losses only.
     """
 
     def __init__(
@@ -82,7 +80,7 @@ class TwoTower(HeldOutSearch):
         self.metric = metric
         self.schema: Schema | None = None
         self.planned_steps: int | None = None
-        self.replan = False  # a resumed run may have another number of steps
+        self.replan = False
 
     @property
     def query(self) -> Encoder:
@@ -184,13 +182,11 @@ class TwoTower(HeldOutSearch):
         """The loss of one batch, a scalar."""
         query = self.encode_batch(self.query, batch.query)
         product = self.encode_batch(self.product, batch.product)
-        # Losses are computed in float32, whatever the precision of the towers.
         with torch.autocast(self.device.type, enabled=False):
             terms = self.loss_terms(self.encoders, query, product, batch)
             loss = torch.stack(terms).sum()
         if not torch.isfinite(loss):
             raise self.not_finite(f"The loss is {loss.item()}", self.data.product_ids(batch))
-        # Every parameter must take part in the gradient exchange of all processes.
         if num_processes() > 1:
             loss = loss + guards.zero_loss_of_unused_towers(self.encoders, batch)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch.weight), sync_dist=True)

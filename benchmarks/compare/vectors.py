@@ -42,7 +42,7 @@ Vectors = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class EncodedSource:
+class VectorSource:
     """Where vectors come from.
 
     Attributes:
@@ -77,7 +77,7 @@ class EncodedSource:
         return work / f"{'synthetic' if self.real is None else self.real.name}-{self.n}-{digest}"
 
 
-def prepare(source: EncodedSource, folder: Path) -> dict[str, Any]:
+def prepare(source: VectorSource, folder: Path) -> dict[str, Any]:
     """Write what is missing; returns what data.json says."""
     if not (folder / DATA_FILE).exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -99,7 +99,7 @@ def prepare(source: EncodedSource, folder: Path) -> dict[str, Any]:
     return data
 
 
-def synthetic(source: EncodedSource) -> tuple[Iterator[Vectors], Vectors, Vectors]:
+def synthetic(source: VectorSource) -> tuple[Iterator[Vectors], Vectors, Vectors]:
     """Blocks of vectors and queries of `faiss.contrib.datasets.SyntheticDataset`, of unit length.
 
     The dataset draws the latent vectors of all rows before the map that stretches them. So the
@@ -136,7 +136,7 @@ def _between(blocks: Iterator[Vectors], first: int, last: int) -> Iterator[Vecto
             yield part
 
 
-def jittered(source: EncodedSource) -> tuple[Iterator[Vectors], Vectors, Vectors]:
+def jittered(source: VectorSource) -> tuple[Iterator[Vectors], Vectors, Vectors]:
     """Blocks of real vectors, each of them as it is and then copies with noise.
 
     Queries and tuning queries.
@@ -190,7 +190,7 @@ def unit(vectors: NDArray[Any]) -> Vectors:
 
 
 def _write(
-    source: EncodedSource, folder: Path, blocks: Iterator[Vectors], queries: Vectors
+    source: VectorSource, folder: Path, blocks: Iterator[Vectors], queries: Vectors
 ) -> tuple[NDArray[np.int64], str]:
     """Write vectors.npy and embeddings/.
 

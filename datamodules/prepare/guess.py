@@ -175,13 +175,13 @@ def _single(role: Role, profiles: Sequence[Profile], rows: int) -> tuple[Profile
 
 def _fits(role: Role, p: Profile) -> bool:
     if role == "split":
-        return (
-            p.share(p.splits) > 0.5
-        )  # others are of test; a column of few is a property, such as a split hem
+        # Other names count as test. A column with few such values is a property, like a split hem.
+        return p.share(p.splits) > 0.5
+    # Thousands of rows with one value are a kind of product, not variants.
     if role in (
         "group",
         "family",
-    ):  # thousands of rows with one value are a kind of product, not variants
+    ):
         return p.distinct > 1 and p.seen / p.distinct <= 50
     return True
 

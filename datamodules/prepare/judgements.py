@@ -100,7 +100,8 @@ class Judgements:
             )
         if id not in queries.numbers:
             if first == asked and asked is not None:
-                return None  # the first row of its query: why it was rejected is recorded already
+                # The first row of a rejected query: the reason is recorded already.
+                return None
             raise BadValue("UNKNOWN_QUERY", f"no query was accepted with the id {excerpt(id)}")
         return queries.numbers[id]
 
@@ -120,9 +121,8 @@ class Judgements:
         query = np.array(self.query, np.int64)
         product = np.array(self.product, np.int64)
         weight = np.array(self.weight, np.float32)
-        order = np.lexsort(
-            (-weight, product, query)
-        )  # of equal pairs, the highest weight comes first
+        # Of equal pairs, the highest weight comes first.
+        order = np.lexsort((-weight, product, query))
         # Keep one judgement of each pair, then order them by query and weight.
         new = np.ones(len(order), bool)
         new[1:] = (np.diff(query[order]) != 0) | (np.diff(product[order]) != 0)

@@ -55,9 +55,8 @@ def parse_records(
     if num_workers == 0:
         yield from map(parse, rest)
         return
-    spawn = multiprocessing.get_context(
-        "spawn"
-    )  # a forked child inherits locks of threads that it has not
+    # A forked child inherits locks of threads that it has not.
+    spawn = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(num_workers, spawn, initializer=_start, initargs=(parse,))
     waiting: deque[tuple[Sequence[Record], Future[list[Row]]]] = deque()
     # Chunks are handed out ahead of time, a few for each process, and come back in order.

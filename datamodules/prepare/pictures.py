@@ -15,9 +15,8 @@ from tritower.datamodules.images import LIMITS, WHITE, ImageError, Limits, downs
 from tritower.datamodules.prepare.tables import CatalogueError
 from tritower.datamodules.prepare.values import Cell, parse_list
 
-_REMOTE = re.compile(
-    r"[a-z][a-z0-9+.-]+://|data:|//|\\\\", re.IGNORECASE
-)  # http://, file://, \\server
+# Addresses such as http://, file:// and \\server.
+_REMOTE = re.compile(r"[a-z][a-z0-9+.-]+://|data:|//|\\\\", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -90,9 +89,8 @@ class PictureReader:
             for part in cell:
                 yield from self._parts(part)
         else:
-            yield from dict.fromkeys(
-                parse_list(cell, self.separator)
-            )  # a file named twice is one picture
+            # A file named twice is one picture.
+            yield from dict.fromkeys(parse_list(cell, self.separator))
 
     def _file(self, name: str) -> bytes:
         """The bytes of a file inside `root`.

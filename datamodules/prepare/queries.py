@@ -122,9 +122,8 @@ class QueryParser:
             return notebook.row(None)
         # A query is a text, pictures, or a product.
         source = notebook.read(self.parts.get("source", ""), _one_id, cells["source"])
-        item = (
-            Item() if cells["type"] == "product" else self._item(cells, notebook)
-        )  # there, the rest are copies
+        # The cells of a product query are copies of the product's.
+        item = Item() if cells["type"] == "product" else self._item(cells, notebook)
         if cells["split"]:
             split = read_split(notebook, self.parts["split"], cells["split"])
         else:

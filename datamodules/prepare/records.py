@@ -70,7 +70,8 @@ def csv_records(
         # The reader may have swallowed good records: go back to the line after the bad one.
         except csv.Error as error:
             row += 1
-            lines.rewind()  # an open quote swallowed lines that are records of their own
+            # An open quote swallowed lines that are records of their own.
+            lines.rewind()
             reason = f"{error} near {excerpt(lines.first)}; reading went on at line {line + 1}"
             yield Record(row, line, {}, BadValue("UNREADABLE_ROW", reason))
             continue

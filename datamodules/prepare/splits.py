@@ -124,7 +124,8 @@ def arrange(members: Members, policy: SplitPolicy) -> Arrangement:
     """
     # A picture that very many products share is a placeholder and joins nothing.
     counts = Counter(picture for pictures in members.pictures for picture in pictures)
-    common = max(20, len(members) // 100)  # a "no picture" sign, not variants of one product
+    # A "no picture" sign, not variants of one product.
+    common = max(20, len(members) // 100)
     placeholders = {picture: count for picture, count in counts.items() if count > common}
     pictures = [
         (number, picture)

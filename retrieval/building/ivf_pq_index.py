@@ -91,7 +91,8 @@ class IvfPqBuild:
         reader = self.reader
         options = self.options
         factory = self.spec.factory
-        make_index(factory, reader.dim)  # refuses a spec that does not fit the dimension
+        # Refuses a spec that does not fit the dimension.
+        make_index(factory, reader.dim)
         check_enough_for_lists(factory, self.ivf_pq.lists, self.size, options.strict)
         check_enough_for_codes(factory, CODEBOOK, 4, self.ivf_pq.sub_quantizers, self.size)
         self._check_resources(self.ivf_pq, options.spill)

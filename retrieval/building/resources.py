@@ -76,7 +76,8 @@ def predict(
     sample = min(count, train_size(count, spec.lists) if sample is None else sample)
     centers = spec.lists * (vector + dim // 4 + 16)
     batch = min(count, block) * vector
-    reading = 6 * batch  # one batch and the next one: as stored, as float32, of unit length
+    # Two batches at a time, each as stored, as float32 and normalized.
+    reading = 6 * batch
     # Peaks of the three phases of a build: training, encoding, and grouping codes by list.
     training = int(1.1 * sample * vector) + max(
         reading, 3 * min(sample, TRAINED_CODES) * vector + 2 * centers
@@ -169,9 +170,8 @@ def available_memory() -> int | None:
         ),  # version 1
         None if resource is None else resource.getrlimit(resource.RLIMIT_AS)[0],
     ]
-    known = [
-        number for number in found if number is not None and number >= 0
-    ]  # RLIM_INFINITY is negative
+    # RLIM_INFINITY is negative.
+    known = [number for number in found if number is not None and number >= 0]
     return min(known, default=None)
 
 

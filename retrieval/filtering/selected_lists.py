@@ -148,7 +148,8 @@ class SelectedLists:
         further = np.minimum(NEAR * span + np.maximum(best - anchor, 0), FAR * span)
         over = enough & met & (scores < anchor - further)
         needed = ~over
-        needed[:, 1:] |= ~enough[:, :-1]  # the list with which it is enough is needed too
+        # The list that makes it enough is scanned, too.
+        needed[:, 1:] |= ~enough[:, :-1]
         return needed & (rows > 0), over[:, -1]
 
     def _nearest(self, queries: Vectors, count: int) -> Lists:
@@ -246,9 +247,8 @@ def _compact(lists: NDArray[np.int64], scores: Vectors, kept: Mask | None = None
     kept = lists >= 0 if kept is None else kept
     if kept.all() and kept.size:
         return lists, scores
-    width = min(
-        lists.shape[1], stepped(int(kept.sum(axis=1).max(initial=1)))
-    )  # FAISS takes no more than there are
+    # FAISS refuses more lists than the index has.
+    width = min(lists.shape[1], stepped(int(kept.sum(axis=1).max(initial=1))))
     # Move the kept lists of each query to the front, in their order.
     front = np.full((len(lists), width), -1, np.int64)
     front_scores = np.zeros((len(lists), width), np.float32)

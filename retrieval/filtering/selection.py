@@ -141,7 +141,8 @@ class SelectiveSearch:
         with self._lock:
             if key in self._kept:
                 return self._kept[key]
-        selection = self.select(mask())  # several threads may make it; one of them is kept
+        # Several threads may make it; one of them is kept.
+        selection = self.select(mask())
         with self._lock:
             return self._kept.setdefault(key, selection)
 
@@ -167,9 +168,8 @@ class SelectiveSearch:
             return hits
         # Queries are searched in blocks that bound the memory of candidates.
         width = self._width(wanted, settings, selection)
-        held = max(
-            4 * self.engine.index.d * width, 16 * (self.engine.lists or 0)
-        )  # vectors or lists of a query
+        # Bytes held for one query: candidate vectors, or scores of lists.
+        held = max(4 * self.engine.index.d * width, 16 * (self.engine.lists or 0))
         block = max(1, BLOCK_BYTES // held)
         for start in range(0, len(queries), block):
             part = slice(start, start + block)

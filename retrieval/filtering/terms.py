@@ -284,7 +284,8 @@ def _words_match(
     sign = pa.scalar(VALUE_SEPARATOR if attribute_type == "set" else LEVEL_SEPARATOR, TEXT)
     value = value_text(asked[0])
     answers = _bools(pc.match_substring(vocabulary, value))
-    maybe = np.flatnonzero(answers)  # whether it is a whole value is asked of these only
+    # Only these can contain it as a whole value.
+    maybe = np.flatnonzero(answers)
     enclosed = pc.binary_join_element_wise(
         sign, vocabulary.take(pa.array(maybe)), sign, pa.scalar("", TEXT)
     )

@@ -215,7 +215,8 @@ def _kmeans(vectors: Vectors, count: int, seed: int) -> Vectors:
     if count == len(vectors):
         themselves: Vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
         return themselves
-    if gpu.in_use() and count > FLAT_LISTS // 4:  # copying to a GPU costs more than a small k-means
+    # Copying to a GPU costs more than a small k-means.
+    if gpu.in_use() and count > FLAT_LISTS // 4:
         try:
             trained = faiss.Kmeans(vectors.shape[1], count, gpu=True, **options)
             trained.train(vectors)

@@ -33,7 +33,8 @@ CENTER_CODE_DIMENSIONS = 2
 Finer than those of vectors, there are few of them.
 """
 
-make: Any = faiss  # its parameter classes take fields as keywords, which its stubs do not know
+# Its parameter classes take fields as keywords, which its stubs do not know.
+make: Any = faiss
 Vectors = NDArray[np.float32]
 
 
@@ -72,9 +73,8 @@ class TrainedQuantizers:
         """Lists, codes and refine vectors of (B, D) float32 vectors."""
         lists = []
         codes = []
-        block = (
-            16_384 if self.spill else 65_536
-        )  # choosing second lists compares many residuals at a time
+        # Choosing second lists compares many residuals at a time.
+        block = 16_384 if self.spill else 65_536
         # Blocks bound the memory of residuals.
         for start in range(0, len(vectors), block):
             part = vectors[start : start + block]
@@ -219,9 +219,8 @@ def quantizer_parameters(index: Any, nprobe: int) -> Any:
     lists_per_group = index.nlist / groups
     visited = min(groups, math.ceil(groups / 8 + 8 * nprobe / lists_per_group))
     inner = make.SearchParametersIVF(nprobe=visited)
-    factor = min(
-        1.5 + 8 / nprobe, index.nlist / nprobe
-    )  # by their codes, the nearest few are hard to tell
+    # By their codes, the nearest few are hard to tell.
+    factor = min(1.5 + 8 / nprobe, index.nlist / nprobe)
     return make.IndexRefineSearchParameters(k_factor=factor, base_index_params=inner)
 
 

@@ -179,9 +179,8 @@ class LexicalIndex:
         weights.eliminate_zeros()
         if scoring.model == "bm25":
             # The query's own counts saturate, too: 1 for a term that occurs once.
-            weights.data *= (scoring.k1 + 1) / (
-                scoring.k1 + weights.data
-            )  # 1 for a term that occurs once
+            # 1 for a term that occurs once.
+            weights.data *= (scoring.k1 + 1) / (scoring.k1 + weights.data)
             return weights
         weights.data = _damped(weights.data) * self._idf(scoring)[weights.indices]
         length = np.sqrt(weights.multiply(weights).sum(axis=1)).clip(1e-12)

@@ -41,7 +41,8 @@ def tokenize(text: str) -> list[str]:
             tokens.append(token.replace(",", "."))
         else:
             tokens += _split_compound(token)
-    return list(map(sys.intern, tokens))  # a catalogue repeats its words: one copy of each is kept
+    # A catalogue repeats its words: one copy of each is kept.
+    return list(map(sys.intern, tokens))
 
 
 def is_cjk(token: str) -> bool:

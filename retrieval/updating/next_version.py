@@ -127,7 +127,8 @@ class NextVersion:
                 TableSource(AttributeTable(table), self.index.id_table.column, name)
             )
         if new is not None and (self.attributes or replaced or attributes is not None):
-            self.attributes.append(new)  # else some products had attributes and most had none
+            # A few products must not get attributes where all others have none.
+            self.attributes.append(new)
 
     def publish(self, measure: bool) -> dict[str, Any]:
         """Write it; returns what its manifest says.
@@ -140,7 +141,7 @@ class NextVersion:
             "format": FORMAT,
             "count": self.count,
             "rows": self.rows,
-            **self._about(),
+            **about_update(self),
         }
         with versions.publish(
             index.path, artefact_type=ARTEFACT_TYPE, meta=meta, base=index.version.name
@@ -161,21 +162,6 @@ class NextVersion:
             if measure and engine.ivf is not None:
                 meta["drift"] = self._measure_points(engine)
         return meta
-
-    def _about(self) -> dict[str, Any]:
-        """What the manifest says of the update, and of where the products are from."""
-        plan = self.plan
-        meta = self.index.manifest.meta
-        update = {
-            "generation": meta.get("update", {}).get("generation", 0) + 1,
-            "base": self.index.version.name,
-            **{name: getattr(plan, name) for name in ("added", "replaced", "unchanged", "deleted")},
-            "compacted": self.compacted,
-        }
-        if not self.whole or self.meta.get("catalogue") is None:
-            return {"update": update}
-        hints = {**meta.get("hints", {}), **self.meta.get("hints", {})}
-        return {"update": update, "catalogue": self.meta["catalogue"], "hints": hints}
 
     def _measure_points(self, engine: Engine) -> dict[str, Any]:
         """The drift before and after, and the recommendation, for the manifest."""
@@ -253,6 +239,25 @@ class NextVersion:
             if kept.any():
                 self._sample.append(batch.vectors[sampled[of]])
                 yield f"{number:06d}", batch, kept
+
+
+def about_update(version: NextVersion) -> dict[str, Any]:
+    """What the manifest keeps of an update, and of the catalogue that all products are from."""
+    plan = version.plan
+    meta = version.index.manifest.meta
+    update = {
+        "generation": meta.get("update", {}).get("generation", 0) + 1,
+        "base": version.index.version.name,
+        "added": plan.added,
+        "replaced": plan.replaced,
+        "unchanged": plan.unchanged,
+        "deleted": plan.deleted,
+        "compacted": version.compacted,
+    }
+    if not version.whole or version.meta.get("catalogue") is None:
+        return {"update": update}
+    hints = {**meta.get("hints", {}), **version.meta.get("hints", {})}
+    return {"update": update, "catalogue": version.meta["catalogue"], "hints": hints}
 
 
 def write_flat(

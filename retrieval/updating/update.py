@@ -162,7 +162,8 @@ def update_index(
             said = next_version.publish(measure)
             report = _report(plan, next_version, versions.current(root).name, said.get("drift"))
         else:
-            versions.collect(root)  # a run that was killed after publishing may have left something
+            # A run that was killed after publishing may have left old versions.
+            versions.collect(root)
             report = _report(plan, next_version)
     remove_work(root, "update")
     return report

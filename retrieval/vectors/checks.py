@@ -89,7 +89,8 @@ def checked_vectors(
 
     # Lengths show most faults at once: NaN, infinity, zero, and vectors that are not normalized.
     length = _lengths(array)
-    if not np.isfinite(length).all():  # a long but finite vector has a finite length, too
+    # A long but finite vector has a finite length, too.
+    if not np.isfinite(length).all():
         refuse(np.asarray(~np.isfinite(array).all(axis=1)), "holds NaN or infinity")
     refuse(length == 0, "is a zero vector, which is similar to nothing")
     if metric != "cosine" and not normalize:
@@ -106,9 +107,8 @@ def checked_vectors(
     if ((length < 1e-30) | (length > 1e30)).any():  # outside float32's range
         return np.divide(array, length[:, None], out=np.empty_like(array), casting="same_kind")
     length[np.abs(np.square(length) - 1) <= EXACT] = 1  # as they are, whatever stands beside them
-    into = (
-        None if np.shares_memory(array, given) else array
-    )  # what was made here may be overwritten
+    # An array that was made here may be overwritten.
+    into = None if np.shares_memory(array, given) else array
     return np.divide(array, length.astype(np.float32)[:, None], out=into)
 
 

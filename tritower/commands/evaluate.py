@@ -124,10 +124,7 @@ def evaluate(
     sections = []
     if texts is not None and report.examples:
         sections = examples(evaluation, opened, texts, report.examples)
-    if report.oracle is None:
-        oracle = None
-    else:
-        oracle = evaluating.read_oracle(report.oracle)
+    oracle = None if report.oracle is None else evaluating.read_oracle(report.oracle)
     write_report(output, evaluation, sections, oracle)
     show(terminal_table(evaluation.report))
     print(summary(evaluation.report))
