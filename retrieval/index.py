@@ -106,11 +106,11 @@ class ProductIndex:
             ArtefactError: the fingerprints differ, or that of this index is unknown.
         """
         if model is not None and model != self.model:
-            mine = self.model or "an unknown model"
+            own_model = self.model or "an unknown model"
             raise ArtefactError(
                 f"{source} is of model {model}, but {self.path} was built from embeddings of "
-                f"{mine}: embed the catalogue with this model and build the index anew, or use the "
-                "model it was built with"
+                f"{own_model}: embed the catalogue with this model and build the index anew, or "
+                "use the model it was built with"
             )
 
     def search(

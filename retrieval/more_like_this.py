@@ -23,21 +23,21 @@ SHORTEST = 1e-6
 """A sum of unit vectors that is shorter is rounding, and points nowhere."""
 
 
-class Weighted(NamedTuple):
-    """A product or a text, and how much it counts.
+class WeightedProduct(NamedTuple):
+    """A product, and how much it counts.
 
     Attributes:
-        what: an id or a text.
+        product_id: a product of the index.
         weight: negative for what is not wanted.
     """
 
-    what: str
+    product_id: str
     weight: float = 1.0
 
 
-def parse_weighted(
+def parse_weighted_product(
     text: str, is_whole: Callable[[str], bool] = lambda _: False, *, sign: int = 1
-) -> Weighted:
+) -> WeightedProduct:
     """A part of a query from `A` or `A=2`.
 
     Ids may hold "=": what follows the last one is a weight only where it is a number and the whole
@@ -53,11 +53,11 @@ def parse_weighted(
     """
     match = re.fullmatch(rf"(.*)=({NUMBER})", text, re.DOTALL)
     if match is None or is_whole(text):
-        return Weighted(text, float(sign))
+        return WeightedProduct(text, float(sign))
     weight = float(match[2])
     if not match[1] or not 0 < weight < math.inf:
         raise ValueError(f"{text!r}: expected ID=WEIGHT with a weight above 0, or an id alone")
-    return Weighted(match[1], sign * weight)
+    return WeightedProduct(match[1], sign * weight)
 
 
 def combined(

@@ -9,14 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support.attribute_rows import RowSource, table_of, write_table
+from tests.support.attribute_rows import RowProvider, table_of, write_table
 from tests.support.catalogues import write_catalogue
 from tritower.artefacts import storage
 from tritower.artefacts.storage import ArtefactError
 from tritower.retrieval.filtering.filters import parse
 from tritower.retrieval.products.attribute_cells import TEXT, cells, path_text
-from tritower.retrieval.products.attribute_providers import CatalogueSource, FileSource
-from tritower.retrieval.products.attribute_table import AttributeTable, TableSource
+from tritower.retrieval.products.attribute_providers import CatalogueProvider, FileProvider
+from tritower.retrieval.products.attribute_table import AttributeTable, TableProvider
 from tritower.retrieval.products.attribute_writer import write_attributes
 
 ATTRIBUTE_TYPES = {
@@ -39,7 +39,7 @@ def test_attributes_are_joined_by_id_and_never_by_order(tmp_path):
         for n in range(10)
     ]
     order = ["p7", "p0", None, "stranger", "p3", "p9"]
-    table, report = write_table(tmp_path / "a.arrow", order, RowSource(rows, ATTRIBUTE_TYPES))
+    table, report = write_table(tmp_path / "a.arrow", order, RowProvider(rows, ATTRIBUTE_TYPES))
     assert [row["price"] for row in rows_of(table)] == [7, 0, None, None, 3, 9]
     assert [row["brand"] for row in rows_of(table)] == ["b1", "b0", None, None, "b0", "b0"]
     assert [row["tags"] for row in rows_of(table)] == ["t7", "t0", None, None, "t3", "t9"]
@@ -75,7 +75,7 @@ def test_every_value_stands_in_the_row_of_its_id(tmp_path_factory, products, ran
     random.shuffle(ids)
     rows = [{"id": id} | values for id, values in products.items()]
     table, report = write_table(
-        tmp_path_factory.mktemp("t") / "a.arrow", ids, RowSource(rows, attribute_types, batch=4)
+        tmp_path_factory.mktemp("t") / "a.arrow", ids, RowProvider(rows, attribute_types, batch=4)
     )
     nothing = dict.fromkeys(attribute_types)
     for id, shown in zip(ids, rows_of(table), strict=True):
@@ -94,7 +94,7 @@ def test_every_value_stands_in_the_row_of_its_id(tmp_path_factory, products, ran
 
 def test_a_prepared_catalogue_gives_all_it_knows(tmp_path):
     catalogue = write_catalogue(tmp_path / "catalogue", num_groups=20)
-    source = CatalogueSource(catalogue)
+    source = CatalogueProvider(catalogue)
     shown = {row["product_id"]: row for row in pq.read_table(catalogue / "products").to_pylist()}
     ids = sorted(shown, reverse=True)
     table, report = write_table(tmp_path / "a.arrow", ids, source)
@@ -137,12 +137,12 @@ def test_a_table_without_groups_has_no_rows_of_any(tmp_path):
 
 
 def test_a_later_source_describes_a_product_as_a_whole(tmp_path):
-    old = RowSource(
+    old = RowProvider(
         [{"id": "a", "price": 1.0, "brand": "x"}, {"id": "b", "price": 2.0, "brand": "y"}],
         ATTRIBUTE_TYPES,
         "old",
     )
-    new = RowSource(
+    new = RowProvider(
         [{"id": "b", "price": 3.0}, {"id": "c", "price": 4.0, "stock": 5.0}],
         {"price": "number", "stock": "number"},
         "new",
@@ -158,8 +158,8 @@ def test_a_later_source_describes_a_product_as_a_whole(tmp_path):
 
 def test_sources_that_disagree_on_a_kind_are_refused(tmp_path):
     one, other = (
-        RowSource([], {"size": "number"}, "one.csv"),
-        RowSource([], {"size": "category"}, "other.csv"),
+        RowProvider([], {"size": "number"}, "one.csv"),
+        RowProvider([], {"size": "category"}, "other.csv"),
     )
     with pytest.raises(
         ValueError, match=r"'size' is a number in one.csv and a category in other.csv"
@@ -172,7 +172,7 @@ def test_an_id_twice_is_refused(tmp_path):
     with pytest.raises(
         ValueError, match=r"rows: the id 'b' is there more than once, again in row 3"
     ):
-        write_table(tmp_path / "a.arrow", ["a"], RowSource(rows, {}))
+        write_table(tmp_path / "a.arrow", ["a"], RowProvider(rows, {}))
 
 
 def test_the_next_version_keeps_the_attributes_of_what_it_keeps(tmp_path):
@@ -184,9 +184,11 @@ def test_the_next_version_keeps_the_attributes_of_what_it_keeps(tmp_path):
     ids = pa.chunked_array(
         [["p0", None, "p2"], ["p3", "p4", "p5", "p6", "p7", "p8"]], TEXT
     )  # p1 was deleted
-    kept = TableSource(table, ids, "old")
+    kept = TableProvider(table, ids, "old")
     kept.block = 4
-    changed = RowSource([{"id": "p3", "price": 33.0}, {"id": "p1", "price": 11.0}], ATTRIBUTE_TYPES)
+    changed = RowProvider(
+        [{"id": "p3", "price": 33.0}, {"id": "p1", "price": 11.0}], ATTRIBUTE_TYPES
+    )
     new, report = write_table(tmp_path / "new.arrow", ["p8", "p1", "p3", "p0", None], kept, changed)
     assert [(r["price"], r["brand"]) for r in rows_of(new)] == [
         (8, "b2"),
@@ -202,7 +204,7 @@ def test_the_next_version_keeps_the_attributes_of_what_it_keeps(tmp_path):
 def test_a_table_belongs_to_its_ids(tmp_path):
     table = table_of(tmp_path / "a.arrow", [{"id": "0"}], ATTRIBUTE_TYPES)
     with pytest.raises(ArtefactError, match=r"version 1: 2 ids for 1 rows of attributes"):
-        TableSource(table, pa.chunked_array([["a", "b"]]), "version 1")
+        TableProvider(table, pa.chunked_array([["a", "b"]]), "version 1")
 
 
 # --- Anyone's files.
@@ -223,7 +225,7 @@ b",
 
 def test_csv_columns_are_read_for_what_they_hold(tmp_path):
     file = write_csv(tmp_path / "products.csv", CSV)
-    source = FileSource(file, attribute_types={"tags": "set"})
+    source = FileProvider(file, attribute_types={"tags": "set"})
     assert source.attribute_types == {
         "price": "number",
         "sku": "category",  # 0042 is a code
@@ -267,7 +269,7 @@ def test_csv_columns_are_read_for_what_they_hold(tmp_path):
 
 
 def test_tsv_is_read_by_its_suffix(tmp_path):
-    source = FileSource(write_csv(tmp_path / "p.tsv", "id\tsize\na\t1,5\nb\t2\n"))
+    source = FileProvider(write_csv(tmp_path / "p.tsv", "id\tsize\na\t1,5\nb\t2\n"))
     assert source.attribute_types == {"size": "category"}
     assert pa.concat_arrays(source.column("size")).to_pylist() == ["1,5", "2"]
 
@@ -294,7 +296,7 @@ def test_parquet_types_tell_the_kind(tmp_path):
         }
     )
     pq.write_table(table, tmp_path / "p.parquet")
-    source = FileSource(tmp_path / "p.parquet", attribute_types={"levels": "path"})
+    source = FileProvider(tmp_path / "p.parquet", attribute_types={"levels": "path"})
     assert source.ignored == {
         "text": "texts of 500 characters",
         "embedding": "lists of double; expected texts",
@@ -331,16 +333,16 @@ def test_a_folder_of_parquet_files_is_one_source(tmp_path):
         pq.write_table(
             pa.table({"id": [f"p{number}"], "price": [number]}), tmp_path / f"part-{number}.parquet"
         )
-    assert pa.concat_arrays(FileSource(tmp_path).ids()).to_pylist() == ["p2", "p10"]
+    assert pa.concat_arrays(FileProvider(tmp_path).ids()).to_pylist() == ["p2", "p10"]
     pq.write_table(pa.table({"id": ["x"], "cost": [1]}), tmp_path / "part-11.parquet")
     with pytest.raises(
         ValueError, match=r"part-11.parquet has other columns than .*part-2.parquet"
     ):
-        FileSource(tmp_path)
+        FileProvider(tmp_path)
 
 
 def test_only_the_named_columns_are_taken(tmp_path):
-    source = FileSource(write_csv(tmp_path / "p.csv", CSV), columns=["price"], id_column="sku")
+    source = FileProvider(write_csv(tmp_path / "p.csv", CSV), columns=["price"], id_column="sku")
     assert source.attribute_types == {"price": "number"}
     assert pa.concat_arrays(source.ids()).to_pylist() == ["0042", "17", "5"]
 
@@ -364,7 +366,7 @@ def test_only_the_named_columns_are_taken(tmp_path):
 )
 def test_files_that_cannot_be_used_say_why(tmp_path, text, options, message):
     with pytest.raises(ValueError, match=message):
-        FileSource(write_csv(tmp_path / "p.csv", text), **options)
+        FileProvider(write_csv(tmp_path / "p.csv", text), **options)
 
 
 @pytest.mark.parametrize(
@@ -380,7 +382,7 @@ def test_files_that_cannot_be_used_say_why(tmp_path, text, options, message):
     ],
 )
 def test_rows_that_cannot_be_used_say_why(tmp_path, text, options, message):
-    source = FileSource(write_csv(tmp_path / "p.csv", text), **options)
+    source = FileProvider(write_csv(tmp_path / "p.csv", text), **options)
     with pytest.raises(ValueError, match=message):
         write_table(tmp_path / "a.arrow", ["x"], source)
 
@@ -388,7 +390,7 @@ def test_rows_that_cannot_be_used_say_why(tmp_path, text, options, message):
 def test_bytes_that_are_no_text_are_refused(tmp_path):
     (tmp_path / "p.csv").write_bytes(b"id,a\nx,\xff\n")
     with pytest.raises(ValueError, match=r"p.csv cannot be read: .*UTF8"):
-        FileSource(tmp_path / "p.csv")
+        FileProvider(tmp_path / "p.csv")
 
 
 def test_integers_that_would_be_rounded_are_refused(tmp_path):
@@ -396,11 +398,11 @@ def test_integers_that_would_be_rounded_are_refused(tmp_path):
     with pytest.raises(
         ValueError, match=r"column 'code' cannot be read as number: .*9007199254740993"
     ):
-        write_table(tmp_path / "a.arrow", ["x"], FileSource(tmp_path / "p.parquet"))
+        write_table(tmp_path / "a.arrow", ["x"], FileProvider(tmp_path / "p.parquet"))
     table, _ = write_table(
         tmp_path / "b.arrow",
         ["x"],
-        FileSource(tmp_path / "p.parquet", attribute_types={"code": "category"}),
+        FileProvider(tmp_path / "p.parquet", attribute_types={"code": "category"}),
     )
     assert rows_of(table) == [{"code": "9007199254740993"}]
 
@@ -408,7 +410,7 @@ def test_integers_that_would_be_rounded_are_refused(tmp_path):
 @pytest.mark.parametrize("name", ["p.xlsx", "nothing"])
 def test_other_files_are_refused(tmp_path, name):
     with pytest.raises(ValueError, match=rf"{name}: expected a .parquet, .csv or .tsv file"):
-        FileSource(tmp_path / name)
+        FileProvider(tmp_path / name)
 
 
 # --- Values.
@@ -511,6 +513,9 @@ def test_nothing_is_left_in_the_folder_for_temporary_files(tmp_path):
     (tmp_path / "work").mkdir()
     with storage.create(tmp_path / "a.arrow") as file:
         write_attributes(
-            file, [pa.array(["a"])], [RowSource([{"id": "a"}], ATTRIBUTE_TYPES)], tmp_path / "work"
+            file,
+            [pa.array(["a"])],
+            [RowProvider([{"id": "a"}], ATTRIBUTE_TYPES)],
+            tmp_path / "work",
         )
     assert list((tmp_path / "work").iterdir()) == []

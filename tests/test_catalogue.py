@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.support.pictures import encode, noise
-from tritower.datamodules.prepare.catalogue import ProductParser, Reading, parse_attribute
+from tritower.datamodules.prepare.catalogue import FieldReader, ProductParser, parse_attribute
 from tritower.datamodules.prepare.columns import Column, Columns, Role
 from tritower.datamodules.prepare.pictures import PictureReader
 from tritower.datamodules.prepare.records import Record
@@ -44,7 +44,7 @@ COLUMNS = Columns(
 
 
 def parse(cells: dict[str, Cell], root: Path = Path("/nowhere"), **options: object) -> Row:
-    parser = ProductParser("products.csv", COLUMNS, Reading(PictureReader(root), **options))
+    parser = ProductParser("products.csv", COLUMNS, FieldReader(PictureReader(root), **options))
     return parser(Record(3, 7, {"id": "007", "title": "Shoe"} | cells))
 
 

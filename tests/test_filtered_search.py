@@ -70,7 +70,14 @@ def number(product):
 
 def test_only_what_the_filter_matches_is_found_best_first(shop, vectors, capsys):
     found = run(
-        shop, capsys, "--like", "p30", "--filter", "price<50 and brand in (Zed, Nord)", "--k", 12
+        shop,
+        capsys,
+        "--more-like",
+        "p30",
+        "--filter",
+        "price<50 and brand in (Zed, Nord)",
+        "--k",
+        12,
     )
     fits = [i for i in range(COUNT) if i % 100 < 50 and i % 3 and i // 3 != 10]
     order = sorted(fits, key=lambda i: -float(vectors[i] @ vectors[30]))
@@ -84,7 +91,7 @@ def test_fewer_hits_than_wanted_are_said(shop, capsys):
         "search",
         "--index",
         str(shop / "index"),
-        "--like",
+        "--more-like",
         "p30",
         "--filter",
         "price = 7 and brand = Acme",
@@ -103,12 +110,12 @@ def test_fewer_hits_than_wanted_are_said(shop, capsys):
     ],
 )
 def test_a_filter_that_is_none_is_one_line(shop, capsys, filter, problem):
-    error = run(shop, capsys, "--like", "p1", "--filter", filter, code=1)
+    error = run(shop, capsys, "--more-like", "p1", "--filter", filter, code=1)
     assert error.startswith("error: ") and problem in error and error.count("\n") == 1
 
 
 def test_products_and_their_groups_are_left_out_of_what_is_like_them(shop, vectors, capsys):
-    found = run(shop, capsys, "--like", "p30", "p60=2", "--unlike", "p90=0.5", "--k", 10)
+    found = run(shop, capsys, "--more-like", "p30", "p60=2", "--less-like", "p90=0.5", "--k", 10)
     assert not {number(product) // 3 for product in found} & {10, 20, 30}
     query = unit(vectors[30] + 2 * vectors[60] - 0.5 * vectors[90])
     order = [i for i in np.argsort(-(vectors @ query)) if i // 3 not in (10, 20, 30)]
@@ -116,19 +123,19 @@ def test_products_and_their_groups_are_left_out_of_what_is_like_them(shop, vecto
 
 
 def test_offers_of_the_same_thing_are_found_where_they_are_wanted(shop, capsys):
-    found = run(shop, capsys, "--like", "p30", "--include-groups", "--k", 2)
+    found = run(shop, capsys, "--more-like", "p30", "--include-groups", "--k", 2)
     assert sorted(found) == ["p31", "p32"]
 
 
 def test_ids_may_look_like_weights(shop, capsys):
-    assert run(shop, capsys, "--like", "a=2", "--k", 3) == run(
-        shop, capsys, "--like", "a=2=3", "--k", 3
+    assert run(shop, capsys, "--more-like", "a=2", "--k", 3) == run(
+        shop, capsys, "--more-like", "a=2=3", "--k", 3
     )
-    assert "no product 'b'" in run(shop, capsys, "--like", "b=2", code=1)
+    assert "no product 'b'" in run(shop, capsys, "--more-like", "b=2", code=1)
 
 
 def test_of_each_group_one_is_found(shop, capsys):
-    found = run(shop, capsys, "--like", "p30", "--group-by", "group", "--k", 20)
+    found = run(shop, capsys, "--more-like", "p30", "--group-by", "group", "--k", 20)
     groups = [number(product) // 3 for product in found]
     assert len(found) == 20 == len(set(groups)) and 10 not in groups
 
@@ -170,14 +177,16 @@ def test_an_index_without_attributes_says_so(shop, tmp_path, capsys):
     )
     assert (
         commands.main(
-            ["search", "--index", str(tmp_path / "i"), "--like", "p1", "--filter", "price<3"]
+            ["search", "--index", str(tmp_path / "i"), "--more-like", "p1", "--filter", "price<3"]
         )
         == 1
     )
     assert "holds no attributes" in capsys.readouterr().err
     assert ProductIndex.open(tmp_path / "i").attributes is None
     assert (
-        commands.main(["search", "--index", str(tmp_path / "i"), "--like", "p1", "p2", "--json"])
+        commands.main(
+            ["search", "--index", str(tmp_path / "i"), "--more-like", "p1", "p2", "--json"]
+        )
         == 0
     )
     found = json.loads(capsys.readouterr().out)["hits"]

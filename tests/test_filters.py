@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tests.support.attribute_rows import table_of
 from tritower.retrieval.filtering.filters import MAX_CHARACTERS, Filter, parse
 from tritower.retrieval.filtering.parser import MAX_DEPTH
-from tritower.retrieval.filtering.terms import Not, Test, all_of, negated, some_of
+from tritower.retrieval.filtering.terms import Not, Test, and_of, negated, or_of
 from tritower.retrieval.products.attribute_table import CACHED_MASKS
 
 ATTRIBUTE_TYPES = {
@@ -183,7 +183,10 @@ def naive(term, row):
                 return levels[: len(asked[0])] == asked[0]
             case "has":
                 size = len(asked[0])
-                return any(levels[at : at + size] == asked[0] for at in range(len(levels)))
+                return any(
+                    levels[position : position + size] == asked[0]
+                    for position in range(len(levels))
+                )
         return levels in asked
     compare = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
     if term.operator in compare:
@@ -246,7 +249,7 @@ def terms(draw, depth=3):
     if attribute_type == "not":
         return negated(draw(terms(depth - 1)))
     parts = [draw(terms(depth - 1)) for _ in range(draw(st.integers(2, 3)))]
-    return (all_of if attribute_type == "all" else some_of)(parts)
+    return (and_of if attribute_type == "all" else or_of)(parts)
 
 
 @st.composite
@@ -493,8 +496,8 @@ def test_parts_of_a_filter_combine_as_in_three_valued_logic(tmp_path):
     """Every combination of true, false and unknown, by hand."""
     number = {True: 1.0, False: 0.0, None: None}
     rows = [
-        {"id": str(at), "a": number[a], "b": number[b]}
-        for at, (a, b) in enumerate(product((True, False, None), repeat=2))
+        {"id": str(position), "a": number[a], "b": number[b]}
+        for position, (a, b) in enumerate(product((True, False, None), repeat=2))
     ]
     table = table_of(tmp_path / "a.arrow", rows, {"a": "number", "b": "number"})
     #                                                     a: T T T F F F U U U

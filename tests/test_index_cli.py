@@ -126,7 +126,7 @@ def test_an_installed_program_and_the_script_are_the_same(folders):
         "search",
         "--index",
         str(folders / "index"),
-        "--like",
+        "--more-like",
         "003-0",
         "--include-groups",
         "--json",
@@ -175,30 +175,32 @@ def test_options_may_be_repeated(run, encoded):
 
 def test_like_leaves_the_product_itself_out_and_adds_to_others(run, folders, encoded):
     index = ProductIndex.open(folders / "index")
-    alone = search_json(run, "--like", "005-0", "--include-groups", "--k", "4")
+    alone = search_json(run, "--more-like", "005-0", "--include-groups", "--k", "4")
     assert len(alone["hits"]) == 4
     assert alone["hits"][0]["product_id"] == "005-1"
     assert "005-0" not in [hit["product_id"] for hit in alone["hits"]]
-    mixed = search_json(run, "--like", "005-0", "--include-groups", "--text", "x", "--k", "120")
+    mixed = search_json(
+        run, "--more-like", "005-0", "--include-groups", "--text", "x", "--k", "120"
+    )
     vector = index.vector_of("005-0") + encoded.vector
     wanted = index.search([vector / np.linalg.norm(vector)], 120)
     ids = [i for i in index.ids(wanted.rows[0]) if i != "005-0"]
     assert [hit["product_id"] for hit in mixed["hits"]] == ids
     np.save(folders / "v.npy", np.stack([encoded.vector]))
     both = search_json(
-        run, "--like", "005-0", "--include-groups", "--vector", "v.npy", "--k", "120"
+        run, "--more-like", "005-0", "--include-groups", "--vector", "v.npy", "--k", "120"
     )
     assert [hit["product_id"] for hit in both["hits"]] == ids
 
 
 def test_the_table_shows_titles_and_says_when_there_are_fewer(run):
     code, out, err = run(
-        "search", "--index", "index", "--like", "001-1", "--include-groups", "--k", "2"
+        "search", "--index", "index", "--more-like", "001-1", "--include-groups", "--k", "2"
     )
     assert code == 0 and "no 1" in out and "brand" in out and "001-0" in out
     assert "hits" not in err
     code, out, err = run(
-        "search", "--index", "index", "--like", "001-1", "--include-groups", "--k", "1000000"
+        "search", "--index", "index", "--more-like", "001-1", "--include-groups", "--k", "1000000"
     )
     assert "119 hits: the index holds 120 products" in err
     assert out.count("no ") == 119
@@ -289,19 +291,19 @@ def _model_by_default(request, monkeypatch, folders):
         ),
         (["search", "--index", "index"], "nothing to search for"),
         (
-            ["search", "--index", "index", "--like", "zzz"],
+            ["search", "--index", "index", "--more-like", "zzz"],
             "no product 'zzz' among the 120 of index",
         ),
         (
-            ["search", "--index", "index", "--like", "001-0", "--k", "0"],
+            ["search", "--index", "index", "--more-like", "001-0", "--k", "0"],
             "k=0; expected an integer of at least 1",
         ),
         (
-            ["search", "--index", "index", "--like", "001-0", "--k", "-1"],
+            ["search", "--index", "index", "--more-like", "001-0", "--k", "-1"],
             "k=-1; expected an integer of at least 1",
         ),
         (
-            ["search", "--index", "index", "--like", "001-0", "--nprobe", "3"],
+            ["search", "--index", "index", "--more-like", "001-0", "--nprobe", "3"],
             "nprobe=3, but this index has no lists",
         ),
         (
@@ -326,7 +328,7 @@ def _model_by_default(request, monkeypatch, folders):
             "queries and output go together",
         ),
         (
-            ["search", "--index", "index", "--like", "001-0", "--exclude-self"],
+            ["search", "--index", "index", "--more-like", "001-0", "--exclude-self"],
             "exclude_self is for many queries",
         ),
         (["build", "--embeddings", "embeddings", "--output", "index"], "index already exists"),

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tritower.retrieval.more_like_this import Weighted, combined, parse_weighted
+from tritower.retrieval.more_like_this import WeightedProduct, combined, parse_weighted_product
 
 
 @pytest.mark.parametrize(
@@ -25,30 +25,30 @@ from tritower.retrieval.more_like_this import Weighted, combined, parse_weighted
     ],
 )
 def test_a_weight_follows_the_last_equals_sign(text, what, weight):
-    assert parse_weighted(text) == Weighted(what, weight)
-    assert parse_weighted(text, sign=-1) == Weighted(what, -weight)
+    assert parse_weighted_product(text) == WeightedProduct(what, weight)
+    assert parse_weighted_product(text, sign=-1) == WeightedProduct(what, -weight)
 
 
 def test_an_id_that_looks_like_a_weight_is_taken_as_it_stands():
     ids = {"A=2", "A"}
-    assert parse_weighted("A=2", ids.__contains__) == Weighted("A=2", 1.0)
-    assert parse_weighted("A=2=3", ids.__contains__) == Weighted("A=2", 3.0)
-    assert parse_weighted("A=3", ids.__contains__) == Weighted("A", 3.0)
+    assert parse_weighted_product("A=2", ids.__contains__) == WeightedProduct("A=2", 1.0)
+    assert parse_weighted_product("A=2=3", ids.__contains__) == WeightedProduct("A=2", 3.0)
+    assert parse_weighted_product("A=3", ids.__contains__) == WeightedProduct("A", 3.0)
 
 
 @pytest.mark.parametrize("text", ["=2", "A=0", "A=0.0", "A=1e999"])
 def test_a_weight_that_means_nothing_is_refused(text):
     with pytest.raises(ValueError, match=r"expected ID=WEIGHT with a weight above 0"):
-        parse_weighted(text)
+        parse_weighted_product(text)
 
 
 @given(st.text())
 def test_any_text_is_a_part_or_refused(text):
     try:
-        part = parse_weighted(text)
+        part = parse_weighted_product(text)
     except ValueError:
         return
-    assert text.startswith(part.what)
+    assert text.startswith(part.product_id)
     assert 0 < part.weight < float("inf")
 
 

@@ -286,7 +286,7 @@ def test_products_ask_by_command_as_by_hand(
     ids, products = stored(trained / "embeddings" / "products")
     score = as_queries(products, "kl").astype(np.float64) @ products.T
     np.fill_diagonal(score, -np.inf)
-    one = [f"--like={ids[5]}", "--include-groups", "--json", "--k=5"]
+    one = [f"--more-like={ids[5]}", "--include-groups", "--json", "--k=5"]
     assert program.main(["search", f"--index={trained / 'index'}", *one]) == 0
     hits = [hit["product_id"] for hit in json.loads(capsys.readouterr().out)["hits"]]
     assert hits == [ids[row] for row in np.argsort(-score[5])[:5]]
@@ -309,7 +309,7 @@ def test_text_and_parts_by_command(trained: Path, capsys: pytest.CaptureFixture[
     ids, _ = stored(trained / "embeddings" / "products")
     for asked in (
         ["--text=red mug"],
-        ["--text=red mug", f"--like={ids[3]}", f"--unlike={ids[8]}=0.5"],
+        ["--text=red mug", f"--more-like={ids[3]}", f"--less-like={ids[8]}=0.5"],
     ):
         assert (
             program.main(["search", f"--index={trained / 'index'}", *asked, "--json", "--k=5"]) == 0

@@ -25,13 +25,13 @@ MINED = (
 )
 
 
-def choose(found: list[int], scores: list[float], **settings: float) -> tuple[list[int], int]:
+def choose(neighbors: list[int], scores: list[float], **settings: float) -> tuple[list[int], int]:
     """What product 0 is given."""
     miner = HardNegatives(1, **{"first_rank": 1, "last_rank": 5, "max_similarity": 1.0, **settings})
-    rows, doubtful = miner.choose(
-        np.array([0]), np.array([found]), np.array([scores], np.float32), KEYS
+    rows, is_suspected = miner.choose(
+        np.array([0]), np.array([neighbors]), np.array([scores], np.float32), KEYS
     )
-    return rows[0].tolist(), doubtful
+    return rows[0].tolist(), is_suspected
 
 
 def test_the_product_itself_and_its_mates_are_no_negatives() -> None:
@@ -51,8 +51,8 @@ def test_without_mates_a_candidate_may_be_no_copy_of_the_product() -> None:
 
 
 def test_ranks_count_neighbours_that_are_no_mates() -> None:
-    found, scores = [0, 1, 2, 3, 4, 5], [1.0, 0.9, 0.6, 0.5, 0.4, 0.3]
-    assert choose(found, scores, first_rank=2, last_rank=3) == ([3, 4, -1, -1, -1], 0)
+    neighbors, scores = [0, 1, 2, 3, 4, 5], [1.0, 0.9, 0.6, 0.5, 0.4, 0.3]
+    assert choose(neighbors, scores, first_rank=2, last_rank=3) == ([3, 4, -1, -1, -1], 0)
 
 
 def test_neighbours_that_were_not_found_are_none() -> None:

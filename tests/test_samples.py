@@ -34,7 +34,7 @@ from tritower.datamodules.samples.oracle import (
     oracle,
     price_log_ratio,
 )
-from tritower.datamodules.samples.pictures import COLOURS, SILHOUETTES, TEXTURES, photograph
+from tritower.datamodules.samples.pictures import COLORS, SILHOUETTES, TEXTURES, photograph
 from tritower.datamodules.samples.queries import draw_queries, text_grades
 
 ALL = "text+image+attribute"
@@ -183,7 +183,7 @@ def test_attributes_say_only_the_facts_of_the_attributes(listings):
 def test_listing_mentions_exactly_the_facts_it_shows(listings):
     for listing in listings:
         text = f"{listing.text.title} {listing.text.description}".lower()
-        words = listing.thing.words()
+        words = listing.true_product.words()
         mentioned = {
             fact
             for fact in ("type", "material", "size")
@@ -199,7 +199,7 @@ def test_listings_of_a_thing_share_its_facts_and_differ_in_seller_and_price(list
     several = [group for group in groups.values() if len(group) > 1]
     assert len(several) > 0.8 * len(groups)
     for group in several:
-        assert len({listing.thing for listing in group}) == 1
+        assert len({listing.true_product for listing in group}) == 1
         assert len({listing.seller for listing in group}) == len(group)
         prices = [listing.price for listing in group if listing.price is not None]
         assert len(set(prices)) == len(prices)
@@ -208,7 +208,7 @@ def test_listings_of_a_thing_share_its_facts_and_differ_in_seller_and_price(list
 def test_variants_of_a_family_can_be_told_apart(listings):
     families = {}
     for listing in listings:
-        families.setdefault(listing.thing.family, set()).add(listing.thing)
+        families.setdefault(listing.true_product.family, set()).add(listing.true_product)
     for things in families.values():
         styles = {(t.product_type, t.shape, t.material, t.use, t.brand) for t in things}
         assert len(styles) == 1
@@ -258,7 +258,7 @@ def test_every_look_can_be_drawn():
     assert {shape for product_type in PRODUCT_TYPES for shape in product_type.shapes} == set(
         SILHOUETTES
     )
-    assert {words.word for words in HUES} == set(COLOURS)
+    assert {words.word for words in HUES} == set(COLORS)
     assert {words.word for words in PATTERNS} == set(TEXTURES)
     assert {use.word for product_type in PRODUCT_TYPES for use in product_type.uses} == set(
         FEATURES
@@ -344,7 +344,7 @@ def test_no_text_query_has_the_answers_of_another_one(listings, queries):
     assert {query.split for query in texts} == {"train", "val", "test"}
     for query in texts:
         assert query.grades[query.source] == 3
-        assert query.split == listings[query.source].thing.split
+        assert query.split == listings[query.source].true_product.split
 
 
 def test_some_text_queries_are_chinese_and_name_hues(queries):
@@ -366,8 +366,8 @@ def test_product_query_is_answered_by_the_other_sellers_and_excludes_its_source(
         }
         assert set(np.flatnonzero(query.grades == 3)) == others
         assert others
-        families = {listings[i].thing.family for i in np.flatnonzero(query.grades == 2)}
-        assert families <= {listings[query.source].thing.family}
+        families = {listings[i].true_product.family for i in np.flatnonzero(query.grades == 2)}
+        assert families <= {listings[query.source].true_product.family}
         assert listings[query.source].pictures
 
 
@@ -375,11 +375,14 @@ def test_photo_query_is_answered_by_what_looks_the_same(listings, queries):
     photos = [query for query in queries if query.type == "image"]
     assert photos
     for query in photos:
-        asked = listings[query.source].thing
+        asked = listings[query.source].true_product
         for i in np.flatnonzero(query.grades):
-            thing = listings[i].thing
-            assert (thing.product_type, thing.shape) == (asked.product_type, asked.shape)
-            assert (query.grades[i] == 3) == (thing.colourway == asked.colourway)
+            true_product = listings[i].true_product
+            assert (true_product.product_type, true_product.shape) == (
+                asked.product_type,
+                asked.shape,
+            )
+            assert (query.grades[i] == 3) == (true_product.colourway == asked.colourway)
 
 
 # the files
@@ -420,7 +423,7 @@ def test_groups_and_families_stay_in_one_split(raw):
 
 
 def test_every_split_gets_its_share_of_things():
-    splits = [listing.thing.split for listing in draw_listings(3000, seed=0)]
+    splits = [listing.true_product.split for listing in draw_listings(3000, seed=0)]
     shares = [splits.count(split) / len(splits) for split in ("train", "val", "test")]
     assert shares == pytest.approx([0.7, 0.1, 0.2], abs=0.03)
 

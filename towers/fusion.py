@@ -1,8 +1,9 @@
 """Fusion: one vector for each modality, and which of them are there, to one embedding.
 
-All take z (B, M, D) and present (B, M) and return the fused (B, D) and the share (B, M) that each
-modality had in it; shares of a row add up to 1. A modality that is absent is replaced by a learned
-token before fusion (see `tritower.towers.encoder`), so what stood in its place never matters.
+All take vectors (B, M, D) and present (B, M) and return the fused (B, D) and the share (B, M) that
+each modality had in it; shares of a row add up to 1. A modality that is absent is replaced by a
+learned token before fusion (see `tritower.towers.encoder`), so what stood in its place never
+matters.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ class MeanFusion(nn.Module):
     def __init__(self, num_modalities: int, dim: int) -> None:
         super().__init__()
 
-    def forward(self, z: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, vectors: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
         """(B, M, D), (B, M) bool -> (B, D), (B, M)."""
-        there = present.to(z.dtype)
-        return z.sum(1), there / there.sum(1, keepdim=True).clamp(min=1)
+        there = present.to(vectors.dtype)
+        return vectors.sum(1), there / there.sum(1, keepdim=True).clamp(min=1)
 
 
 class GatedFusion(nn.Module):
@@ -45,13 +46,13 @@ class GatedFusion(nn.Module):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, z: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, vectors: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
         """(B, M, D), (B, M) bool -> (B, D), (B, M)."""
-        joined = torch.cat([z.flatten(1), present.to(z.dtype)], 1)
+        joined = torch.cat([vectors.flatten(1), present.to(vectors.dtype)], 1)
         # An item without any modality is the mean of the absent tokens.
         nothing = ~present.any(1, keepdim=True)
         shares = self.gate(joined).masked_fill(~present & ~nothing, float("-inf")).softmax(1)
-        return (shares.unsqueeze(-1) * z).sum(1) + self.residual(joined), shares
+        return (shares.unsqueeze(-1) * vectors).sum(1) + self.residual(joined), shares
 
 
 class TransformerFusion(nn.Module):
@@ -71,14 +72,14 @@ class TransformerFusion(nn.Module):
             nn.LayerNorm(dim), nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim)
         )
 
-    def forward(self, z: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, vectors: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
         """(B, M, D), (B, M) bool -> (B, D), (B, M)."""
         tokens = (
-            torch.cat([self.token.expand(len(z), 1, -1), z], 1) + self.position
+            torch.cat([self.token.expand(len(vectors), 1, -1), vectors], 1) + self.position
         )  # (B, 1 + M, D)
         normed = self.norm(tokens)
         attended, weights = self.attention(normed[:, :1], normed, normed)
-        fused = tokens[:, 0] + attended[:, 0] + z.mean(1)
+        fused = tokens[:, 0] + attended[:, 0] + vectors.mean(1)
         shares = weights[:, 0, 1:]
         return fused + self.mlp(fused), shares / shares.sum(1, keepdim=True)
 

@@ -134,10 +134,10 @@ class HardNegatives(L.Callback):
         for batch in EmbeddingReader(work / "embeddings").batches(BLOCK):
             hits = index.search(batch.vectors, min(self.last_rank + 1, len(rows)))
             own = np.arange(first, first + len(batch.ids))
-            chosen, doubtful = self.choose(own, hits.rows, hits.scores, keys)
+            chosen, is_suspected = self.choose(own, hits.rows, hits.scores, keys)
             table[rows[own], : chosen.shape[1]] = np.where(chosen >= 0, rows[chosen], -1)
-            searched += int((chosen >= 0).sum()) + doubtful
-            suspected += doubtful
+            searched += int((chosen >= 0).sum()) + is_suspected
+            suspected += is_suspected
             first += len(own)
         table.flush()
         shutil.rmtree(work)
@@ -150,13 +150,13 @@ class HardNegatives(L.Callback):
         return share
 
     def choose(
-        self, own: Rows, found: Rows, scores: NDArray[np.float32], keys: Rows
+        self, own: Rows, neighbors: Rows, scores: NDArray[np.float32], keys: Rows
     ) -> tuple[Rows, int]:
         """The hard negatives among the neighbours of some products.
 
         Args:
             own: (B,) the products.
-            found: (B, K) their neighbours, best first, -1 where there are fewer.
+            neighbors: (B, K) their neighbours, best first, -1 where there are fewer.
             scores: (B, K) their similarity.
             keys: (N, R) of all products.
 
@@ -164,18 +164,20 @@ class HardNegatives(L.Callback):
             (B, K - 1) rows, nearest first, -1 where there are fewer; how many were left out as too
             similar.
         """
-        there = (found >= 0) & (found != own[:, None])
-        mine = keys[own][:, None, :]
-        theirs = keys[found]
-        related = ((mine == theirs) & (mine != NO_KEY)).any(-1) & there
-        mates = np.where(related, scores, np.inf).min(axis=1)
-        limit = self.max_similarity * np.where(np.isfinite(mates), mates, 1.0)
-        rank = np.cumsum(there & ~related, axis=1)
-        within = there & ~related & (rank >= self.first_rank) & (rank <= self.last_rank)
-        doubtful = within & (scores > limit[:, None])
-        good = within & ~doubtful
-        order = np.argsort(~good, axis=1, kind="stable")[:, : found.shape[1] - 1]
-        return np.take_along_axis(np.where(good, found, -1), order, axis=1), int(doubtful.sum())
+        is_other = (neighbors >= 0) & (neighbors != own[:, None])
+        own_keys = keys[own][:, None, :]
+        neighbor_keys = keys[neighbors]
+        related = ((own_keys == neighbor_keys) & (own_keys != NO_KEY)).any(-1) & is_other
+        same_group_score = np.where(related, scores, np.inf).min(axis=1)
+        limit = self.max_similarity * np.where(np.isfinite(same_group_score), same_group_score, 1.0)
+        rank = np.cumsum(is_other & ~related, axis=1)
+        is_candidate = is_other & ~related & (rank >= self.first_rank) & (rank <= self.last_rank)
+        is_suspected = is_candidate & (scores > limit[:, None])
+        is_chosen = is_candidate & ~is_suspected
+        order = np.argsort(~is_chosen, axis=1, kind="stable")[:, : neighbors.shape[1] - 1]
+        return np.take_along_axis(np.where(is_chosen, neighbors, -1), order, axis=1), int(
+            is_suspected.sum()
+        )
 
 
 @torch.inference_mode()

@@ -17,7 +17,7 @@ from tritower.datamodules.prepare.columns import ATTRIBUTES, Column, Columns, Ro
 from tritower.datamodules.prepare.pictures import PictureReader
 from tritower.datamodules.prepare.profile import SPLITS
 from tritower.datamodules.prepare.records import Record
-from tritower.datamodules.prepare.rows import Notebook, Row
+from tritower.datamodules.prepare.rows import Row, RowBuilder
 from tritower.datamodules.prepare.values import (
     BadValue,
     Cell,
@@ -34,7 +34,7 @@ Value = str | float | list[str]
 
 
 @dataclass(frozen=True)
-class Reading:
+class FieldReader:
     """How cells are read.
 
     Attributes:
@@ -96,71 +96,71 @@ class ProductParser:
     Args:
         file: name of the file, for problems.
         columns: what is what.
-        reading: how cells are read.
+        reader: how cells are read.
     """
 
     file: str
     columns: Columns
-    reading: Reading
+    reader: FieldReader
 
     def __call__(self, record: Record) -> Row:
         """One product."""
         id_column = self.columns.one("id")
         assert id_column is not None
         id = record.cells.get(id_column.column)
-        notebook = Notebook(self.file, record, id if isinstance(id, str) else "")
+        builder = RowBuilder(self.file, record, id if isinstance(id, str) else "")
         # Rows that cannot be read, or that have no id, are rejected at once.
         if record.fault is not None:
-            notebook.note("", record.fault)
-            return notebook.row(None)
-        if not notebook.id:
-            notebook.note(
+            builder.note("", record.fault)
+            return builder.row(None)
+        if not builder.id:
+            builder.note(
                 id_column.name, BadValue("ID_MISSING", "a product needs an id" + _odd_id(id))
             )
-            return notebook.row(None)
+            return builder.row(None)
         # Everything readable is kept; problems are noted by column.
-        item = self._item(_Cells(record, self.columns, notebook), notebook)
+        item = self._item(_Cells(record, self.columns, builder), builder)
         group, family, split = (
-            self._fact(role, record, notebook) for role in ("group", "family", "split")
+            self._fact(role, record, builder) for role in ("group", "family", "split")
         )
         # A row without any content, or with a problem in a strict run, is rejected.
         if not (item.text or item.images or item.attributes):
-            notebook.note(
+            builder.note(
                 "", BadValue("NOTHING_USABLE", "no text, no picture and no attribute is left")
             )
-            return notebook.row(None)
-        if notebook.fails(self.reading.strict):
-            return notebook.row(None)
-        return notebook.row(item, group=group, family=family, split=split)
+            return builder.row(None)
+        if builder.fails(self.reader.strict):
+            return builder.row(None)
+        return builder.row(item, group=group, family=family, split=split)
 
-    def _item(self, cells: _Cells, notebook: Notebook) -> Item:
+    def _item(self, cells: _Cells, builder: RowBuilder) -> Item:
         # Texts, pictures and attributes, each with its own problems.
         text: dict[str, str] = {}
         for column in self.columns.of("text"):
-            words = notebook.read(column.name, self.reading.text, cells.of(column))
+            words = builder.read(column.name, self.reader.text, cells.of(column))
             if words:
                 text[column.name] = words
         if not text and self.columns.of("text"):
-            notebook.note(
+            builder.note(
                 self.columns.of("text")[0].name, BadValue("TEXT_EMPTY", "the product has no text")
             )
         # The same picture twice counts once.
         images: dict[bytes, None] = {}
         for column in self.columns.of("image"):
-            pictures, problems = self.reading.pictures.read(cells.of(column))
+            pictures, problems = self.reader.pictures.read(cells.of(column))
             images.update(dict.fromkeys(pictures))
             for problem in problems:
-                notebook.note(column.name, problem)
+                builder.note(column.name, problem)
         attributes: dict[str, Value] = {}
         for column in self.columns.of(*ATTRIBUTES):
-            value = notebook.read(
-                column.name, self.reading.attribute, column.role, cells.of(column), self.columns
+            value = builder.read(
+                column.name, self.reader.attribute, column.role, cells.of(column), self.columns
             )
             if value is not None:
                 attributes[column.name] = value
         return Item(text, tuple(images), attributes)
 
-    def _fact(self, role: Role, record: Record, notebook: Notebook) -> str | None:
+    def _fact(self, role: Role, record: Record, builder: RowBuilder) -> str | None:
         """The group or family of a product, verbatim, or its split.
 
         None where the table has none.
@@ -173,8 +173,8 @@ class ProductParser:
         if column is None or cell is None or cell == "":
             return None
         if role == "split":
-            return read_split(notebook, column.name, cell)
-        return notebook.read(column.name, _key, cell)
+            return read_split(builder, column.name, cell)
+        return builder.read(column.name, _key, cell)
 
 
 def _key(cell: Cell) -> str:
@@ -187,9 +187,9 @@ def _odd_id(id: Cell) -> str:
     return "" if id is None or isinstance(id, str) else f"; {excerpt(id)} is none"
 
 
-def read_split(notebook: Notebook, column: str, cell: Cell) -> str:
+def read_split(builder: RowBuilder, column: str, cell: Cell) -> str:
     """The split of a cell; an unknown one is test, so that a holdout is never trained on."""
-    return notebook.read(column, _split, cell) or "test"
+    return builder.read(column, _split, cell) or "test"
 
 
 def _split(cell: Cell) -> str:
@@ -205,13 +205,13 @@ def _split(cell: Cell) -> str:
 class _Cells:
     """The cells of a record, also those that stand in JSON objects."""
 
-    def __init__(self, record: Record, columns: Columns, notebook: Notebook) -> None:
+    def __init__(self, record: Record, columns: Columns, builder: RowBuilder) -> None:
         self.cells = record.cells
         self.objects: dict[str, Mapping[str, Cell]] = {}
         for name in dict.fromkeys(
             c.column for c in columns.columns if c.role == "json" or c.key is not None
         ):
-            self.objects[name] = notebook.read(name, _object, self.cells.get(name)) or {}
+            self.objects[name] = builder.read(name, _object, self.cells.get(name)) or {}
 
     def of(self, column: Column) -> Cell:
         """The cell of a column, or of a key of its JSON object."""

@@ -23,7 +23,7 @@ from PIL import ImageColor
 
 from tritower.artefacts.storage import ArtefactError, new_folder, write_json
 from tritower.datamodules.images import LIMITS
-from tritower.datamodules.prepare.catalogue import Reading
+from tritower.datamodules.prepare.catalogue import FieldReader
 from tritower.datamodules.prepare.columns import Columns, Override
 from tritower.datamodules.prepare.guess import guess_columns
 from tritower.datamodules.prepare.pictures import PictureReader
@@ -206,8 +206,9 @@ def prepare(
         raise CatalogueError("--output is missing: the folder to make")
 
     # Read, arrange and write: the folder appears complete or not at all.
-    reader = _picture_reader(products, pictures, roles)
-    reading = Reading(reader, text.decimal, text.clean_html, strict=run.on_bad_field == "reject")
+    picture_reader = _picture_reader(products, pictures, roles)
+    strict = run.on_bad_field == "reject"
+    field_reader = FieldReader(picture_reader, text.decimal, text.clean_html, strict=strict)
     settings = {
         "image_size": pictures.image_size,
         "background": pictures.background,
@@ -221,12 +222,12 @@ def prepare(
         output, artefact_type="catalogue", meta=meta, overwrite=run.overwrite
     ) as folder:
         with _problem_log(folder, output) as log:
-            preparation = Preparation(folder, log, reading, policy, run.num_workers)
-            arrangement = preparation.products(table, roles, rows)
-            query_splits = preparation.asked(arrangement.splits, *judged_tables)
+            preparation = Preparation(folder, log, field_reader, policy, run.num_workers)
+            split_plan = preparation.products(table, roles, rows)
+            query_splits = preparation.asked(split_plan.splits, *judged_tables)
             if threshold is not None:
                 log.check(threshold)
-        report = make_report(preparation, roles, arrangement, query_splits)
+        report = make_report(preparation, roles, split_plan, query_splits)
         report |= {"settings": settings}
         write_json(folder / "report.json", report)
         meta |= {name: report[name] for name in ("rows", "accepted", "rejected", "splits")}

@@ -13,7 +13,7 @@ import numpy as np
 from tritower.datamodules.bad_value import BadValue, excerpt
 from tritower.datamodules.batch import Item
 from tritower.datamodules.prepare.queries import Part, PartCells, QuerySet
-from tritower.datamodules.prepare.rows import Notebook, Row
+from tritower.datamodules.prepare.rows import Row, RowBuilder
 from tritower.datamodules.prepare.tables import Table
 from tritower.datamodules.prepare.values import Cell
 
@@ -60,31 +60,29 @@ class Judgements:
         """
         for record in table.records():
             cells = PartCells(parts, record)
-            notebook = Notebook(table.path.name, record, "" if record.fault else cells.id())
+            builder = RowBuilder(table.path.name, record, "" if record.fault else cells.id())
             # Faulty rows are counted once: pairs were noted when their queries were read.
-            if record.fault is not None or (pairs and not notebook.id):
+            if record.fault is not None or (pairs and not builder.id):
                 if record.fault is not None and not pairs:
-                    notebook.note("", record.fault)
-                yield notebook.row(None)
+                    builder.note("", record.fault)
+                yield builder.row(None)
                 continue
             asked = (record.row, cells.asked()) if pairs else None
-            query = notebook.read(
-                parts.get("query_id", ""), self._query, notebook.id, queries, asked
-            )
-            product = notebook.read(parts["product"], self._product, cells["product"], products)
+            query = builder.read(parts.get("query_id", ""), self._query, builder.id, queries, asked)
+            product = builder.read(parts["product"], self._product, cells["product"], products)
             if "weight" in parts:
-                weight = notebook.read(parts["weight"], parse_weight, cells["weight"])
+                weight = builder.read(parts["weight"], parse_weight, cells["weight"])
             else:
                 weight = 1.0
             # Both ends must exist, and a product is no answer to itself.
             if query is None or product is None or weight is None:
-                yield notebook.row(None)
+                yield builder.row(None)
                 continue
             if queries.sources[query] == cells["product"]:
-                notebook.note("", BadValue("SELF_JUDGEMENT", "a product is no answer to itself"))
-                yield notebook.row(None)
+                builder.note("", BadValue("SELF_JUDGEMENT", "a product is no answer to itself"))
+                yield builder.row(None)
                 continue
-            yield notebook.row(Item())
+            yield builder.row(Item())
             self.irrelevant += weight == 0
             self.query.append(query)
             self.product.append(product)

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tritower.datamodules.prepare.catalogue import ProductParser, Reading
+from tritower.datamodules.prepare.catalogue import FieldReader, ProductParser
 from tritower.datamodules.prepare.columns import ATTRIBUTES, Columns
 from tritower.datamodules.prepare.judgements import Judgements, query_splits
 from tritower.datamodules.prepare.parallel import parse_records
@@ -26,10 +26,10 @@ from tritower.datamodules.prepare.rows import Row
 from tritower.datamodules.prepare.shards import ShardWriter, Spool, product_columns, query_columns
 from tritower.datamodules.prepare.splits import (
     SPLIT_NAMES,
-    Arrangement,
     Members,
+    SplitPlan,
     SplitPolicy,
-    arrange,
+    assign_splits,
 )
 from tritower.datamodules.prepare.statistics import AttributeStatistics
 from tritower.datamodules.prepare.tables import CatalogueError, Table
@@ -49,7 +49,7 @@ class Preparation:
     Args:
         folder: where the catalogue is built.
         log: of problems.
-        reading: how cells are read.
+        reader: how cells are read.
         policy: of splits.
         num_workers: processes that read pictures; None for as many as pay off.
 
@@ -59,7 +59,7 @@ class Preparation:
 
     folder: Path
     log: ProblemLog
-    reading: Reading
+    reader: FieldReader
     policy: SplitPolicy
     num_workers: int | None
     members: Members = field(default_factory=Members)
@@ -69,13 +69,13 @@ class Preparation:
     judgements: Judgements = field(default_factory=Judgements)
     unread: dict[str, list[str]] = field(default_factory=dict)
 
-    def products(self, table: Table, columns: Columns, rows: int) -> Arrangement:
+    def products(self, table: Table, columns: Columns, rows: int) -> SplitPlan:
         """Read all products and write them in order.
 
         Raises:
             CatalogueError: none was accepted, or none of many pictures can be read.
         """
-        parser = ProductParser(table.path.name, columns, self.reading)
+        parser = ProductParser(table.path.name, columns, self.reader)
         image_columns = {column.name for column in columns.of("image")}
         with Spool(self.folder / "products.spool") as spool:
             workers = self.num_workers if image_columns else 0
@@ -94,13 +94,13 @@ class Preparation:
                 raise CatalogueError(
                     f"none of {self.counts['bad pictures']:,} pictures can be read: "
                     f"{self.log.most_frequent()}. "
-                    f"Is --image-root {self.reading.pictures.root} right? Without pictures: "
+                    f"Is --image-root {self.reader.pictures.root} right? Without pictures: "
                     "`image: null` in --columns"
                 )
             # Second pass: write in the order of splits and groups.
-            arrangement = arrange(self.members, self.policy)
-            self._write_products(columns, arrangement, spool)
-        return arrangement
+            split_plan = assign_splits(self.members, self.policy)
+            self._write_products(columns, split_plan, spool)
+        return split_plan
 
     def _take_product(self, row: Row, image_columns: set[str], spool: Spool) -> None:
         self.counts["bad pictures"] += sum(
@@ -127,23 +127,23 @@ class Preparation:
         self.counts["with attributes"] += bool(row.item.attributes)
         spool.append(row.item)
 
-    def _write_products(self, columns: Columns, arrangement: Arrangement, spool: Spool) -> None:
+    def _write_products(self, columns: Columns, split_plan: SplitPlan, spool: Spool) -> None:
         text = tuple(column.name for column in columns.of("text"))
         statistics = AttributeStatistics(columns.of(*ATTRIBUTES))
         layout = product_columns(text, statistics.attributes())
         with ShardWriter(self.folder / "products", layout) as writer:
             for number in show_progress(
-                arrangement.order, len(spool), one_row, "writing products", "rows"
+                split_plan.order, len(spool), one_row, "writing products", "rows"
             ):
                 item = spool[number]
-                split = arrangement.splits[number]
+                split = split_plan.splits[number]
                 # Statistics come from the train split alone.
                 statistics.add(item.attributes, split == "train")
                 writer.write(
                     {
                         "product_id": self.members.ids[number],
                         "group": self.members.groups[number],
-                        "family": arrangement.families[number],
+                        "family": split_plan.families[number],
                         "split": split,
                         "text": item.text,
                         "images": item.images,
@@ -187,7 +187,7 @@ class Preparation:
             records = self.queries.new_queries(table.records(), parts)
         else:
             records = table.records()
-        parser = QueryParser(table.path.name, parts, self.reading)
+        parser = QueryParser(table.path.name, parts, self.reader)
         workers = self.num_workers if "image" in parts else 0
         for row in show_progress(
             parse_records(parser, records, workers), None, one_row, "reading queries", "rows"

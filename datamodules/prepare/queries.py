@@ -10,10 +10,10 @@ from typing import Literal
 
 from tritower.datamodules.bad_value import BadValue, excerpt
 from tritower.datamodules.batch import Item
-from tritower.datamodules.prepare.catalogue import Reading, read_split
+from tritower.datamodules.prepare.catalogue import FieldReader, read_split
 from tritower.datamodules.prepare.guess import plain_name
 from tritower.datamodules.prepare.records import Record
-from tritower.datamodules.prepare.rows import Notebook, Row
+from tritower.datamodules.prepare.rows import Row, RowBuilder
 from tritower.datamodules.prepare.tables import CatalogueError, Table
 from tritower.datamodules.prepare.values import Cell
 
@@ -99,49 +99,49 @@ class QueryParser:
     Args:
         file: name of the file, for problems.
         parts: which column is what.
-        reading: how cells are read.
+        reader: how cells are read.
     """
 
     file: str
     parts: Mapping[Part, str]
-    reading: Reading
+    reader: FieldReader
 
     def __call__(self, record: Record) -> Row:
         """One query; the product that it asks with, if any, is the row's `source`."""
         cells = PartCells(self.parts, record)
-        notebook = Notebook(self.file, record, "" if record.fault else cells.id())
+        builder = RowBuilder(self.file, record, "" if record.fault else cells.id())
         if record.fault is not None:
-            notebook.note("", record.fault)
-            return notebook.row(None)
-        if not notebook.id:
+            builder.note("", record.fault)
+            return builder.row(None)
+        if not builder.id:
             if "query_id" in self.parts:
                 missing = "a query needs an id"
             else:
                 missing = "nothing is asked"
-            notebook.note(self.parts.get("query_id", ""), BadValue("ID_MISSING", missing))
-            return notebook.row(None)
+            builder.note(self.parts.get("query_id", ""), BadValue("ID_MISSING", missing))
+            return builder.row(None)
         # A query is a text, pictures, or a product.
-        source = notebook.read(self.parts.get("source", ""), _one_id, cells["source"])
+        source = builder.read(self.parts.get("source", ""), _one_id, cells["source"])
         # The cells of a product query are copies of the product's.
-        item = Item() if cells["type"] == "product" else self._item(cells, notebook)
+        item = Item() if cells["type"] == "product" else self._item(cells, builder)
         if cells["split"]:
-            split = read_split(notebook, self.parts["split"], cells["split"])
+            split = read_split(builder, self.parts["split"], cells["split"])
         else:
             split = None
         if not (item.text or item.images or source):
-            notebook.note(
+            builder.note(
                 "", BadValue("NOTHING_USABLE", "no text, no picture and no product to ask with")
             )
-            return notebook.row(None)
-        if notebook.fails(self.reading.strict):
-            return notebook.row(None)
-        return notebook.row(item, source=source, split=split)
+            return builder.row(None)
+        if builder.fails(self.reader.strict):
+            return builder.row(None)
+        return builder.row(item, source=source, split=split)
 
-    def _item(self, cells: PartCells, notebook: Notebook) -> Item:
-        text = notebook.read(self.parts.get("text", ""), self.reading.text, cells["text"])
-        pictures, problems = self.reading.pictures.read(cells["image"])
+    def _item(self, cells: PartCells, builder: RowBuilder) -> Item:
+        text = builder.read(self.parts.get("text", ""), self.reader.text, cells["text"])
+        pictures, problems = self.reader.pictures.read(cells["image"])
         for problem in problems:
-            notebook.note(self.parts["image"], problem)
+            builder.note(self.parts["image"], problem)
         return Item({"query": text} if text else {}, pictures)
 
 

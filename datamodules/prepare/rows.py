@@ -74,7 +74,7 @@ class Row(NamedTuple):
         return self._replace(item=None, problems=(*self.problems, problem))
 
 
-class Notebook:
+class RowBuilder:
     """Collects the problems of one record."""
 
     def __init__(self, file: str, record: Record, id: str) -> None:

@@ -73,8 +73,8 @@ class SplitPolicy(NamedTuple):
         return "train"
 
 
-class Arrangement(NamedTuple):
-    """What `arrange` decides.
+class SplitPlan(NamedTuple):
+    """What `assign_splits` decides.
 
     Attributes:
         families: of each product; products with the same picture are in one family.
@@ -91,13 +91,14 @@ class Arrangement(NamedTuple):
     largest: int
 
 
-class _Sets:
+class UnionFind:
     """Disjoint sets of the numbers 0 to n - 1; a set is known by its smallest number."""
 
     def __init__(self, n: int) -> None:
         self.parent = list(range(n))
 
     def find(self, number: int) -> int:
+        """The smallest number of the set that the number is in."""
         parent = self.parent
         while parent[number] != number:
             parent[number] = parent[parent[number]]
@@ -113,10 +114,11 @@ class _Sets:
             self.parent[max(one, other)] = min(one, other)
 
     def roots(self) -> list[int]:
+        """The smallest number of each number's set, by number."""
         return [self.find(number) for number in range(len(self.parent))]
 
 
-def arrange(members: Members, policy: SplitPolicy) -> Arrangement:
+def assign_splits(members: Members, policy: SplitPolicy) -> SplitPlan:
     """Join products that belong together, give each set a split, and put sets in order.
 
     A product keeps the split that its row names. Others get that of their set where a row of it
@@ -134,14 +136,14 @@ def arrange(members: Members, policy: SplitPolicy) -> Arrangement:
         if policy.join_pictures and counts[picture] > 1 and picture not in placeholders
     ]
     # Families: products of one family name, and products that share a picture.
-    families = _Sets(len(members))
+    families = UnionFind(len(members))
     families.join_equal(
         (n, family) for n, family in enumerate(members.families) if family is not None
     )
     families.join_equal(pictures)
     family_names = _family_names(members, families.roots(), dict(pictures))
     # Groups and families stay in one split.
-    together = _Sets(len(members))
+    together = UnionFind(len(members))
     together.join_equal((n, group) for n, group in enumerate(members.groups) if group is not None)
     together.join_equal((n, family) for n, family in enumerate(family_names) if family is not None)
     roots = together.roots()
@@ -153,7 +155,7 @@ def arrange(members: Members, policy: SplitPolicy) -> Arrangement:
         key=lambda n: (SPLIT_NAMES.index(splits[n]), roots[n], family_roots[n], n),
     )
     largest = max(Counter(roots).values(), default=0)
-    return Arrangement(family_names, splits, order, placeholders, largest)
+    return SplitPlan(family_names, splits, order, placeholders, largest)
 
 
 def _family_names(
@@ -218,12 +220,12 @@ def leaks(entries: Iterable[tuple[Hashable, str, str]]) -> dict[str, object]:
     return {"count": len(crossing), "examples": crossing[:EXAMPLES]}
 
 
-def product_leaks(members: Members, arrangement: Arrangement) -> dict[str, dict[str, object]]:
+def product_leaks(members: Members, split_plan: SplitPlan) -> dict[str, dict[str, object]]:
     """Groups, families and pictures that stand in more than one split.
 
     Families are those that the rows name.
     """
-    rows = list(zip(arrangement.splits, members.ids, strict=True))
+    rows = list(zip(split_plan.splits, members.ids, strict=True))
     return {
         "group": leaks(
             (g, *row) for g, row in zip(members.groups, rows, strict=True) if g is not None
@@ -235,7 +237,7 @@ def product_leaks(members: Members, arrangement: Arrangement) -> dict[str, dict[
             (picture, *row)
             for own, row in zip(members.pictures, rows, strict=True)
             for picture in own
-            if picture not in arrangement.placeholders
+            if picture not in split_plan.placeholders
         ),
     }
 

@@ -8,19 +8,19 @@ from typing import Any
 
 from tritower.datamodules.prepare.columns import ATTRIBUTES, Columns
 from tritower.datamodules.prepare.preparation import Preparation
-from tritower.datamodules.prepare.splits import SPLIT_NAMES, Arrangement, leaks, product_leaks
+from tritower.datamodules.prepare.splits import SPLIT_NAMES, SplitPlan, leaks, product_leaks
 
 Report = dict[str, Any]
 
 
 def make_report(
-    run: Preparation, columns: Columns, arrangement: Arrangement, query_splits: list[str]
+    run: Preparation, columns: Columns, split_plan: SplitPlan, query_splits: list[str]
 ) -> Report:
     """What report.json says; it depends on nothing but the input and the settings."""
     members = run.members
     counts = next(iter(run.log.files.values()))
     moved = sum(
-        own != family for own, family in zip(members.families, arrangement.families, strict=True)
+        own != family for own, family in zip(members.families, split_plan.families, strict=True)
     )
     queries = zip(run.queries.contents, query_splits, run.queries.ids, strict=True)
     return {
@@ -33,15 +33,15 @@ def make_report(
             role: [c.name for c in columns.of(role)] for role in ("text", "image", *ATTRIBUTES)
         },
         "products": {name.replace(" ", "_"): number for name, number in sorted(run.counts.items())},
-        "splits": _count_splits(arrangement.splits),
+        "splits": _count_splits(split_plan.splits),
         "groups": _of_two_or_more(members.groups),
-        "families": _of_two_or_more(arrangement.families),
+        "families": _of_two_or_more(split_plan.families),
         "family_from_picture": moved,
-        "largest_set": arrangement.largest,
+        "largest_set": split_plan.largest,
         "placeholder_pictures": {
-            picture.hex(): n for picture, n in sorted(arrangement.placeholders.items())
+            picture.hex(): n for picture, n in sorted(split_plan.placeholders.items())
         },
-        "leaks": product_leaks(members, arrangement) | {"query": leaks(queries)},
+        "leaks": product_leaks(members, split_plan) | {"query": leaks(queries)},
         "queries": {
             "count": len(run.queries),
             "splits": _count_splits(query_splits),

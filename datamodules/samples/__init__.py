@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from tritower.datamodules.samples.facts import HUES, PATTERNS, PRODUCT_TYPES, Thing, colourway
+from tritower.datamodules.samples.facts import HUES, PATTERNS, PRODUCT_TYPES, TrueProduct, colourway
 from tritower.datamodules.samples.listings import Listing, draw_listings, evidence
 from tritower.datamodules.samples.oracle import oracle
 from tritower.datamodules.samples.pictures import photograph
@@ -153,8 +153,8 @@ def product_row(listing: Listing) -> Sequence[str]:
         "".join(images[:1]),
         "|".join(images[1:]),
         f"g{listing.group:05d}",
-        f"f{listing.thing.family:05d}",
-        listing.thing.split,
+        f"f{listing.true_product.family:05d}",
+        listing.true_product.split,
         STYLES[listing.seller].language,
     )
 
@@ -190,7 +190,7 @@ class Picture(NamedTuple):
     """One picture to be drawn; its own seed makes it independent of all others."""
 
     path: Path
-    thing: Thing
+    true_product: TrueProduct
     size: int
     seed: tuple[int, ...]
     second: bool = False
@@ -200,14 +200,19 @@ def _pictures(
     listings: Sequence[Listing], queries: Sequence[Query], folder: Path, size: int, seed: int
 ) -> list[Picture]:
     pictures = [
-        Picture(folder / name, listing.thing, size, (seed, 2, number, view), second=view == 1)
+        Picture(
+            folder / name, listing.true_product, size, (seed, 2, number, view), second=view == 1
+        )
         for number, listing in enumerate(listings)
         for view, name in enumerate(listing.pictures)
     ]
     photos = [query for query in queries if query.type == "image"]
     return pictures + [
         Picture(
-            folder / f"{query.query_id}.jpg", listings[query.source].thing, size, (seed, 3, number)
+            folder / f"{query.query_id}.jpg",
+            listings[query.source].true_product,
+            size,
+            (seed, 3, number),
         )
         for number, query in enumerate(photos)
     ]
@@ -230,10 +235,10 @@ def _watch(drawn: Iterable[None], total: int) -> None:
 
 def draw_picture(picture: Picture) -> None:
     """Write one picture."""
-    thing = picture.thing
-    hue, pattern = colourway(thing.product_type, thing.shape, thing.colourway)
+    true_product = picture.true_product
+    hue, pattern = colourway(true_product.product_type, true_product.shape, true_product.colourway)
     data = photograph(
-        PRODUCT_TYPES[thing.product_type].shapes[thing.shape],
+        PRODUCT_TYPES[true_product.product_type].shapes[true_product.shape],
         HUES[hue].word,
         PATTERNS[pattern].word,
         size=picture.size,
@@ -252,8 +257,8 @@ def oracle_report(
     )
     recall = oracle(evidence(listings), np.array([listing.group for listing in listings]), asked, K)
     return {
-        "task": "one listing of a thing is asked; relevant are its other listings (grade 3), among "
-        "the whole catalogue",
+        "task": "the query is one listing of a product; relevant are its other listings (grade 3), "
+        "among the whole catalogue",
         "split": "test",
         "queries": len(asked),
         f"recall@{K}": {"+".join(subset): value for subset, value in recall.items()},
@@ -288,7 +293,7 @@ def make_samples(
         num_workers=num_workers,
         overwrite=overwrite,
     )
-    title = "What an oracle finds: other listings of the same thing"
+    title = "What an oracle finds: other listings of the same product"
     table = Table("modalities", f"recall@{K}", title=title)
     for subset, value in recall.items():
         table.add_row(subset, f"{value:.3f}")

@@ -2,8 +2,9 @@
 
 Which facts a product has, and where each of them can be seen.
 
-A *thing* is what somebody makes; a *listing* is one seller's offer of it, one row of the catalogue.
-Every fact of a thing stands in one modality only, but for its type, which all three show::
+A *product* is what somebody makes; a *listing* is one seller's offer of it, one row of the
+catalogue. Every fact of a product stands in one modality only, but for its type, which all three
+show::
 
     picture     shape, colourway (a hue with a pattern)
     text        material, size
@@ -174,13 +175,13 @@ BRANDS_PER_USE = 5
 BRAND_SHARES = (
     np.arange(1, BRANDS_PER_USE + 1) ** -2.0 / (np.arange(1, BRANDS_PER_USE + 1) ** -2.0).sum()
 )
-"""(5,) float64: a few brands make most things and many make few (Zipf)."""
+"""(5,) float64: a few brands make most products and many make few (Zipf)."""
 
 PRICE_SPREAD = 0.2
-"""Standard deviation of log prices between things of one type."""
+"""Standard deviation of log prices between products of one type."""
 
 PRICE_NOISE = 0.2
-"""Standard deviation of log prices between sellers of one thing."""
+"""Standard deviation of log prices between sellers of one product."""
 
 
 def colourway(product_type: int, shape: int, code: int) -> tuple[int, int]:
@@ -200,8 +201,8 @@ def brand_name(product_type: int, use: int, brand: int) -> str:
     return starts[number % 10] + ("vik", "mora", "dale", "quist", "berg", "ando")[number // 10]
 
 
-class Thing(NamedTuple):
-    """A thing that is sold. All fields but `log_price` are codes or numbers of families."""
+class TrueProduct(NamedTuple):
+    """A product that is sold. All fields but `log_price` are codes or numbers of families."""
 
     family: int
     product_type: int
@@ -215,7 +216,7 @@ class Thing(NamedTuple):
 
     @property
     def split(self) -> str:
-        """The split of the thing's family."""
+        """The split of the product's family."""
         return SPLITS[self.family % len(SPLITS)]
 
     def words(self) -> Mapping[str, Words]:

@@ -1,4 +1,4 @@
-"""Things, the listings that offer them, and what each listing shows of its thing."""
+"""Things, the listings that offer them, and what each listing shows of its product."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from tritower.datamodules.samples.facts import (
     PRICE_NOISE,
     PRICE_SPREAD,
     PRODUCT_TYPES,
-    Thing,
+    TrueProduct,
     brand_name,
 )
 from tritower.datamodules.samples.oracle import SHARES, UNKNOWN, Evidence
 from tritower.datamodules.samples.text import STYLES, Text, write_text
 
-SELLERS_PER_THING = {1: 0.08, 2: 0.42, 3: 0.33, 4: 0.17}
-"""How many listings a thing has, and how often."""
+SELLERS_PER_PRODUCT = {1: 0.08, 2: 0.42, 3: 0.33, 4: 0.17}
+"""How many listings a product has, and how often."""
 
 MISSING = {"picture": 0.04, "description": 0.12, "brand": 0.08, "price": 0.06, "features": 0.3}
 """How often a listing lacks a field."""
@@ -32,12 +32,12 @@ SECOND_VIEW = 0.25
 
 
 class Listing(NamedTuple):
-    """One row of the catalogue: one seller's offer of a thing.
+    """One row of the catalogue: one seller's offer of a product.
 
     Attributes:
         product_id: opaque.
-        group: number of the thing; the listings of one thing are the same thing.
-        thing: what is offered.
+        group: number of the product; the listings of one product are the same product.
+        true_product: what is offered.
         seller: position in `text.STYLES`.
         text: title and description.
         pictures: file names under `images/`, the main one first.
@@ -48,7 +48,7 @@ class Listing(NamedTuple):
 
     product_id: str
     group: int
-    thing: Thing
+    true_product: TrueProduct
     seller: int
     text: Text
     pictures: tuple[str, ...]
@@ -59,18 +59,16 @@ class Listing(NamedTuple):
     @property
     def category(self) -> tuple[str, str, str]:
         """Three levels, root first; the last one tells the use."""
-        product_type = PRODUCT_TYPES[self.thing.product_type]
-        return (
-            *product_type.path,
-            f"{product_type.uses[self.thing.use].word.capitalize()} {product_type.noun.word}s",
-        )
+        product_type = PRODUCT_TYPES[self.true_product.product_type]
+        use = product_type.uses[self.true_product.use].word.capitalize()
+        return (*product_type.path, f"{use} {product_type.noun.word}s")
 
 
 class Offer(NamedTuple):
-    """Who sells which thing."""
+    """Who sells which product."""
 
     group: int
-    thing: Thing
+    true_product: TrueProduct
     seller: int
 
 
@@ -79,12 +77,12 @@ def draw_listings(products: int, seed: int) -> list[Listing]:
     rng = np.random.default_rng((seed, 0))
     offers: list[Offer] = []
     family = group = 0
-    # Families of things, each thing sold by a few sellers.
+    # Families of products, each product sold by a few sellers.
     while len(offers) < products:
-        for thing in draw_family(family, rng):
-            sellers = rng.choice(list(SELLERS_PER_THING), p=list(SELLERS_PER_THING.values()))
+        for true_product in draw_family(family, rng):
+            sellers = rng.choice(list(SELLERS_PER_PRODUCT), p=list(SELLERS_PER_PRODUCT.values()))
             offers += [
-                Offer(group, thing, int(seller))
+                Offer(group, true_product, int(seller))
                 for seller in rng.permutation(len(STYLES))[:sellers]
             ]
             group += 1
@@ -93,7 +91,7 @@ def draw_listings(products: int, seed: int) -> list[Listing]:
     return [_listing(f"p{number:05d}", offers[i], rng) for number, i in enumerate(order)]
 
 
-def draw_family(family: int, rng: np.random.Generator) -> list[Thing]:
+def draw_family(family: int, rng: np.random.Generator) -> list[TrueProduct]:
     """One to three variants of one style: they differ in colourway, or in size, and in price."""
     product_type, shape, material, use = (
         int(rng.integers(count)) for count in (len(PRODUCT_TYPES), CHOICES, CHOICES, CHOICES)
@@ -107,7 +105,7 @@ def draw_family(family: int, rng: np.random.Generator) -> list[Thing]:
     else:
         variants = [(colourways[0], size) for size in sizes]
     return [
-        Thing(
+        TrueProduct(
             family,
             product_type,
             shape,
@@ -128,25 +126,25 @@ def _log_price(product_type: int, rng: np.random.Generator) -> float:
 
 def _listing(product_id: str, offer: Offer, rng: np.random.Generator) -> Listing:
     # Fields are missing at random, prices are noisy.
-    thing = offer.thing
+    true_product = offer.true_product
     missing = {field for field, share in MISSING.items() if rng.random() < share}
-    use = PRODUCT_TYPES[thing.product_type].uses[thing.use].word
+    use = PRODUCT_TYPES[true_product.product_type].uses[true_product.use].word
     pictures = [
         f"{product_id}.jpg",
         *([f"{product_id}_2.jpg"] if rng.random() < SECOND_VIEW else []),
     ]
-    price = round(float(np.exp(thing.log_price + PRICE_NOISE * rng.standard_normal())), 2)
+    price = round(float(np.exp(true_product.log_price + PRICE_NOISE * rng.standard_normal())), 2)
     features = rng.permutation(FEATURES[use])[: rng.integers(1, 3)].tolist()
     return Listing(
         product_id=product_id,
         group=offer.group,
-        thing=thing,
+        true_product=true_product,
         seller=offer.seller,
-        text=write_text(thing.words(), offer.seller, "description" not in missing, rng),
+        text=write_text(true_product.words(), offer.seller, "description" not in missing, rng),
         pictures=() if "picture" in missing else tuple(pictures),
         brand=None
         if "brand" in missing
-        else brand_name(thing.product_type, thing.use, thing.brand),
+        else brand_name(true_product.product_type, true_product.use, true_product.brand),
         price=None if "price" in missing else price,
         features=() if "features" in missing else tuple(features),
     )
@@ -155,7 +153,7 @@ def _listing(product_id: str, offer: Offer, rng: np.random.Generator) -> Listing
 def evidence(listings: Sequence[Listing]) -> dict[str, Evidence]:
     """Modality -> what each listing shows there, as the oracle reads it."""
     truth = {
-        fact: np.array([getattr(listing.thing, fact) for listing in listings], np.int64)
+        fact: np.array([getattr(listing.true_product, fact) for listing in listings], np.int64)
         for fact in SHARES
     }
     everywhere = np.ones(len(listings), bool)
@@ -187,7 +185,8 @@ def _prices(listings: Sequence[Listing]) -> np.ndarray:
         [
             np.nan
             if listing.price is None
-            else np.log(listing.price / PRODUCT_TYPES[listing.thing.product_type].price) / spread
+            else np.log(listing.price / PRODUCT_TYPES[listing.true_product.product_type].price)
+            / spread
             for listing in listings
         ]
     )

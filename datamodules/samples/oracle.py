@@ -2,12 +2,12 @@
 
 The recall of a ranking that knows how it was made.
 
-For one listing, the oracle ranks all others by the likelihood ratio of "the same thing" against
-"two things drawn independently", given the facts that both listings show in some modalities. A fact
-shown by only one of them says nothing. One that both show says `-log share` where they agree, the
-share being how many things of that type have the value, and rules the pair out where they differ.
-Two log prices x, y of one type are jointly normal with correlation r = spread² / (spread² + noise²)
-if the thing is the same, and independent if not::
+For one listing, the oracle ranks all others by the likelihood ratio of "the same product" against
+"two products drawn independently", given the facts that both listings show in some modalities. A
+fact shown by only one of them says nothing. One that both show says `-log share` where they agree,
+the share being how many products of that type have the value, and rules the pair out where they
+differ. Two log prices x, y of one type are jointly normal with correlation r = spread² / (spread² +
+noise²) if the product is the same, and independent if not::
 
     log ratio = -log(1 - r²) / 2 - (r² x² - 2 r x y + r² y²) / (2 (1 - r²))          (x, y
     standardised)
@@ -45,7 +45,7 @@ SHARES = {
     },
     "brand": BRAND_SHARES,
 }
-"""Fact -> (V,) float64 share of things of a type (of a use, for brands) that have each value."""
+"""Fact -> (V,) float64 share of products of a type (of a use, for brands) that have each value."""
 
 UNKNOWN = -1
 
@@ -73,7 +73,7 @@ class Evidence:
 def log_ratio(evidence: Evidence, query: np.ndarray) -> np.ndarray:
     """(Q, N) float64 scores of all listings for each query.
 
-    -inf where they cannot be the same thing.
+    -inf where they cannot be the same product.
 
     Args:
         evidence: of N listings.
@@ -119,20 +119,19 @@ def expected_recall(scores: np.ndarray, relevant: np.ndarray, k: int) -> np.ndar
 def oracle(
     evidence: dict[str, Evidence], group: np.ndarray, query: np.ndarray, k: int = 10
 ) -> dict[tuple[str, ...], float]:
-    """Expected recall@k of finding the other listings of a thing, for every set of modalities.
+    """Expected recall@k of finding the other listings of a product, for every set of modalities.
 
     Query and catalogue are seen in the same modalities; the whole catalogue is searched but for the
     query itself.
 
     Args:
         evidence: modality -> what N listings show there.
-        group: (N,) int64 the thing of each listing.
-        query: (Q,) int64 positions of the listings that are asked; each thing is offered more than
-            once.
+        group: (N,) int64 the product of each listing.
+        query: (Q,) int64 positions of the query listings; each product is offered more than once.
         k: how many hits are shown.
 
     Raises:
-        ValueError: there are no queries, or the thing of one has no other listing.
+        ValueError: there are no queries, or the product of one has no other listing.
     """
     relevant = group[query][:, None] == group[None]
     rows = np.arange(len(query))
@@ -140,8 +139,8 @@ def oracle(
     alone = np.flatnonzero(~relevant.any(axis=1))
     if not len(query) or len(alone):
         raise ValueError(
-            f"{len(query)} queries, of which {len(alone)} have no other listing of the same thing "
-            "to find."
+            f"{len(query)} queries, of which {len(alone)} have no other listing of the same "
+            "product to find."
         )
     recall = {}
     # Rank by the evidence of each set of modalities.

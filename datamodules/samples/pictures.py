@@ -23,7 +23,7 @@ DRAWING = 320
 UNIT = DRAWING / 100
 """Pixels of a drawing per unit: silhouettes and textures are written in hundredths of its side."""
 
-COLOURS = {
+COLORS = {
     "red": (214, 40, 40),
     "orange": (244, 130, 30),
     "yellow": (250, 210, 40),
@@ -161,34 +161,34 @@ X and y are float64 arrays in hundredths of the drawing.
 @cache
 def drawing(shape: str, hue: str, pattern: str) -> Image.Image:
     """A look as RGBA, `DRAWING` pixels wide and high, transparent around the product."""
-    colour = np.array(COLOURS[hue], float)
+    color = np.array(COLORS[hue], float)
     layers = {
         "metal": np.array(GREY, float),
-        "trim": 0.72 * colour,
-        "body": _body(colour, TEXTURES[pattern]),
+        "trim": 0.72 * color,
+        "body": _body(color, TEXTURES[pattern]),
     }
-    outline_colour = tuple(int(c) for c in 0.4 * colour)
-    canvas = Image.new("RGB", (DRAWING, DRAWING), outline_colour)
+    outline_color = tuple(int(c) for c in 0.4 * color)
+    canvas = Image.new("RGB", (DRAWING, DRAWING), outline_color)
     covered = Image.new("L", canvas.size)
     # Each layer with a dark outline.
     for layer, fill in layers.items():
         mask = _mask(getattr(SILHOUETTES[shape], layer))
         outline = mask.filter(ImageFilter.MaxFilter(5))
         pixels = np.broadcast_to(fill, (DRAWING, DRAWING, 3)).clip(0, 255).astype(np.uint8)
-        canvas.paste(outline_colour, mask=outline)
+        canvas.paste(outline_color, mask=outline)
         canvas.paste(Image.fromarray(pixels), mask=mask)
         covered = ImageChops.lighter(covered, outline)
     canvas.putalpha(covered)
     return canvas
 
 
-def _body(colour: np.ndarray, texture: Texture) -> np.ndarray:
+def _body(color: np.ndarray, texture: Texture) -> np.ndarray:
     """(DRAWING, DRAWING, 3) float64 surface of a body: two colors, lit from the left."""
-    dark = colour @ (0.299, 0.587, 0.114) < 165
-    second = np.array(CREAM, float) if dark else 0.35 * colour
+    dark = color @ (0.299, 0.587, 0.114) < 165
+    second = np.array(CREAM, float) if dark else 0.35 * color
     y, x = (np.mgrid[:DRAWING, :DRAWING] + 0.5) / UNIT
     return (
-        np.where(texture(x, y)[..., None], second, colour)
+        np.where(texture(x, y)[..., None], second, color)
         * (1.08 - 0.3 * abs(x - 42) / 58)[..., None]
     )
 
@@ -210,7 +210,7 @@ def photograph(
 
     Args:
         shape: key of `SILHOUETTES`.
-        hue: key of `COLOURS`.
+        hue: key of `COLORS`.
         pattern: key of `TEXTURES`.
         size: side of the picture in pixels.
         rng: decides everything about the photograph.

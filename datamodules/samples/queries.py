@@ -6,9 +6,9 @@ that a listing holds without saying so. Grade 3 is an answer in full:
 * **text**: all asked facts hold. With five or six asked, 2 = all but one, 1 = all but two; the type
   must hold.
 * **image**, a new photo: same shape and colourway; 2 = the shape alone.
-* **product**, one listing: the same thing from another seller; 2 = another variant of its style.
+* **product**, one listing: the same product from another seller; 2 = another variant of its style.
 
-A query belongs to the split of the thing that it was made from, and no two text queries have the
+A query belongs to the split of the product that it was made from, and no two text queries have the
 same full answers: what test asks was never asked in training.
 """
 
@@ -42,7 +42,7 @@ class Query(NamedTuple):
         query_id: opaque.
         type: `text`, `image` or `product`.
         split: `train`, `val` or `test`.
-        source: position of the listing whose thing it was made from.
+        source: position of the listing whose product it was made from.
         text: what is typed, for text queries.
         grades: (N,) int64 relevance of every listing, 0 to 3.
     """
@@ -56,7 +56,7 @@ class Query(NamedTuple):
 
 
 def draw_queries(listings: Sequence[Listing], seed: int) -> list[Query]:
-    """Text queries for a sixth of the listings; photos and products for val and test things."""
+    """Text queries for a sixth of the listings; photos and products for val and test products."""
     rng = np.random.default_rng((seed, 1))
     return [
         *text_queries(listings, len(listings) // 6, rng),
@@ -67,7 +67,7 @@ def draw_queries(listings: Sequence[Listing], seed: int) -> list[Query]:
 
 def text_queries(listings: Sequence[Listing], count: int, rng: np.random.Generator) -> list[Query]:
     """Up to `count` combinations of facts that some listing has, each with other matches."""
-    words = [listing.thing.words() for listing in listings]
+    words = [listing.true_product.words() for listing in listings]
     truth = {fact: np.array([w[fact].word for w in words]) for fact in ("type", *ASKED)}
     answered_before: set[bytes] = set()
     queries: list[Query] = []
@@ -93,7 +93,7 @@ def text_queries(listings: Sequence[Listing], count: int, rng: np.random.Generat
             Query(
                 f"text-{len(queries):04d}",
                 "text",
-                listings[source].thing.split,
+                listings[source].true_product.split,
                 source,
                 text,
                 grades,
@@ -110,42 +110,49 @@ def text_grades(holds: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def image_queries(listings: Sequence[Listing], count: int, rng: np.random.Generator) -> list[Query]:
-    """New photos of up to `count` things of val and test."""
-    shape = np.array([(listing.thing.product_type, listing.thing.shape) for listing in listings])
-    colourway = np.array([listing.thing.colourway for listing in listings])
-    sources = rng.permutation(_one_per_thing(listings))[:count].tolist()
+    """New photos of up to `count` products of val and test."""
+    shape = np.array(
+        [(listing.true_product.product_type, listing.true_product.shape) for listing in listings]
+    )
+    colourway = np.array([listing.true_product.colourway for listing in listings])
+    sources = rng.permutation(_one_per_product(listings))[:count].tolist()
     queries: list[Query] = []
     for source in sources:
         same_shape = (shape == shape[source]).all(axis=1)
         grades = np.where(same_shape, np.where(colourway == colourway[source], 3, 2), 0)
-        split = listings[source].thing.split
+        split = listings[source].true_product.split
         queries.append(Query(f"photo-{len(queries):04d}", "image", split, source, "", grades))
     return queries
 
 
 def product_queries(listings: Sequence[Listing]) -> list[Query]:
-    """One listing with a picture of every thing of val and test that has several sellers."""
+    """One listing with a picture of every product of val and test that has several sellers."""
     group = np.array([listing.group for listing in listings])
-    family = np.array([listing.thing.family for listing in listings])
+    family = np.array([listing.true_product.family for listing in listings])
     queries = []
-    for source in _one_per_thing(listings):
-        # Other offers of the thing are grade 3, variants of it grade 2.
+    for source in _one_per_product(listings):
+        # Other offers of the product are grade 3, variants of it grade 2.
         grades = np.where(group == group[source], 3, np.where(family == family[source], 2, 0))
         grades[source] = 0
         if 3 in grades:
             listing = listings[source]
             queries.append(
                 Query(
-                    f"like-{listing.product_id}", "product", listing.thing.split, source, "", grades
+                    f"like-{listing.product_id}",
+                    "product",
+                    listing.true_product.split,
+                    source,
+                    "",
+                    grades,
                 )
             )
     return queries
 
 
-def _one_per_thing(listings: Sequence[Listing]) -> list[int]:
-    """The first listing with a picture of every thing of val and test."""
+def _one_per_product(listings: Sequence[Listing]) -> list[int]:
+    """The first listing with a picture of every product of val and test."""
     first: dict[int, int] = {}
     for position, listing in enumerate(listings):
-        if listing.pictures and listing.thing.split != "train":
+        if listing.pictures and listing.true_product.split != "train":
             first.setdefault(listing.group, position)
     return list(first.values())

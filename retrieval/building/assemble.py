@@ -20,7 +20,7 @@ from tritower.retrieval.ivf.encoded import EncodedSource, grouped_lists
 from tritower.retrieval.ivf.inverted_lists import write_list
 from tritower.retrieval.ivf.ivf_pq import TrainedQuantizers, write_refine_header
 from tritower.retrieval.ivf.layout import IDS_FILE, INDEX_FILE, LISTS_FILE, REFINE_FILE, SIZES_FILE
-from tritower.retrieval.products.attribute_providers import AttributeSource
+from tritower.retrieval.products.attribute_providers import AttributeProvider
 from tritower.retrieval.products.attribute_table import ATTRIBUTES_FILE
 from tritower.retrieval.products.attribute_writer import write_attributes
 from tritower.terminal.progress import show_progress
@@ -88,14 +88,14 @@ def write_products(file: Path, parts: Iterable[pa.Table]) -> None:
             table.write_table(part.cast(schema), max_chunksize=65_536)
 
 
-def attach_attributes(folder: Path, sources: Sequence[AttributeSource]) -> dict[str, Any]:
+def attach_attributes(folder: Path, providers: Sequence[AttributeProvider]) -> dict[str, Any]:
     """Write what is known of the products whose ids were written.
 
     Returns what the manifest says of it.
 
     Args:
         folder: of the version.
-        sources: where attributes come from; the last one that knows a product describes it.
+        providers: where attributes come from; the last one that knows a product describes it.
 
     Raises:
         ValueError: see `write_attributes`.
@@ -105,15 +105,15 @@ def attach_attributes(folder: Path, sources: Sequence[AttributeSource]) -> dict[
         storage.create(folder / ATTRIBUTES_FILE) as stream,
     ):
         ids = pa.ipc.open_file(file).read_all().column("product_id")
-        report = write_attributes(stream, ids.chunks, sources, folder)
+        report = write_attributes(stream, ids.chunks, providers, folder)
     # Report products without attributes, and columns that are no attributes.
     if report["rows_without"]:
-        names = " nor in ".join(source.name for source in sources)
+        names = " nor in ".join(provider.name for provider in providers)
         logger.warning(
             "%s of %s products are not in %s", f"{report['rows_without']:,}", f"{len(ids):,}", names
         )
-    for source in sources:
-        for column, why in source.ignored.items():
+    for provider in providers:
+        for column, why in provider.ignored.items():
             logger.info("no attribute: %s: %s", column, why)
     return {"attribute_types": report["attribute_types"], "rows_without": report["rows_without"]}
 

@@ -21,7 +21,7 @@ from tritower.retrieval.building.workspace import Workspace
 from tritower.retrieval.index_files import ARTEFACT_TYPE, FORMAT, SETTINGS_FILE
 from tritower.retrieval.ivf.operating_points import Target
 from tritower.retrieval.ivf.spec import parse_ivf_pq
-from tritower.retrieval.products.attribute_providers import known_source, open_source
+from tritower.retrieval.products.attribute_providers import catalogue_provider, open_provider
 from tritower.retrieval.vectors.embeddings import EmbeddingReader
 
 DEFAULT_RECALL = 0.98
@@ -78,9 +78,9 @@ def build_index(
             "version (overwrite)"
         )
     if attributes is None:
-        provider = known_source(reader.meta)
+        provider = catalogue_provider(reader.meta)
     else:
-        provider = open_source(attributes)
+        provider = open_provider(attributes)
     meta: dict[str, Any] = {"format": FORMAT}
     # Build into a new version. It becomes the one in use when the block ends without an error.
     with (

@@ -97,7 +97,7 @@ class FilteredSearch:
             relatives = mask_with_relatives(excluded, self._codes("group"))
             excluded = np.flatnonzero(relatives)
         if len(excluded) > FEW_EXCLUDED:
-            selection = self._without(selection, excluded)
+            selection = self._excluding(selection, excluded)
             excluded = NO_ROWS
 
         # Three searches that grouping is built on: among the selection, without excluded rows, and
@@ -112,7 +112,7 @@ class FilteredSearch:
 
         def search_unmasked(queries: Vectors, k: int, masked: Mask) -> Hits:
             rows = np.append(np.flatnonzero(masked), excluded)
-            return self._search.search(queries, k, settings, self._without(selection, rows))
+            return self._search.search(queries, k, settings, self._excluding(selection, rows))
 
         if group_by is None:
             return search_allowed(queries, k)
@@ -125,7 +125,7 @@ class FilteredSearch:
         filter.check(table.attribute_types)
         return self._search.remembered(str(filter), lambda: filter.mask(table))
 
-    def _without(self, selection: Selection, rows: Rows) -> Selection:
+    def _excluding(self, selection: Selection, rows: Rows) -> Selection:
         mask = selection.mask
         mask[rows] = False
         return self._search.select(mask)

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from tritower.retrieval.filtering.parser import fail, parse_term
-from tritower.retrieval.filtering.terms import Term, matches, misfit, tests_of
+from tritower.retrieval.filtering.terms import Term, matches, tests_of, type_problem
 from tritower.retrieval.products.attribute_cells import AttributeType
 from tritower.retrieval.products.attribute_table import AttributeTable, Mask
 
@@ -57,8 +57,8 @@ class Filter:
                 compared with.
         """
         for test in tests_of(self.term):
-            if (problem := misfit(test, attribute_types)) is not None:
-                fail(problem, self.source or str(self), test.at)
+            if (problem := type_problem(test, attribute_types)) is not None:
+                fail(problem, self.source or str(self), test.position)
 
     def mask(self, table: AttributeTable) -> Mask:
         """(N,) which rows match; the table remembers it.

@@ -14,9 +14,9 @@ from tritower.retrieval.filtering.terms import (
     Term,
     Test,
     Value,
-    all_of,
+    and_of,
     negated,
-    some_of,
+    or_of,
 )
 
 MAX_DEPTH = 50
@@ -53,18 +53,18 @@ def parse_term(text: str) -> Term:
         ValueError: see `tritower.retrieval.filtering.filters.parse`.
     """
     parser = _Parser(_tokens(text), text)
-    term = parser.any()
+    term = parser.parse_or()
     parser.expect_end()
     return term
 
 
-def fail(problem: str, text: str, at: int) -> NoReturn:
+def fail(problem: str, text: str, position: int) -> NoReturn:
     """Raise a ValueError that shows where in the text the problem is, in one line."""
-    start = max(0, at - 30)
-    end = at + 40
-    before, after = (_visible(part) for part in (text[start:at], text[at:end]))
+    start = max(0, position - 30)
+    end = position + 40
+    before, after = (_visible(part) for part in (text[start:position], text[position:end]))
     excerpt = f"{'...' if start else ''}{before}^{after}{'...' if end < len(text) else ''}"
-    raise ValueError(f"filter: {problem}, at character {at + 1}: {excerpt}")
+    raise ValueError(f"filter: {problem}, at character {position + 1}: {excerpt}")
 
 
 def _visible(text: str) -> str:
@@ -76,7 +76,7 @@ def _visible(text: str) -> str:
 class _Token(NamedTuple):
     token_type: str
     text: str
-    at: int
+    position: int
 
     def is_word(self, word: str) -> bool:
         return self.token_type == "word" and self.text.lower() == word
@@ -89,25 +89,25 @@ class _Token(NamedTuple):
 
 def _tokens(text: str) -> list[_Token]:
     tokens: list[_Token] = []
-    at = 0
+    position = 0
     while not tokens or tokens[-1].token_type != "end":
-        found = TOKEN.match(text, at)
+        found = TOKEN.match(text, position)
         # Point at typographic quotes and signs: they are pasted from documents.
         if found is None:
-            at += len(text[at:]) - len(text[at:].lstrip())
-            sign = text[at]
+            position += len(text[position:]) - len(text[position:].lstrip())
+            sign = text[position]
             if sign in LOOKALIKES:
-                fail(f"{sign} stands for nothing; write {LOOKALIKES[sign]}", text, at)
+                fail(f"{sign} stands for nothing; write {LOOKALIKES[sign]}", text, position)
             fail(
                 "a quote that is never closed"
                 if sign in "\"'"
                 else f"{_visible(sign)} must stand in quotes",
                 text,
-                at,
+                position,
             )
         token_type = cast(str, found.lastgroup)
         tokens.append(_Token(token_type, found[token_type], found.start(token_type)))
-        at = found.end()
+        position = found.end()
     return tokens
 
 
@@ -123,92 +123,94 @@ class _Parser:
     def token(self) -> _Token:
         return self._tokens[self._next]
 
-    def any(self) -> Term:
-        terms = [self.every()]
-        while self.take_word("or"):
-            terms.append(self.every())
-        return some_of(terms)
+    def parse_or(self) -> Term:
+        terms = [self.parse_and()]
+        while self.accept_word("or"):
+            terms.append(self.parse_and())
+        return or_of(terms)
 
-    def every(self) -> Term:
-        terms = [self.one()]
-        while self.take_word("and"):
-            terms.append(self.one())
-        return all_of(terms)
+    def parse_and(self) -> Term:
+        terms = [self.parse_not()]
+        while self.accept_word("and"):
+            terms.append(self.parse_not())
+        return and_of(terms)
 
-    def one(self) -> Term:
+    def parse_not(self) -> Term:
         first = self.token
         self._depth += 1
         if self._depth > MAX_DEPTH:
             fail(
-                f"more than {MAX_DEPTH} parentheses and not within each other", self._text, first.at
+                f"more than {MAX_DEPTH} parentheses and not within each other",
+                self._text,
+                first.position,
             )
         # "not" binds tighter than "and" and "or".
-        if self.take_word("not"):
-            term = negated(self.one())
-        elif self.take_sign("("):
-            term = self.any()
-            if not self.take_sign(")"):
+        if self.accept_word("not"):
+            term = negated(self.parse_not())
+        elif self.accept_sign("("):
+            term = self.parse_or()
+            if not self.accept_sign(")"):
                 self.unexpected("and, or or )")
         else:
-            term = self.test()
+            term = self.parse_test()
         self._depth -= 1
         return term
 
-    def test(self) -> Term:
-        at = self.token.at
-        name = self.name()
+    def parse_test(self) -> Term:
+        position = self.token.position
+        parse_name = self.parse_name()
         # NAME is known, NAME != value, NAME < value ..., NAME [not] in (values) ...
-        if self.take_word("is"):
-            return self.known_test(name, at)
-        if self.take_sign("!="):
-            return negated(Test(name, "=", (self.value(),), at))
+        if self.accept_word("is"):
+            return self.parse_known_test(parse_name, position)
+        if self.accept_sign("!="):
+            return negated(Test(parse_name, "=", (self.parse_value(),), position))
         for sign, comparison in COMPARISON_SIGNS.items():
-            if self.take_sign(sign):
-                return Test(name, comparison, (self.value(),), at)
-        holds = not self.take_word("not")
-        test = self.word_test(name, at, holds)
+            if self.accept_sign(sign):
+                return Test(parse_name, comparison, (self.parse_value(),), position)
+        holds = not self.accept_word("not")
+        parse_test = self.parse_word_test(parse_name, position, holds)
         if holds:
-            return test
-        return negated(test)
+            return parse_test
+        return negated(parse_test)
 
-    def known_test(self, name: str, at: int) -> Term:
+    def parse_known_test(self, parse_name: str, position: int) -> Term:
         """After `is`: `known`, `missing`, `not known` or `not missing`."""
-        holds = not self.take_word("not")
-        is_known = self.take_word("known")
-        if not is_known and not self.take_word("missing"):
+        holds = not self.accept_word("not")
+        is_known = self.accept_word("known")
+        if not is_known and not self.accept_word("missing"):
             self.unexpected("missing or known")
-        test = Test(name, "known", (), at)
+        parse_test = Test(parse_name, "known", (), position)
         if is_known == holds:
-            return test
-        return negated(test)
+            return parse_test
+        return negated(parse_test)
 
-    def word_test(self, name: str, at: int, holds: bool) -> Test:
+    def parse_word_test(self, parse_name: str, position: int, holds: bool) -> Test:
         """A test by `in`, `under` or `has`."""
-        if self.take_word("in"):
-            return Test(name, "in", self.values(), at)
-        if self.take_word("under"):
-            return Test(name, "under", (self.value(),), at)
-        if self.take_word("has"):
-            return Test(name, "has", (self.value(),), at)
+        if self.accept_word("in"):
+            return Test(parse_name, "in", self.parse_values(), position)
+        if self.accept_word("under"):
+            return Test(parse_name, "under", (self.parse_value(),), position)
+        if self.accept_word("has"):
+            return Test(parse_name, "has", (self.parse_value(),), position)
         signs = "<, <=, >, >=, =, !=, in, under, has or is"
         self.unexpected(signs if holds else "in, under or has")
 
-    def name(self) -> str:
+    def parse_name(self) -> str:
         if self.token.token_type not in ("word", "quoted") or self.token.text.lower() in KEYWORDS:
             self.unexpected("the name of an attribute")
-        return cast(str, self.value())
+        return cast(str, self.parse_value())
 
-    def values(self) -> tuple[Value, ...]:
-        if not self.take_sign("("):
+    def parse_values(self) -> tuple[Value, ...]:
+        if not self.accept_sign("("):
             self.unexpected("(")
-        values = [self.value()]
-        while self.take_sign(","):
-            values.append(self.value())
-        if not self.take_sign(")"):
+        parse_values = [self.parse_value()]
+        while self.accept_sign(","):
+            parse_values.append(self.parse_value())
+        if not self.accept_sign(")"):
             self.unexpected(", or )")
-        return tuple(values)
+        return tuple(parse_values)
 
-    def value(self) -> Value:
+    def parse_value(self) -> Value:
         token = self.token
         if token.token_type not in ("word", "quoted", "number") or (
             token.token_type == "word" and token.text.lower() in KEYWORDS
@@ -219,7 +221,7 @@ class _Parser:
             # A number without quotes is a number; words and quoted texts are text.
             number = float(token.text)
             if math.isinf(number):
-                fail(f"{token} is too large a number", self._text, token.at)
+                fail(f"{token} is too large a number", self._text, token.position)
             return number
         if token.token_type == "word":
             return token.text
@@ -231,19 +233,19 @@ class _Parser:
                 fail(
                     f"unknown escape {_visible(found[0])}: write \\\\ for \\",
                     self._text,
-                    token.at + 1 + found.start(),
+                    token.position + 1 + found.start(),
                 )
             return ESCAPES[found[1]]
 
         return re.sub(r"\\(.)", escape, token.text[1:-1], flags=re.DOTALL)
 
-    def take_word(self, word: str) -> bool:
-        return self._take(self.token.is_word(word))
+    def accept_word(self, word: str) -> bool:
+        return self._accept(self.token.is_word(word))
 
-    def take_sign(self, sign: str) -> bool:
-        return self._take(self.token.token_type == "sign" and self.token.text == sign)
+    def accept_sign(self, sign: str) -> bool:
+        return self._accept(self.token.token_type == "sign" and self.token.text == sign)
 
-    def _take(self, taken: bool) -> bool:
+    def _accept(self, taken: bool) -> bool:
         self._next += taken
         return taken
 
@@ -257,4 +259,4 @@ class _Parser:
             hint = "; put it in quotes"
         else:
             hint = ""
-        fail(f"expected {wanted}, found {found}{hint}", self._text, found.at)
+        fail(f"expected {wanted}, found {found}{hint}", self._text, found.position)

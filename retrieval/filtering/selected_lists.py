@@ -259,12 +259,12 @@ def _compact(lists: NDArray[np.int64], scores: Vectors, kept: Mask | None = None
     return front, front_scores
 
 
-def _merged(first: Mask, some: Lists, others: Lists) -> Lists:
+def _merged(first: Mask, block_rows: Lists, others: Lists) -> Lists:
     """The lists of all queries, of which the first ones are those where (Q,) `first` is True."""
-    width = max(some[0].shape[1], others[0].shape[1])
+    width = max(block_rows[0].shape[1], others[0].shape[1])
     lists = np.full((len(first), width), -1, np.int64)
     scores = np.zeros((len(first), width), np.float32)
-    for which, (numbers, closeness) in ((first, some), (~first, others)):
+    for which, (numbers, closeness) in ((first, block_rows), (~first, others)):
         lists[which, : numbers.shape[1]] = numbers
         scores[which, : numbers.shape[1]] = closeness
     return lists, scores

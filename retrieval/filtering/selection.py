@@ -83,10 +83,10 @@ class Selection:
         return np.unpackbits(self._bits, count=self._engine.count, bitorder="little").view(np.bool_)
 
     @cached_property
-    def gathered(self) -> tuple[Any, Rows]:
+    def compared_rows(self) -> tuple[Any, Rows]:
         """A FAISS index of these rows alone, and (M,) the row of each of its vectors."""
         rows = np.flatnonzero(self.mask)
-        return part_of(self._engine, rows), rows
+        return sub_index(self._engine, rows), rows
 
     @cached_property
     def lists(self) -> SelectedLists:
@@ -184,21 +184,21 @@ class SelectiveSearch:
         engine = self.engine
         if self._is_small(selection):
             # Few rows are compared one by one.
-            part, among = selection.gathered
+            part, among = selection.compared_rows
             scores, places = part.search(queries, k)
             return Hits(scores, among[places])
         if engine.ivf is None:
             return self._compare_all(queries, k, selection)
         # Else the lists that hold most of them are scanned.
-        asked = _transformed(engine.index, queries)
-        lists = selection.lists.to_visit(asked, settings.nprobe or engine.ivf.nprobe, k)
-        scores, rows = self._scan(queries, asked, k, width, selection, lists)
+        transformed = _transformed(engine.index, queries)
+        lists = selection.lists.to_visit(transformed, settings.nprobe or engine.ivf.nprobe, k)
+        scores, rows = self._scan(queries, transformed, k, width, selection, lists)
         # Queries that found too few rows scan all lists, and compare all rows if that is not
         # enough.
         if (lacking := rows[:, -1] < 0).any():
-            everywhere = selection.lists.all(asked[lacking])
+            everywhere = selection.lists.all(transformed[lacking])
             scores[lacking], rows[lacking] = self._scan(
-                queries[lacking], asked[lacking], k, width, selection, everywhere
+                queries[lacking], transformed[lacking], k, width, selection, everywhere
             )
         if (lacking := rows[:, -1] < 0).any() and engine.refine is not None:
             scores[lacking], rows[lacking] = self._compare_all(queries[lacking], k, selection)
@@ -231,7 +231,7 @@ class SelectiveSearch:
     def _scan(
         self,
         queries: Vectors,
-        asked: Vectors,
+        transformed: Vectors,
         k: int,
         width: int,
         selection: Selection,
@@ -243,7 +243,7 @@ class SelectiveSearch:
 
         Args:
             queries: (Q, D).
-            asked: the same, as the lists take them.
+            transformed: the same, as the lists take them.
             k: results.
             width: candidates.
             selection: the rows.
@@ -254,10 +254,12 @@ class SelectiveSearch:
         scores = np.empty((len(queries), width), np.float32)
         rows = np.empty((len(queries), width), np.int64)
         # FAISS scans the given lists of each query, with an IDSelector of the rows.
-        pointers = [faiss.swig_ptr(array) for array in (asked, numbers, closeness, scores, rows)]
+        pointers = [
+            faiss.swig_ptr(array) for array in (transformed, numbers, closeness, scores, rows)
+        ]
         parameters = selection.parameters(numbers.shape[1])
         engine.ivf.search_preassigned_c(
-            len(asked), pointers[0], width, *pointers[1:], False, parameters
+            len(transformed), pointers[0], width, *pointers[1:], False, parameters
         )
         if engine.refine is not None:
             # Re-rank the candidates by their refine vectors.
@@ -280,9 +282,11 @@ class SelectiveSearch:
         rows = np.flatnonzero(selection.mask)
         block = max(1, BLOCK_BYTES // (4 * self.engine.index.d))
         for start in range(0, len(rows), block):
-            some = rows[start : start + block]
-            scores, places = part_of(self.engine, some).search(queries, min(k, len(some)))
-            best.add_result(scores, some[places])
+            block_rows = rows[start : start + block]
+            scores, places = sub_index(self.engine, block_rows).search(
+                queries, min(k, len(block_rows))
+            )
+            best.add_result(scores, block_rows[places])
         best.finalize()
         return Hits(best.D, best.I)
 
@@ -299,7 +303,7 @@ def refine_codes(refine: Any) -> NDArray[np.uint8]:
     return codes.reshape(refine.ntotal, refine.code_size)
 
 
-def part_of(engine: Engine, rows: Rows) -> Any:
+def sub_index(engine: Engine, rows: Rows) -> Any:
     """A FAISS index of some rows alone, numbered from 0.
 
     Args:

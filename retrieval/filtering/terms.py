@@ -72,9 +72,9 @@ class Test:
     Attributes:
         attribute: its name.
         operator: `=` and `in` for equal values, `under` for paths that begin so, `has` for sets and
-            levels of paths, `known` for any value.
-        values: one; several for `in`, none for `known`.
-        at: where it stands in the text, for messages.
+            levels of paths, `is_known` for any value.
+        values: one; several for `in`, none for `is_known`.
+        position: where it stands in the text, for messages.
     """
 
     __test__ = False  # pytest takes it for a test otherwise
@@ -82,7 +82,7 @@ class Test:
     attribute: str
     operator: Operator
     values: tuple[Value, ...] = ()
-    at: int = field(default=0, compare=False)
+    position: int = field(default=0, compare=False)
 
     def __str__(self) -> str:
         return self.text(True)
@@ -96,7 +96,7 @@ class Test:
         no = "" if holds else "not "
         values = ", ".join(map(_value_text, self.values))
         if self.operator == "known":
-            return f"{name} is {'known' if holds else 'missing'}"
+            return f"{name} is {'is_known' if holds else 'missing'}"
         if self.operator == "in":
             return f"{name} {no}in ({values})"
         if self.operator == "=":
@@ -117,19 +117,19 @@ class Not:
 
 
 @dataclass(frozen=True)
-class All:
+class And:
     """What matches every one of two or more terms."""
 
     terms: tuple[Term, ...]
 
     def __str__(self) -> str:
         return " and ".join(
-            f"({term})" if isinstance(term, Some) else str(term) for term in self.terms
+            f"({term})" if isinstance(term, Or) else str(term) for term in self.terms
         )
 
 
 @dataclass(frozen=True)
-class Some:
+class Or:
     """What matches at least one of two or more terms."""
 
     terms: tuple[Term, ...]
@@ -138,26 +138,26 @@ class Some:
         return " or ".join(map(str, self.terms))
 
 
-Term = Test | Not | All | Some
+Term = Test | Not | And | Or
 
 
-def all_of(terms: list[Term]) -> Term:
-    """`All`, without another one inside."""
-    flat = [inner for term in terms for inner in (term.terms if isinstance(term, All) else (term,))]
+def and_of(terms: list[Term]) -> Term:
+    """`And`, without another one inside."""
+    flat = [inner for term in terms for inner in (term.terms if isinstance(term, And) else (term,))]
     if len(flat) == 1:
         return flat[0]
-    return All(tuple(flat))
+    return And(tuple(flat))
 
 
-def some_of(terms: list[Term]) -> Term:
-    """`Some`, without another one inside."""
+def or_of(terms: list[Term]) -> Term:
+    """`Or`, without another one inside."""
     flat = []
     for term in terms:
-        for inner in term.terms if isinstance(term, Some) else (term,):
+        for inner in term.terms if isinstance(term, Or) else (term,):
             flat.append(inner)
     if len(flat) == 1:
         return flat[0]
-    return Some(tuple(flat))
+    return Or(tuple(flat))
 
 
 def negated(term: Term) -> Term:
@@ -178,7 +178,7 @@ def tests_of(term: Term) -> Iterator[Test]:
             yield from tests_of(inner)
 
 
-def misfit(test: Test, attribute_types: Mapping[str, AttributeType]) -> str | None:
+def type_problem(test: Test, attribute_types: Mapping[str, AttributeType]) -> str | None:
     """Why a test cannot be asked of a table with such attributes; None where it can.
 
     Args:
@@ -191,7 +191,7 @@ def misfit(test: Test, attribute_types: Mapping[str, AttributeType]) -> str | No
         # Suggest the names that look most alike.
         nearest = sorted(
             attribute_types,
-            key=lambda known: -SequenceMatcher(None, name.lower(), known.lower()).ratio(),
+            key=lambda is_known: -SequenceMatcher(None, name.lower(), is_known.lower()).ratio(),
         )
         if len(nearest) > SHOWN:
             more = f" and {len(nearest) - SHOWN} more"
@@ -229,68 +229,68 @@ def matches(term: Term, table: AttributeTable, holds: bool = True) -> Mask:
     if isinstance(term, Test):
         column = table.column(term.attribute)
         if isinstance(column, Numbers):
-            return _numbers_match(term, column, holds)
-        return _texts_match(term, column, table.attribute_types[term.attribute], holds)
-    join = np.logical_and if isinstance(term, All) == holds else np.logical_or
+            return _match_numbers(term, column, holds)
+        return _match_texts(term, column, table.attribute_types[term.attribute], holds)
+    join = np.logical_and if isinstance(term, And) == holds else np.logical_or
     masks = (matches(inner, table, holds) for inner in term.terms)
     return reduce(lambda one, other: join(one, other, out=one), masks)
 
 
-def _numbers_match(test: Test, column: Numbers, holds: bool) -> Mask:
+def _match_numbers(test: Test, column: Numbers, holds: bool) -> Mask:
     values = column.values
-    asked = [float(value) for value in test.values]
+    wanted = [float(value) for value in test.values]
     if test.operator in COMPARISONS:  # NaN, the unknown, is neither below nor above anything
         # The opposite of "<" is ">=": a missing number matches neither.
         compare = COMPARISONS[test.operator if holds else OPPOSITES[test.operator]]
-        return cast(Mask, compare(values, asked[0]))
-    known = cast(Mask, values == values)
+        return cast(Mask, compare(values, wanted[0]))
+    is_known = cast(Mask, values == values)
     if test.operator == "known":
         if holds:
-            return known
-        return ~known
-    few = len(asked) <= 8  # compared one by one is faster then
+            return is_known
+        return ~is_known
+    few = len(wanted) <= 8  # compared one by one is faster then
     if few:
-        equal: Mask = reduce(np.logical_or, [values == value for value in asked])
+        equal: Mask = reduce(np.logical_or, [values == value for value in wanted])
     else:
-        equal = np.isin(values, asked)
+        equal = np.isin(values, wanted)
     if holds:
         return equal
-    return known & ~equal
+    return is_known & ~equal
 
 
-def _texts_match(test: Test, column: Texts, attribute_type: AttributeType, holds: bool) -> Mask:
+def _match_texts(test: Test, column: Texts, attribute_type: AttributeType, holds: bool) -> Mask:
     if test.operator == "known":
         if holds:
             return column.codes >= 0
         return column.codes < 0
     # The vocabulary is asked, and the rows look its answers up; the last one is for code -1.
-    answers = np.zeros(len(column.vocabulary) + 1, np.bool_)
-    answers[:-1] = _words_match(test, column.vocabulary, attribute_type) == holds
-    return np.take(answers, column.codes, mode="wrap")
+    is_match = np.zeros(len(column.vocabulary) + 1, np.bool_)
+    is_match[:-1] = _match_vocabulary(test, column.vocabulary, attribute_type) == holds
+    return np.take(is_match, column.codes, mode="wrap")
 
 
-def _words_match(
+def _match_vocabulary(
     test: Test, vocabulary: pa.Array, attribute_type: AttributeType
 ) -> NDArray[np.bool_]:
-    asked = [
+    wanted = [
         path_text(str(value)) if attribute_type == "path" else str(value) for value in test.values
     ]
     if test.operator in ("=", "in"):
-        return _bools(pc.is_in(vocabulary, value_set=pa.array(asked, TEXT)))
+        return _bools(pc.is_in(vocabulary, value_set=pa.array(wanted, TEXT)))
     if test.operator == "under":
-        within = pc.starts_with(vocabulary, asked[0] + LEVEL_SEPARATOR)
-        return _bools(pc.or_(pc.equal(vocabulary, pa.scalar(asked[0], TEXT)), within))
+        within = pc.starts_with(vocabulary, wanted[0] + LEVEL_SEPARATOR)
+        return _bools(pc.or_(pc.equal(vocabulary, pa.scalar(wanted[0], TEXT)), within))
     # `has`: the value between separators. Substrings are found first, as that is fast.
     sign = pa.scalar(VALUE_SEPARATOR if attribute_type == "set" else LEVEL_SEPARATOR, TEXT)
-    value = value_text(asked[0])
-    answers = _bools(pc.match_substring(vocabulary, value))
+    value = value_text(wanted[0])
+    is_match = _bools(pc.match_substring(vocabulary, value))
     # Only these can contain it as a whole value.
-    maybe = np.flatnonzero(answers)
+    maybe = np.flatnonzero(is_match)
     enclosed = pc.binary_join_element_wise(
         sign, vocabulary.take(pa.array(maybe)), sign, pa.scalar("", TEXT)
     )
-    answers[maybe] = _bools(pc.match_substring(enclosed, f"{sign}{value}{sign}"))
-    return answers
+    is_match[maybe] = _bools(pc.match_substring(enclosed, f"{sign}{value}{sign}"))
+    return is_match
 
 
 def _bools(array: pa.Array) -> NDArray[np.bool_]:

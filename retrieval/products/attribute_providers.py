@@ -48,7 +48,7 @@ NUMBER = r"^\s*[+-]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?\s*$"
 Batches = Iterator[pa.Array]
 
 
-class AttributeSource(Protocol):
+class AttributeProvider(Protocol):
     """Attributes of products, which `attribute_table` joins to the rows of an index by id."""
 
     @property
@@ -70,7 +70,7 @@ class AttributeSource(Protocol):
         """The values in the order of the ids, as of `cells`."""
 
 
-class CatalogueSource:
+class CatalogueProvider:
     """The attributes, groups and families of a prepared catalogue.
 
     Args:
@@ -97,13 +97,13 @@ class CatalogueSource:
             self._fields[name] = field
 
     def ids(self) -> Batches:
-        """See `AttributeSource`."""
+        """See `AttributeProvider`."""
         for file in self._files:
             for batch in pq.ParquetFile(file).iter_batches(columns=["product_id"]):
                 yield batch.column("product_id").cast(TEXT)
 
     def column(self, attribute: str) -> Batches:
-        """See `AttributeSource`."""
+        """See `AttributeProvider`."""
         field = self._fields[attribute]
         attribute_type = self.attribute_types[attribute]
         for file in self._files:
@@ -119,7 +119,7 @@ class CatalogueSource:
                 yield cells(values, attribute_type)
 
 
-class FileSource:
+class FileProvider:
     """Attributes from a Parquet file, a folder of such files, or a CSV file with a header (TSV.
 
     By its suffix).
@@ -182,7 +182,7 @@ class FileSource:
             self._columns[attribute] = field.name
 
     def ids(self) -> Batches:
-        """See `AttributeSource`.
+        """See `AttributeProvider`.
 
         Raises:
             ValueError: a missing id.
@@ -200,7 +200,7 @@ class FileSource:
             row += len(ids)
 
     def column(self, attribute: str) -> Batches:
-        """See `AttributeSource`.
+        """See `AttributeProvider`.
 
         Raises:
             ValueError: a value that is not of the column's type.
@@ -275,19 +275,19 @@ class FileSource:
         return "category"
 
 
-def open_source(path: Path) -> AttributeSource:
+def open_provider(path: Path) -> AttributeProvider:
     """The attributes in a prepared catalogue, or in anyone's files.
 
     Raises:
-        ValueError: see `FileSource`.
-        ArtefactError: see `CatalogueSource`.
+        ValueError: see `FileProvider`.
+        ArtefactError: see `CatalogueProvider`.
     """
     if (path / storage.MANIFEST).exists():
-        return CatalogueSource(path)
-    return FileSource(path)
+        return CatalogueProvider(path)
+    return FileProvider(path)
 
 
-def known_source(meta: Mapping[str, Any]) -> AttributeSource | None:
+def catalogue_provider(meta: Mapping[str, Any]) -> AttributeProvider | None:
     """The catalogue that embeddings were made from, provided that it is there and still the same.
 
     Args:
@@ -299,7 +299,7 @@ def known_source(meta: Mapping[str, Any]) -> AttributeSource | None:
     except (ArtefactError, OSError, ValueError):
         return None
     if same:
-        return CatalogueSource(path)
+        return CatalogueProvider(path)
     return None
 
 

@@ -194,7 +194,7 @@ class AttributeTable:
             raise ArtefactError(f"{self.file}: column {name!r} cannot be read: {error}") from None
 
 
-class TableSource:
+class TableProvider:
     """The attributes of an earlier index: what its new version keeps.
 
     Args:
@@ -215,11 +215,11 @@ class TableSource:
         self.attribute_types = dict(table.attribute_types)
 
     def ids(self) -> Batches:
-        """See `AttributeSource`."""
+        """See `AttributeProvider`."""
         return (chunk.cast(TEXT) for chunk in self._ids.chunks)
 
     def column(self, attribute: str) -> Batches:
-        """See `AttributeSource`."""
+        """See `AttributeProvider`."""
         for start in range(0, self._table.count, self.block):
             yield self._table.decoded(
                 attribute, np.arange(start, min(start + self.block, self._table.count))

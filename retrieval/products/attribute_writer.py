@@ -18,44 +18,44 @@ from numpy.typing import NDArray
 
 from tritower.artefacts.storage import JSON
 from tritower.retrieval.products.attribute_cells import TEXT, AttributeType
-from tritower.retrieval.products.attribute_providers import AttributeSource
+from tritower.retrieval.products.attribute_providers import AttributeProvider
 from tritower.retrieval.products.attribute_table import ROWS_KEY, TYPE_KEY
 
 
 def write_attributes(
     file: BinaryIO,
     ids: Iterable[pa.Array],
-    sources: Sequence[AttributeSource],
+    providers: Sequence[AttributeProvider],
     work: Path | None = None,
 ) -> dict[str, JSON]:
     """Write the attributes of an index's rows, joined by id.
 
     Columns are made one after another and wait in a temporary file: memory holds the ids of index
-    and sources, and one column.
+    and providers, and one column.
 
     Args:
         file: opened for writing, by `storage.create`.
         ids: the index's ids in the order of its rows; null for rows that are deleted: all they had
             is unknown.
-        sources: where attributes come from. Where several know a product, the last of them
+        providers: where attributes come from. Where several know a product, the last of them
             describes it, as a whole.
         work: folder for the temporary file (8 bytes per row and column); the system's when None.
 
     Returns:
         What was written: `attribute_types` (attribute -> type), `rows`, `rows_without` (rows with
-        an id that no source knows), `unused` (products of the sources that are not in the index),
-        `ignored` (columns that are no attributes -> why).
+        an id that no provider knows), `unused` (products of the providers that are not in the
+        index), `ignored` (columns that are no attributes -> why).
 
     Raises:
-        ValueError: an id that a source has twice, or an attribute that two sources have with
+        ValueError: an id that a provider has twice, or an attribute that two providers have with
             different types.
     """
     # Each column waits in a temporary file, so memory holds one column of one batch at a time.
-    attribute_types = _common_attribute_types(sources)
-    places, report = _join(list(ids), sources)
+    attribute_types = _common_attribute_types(providers)
+    places, report = _join(list(ids), providers)
     with tempfile.TemporaryFile(dir=work) as waiting:
         columns = [
-            _waiting(sources, name, attribute_type, places, waiting)
+            _waiting(providers, name, attribute_type, places, waiting)
             for name, attribute_type in attribute_types.items()
         ]
         arrays = []
@@ -70,7 +70,7 @@ def write_attributes(
         schema = pa.schema(fields, metadata={ROWS_KEY: str(len(places)).encode()})
         with pa.ipc.new_file(file, schema) as table:
             table.write_batch(pa.record_batch(arrays, schema=schema))
-    ignored = {column: why for source in sources for column, why in source.ignored.items()}
+    ignored = {column: why for provider in providers for column, why in provider.ignored.items()}
     return {
         "attribute_types": cast(JSON, attribute_types),
         "rows": len(places),
@@ -79,25 +79,25 @@ def write_attributes(
     }
 
 
-def _common_attribute_types(sources: Sequence[AttributeSource]) -> dict[str, AttributeType]:
+def _common_attribute_types(providers: Sequence[AttributeProvider]) -> dict[str, AttributeType]:
     attribute_types: dict[str, AttributeType] = {}
     first: dict[str, str] = {}
-    for source in sources:
-        for name, attribute_type in source.attribute_types.items():
+    for provider in providers:
+        for name, attribute_type in provider.attribute_types.items():
             if attribute_types.setdefault(name, attribute_type) != attribute_type:
                 raise ValueError(
                     f"attribute {name!r} is a {attribute_types[name]} in {first[name]} and a "
-                    f"{attribute_type} in {source.name}: "
+                    f"{attribute_type} in {provider.name}: "
                     "name its type where it was guessed, or leave the column out"
                 )
-            first.setdefault(name, source.name)
+            first.setdefault(name, provider.name)
     return attribute_types
 
 
 def _join(
-    ids: list[pa.Array], sources: Sequence[AttributeSource]
+    ids: list[pa.Array], providers: Sequence[AttributeProvider]
 ) -> tuple[NDArray[np.int64], dict[str, JSON]]:
-    """(N,) place of each row among the products of all sources, one source after another.
+    """(N,) place of each row among the products of all providers, one provider after another.
 
     -1 where there is none.
     """
@@ -105,9 +105,9 @@ def _join(
     places = np.full(len(rows), -1, np.int64)
     start = unused = 0
     # The last provider that knows a product describes it.
-    for source in sources:
-        keys = pa.chunked_array(list(source.ids()), TEXT).combine_chunks()
-        _check_distinct(keys, source.name)
+    for provider in providers:
+        keys = pa.chunked_array(list(provider.ids()), TEXT).combine_chunks()
+        _check_distinct(keys, provider.name)
         found = pc.fill_null(pc.index_in(rows, value_set=keys, skip_nulls=True), -1).to_numpy()
         places = np.where(found >= 0, start + found, places)
         unused += len(keys) - keys.null_count - int((found >= 0).sum())
@@ -156,13 +156,13 @@ class _Column:
 
 
 def _waiting(
-    sources: Sequence[AttributeSource],
+    providers: Sequence[AttributeProvider],
     name: str,
     attribute_type: AttributeType,
     places: NDArray[np.int64],
     file: BinaryIO,
 ) -> _Column:
-    batches = _batches(sources, name, attribute_type)
+    batches = _batches(providers, name, attribute_type)
     if attribute_type == "number":
         values = _numbers(batches, places)
         vocabulary = None
@@ -192,11 +192,11 @@ def _codes(batches: Iterator[pa.Array], places: NDArray[np.int64]) -> tuple[NDAr
 
 
 def _batches(
-    sources: Sequence[AttributeSource], name: str, attribute_type: AttributeType
+    providers: Sequence[AttributeProvider], name: str, attribute_type: AttributeType
 ) -> Iterator[pa.Array]:
-    for source in sources:
-        if name in source.attribute_types:
-            yield from source.column(name)
+    for provider in providers:
+        if name in provider.attribute_types:
+            yield from provider.column(name)
         else:
-            for ids in source.ids():
+            for ids in provider.ids():
                 yield pa.nulls(len(ids), pa.float64() if attribute_type == "number" else TEXT)

@@ -27,7 +27,7 @@ NARROWEST = 100
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """The hits of one query, ready to be shown.
 
     Attributes:
@@ -278,12 +278,12 @@ def describe_points(path: Path, recall: float) -> Table:
             point = tuning.nearest(wanted, query_type)
             if point.reaches(wanted) or wanted == recall:
                 if wanted == recall:
-                    said = f"{wanted:g} *"
+                    label = f"{wanted:g} *"
                 else:
-                    said = f"{wanted:g}"
+                    label = f"{wanted:g}"
                 table.add_row(
                     query_type,
-                    said if point.reaches(wanted) else f"below {said}",
+                    label if point.reaches(wanted) else f"below {label}",
                     str(point.nprobe),
                     f"{point.k_factor:g}",
                     f"{point.held_out:.4f}",
@@ -311,8 +311,8 @@ def describe_update(report: UpdateReport) -> Table:
     for name in ("given", "added", "replaced", "unchanged", "deleted"):
         table.add_row(name, "", f"{getattr(report, name):,}")
     if report.unknown:
-        some = ", ".join([*report.unknown[:3], *["..."] * (len(report.unknown) > 3)])
-        table.add_row(Text(f"to delete, but not there: {some}"), "", f"{len(report.unknown):,}")
+        examples = ", ".join([*report.unknown[:3], *["..."] * (len(report.unknown) > 3)])
+        table.add_row(Text(f"to delete, but not there: {examples}"), "", f"{len(report.unknown):,}")
     table.add_row("products", "", f"{report.count:,}")
     table.add_row(
         "rows, empty ones closed up" if report.compacted else "rows", "", f"{report.rows:,}"

@@ -33,11 +33,15 @@ from tritower.retrieval.ivf.ivf_pq import TrainedQuantizers
 from tritower.retrieval.ivf.layout import IDS_FILE, INDEX_FILE
 from tritower.retrieval.ivf.spec import parse_ivf_pq
 from tritower.retrieval.products.attribute_providers import (
-    AttributeSource,
-    known_source,
-    open_source,
+    AttributeProvider,
+    catalogue_provider,
+    open_provider,
 )
-from tritower.retrieval.products.attribute_table import ATTRIBUTES_FILE, AttributeTable, TableSource
+from tritower.retrieval.products.attribute_table import (
+    ATTRIBUTES_FILE,
+    AttributeTable,
+    TableProvider,
+)
 from tritower.retrieval.updating.drift import SAMPLE, Drift, measure_drift, recommendation
 from tritower.retrieval.updating.plan import BLOCK, Plan
 from tritower.retrieval.updating.previous import VersionVectors, product_tables, trained_quantizers
@@ -88,7 +92,7 @@ class NextVersion:
         """
         self.compacted = False
         self.rows = len(self.deleted_rows) + plan.num_new_rows
-        self.attributes: list[AttributeSource] = []
+        self.attributes: list[AttributeProvider] = []
         self.needed = plan.changes
         self._sample: list[NDArray[np.float32]] = []
         if self.count == 0:
@@ -101,9 +105,9 @@ class NextVersion:
         meta = self.index.manifest.meta
         table = self.index.version / ATTRIBUTES_FILE
         if attributes is None:
-            new = known_source(self.meta)
+            new = catalogue_provider(self.meta)
         else:
-            new = open_source(attributes)
+            new = open_provider(attributes)
         another = (
             self.whole and new is not None and self.meta.get("catalogue") != meta.get("catalogue")
         )
@@ -124,7 +128,7 @@ class NextVersion:
         if table.exists() and not replaced:
             name = f"{self.index.path} ({self.index.version.name})"
             self.attributes.append(
-                TableSource(AttributeTable(table), self.index.id_table.column, name)
+                TableProvider(AttributeTable(table), self.index.id_table.column, name)
             )
         if new is not None and (self.attributes or replaced or attributes is not None):
             # A few products must not get attributes where all others have none.

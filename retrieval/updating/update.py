@@ -159,8 +159,8 @@ def update_index(
         next_version.choose(compact, attributes)
         # Nothing to do publishes nothing.
         if next_version.needed:
-            said = next_version.publish(measure)
-            report = _report(plan, next_version, versions.current(root).name, said.get("drift"))
+            meta = next_version.publish(measure)
+            report = _report(plan, next_version, versions.current(root).name, meta.get("drift"))
         else:
             # A run that was killed after publishing may have left old versions.
             versions.collect(root)
@@ -218,12 +218,12 @@ def _identity(index: ProductIndex, upsert: EmbeddingReader | Catalogue | None) -
         )
     index.check_model(model, str(upsert.source))
     metric = upsert.meta.get("metric", upsert.metric)
-    for name, mine, theirs in (
+    for name, own, given in (
         ("dimension", index.dim, upsert.dim),
         ("metric", index.metric, metric),
     ):
-        if mine != theirs:
-            raise ValueError(f"{upsert.source} has {name} {theirs}, {index.path} has {mine}")
+        if own != given:
+            raise ValueError(f"{upsert.source} has {name} {given}, {index.path} has {own}")
     return {
         **base,
         "embeddings": upsert.fingerprint or upsert.stamp(),

@@ -19,8 +19,8 @@ TYPES = {
 }
 
 
-class RowSource:
-    """An `AttributeSource` of dicts with an "id" each, read in small batches."""
+class RowProvider:
+    """An `AttributeProvider` of dicts with an "id" each, read in small batches."""
 
     def __init__(self, rows, attribute_types, name="rows", batch=3):
         self.rows, self.attribute_types, self.name, self.ignored, self._batch = (
@@ -59,4 +59,4 @@ def write_table(file: Path, ids, *sources) -> tuple[AttributeTable, dict]:
 
 def table_of(file: Path, rows, attribute_types) -> AttributeTable:
     """A table with the rows in their order."""
-    return write_table(file, [row["id"] for row in rows], RowSource(rows, attribute_types))[0]
+    return write_table(file, [row["id"] for row in rows], RowProvider(rows, attribute_types))[0]

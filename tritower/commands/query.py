@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from tritower.datamodules.batch import Item
     from tritower.retrieval.index import ProductIndex
-    from tritower.retrieval.more_like_this import Weighted
+    from tritower.retrieval.more_like_this import WeightedProduct
     from tritower.retrieval.products.catalogue import Card, PreparedCatalogue
 
 
@@ -25,10 +25,10 @@ class QueryOptions:
         image: picture files, of one thing.
         attribute: attributes as name=value, e.g. brand=Acme price=59.9 "category=Shoes > Boots"
             "tags=red|wool".
-        like: ids of products, each as ID or ID=WEIGHT; they and all of their groups are left out of
-            the hits.
-        unlike: ids of products to lead away from, in the same way.
-        unlike_text: a text to lead away from.
+        more_like: ids of products, each as ID or ID=WEIGHT; they and all of their groups are left
+            out of the hits.
+        less_like: ids of products to lead away from, in the same way.
+        less_like_text: a text to lead away from.
         vector: .npy file with one vector.
         normalize: scale given vectors of any length to length 1.
     """
@@ -37,9 +37,9 @@ class QueryOptions:
     text: str = ""
     image: list[Path] = field(default_factory=list)
     attribute: list[str] = field(default_factory=list)
-    like: list[str] = field(default_factory=list)
-    unlike: list[str] = field(default_factory=list)
-    unlike_text: str = ""
+    more_like: list[str] = field(default_factory=list)
+    less_like: list[str] = field(default_factory=list)
+    less_like_text: str = ""
     vector: Path | None = None
     normalize: bool = False
 
@@ -51,8 +51,8 @@ class QueryOptions:
     @property
     def is_empty(self) -> bool:
         """Whether there is no query at all."""
-        products = self.like or self.unlike
-        return not (self.has_item or products or self.unlike_text or self.vector)
+        products = self.more_like or self.less_like
+        return not (self.has_item or products or self.less_like_text or self.vector)
 
 
 class ParsedQuery(NamedTuple):
@@ -75,23 +75,25 @@ def parse_query(
     index: ProductIndex, options: QueryOptions, catalogue: PreparedCatalogue | None
 ) -> ParsedQuery:
     """The vector of a query: the weighted sum of its parts."""
+    from tritower.datamodules.batch import Item
     from tritower.retrieval.more_like_this import combined
     from tritower.retrieval.vectors.checks import as_queries
 
-    products = parse_products(index, options.like, 1) + parse_products(index, options.unlike, -1)
+    products = parse_products(index, options.more_like, 1) + parse_products(
+        index, options.less_like, -1
+    )
     card = None
-    vectors: list[np.ndarray] = []
+    items: list[Item] = []
     weights: list[float] = []
     # Everything that is searched for is a vector with a weight: +1 or -1.
     if options.has_item:
-        item = parse_item(index, options)
-        vectors.append(encode(index, options.model, item))
+        items.append(parse_item(index, options))
         weights.append(1.0)
-        card = query_card_of_item(item)
-    if options.unlike_text:
-        text = QueryOptions(text=options.unlike_text, model=options.model)
-        vectors.append(encode(index, options.model, parse_item(index, text)))
+        card = query_card_of_item(items[0])
+    if options.less_like_text:
+        items.append(Item({"query": options.less_like_text}, [], {}))
         weights.append(-1.0)
+    vectors = encode(index, options.model, items) if items else []
     for product, weight in products:
         vectors.append(as_queries(index.vector_of(product), index.metric))
         weights.append(weight)
@@ -104,8 +106,8 @@ def parse_query(
     else:
         vector = combined(vectors, weights, index.metric)
     if card is None:
-        card = query_card_of_product(catalogue, products[0].what if products else "")
-    more = bool(products or options.unlike_text)
+        card = query_card_of_product(catalogue, products[0].product_id if products else "")
+    more = bool(products or options.less_like_text)
     query_type = type_of_query(options.text, options.image, options.attribute, more)
     return ParsedQuery(vector, query_type, [product for product, _ in products], card)
 
@@ -135,16 +137,15 @@ def parse_item(index: ProductIndex, options: QueryOptions) -> Item:
     return Item({"query": options.text} if options.text else {}, pictures, attributes)
 
 
-def encode(index: ProductIndex, model: Path | None, item: Item) -> np.ndarray:
-    """(D,) float32, the vector of one query item."""
+def encode(index: ProductIndex, model: Path | None, items: list[Item]) -> list[np.ndarray]:
+    """The vectors of query items, each (D,) float32."""
     from tritower.retrieval.showing.present import find_model
 
     folder = find_model(index, model)
 
     from tritower.towers.model_folder import load_model
 
-    vector: np.ndarray = load_model(folder).encode([item], side="query")[0]
-    return vector
+    return list(load_model(folder).encode(items, side="query"))
 
 
 def read_picture(file: Path) -> bytes:
@@ -160,16 +161,16 @@ def read_picture(file: Path) -> bytes:
         raise ValueError(f"{file}: {error}") from None
 
 
-def parse_products(index: ProductIndex, texts: list[str], sign: int) -> list[Weighted]:
+def parse_products(index: ProductIndex, texts: list[str], sign: int) -> list[WeightedProduct]:
     """Products to be like, or unlike, with their weights."""
     import pyarrow as pa
 
-    from tritower.retrieval.more_like_this import parse_weighted
+    from tritower.retrieval.more_like_this import parse_weighted_product
 
     def is_id(text: str) -> bool:
         return bool((index.rows_of(pa.array([text])) >= 0).all())
 
-    return [parse_weighted(text, is_id, sign=sign) for text in texts]
+    return [parse_weighted_product(text, is_id, sign=sign) for text in texts]
 
 
 def query_card_of_item(item: Item) -> Card:
@@ -179,15 +180,17 @@ def query_card_of_item(item: Item) -> Card:
     return Card(item.text, item.attributes, item.images)
 
 
-def query_card_of_product(catalogue: PreparedCatalogue | None, like: str) -> Card:
+def query_card_of_product(catalogue: PreparedCatalogue | None, more_like: str) -> Card:
     """What a page shows as the query where products or a vector were given."""
     from tritower.retrieval.products.catalogue import Card
 
-    if catalogue and like:
-        known = catalogue.products([like], images=True)
+    if catalogue and more_like:
+        known = catalogue.products([more_like], images=True)
     else:
         known = {}
-    return known.get(like, Card({"query": f"like {like}"} if like else {"query": "a vector"}))
+    return known.get(
+        more_like, Card({"query": f"like {more_like}"} if more_like else {"query": "a vector"})
+    )
 
 
 def read_vector(file: Path, index: ProductIndex, normalize: bool) -> np.ndarray:
@@ -217,7 +220,7 @@ def read_vector(file: Path, index: ProductIndex, normalize: bool) -> np.ndarray:
 def type_of_query(text: str, image: list[Path], attribute: list[str], more: bool) -> str | None:
     """The type of a query of one modality; None for a mix of several."""
     shown = {"text": text, "image": image, "product:attribute": attribute, "product": more}
-    query_types = [query_type for query_type, what in shown.items() if what]
+    query_types = [query_type for query_type, product_id in shown.items() if product_id]
     if len(query_types) == 1:
         return query_types[0]
     return None

@@ -113,7 +113,7 @@ def _search_one(
 
     from tritower.retrieval.filtering.filtered_search import Exclusion
     from tritower.retrieval.index import checked_k
-    from tritower.retrieval.showing.present import Found, find_catalogue
+    from tritower.retrieval.showing.present import SearchResult, find_catalogue
 
     catalogue = find_catalogue(index, output.catalogue)
     parsed = parse_query(index, query, catalogue)
@@ -135,7 +135,7 @@ def _search_one(
         matching = None
     else:
         matching = index.count(options.filter)
-    found = Found(index, parsed.card, hits, options.k, settings, catalogue, matching)
+    found = SearchResult(index, parsed.card, hits, options.k, settings, catalogue, matching)
     if output.html is not None:
         found.write_html(output.html)
     if output.json:
