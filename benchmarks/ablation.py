@@ -83,7 +83,7 @@ ARMS: dict[str, dict[str, list[str]]] = {
         "products look for queries too": [f"{LOSS}.product_share=0.5"],
         "popular products are not corrected": [f"{LOSS}.log_q=0"],
         "no feature dropout": ["--model.product.feature_dropout=0"],
-        "no typed queries of facets": ["--data.examples.types={catalogue: 6, pairs: 1}"],
+        "no generated queries": ["--data.examples.types={catalogue: 6, pairs: 1}"],
         "judged pairs alone": ["--data.examples.types=[pairs]"],
         "whole items alone": [WHOLE],
         "metric kl": ["--model.metric=kl"],
@@ -121,8 +121,8 @@ ARMS: dict[str, dict[str, list[str]]] = {
         ],
         "hard negatives": ["--hard_negatives.every_n_epochs=2"],
         "families are no positives": [f"{LOSS}.positives={{product: 1, group: 1, query: 1}}"],
-        "no typed queries of facets": PRODUCTS,
-        "no typed queries of facets, whole items alone": [*PRODUCTS, WHOLE],
+        "no generated queries": PRODUCTS,
+        "no generated queries, whole items alone": [*PRODUCTS, WHOLE],
         "one product of each family": [*PRODUCTS, "--data.examples.one_per_group=true"],
         "one product of each family, whole items alone": [
             *PRODUCTS,
@@ -151,7 +151,7 @@ ARMS: dict[str, dict[str, list[str]]] = {
             "--model.product.lexical.init_args.typed=false"
         ],
         **{
-            f"typed queries of facets weigh {w}": [f"--data.examples.generated_weight={w}"]
+            f"generated queries weigh {w}": [f"--data.examples.generated_weight={w}"]
             for w in (0.005, 0.02, 0.1, 1)
         },
         "averaged weights": [

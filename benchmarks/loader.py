@@ -5,8 +5,8 @@
 Pictures are drawn by `tritower.datamodules.samples` and prepared by `datamodules.prepare`. Each arm
 is one worker process of a DataLoader on one thread, so that its rate is that of a core: files as
 they are ("originals"), and what a training reads ("prepared": our shards, and for the peer the same
-JPEGs as files). The peer resizes to 224, crops the middle, and makes normalised float32; ours gives
-uint8, which is normalised where the model is.
+JPEGs as files). The peer resizes to 224, crops the middle, and makes normalized float32; ours gives
+uint8, which is normalized where the model is.
 
 Keys of FILE:
     machine   cores, torch, torchvision, Pillow

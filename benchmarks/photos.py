@@ -78,7 +78,7 @@ NEW = 16
 class Classifier(TwoTower):
     """One class for each product on top of the image tower, trained with cross-entropy.
 
-    Optimiser, schedule, batches and figures are those of `TwoTower`: a query's "embedding" are its
+    Optimizer, schedule, batches and figures are those of `TwoTower`: a query's "embedding" are its
     logits, a product's is its class, so that their product is the logit of the class.
     """
 

@@ -143,7 +143,7 @@ def inputs(model: str, batch: int) -> tuple[Tensor, Tensor]:
 
 
 def of_open_clip(model: str, batch: int) -> Callable[[], Tensor]:
-    """open_clip's model, loss and optimiser, as its training runs them on one device."""
+    """open_clip's model, loss and optimizer, as its training runs them on one device."""
     clip = open_clip.create_model(model, load_weights=False).to(DEVICE).train()
     loss = open_clip.ClipLoss()
     optimizer = torch.optim.AdamW(clip.parameters(), lr=1e-6)

@@ -76,7 +76,7 @@ class Example(NamedTuple):
             view leaves out.
         product_keys: R keys.
         weight: graded relevance, 0 to 1 (click < cart < buy); 1 by default.
-        label: for labelled pairs, how similar they are, 0 to 1; None elsewhere.
+        label: for labeled pairs, how similar they are, 0 to 1; None elsewhere.
         frequency: how often this product is trained on, 1 = as often as the average.
         judged_products: J `product` keys of all products that are judged relevant to this query,
             padded with `NO_KEY`.
@@ -171,7 +171,7 @@ class Batch(NamedTuple):
         product_keys: (P, R) int64; the loss turns equal keys into positive, ignored or negative by
             its configuration.
         weight: (B,) float32 graded relevance.
-        label: (B,) float32 how similar the two of a labelled pair are, 0 to 1; NaN where they have
+        label: (B,) float32 how similar the two of a labeled pair are, 0 to 1; NaN where they have
             no label; None where no pair of the batch has one.
         frequency: (P,) float32 how often each product is trained on, 1 = as often as the average, 0
             = never as an answer; None = all alike.

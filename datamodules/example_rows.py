@@ -26,7 +26,7 @@ class ExampleRows:
         query: (E,) int64 rows of `queries/`, or `NO_ROW`.
         query_product: (E,) int64 rows of `products/` that are the query, or `NO_ROW`.
         weight: (E,) float32, 0 to 1.
-        label: (E,) float32, 0 to 1, similarity of a labelled pair; NaN for all others.
+        label: (E,) float32, 0 to 1, similarity of a labeled pair; NaN for all others.
     """
 
     product: np.ndarray
@@ -58,7 +58,7 @@ class JudgementOptions:
         seed: of the draw.
         power: the weight is (relevance / highest relevance) to this power: 1 weighs by relevance,
             0 weighs all judgements alike, 2 sets the best ones apart.
-        labelled: the examples have labels, which are their weights, and judgements of relevance 0
+        labeled: the examples have labels, which are their weights, and judgements of relevance 0
             are among them.
         keep_ties: keep all products that are as relevant as the last one of `max_per_query`.
     """
@@ -66,7 +66,7 @@ class JudgementOptions:
     max_per_query: int | None = None
     seed: int = 0
     power: float = 1.0
-    labelled: bool = False
+    labeled: bool = False
     keep_ties: bool = False
 
 
@@ -104,7 +104,7 @@ def judgement_examples(
     # -1 would look up the last row.
     of_split = is_split(products, split)
     keep = (product >= 0) & (query >= 0)
-    keep &= (relevance > 0) | options.labelled
+    keep &= (relevance > 0) | options.labeled
     keep &= of_split[product] & is_split(queries, split)[query]
     keep &= np.where(query_product >= 0, of_split[query_product], True)
     keep &= query_product != product
@@ -114,7 +114,7 @@ def judgement_examples(
     top_positions = max(float(relevance.max(initial=0.0)), 1e-9)
     weight = np.where(relevance > 0, (relevance / top_positions) ** options.power, 0.0)
     weight = weight.astype(np.float32)
-    if options.labelled:
+    if options.labeled:
         label = weight
     else:
         label = np.full(len(weight), np.nan, np.float32)

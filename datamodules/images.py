@@ -90,7 +90,7 @@ def downsize(
 ) -> bytes:
     """A picture as `prepare` stores it: a JPEG whose longer side is at most `max_side`.
 
-    An upright RGB or grey JPEG that fits already is returned as it is. Search does the same to a
+    An upright RGB or gray JPEG that fits already is returned as it is. Search does the same to a
     user's photo, so that queries and products are seen through the same glass.
 
     Raises:
@@ -108,7 +108,7 @@ def downsize(
     if fits and _orientation(image) == 1:
         return data
     buffer = io.BytesIO()
-    # 4:4:4: small coloured details survive. Pillow would copy the comment, which may be longer than
+    # 4:4:4: small colored details survive. Pillow would copy the comment, which may be longer than
     # the picture.
     pixels.save(buffer, "JPEG", quality=quality, subsampling=0, comment=b"")
     return buffer.getvalue()

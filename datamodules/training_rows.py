@@ -134,7 +134,7 @@ class TrainingRows:
         logger.info("%d training examples from %d products", len(self.rows), len(self._products))
         if JUDGED_TYPES & self._options.times.keys():
             return
-        unused = len(self._judgements(labelled=True))
+        unused = len(self._judgements(labeled=True))
         if unused:
             logger.warning(
                 "%s holds %d judgements of the train split, and none is trained on: "
@@ -157,7 +157,7 @@ class TrainingRows:
                 first = self.queries.first_generated
                 parts.append(self.queries.generated.examples(first, times, self._seed))
             else:
-                parts += [self._judgements(labelled=kind == "labels")] * times
+                parts += [self._judgements(labeled=kind == "labels")] * times
         if not sum(map(len, parts)):
             raise ValueError(
                 f"No training examples: the catalogue has {len(self.split)} "
@@ -165,14 +165,14 @@ class TrainingRows:
             )
         return ExampleRows.join(parts)
 
-    def _judgements(self, *, labelled: bool, keep_ties: bool = False) -> ExampleRows:
+    def _judgements(self, *, labeled: bool, keep_ties: bool = False) -> ExampleRows:
         if self._table is None or self._qrels is None:
             return catalogue_examples(np.empty(0, np.int64))
         options = JudgementOptions(
             self._options.max_pairs_per_query,
             self._seed,
             self._options.relevance_power,
-            labelled,
+            labeled,
             keep_ties,
         )
         return judgement_examples(self._qrels, self._products, self._table, "train", options)
@@ -182,7 +182,7 @@ class TrainingRows:
         parts = []
         is_cut = self._options.max_pairs_per_query is not None
         if is_cut and JUDGED_TYPES & self._options.times.keys():
-            parts.append(self._judgements(labelled=False, keep_ties=True))
+            parts.append(self._judgements(labeled=False, keep_ties=True))
         if len(self.queries.generated):
             parts.append(self.queries.generated.pairs(self.queries.first_generated))
         return parts

@@ -86,7 +86,7 @@ def combined(
     # Parts of different lengths count alike: each is scaled to length 1, then weighted and summed.
     parts = [np.asarray(vector, np.float64).ravel() for vector in vectors]
     if metric == "kl":
-        parts = [centred(np.log(part.clip(min=np.finfo(np.float32).tiny))) for part in parts]
+        parts = [centered(np.log(part.clip(min=np.finfo(np.float32).tiny))) for part in parts]
     lengths = [float(np.linalg.norm(part)) for part in parts]
     for place, length in enumerate(lengths):
         if not 0 < length < math.inf:
@@ -103,7 +103,7 @@ def combined(
     return (total / length)[None].astype(np.float32)
 
 
-def centred(part: NDArray[np.float64]) -> NDArray[np.float64]:
+def centered(part: NDArray[np.float64]) -> NDArray[np.float64]:
     """(D,) with the mean 0: what probabilities tell of their logits."""
     center: NDArray[np.float64] = part - part.mean()
     return center

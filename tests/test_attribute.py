@@ -190,7 +190,7 @@ def test_a_category_given_as_a_number_is_the_text_of_it() -> None:
     assert hashes[3] == 0
 
 
-def test_neighbours_in_the_batch_do_not_matter(tower: AttributeTower) -> None:
+def test_neighbors_in_the_batch_do_not_matter(tower: AttributeTower) -> None:
     facts = [{"brand": "Acme", "tags": ["a"]}, {"tags": ["a", "b", "c"], "price": 3.0}, {}]
     together = features(tower, *facts)
     alone = torch.cat([features(tower, fact) for fact in facts])

@@ -74,7 +74,7 @@ def test_points_that_others_beat_are_left_out():
     assert pareto([POINTS[2], beaten, POINTS[0], POINTS[1]]) == POINTS
 
 
-def test_recall_counts_true_neighbours_in_any_order():
+def test_recall_counts_true_neighbors_in_any_order():
     assert recall_of(np.array([[3, 1], [5, -1]]), np.array([[1, 2], [5, 6]])) == 0.5
 
 
@@ -89,7 +89,7 @@ def test_vectors_are_those_of_the_dataset_whatever_the_blocks(monkeypatch: pytes
     )
 
 
-def test_neighbours_and_files_are_of_the_same_vectors(tiny: Run):
+def test_neighbors_and_files_are_of_the_same_vectors(tiny: Run):
     stored, queries = np.load(tiny.data / "vectors.npy"), np.load(tiny.data / "queries.npy")
     np.testing.assert_allclose(np.linalg.norm(stored, axis=1), 1, atol=1e-5)
     truth = np.argsort(-(queries @ stored.T), axis=1)[:, :10]

@@ -35,7 +35,7 @@ def test_rows_outside_are_refused(table: Table, number: int) -> None:
         table.row(number)
 
 
-def test_memory_is_bounded_and_neighbours_are_read_once(
+def test_memory_is_bounded_and_neighbors_are_read_once(
     table: Table, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reads = []

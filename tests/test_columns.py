@@ -69,7 +69,7 @@ def shop(n: int = 40) -> list[dict[str, str]]:
     ]
 
 
-def test_every_kind_of_column_is_recognised(tmp_path: Path) -> None:
+def test_every_kind_of_column_is_recognized(tmp_path: Path) -> None:
     assert roles(guess(tmp_path, shop())) == {
         "column_1": "ignore",
         "product_id": "id",

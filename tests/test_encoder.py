@@ -30,7 +30,7 @@ def test_embeddings_have_unit_length(encoder: Encoder) -> None:
     torch.testing.assert_close(embedding.norm(dim=1), torch.ones(5))
 
 
-def test_neighbours_in_the_batch_do_not_matter(encoder: Encoder) -> None:
+def test_neighbors_in_the_batch_do_not_matter(encoder: Encoder) -> None:
     alone = torch.cat([embed(encoder, [item]) for item in ITEMS])
     torch.testing.assert_close(embed(encoder, ITEMS), alone, atol=1e-5, rtol=0)
     torch.testing.assert_close(embed(encoder, ITEMS[::-1]), alone.flip(0), atol=1e-5, rtol=0)
@@ -156,7 +156,7 @@ def test_an_unknown_fusion_is_refused() -> None:
         Encoder(8, text=BiLSTM(), fusion="sum")
 
 
-def test_padding_of_longer_neighbours_does_not_reach_the_attributes() -> None:
+def test_padding_of_longer_neighbors_does_not_reach_the_attributes() -> None:
     encoder = make_encoder()
     few, many = Item(attributes={"tags": ["a"]}), Item(attributes={"tags": list("abcdefgh")})
     torch.testing.assert_close(

@@ -272,7 +272,7 @@ def test_queries_and_products_that_ask_know_all_that_answers_them(
         ("q2", "p3", 1.0),
         ("q2", "p3", 1.5),
     )
-    pairs = judgement_examples(qrels, *tables, "train", JudgementOptions(labelled=True))
+    pairs = judgement_examples(qrels, *tables, "train", JudgementOptions(labeled=True))
     rows = ExampleRows.join([pairs, pairs, catalogue_examples(np.arange(4))])
     data = batches(tables, rows, 0.0)
     p0, p1, p3 = (stable_hash(name) for name in ("p0", "p1", "p3"))
@@ -322,9 +322,9 @@ def test_without_judgements_a_batch_has_no_lists(tables: tuple[Table, Table]) ->
     assert batch.judged_products is None and batch.judgement_weights is None
 
 
-def test_labelled_pairs_keep_those_that_are_no_answers(tables: tuple[Table, Table]) -> None:
+def test_labeled_pairs_keep_those_that_are_no_answers(tables: tuple[Table, Table]) -> None:
     qrels = judgements(("q0", "p0", 2.0), ("q0", "p1", 1.0), ("q0", "p2", 0.0), ("q2", "p3", 0.0))
-    rows = judgement_examples(qrels, *tables, "train", JudgementOptions(labelled=True))
+    rows = judgement_examples(qrels, *tables, "train", JudgementOptions(labeled=True))
     found = {
         (p, q): (w, label)
         for p, q, w, label in zip(rows.product, rows.query, rows.weight, rows.label, strict=True)

@@ -33,7 +33,7 @@ def test_shares_add_up_to_one(fusion: torch.nn.Module) -> None:
     torch.testing.assert_close(shares[1:].sum(1), torch.ones(7))
 
 
-def test_neighbours_in_the_batch_do_not_matter(fusion: torch.nn.Module) -> None:
+def test_neighbors_in_the_batch_do_not_matter(fusion: torch.nn.Module) -> None:
     z = torch.randn(8, NUM_MODALITIES, DIM)
     together, _ = fusion(z, PRESENT)
     alone = torch.cat([fusion(z[i : i + 1], PRESENT[i : i + 1])[0] for i in range(8)])

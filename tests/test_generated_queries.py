@@ -59,7 +59,7 @@ def test_the_answers_are_all_products_with_all_facets(products: Table) -> None:
 
 
 def test_only_the_rows_that_are_named_ask_and_answer(products: Table) -> None:
-    """Others have the same facets: every third product has what its neighbours have."""
+    """Others have the same facets: every third product has what its neighbors have."""
     some = np.arange(0, 120, 3)
     found = generate_queries(products, some, SCHEMA, seed=0)
     facets = {row: words(products.row(int(row))) for row in range(120)}
@@ -176,7 +176,7 @@ def test_a_weight_that_is_none_is_refused(tiny_catalogue: Path) -> None:
 
 
 def test_words_are_learned_that_no_title_has(tiny_catalogue: Path, tmp_path: Path) -> None:
-    """Colours stand among the tags of every second product, and in no text."""
+    """Colors stand among the tags of every second product, and in no text."""
     table = Table(tiny_catalogue / "products")
     rows = [row for row in map(table.row, TRAIN) if row["attributes"]["tags"]]
     shares = {}

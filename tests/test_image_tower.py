@@ -112,7 +112,7 @@ def pictures(count: int) -> list[bytes]:
     ]
 
 
-def test_neighbours_in_the_batch_do_not_matter(tower: TimmImage) -> None:
+def test_neighbors_in_the_batch_do_not_matter(tower: TimmImage) -> None:
     pixels = tower.preprocess(pictures(5))
     together, alone = tower(pixels), torch.cat([tower(picture) for picture in pixels.split(1)])
     assert together.shape == (5, tower.out_dim)
@@ -196,14 +196,14 @@ def test_an_unknown_interpolation_is_refused() -> None:
         TimmImage(TIMM, model_args=TIMM_ARGS, pictures=PictureOptions(interpolation="cubic"))
 
 
-def test_pixels_are_normalised_with_the_models_own_mean(tower: TimmImage) -> None:
+def test_pixels_are_normalized_with_the_models_own_mean(tower: TimmImage) -> None:
     own = timm.data.resolve_model_data_config(tower.model)
     black = tower.normalize(torch.zeros(1, 3, 2, 2, dtype=torch.uint8))[0, :, 0, 0]
     torch.testing.assert_close(black, -torch.tensor(own["mean"]) / torch.tensor(own["std"]))
-    grey = TimmImage(
+    gray = TimmImage(
         TIMM, model_args=TIMM_ARGS, pictures=PictureOptions(mean=[0.0] * 3, std=[0.5] * 3)
     )
-    assert grey.normalize(torch.full((1, 3, 1, 1), 255, dtype=torch.uint8)).unique().tolist() == [
+    assert gray.normalize(torch.full((1, 3, 1, 1), 255, dtype=torch.uint8)).unique().tolist() == [
         2.0
     ]
 
@@ -213,7 +213,7 @@ def test_a_weights_file_that_is_not_there_is_named(tmp_path: Path) -> None:
         TimmImage(TIMM, pretrained=tmp_path / "none.pth", model_args=TIMM_ARGS)
 
 
-def test_the_real_weights_see_colours(weights_dir: Path) -> None:
+def test_the_real_weights_see_colors(weights_dir: Path) -> None:
     tower = TimmImage(
         "tf_efficientnet_lite0", pretrained=weights_dir / "tf_efficientnet_lite0.safetensors"
     ).eval()

@@ -1,6 +1,6 @@
 """Pictures as people really have them.
 
-Turned, grey, transparent, cut off, huge, animated, or no pictures at all.
+Turned, gray, transparent, cut off, huge, animated, or no pictures at all.
 """
 
 from __future__ import annotations

@@ -246,7 +246,7 @@ def test_memory_order_and_type_of_queries_do_not_matter(request, queries, which,
     assert np.array_equal(hits.rows, wanted.rows) and np.array_equal(hits.scores, wanted.scores)
 
 
-def test_vectors_of_mixed_lengths_find_themselves_once_they_are_normalised(tmp_path):
+def test_vectors_of_mixed_lengths_find_themselves_once_they_are_normalized(tmp_path):
     """By inner product of vectors as they are, long ones win."""
     vectors = clustered(1000) * np.random.default_rng(0).uniform(0.1, 10, (1000, 1))
     np.save(tmp_path / "v.npy", vectors)

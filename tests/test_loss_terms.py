@@ -132,7 +132,7 @@ def test_chunks_have_the_loss_and_gradients_of_the_whole_with_parts() -> None:
 
 
 def test_a_label_says_nothing_of_a_picture_that_is_not_there() -> None:
-    """Of the two labelled pairs one has no picture.
+    """Of the two labeled pairs one has no picture.
 
     There is no order, and the one that is left is compared.
     """

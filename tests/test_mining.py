@@ -1,4 +1,4 @@
-"""Hard negatives: which neighbours are taken, and that training sees them."""
+"""Hard negatives: which neighbors are taken, and that training sees them."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ def test_without_mates_a_candidate_may_be_no_copy_of_the_product() -> None:
     assert choose([2, 0, 3], [0.99, 1.0, 0.5], max_similarity=0.95) == ([3, -1], 1)
 
 
-def test_ranks_count_neighbours_that_are_no_mates() -> None:
+def test_ranks_count_neighbors_that_are_no_mates() -> None:
     neighbors, scores = [0, 1, 2, 3, 4, 5], [1.0, 0.9, 0.6, 0.5, 0.4, 0.3]
     assert choose(neighbors, scores, first_rank=2, last_rank=3) == ([3, 4, -1, -1, -1], 0)
 
 
-def test_neighbours_that_were_not_found_are_none() -> None:
+def test_neighbors_that_were_not_found_are_none() -> None:
     assert choose([0, 2, -1], [1.0, 0.5, -np.inf]) == ([2, -1], 0)
 
 

@@ -1,4 +1,4 @@
-"""Losses of labelled pairs against values worked out by hand."""
+"""Losses of labeled pairs against values worked out by hand."""
 
 from __future__ import annotations
 

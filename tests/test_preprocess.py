@@ -21,9 +21,9 @@ from tritower.towers.text import HashedWords, Template, TextPreprocess
 SCHEMA = Schema(("title",), True, (Attribute("price", "number"), Attribute("brand", "category")))
 
 
-def picture(grey: int) -> bytes:
+def picture(gray: int) -> bytes:
     buffer = io.BytesIO()
-    Image.new("RGB", (8, 8), (grey, grey, grey)).save(buffer, "PNG")
+    Image.new("RGB", (8, 8), (gray, gray, gray)).save(buffer, "PNG")
     return buffer.getvalue()
 
 

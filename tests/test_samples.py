@@ -22,7 +22,7 @@ from tritower.datamodules.samples.facts import (
     PRODUCT_TYPES,
     SIZES,
     brand_name,
-    colourway,
+    colorway,
 )
 from tritower.datamodules.samples.listings import draw_listings, evidence
 from tritower.datamodules.samples.oracle import (
@@ -212,7 +212,7 @@ def test_variants_of_a_family_can_be_told_apart(listings):
     for things in families.values():
         styles = {(t.product_type, t.shape, t.material, t.use, t.brand) for t in things}
         assert len(styles) == 1
-        assert len({(t.colourway, t.size) for t in things}) == len(things)
+        assert len({(t.colorway, t.size) for t in things}) == len(things)
 
 
 def test_fields_are_missing_at_realistic_rates(listings):
@@ -265,9 +265,9 @@ def test_every_look_can_be_drawn():
     )
 
 
-def test_colourways_of_a_shape_differ_in_hue_and_use_all_hues_and_patterns():
+def test_colorways_of_a_shape_differ_in_hue_and_use_all_hues_and_patterns():
     looks = [
-        [colourway(k, s, c) for c in range(CHOICES)]
+        [colorway(k, s, c) for c in range(CHOICES)]
         for k in range(len(PRODUCT_TYPES))
         for s in range(CHOICES)
     ]
@@ -276,7 +276,7 @@ def test_colourways_of_a_shape_differ_in_hue_and_use_all_hues_and_patterns():
     assert {pattern for look in looks for _, pattern in look} == set(range(len(PATTERNS)))
 
 
-def test_looks_are_recognised_by_their_mean_pictures():
+def test_looks_are_recognized_by_their_mean_pictures():
     rng = np.random.default_rng(0)
     looks = [
         (k, s, c) for k in range(len(PRODUCT_TYPES)) for s in range(CHOICES) for c in range(CHOICES)
@@ -290,7 +290,7 @@ def test_looks_are_recognised_by_their_mean_pictures():
 
 def pixels(look, rng):
     product_type, shape, code = look
-    hue, pattern = colourway(product_type, shape, code)
+    hue, pattern = colorway(product_type, shape, code)
     data = photograph(
         PRODUCT_TYPES[product_type].shapes[shape],
         HUES[hue].word,
@@ -382,7 +382,7 @@ def test_photo_query_is_answered_by_what_looks_the_same(listings, queries):
                 asked.product_type,
                 asked.shape,
             )
-            assert (query.grades[i] == 3) == (true_product.colourway == asked.colourway)
+            assert (query.grades[i] == 3) == (true_product.colorway == asked.colorway)
 
 
 # the files

@@ -92,7 +92,7 @@ def write_alike(root: Path) -> None:
     The words find a thing's other offer alone, vectors also one of its neighbor.
 
     An asked product is nearest to itself, then to its other offer, then to the first offer of the
-    neighbouring thing.
+    neighboring thing.
     """
     write_catalogue(root / "catalogue", num_groups=30)
     ids, vectors, asked, asking = [], [], [], []

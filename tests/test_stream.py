@@ -81,7 +81,7 @@ def test_a_reader_of_one_window_reads_every_block_once() -> None:
         assert len(set(window)) == 5
 
 
-def test_neighbours_of_the_catalogue_do_not_stay_neighbours() -> None:
+def test_neighbors_of_the_catalogue_do_not_stay_neighbors() -> None:
     order = np.concatenate(epoch_of(BatchStream(1000, 10, block_size=100, window_blocks=10)))
     assert sum(abs(a - b) == 1 for a, b in pairwise(order)) < 20
 

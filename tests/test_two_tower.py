@@ -1,4 +1,4 @@
-"""The model: encoding in chunks, optimiser, schedule, exact search, what it refuses."""
+"""The model: encoding in chunks, optimizer, schedule, exact search, what it refuses."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_chunks_without_gradient_equal_the_whole(monkeypatch: pytest.MonkeyPatch
         torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
 
 
-# ---------------------------------------------------------------- optimiser
+# ---------------------------------------------------------------- optimizer
 
 
 def test_matrices_decay_and_norms_biases_and_the_temperature_do_not() -> None:

@@ -43,7 +43,7 @@ class PicturePreprocess:
             the aspect ratio.
         interpolation: `nearest`, `bilinear`, `bicubic` or `lanczos`.
         augment: in training, take a random part of 70 to 100 % of the area, mirrored half of the
-            time. Colour stays: it is a fact about the product.
+            time. Color stays: it is a fact about the product.
     """
 
     size: int

@@ -68,7 +68,7 @@ class HashedNgrams(Tower):
         template: how text fields are joined, e.g. `"{description}"`; fields that a product lacks
             are left out. Null joins all fields of the catalogue.
         out_dim: size of the features; larger has fewer collisions.
-        max_ngram: the longest n-gram, in words: 1 takes single words, 2 pairs of neighbours too.
+        max_ngram: the longest n-gram, in words: 1 takes single words, 2 pairs of neighbors too.
         max_length: words that are read.
         typed: whether typed queries are read. They name a few words of what is wanted, and a model
             must be trained on some (`data.examples.types`) to make use of that.

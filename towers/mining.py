@@ -38,8 +38,8 @@ class HardNegatives(L.Callback):
     Args:
         every_n_epochs: 0 mines nothing.
         per_example: extra negatives per example of a batch.
-        first_rank: of the candidates among a product's neighbours, from 1.
-        last_rank: likewise; as many neighbours are searched.
+        first_rank: of the candidates among a product's neighbors, from 1.
+        last_rank: likewise; as many neighbors are searched.
         max_similarity: candidates more similar than this share of the similarity to the least
             similar mate (to itself: 1, where it has none) are suspected to be answers, and left
             out.
@@ -152,11 +152,11 @@ class HardNegatives(L.Callback):
     def choose(
         self, own: Rows, neighbors: Rows, scores: NDArray[np.float32], keys: Rows
     ) -> tuple[Rows, int]:
-        """The hard negatives among the neighbours of some products.
+        """The hard negatives among the neighbors of some products.
 
         Args:
             own: (B,) the products.
-            neighbors: (B, K) their neighbours, best first, -1 where there are fewer.
+            neighbors: (B, K) their neighbors, best first, -1 where there are fewer.
             scores: (B, K) their similarity.
             keys: (N, R) of all products.
 

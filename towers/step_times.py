@@ -1,4 +1,4 @@
-"""Where the time of a training step goes: waiting for data, forward, backward, the optimiser."""
+"""Where the time of a training step goes: waiting for data, forward, backward, the optimizer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-PARTS = ("data", "forward", "backward", "optimiser")
+PARTS = ("data", "forward", "backward", "optimizer")
 FIRST = 5
 """Steps that do not count: workers start, caches fill, kernels are chosen."""
 
@@ -81,7 +81,7 @@ class StepTimes(L.Callback):
         batch_idx: int,
     ) -> None:
         """The step is over."""
-        self._take("optimiser")
+        self._take("optimizer")
         self._seen += 1
         if trainer.log_every_n_steps and self._seen % trainer.log_every_n_steps == 0:
             means = {}

@@ -1,6 +1,6 @@
 """The records of a CSV, JSONL or Parquet file, with every scalar as a string, one after the other.
 
-A record that cannot be read comes out as a record with a fault; it never takes its neighbours with
+A record that cannot be read comes out as a record with a fault; it never takes its neighbors with
 it.
 """
 

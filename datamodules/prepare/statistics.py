@@ -73,8 +73,8 @@ def _is_skewed(values: np.ndarray) -> bool:
 
 def _skewness(values: np.ndarray) -> float:
     """The third standardised moment; 0 where the values do not vary."""
-    centred = values - values.mean()
-    deviation = centred.std()
+    centered = values - values.mean()
+    deviation = centered.std()
     if deviation > 0:
-        return float((centred**3).mean() / deviation**3)
+        return float((centered**3).mean() / deviation**3)
     return 0.0

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from tritower.datamodules.samples.facts import HUES, PATTERNS, PRODUCT_TYPES, TrueProduct, colourway
+from tritower.datamodules.samples.facts import HUES, PATTERNS, PRODUCT_TYPES, TrueProduct, colorway
 from tritower.datamodules.samples.listings import Listing, draw_listings, evidence
 from tritower.datamodules.samples.oracle import oracle
 from tritower.datamodules.samples.pictures import photograph
@@ -236,7 +236,7 @@ def _watch(drawn: Iterable[None], total: int) -> None:
 def draw_picture(picture: Picture) -> None:
     """Write one picture."""
     true_product = picture.true_product
-    hue, pattern = colourway(true_product.product_type, true_product.shape, true_product.colourway)
+    hue, pattern = colorway(true_product.product_type, true_product.shape, true_product.colorway)
     data = photograph(
         PRODUCT_TYPES[true_product.product_type].shapes[true_product.shape],
         HUES[hue].word,

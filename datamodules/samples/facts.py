@@ -6,7 +6,7 @@ A *product* is what somebody makes; a *listing* is one seller's offer of it, one
 catalogue. Every fact of a product stands in one modality only, but for its type, which all three
 show::
 
-    picture     shape, colourway (a hue with a pattern)
+    picture     shape, colorway (a hue with a pattern)
     text        material, size
     attributes  use (the last level of the category), brand (a long tail), price (noisy)
 
@@ -166,7 +166,7 @@ FEATURES = {
 }
 
 CHOICES = 3
-"""Shapes, materials and uses of a type, colourways of a shape, sizes.
+"""Shapes, materials and uses of a type, colorways of a shape, sizes.
 
 Three of each, all equally frequent.
 """
@@ -184,8 +184,8 @@ PRICE_NOISE = 0.2
 """Standard deviation of log prices between sellers of one product."""
 
 
-def colourway(product_type: int, shape: int, code: int) -> tuple[int, int]:
-    """Hue and pattern (positions in `HUES`, `PATTERNS`) of a shape's colourway.
+def colorway(product_type: int, shape: int, code: int) -> tuple[int, int]:
+    """Hue and pattern (positions in `HUES`, `PATTERNS`) of a shape's colorway.
 
     The first is plain, all hues differ.
     """
@@ -207,7 +207,7 @@ class TrueProduct(NamedTuple):
     family: int
     product_type: int
     shape: int
-    colourway: int
+    colorway: int
     material: int
     size: int
     use: int
@@ -222,7 +222,7 @@ class TrueProduct(NamedTuple):
     def words(self) -> Mapping[str, Words]:
         """The words of the facts that people ask for: fact -> words, the type first."""
         product_type = PRODUCT_TYPES[self.product_type]
-        hue, pattern = colourway(self.product_type, self.shape, self.colourway)
+        hue, pattern = colorway(self.product_type, self.shape, self.colorway)
         return {
             "type": product_type.noun,
             "hue": HUES[hue],

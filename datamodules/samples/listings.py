@@ -92,31 +92,31 @@ def draw_listings(products: int, seed: int) -> list[Listing]:
 
 
 def draw_family(family: int, rng: np.random.Generator) -> list[TrueProduct]:
-    """One to three variants of one style: they differ in colourway, or in size, and in price."""
+    """One to three variants of one style: they differ in colorway, or in size, and in price."""
     product_type, shape, material, use = (
         int(rng.integers(count)) for count in (len(PRODUCT_TYPES), CHOICES, CHOICES, CHOICES)
     )
     # A family shares everything but color or size.
     brand = int(rng.choice(BRANDS_PER_USE, p=BRAND_SHARES))
-    colourways = rng.permutation(CHOICES).tolist()
+    colorways = rng.permutation(CHOICES).tolist()
     sizes = rng.permutation(CHOICES).tolist()
     if rng.random() < 0.6:
-        variants = [(colourway, sizes[0]) for colourway in colourways]
+        variants = [(colorway, sizes[0]) for colorway in colorways]
     else:
-        variants = [(colourways[0], size) for size in sizes]
+        variants = [(colorways[0], size) for size in sizes]
     return [
         TrueProduct(
             family,
             product_type,
             shape,
-            colourway,
+            colorway,
             material,
             size,
             use,
             brand,
             _log_price(product_type, rng),
         )
-        for colourway, size in variants[: rng.integers(1, len(variants) + 1)]
+        for colorway, size in variants[: rng.integers(1, len(variants) + 1)]
     ]
 
 
@@ -166,7 +166,7 @@ def evidence(listings: Sequence[Listing]) -> dict[str, Evidence]:
     # Which facts each modality shows.
     shown = {
         "text": {"type": everywhere, **written},
-        "image": {"type": pictured, "shape": pictured, "colourway": pictured},
+        "image": {"type": pictured, "shape": pictured, "colorway": pictured},
         "attribute": {"type": everywhere, "use": everywhere, "brand": branded},
     }
     nothing = np.full(len(listings), np.nan)

@@ -41,7 +41,7 @@ SHARES = {
     "type": np.full(len(PRODUCT_TYPES), 1 / len(PRODUCT_TYPES)),
     **{
         fact: np.full(CHOICES, 1 / CHOICES)
-        for fact in ("shape", "colourway", "material", "size", "use")
+        for fact in ("shape", "colorway", "material", "size", "use")
     },
     "brand": BRAND_SHARES,
 }

@@ -1,10 +1,10 @@
 """Pictures of the sample catalogue, drawn by code.
 
-A silhouette in a colourway, photographed somewhere.
+A silhouette in a colorway, photographed somewhere.
 
 A look (silhouette, hue, pattern) is drawn once, large, with transparent surroundings; every picture
 is that drawing moved, scaled, turned, lit and put on a background. The backgrounds are pale and
-grey, so no hue of a product is ever mistaken for one.
+gray, so no hue of a product is ever mistaken for one.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Silhouette(NamedTuple):
     Attributes:
         body: carries hue and pattern.
         trim: behind the body, in a darker shade of the hue.
-        metal: behind both, grey.
+        metal: behind both, gray.
     """
 
     body: tuple[Part, ...]
@@ -240,7 +240,7 @@ def photograph(
 
 
 def _background(side: int, rng: np.random.Generator) -> Image.Image:
-    """A wall and a floor in pale greys, brighter on one side."""
+    """A wall and a floor in pale grays, brighter on one side."""
     tints = ((246, 246, 246), (240, 237, 231), (232, 236, 240), (225, 225, 224), (250, 248, 243))
     wall = np.array(tints[rng.integers(len(tints))], float)
     pixels = np.empty((side, side, 3))

@@ -5,7 +5,7 @@ that a listing holds without saying so. Grade 3 is an answer in full:
 
 * **text**: all asked facts hold. With five or six asked, 2 = all but one, 1 = all but two; the type
   must hold.
-* **image**, a new photo: same shape and colourway; 2 = the shape alone.
+* **image**, a new photo: same shape and colorway; 2 = the shape alone.
 * **product**, one listing: the same product from another seller; 2 = another variant of its style.
 
 A query belongs to the split of the product that it was made from, and no two text queries have the
@@ -114,12 +114,12 @@ def image_queries(listings: Sequence[Listing], count: int, rng: np.random.Genera
     shape = np.array(
         [(listing.true_product.product_type, listing.true_product.shape) for listing in listings]
     )
-    colourway = np.array([listing.true_product.colourway for listing in listings])
+    colorway = np.array([listing.true_product.colorway for listing in listings])
     sources = rng.permutation(_one_per_product(listings))[:count].tolist()
     queries: list[Query] = []
     for source in sources:
         same_shape = (shape == shape[source]).all(axis=1)
-        grades = np.where(same_shape, np.where(colourway == colourway[source], 3, 2), 0)
+        grades = np.where(same_shape, np.where(colorway == colorway[source], 3, 2), 0)
         split = listings[source].true_product.split
         queries.append(Query(f"photo-{len(queries):04d}", "image", split, source, "", grades))
     return queries

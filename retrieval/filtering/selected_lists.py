@@ -169,19 +169,19 @@ class SelectedLists:
             pointers = (
                 faiss.swig_ptr(scores),
                 faiss.swig_ptr(queries),
-                self._centres.get_xb(),
+                self._centers.get_xb(),
                 faiss.swig_ptr(held),
             )
             faiss.fvec_inner_products_by_idx(*pointers, dim, 1, len(held))
         else:
-            centers = faiss.rev_swig_ptr(self._centres.get_xb(), self._total * dim).reshape(-1, dim)
+            centers = faiss.rev_swig_ptr(self._centers.get_xb(), self._total * dim).reshape(-1, dim)
             scores = np.ascontiguousarray(queries @ centers[held].T)
         # Nearest lists first.
         order = np.argsort(-scores, axis=1)
         return held[order], np.take_along_axis(scores, order, axis=1)
 
     @cached_property
-    def _centres(self) -> Any:
+    def _centers(self) -> Any:
         """FAISS index of the centers of all lists."""
         if isinstance(self._quantizer, faiss.IndexFlat):
             return self._quantizer

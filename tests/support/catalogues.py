@@ -37,7 +37,7 @@ SCHEMA = Schema(
 
 
 def picture(color: tuple[int, int, int], rng: np.random.Generator, size: int = 32) -> bytes:
-    """A JPEG with a square of one color somewhere on light grey."""
+    """A JPEG with a square of one color somewhere on light gray."""
     pixels = np.full((size, size, 3), 235, np.uint8)
     left, top = rng.integers(0, size // 2, 2)
     pixels[top : top + size // 2, left : left + size // 2] = color

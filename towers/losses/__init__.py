@@ -1,1 +1,1 @@
-"""Contrastive losses, and the losses of labelled pairs."""
+"""Contrastive losses, and the losses of labeled pairs."""

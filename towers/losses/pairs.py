@@ -1,4 +1,4 @@
-"""Losses of labelled pairs: a label from 0 (not similar at all) to 1 for a query and a product.
+"""Losses of labeled pairs: a label from 0 (not similar at all) to 1 for a query and a product.
 
 Pairs without a label have no part in them; a batch without labels has loss 0.
 """
@@ -16,7 +16,7 @@ from tritower.towers.losses.gather import gather_rows, num_processes
 class PairLoss(Loss):
     """Pull similar pairs together, and push others apart until their cosine is below a margin.
 
-    label * (1 - cosine)^2 + (1 - label) * max(cosine - margin, 0)^2, averaged over labelled pairs
+    label * (1 - cosine)^2 + (1 - label) * max(cosine - margin, 0)^2, averaged over labeled pairs
     (Hadsell, Chopra and LeCun 2006).
 
     Args:
@@ -33,7 +33,7 @@ class PairLoss(Loss):
         self.margin = margin
 
     def forward(self, query: Tensor, product: Tensor, batch: Batch) -> Tensor:
-        """The mean over the labelled pairs of all processes; see `Loss.forward`."""
+        """The mean over the labeled pairs of all processes; see `Loss.forward`."""
         cosine, label = labeled_pairs(query, product, batch)
         attraction = label * (1 - cosine) ** 2
         repulsion = (1 - label) * (cosine - self.margin).clamp(min=0) ** 2
@@ -42,7 +42,7 @@ class PairLoss(Loss):
 
 
 class CoSENT(Loss):
-    """Of two labelled pairs, the one with the higher label should have the higher cosine.
+    """Of two labeled pairs, the one with the higher label should have the higher cosine.
 
     log(1 + sum exp((cosine_i - cosine_j) / temperature)) over all i, j with label_i < label_j
     (Su 2022, https://kexue.fm/archives/8847).
@@ -61,7 +61,7 @@ class CoSENT(Loss):
         self.temperature = temperature
 
     def forward(self, query: Tensor, product: Tensor, batch: Batch) -> Tensor:
-        """The loss over the labelled pairs of all processes; see `Loss.forward`."""
+        """The loss over the labeled pairs of all processes; see `Loss.forward`."""
         cosine, label = labeled_pairs(query, product, batch, gather=True)
         difference = (cosine[:, None] - cosine[None, :]) / self.temperature  # (n, n)
         should_be_below = label[:, None] < label[None, :]
