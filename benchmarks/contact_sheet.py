@@ -13,9 +13,9 @@ from typing import Any
 
 from PIL import Image
 
+from benchmarks.command import run
 from tritower import Item, ProductIndex, load_model
 from tritower.retrieval.products.catalogue import Card, PreparedCatalogue
-from benchmarks.command import run
 
 NUM_HITS = 6
 TEXT = "brown striped mug"

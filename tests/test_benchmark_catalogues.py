@@ -147,7 +147,7 @@ def test_a_catalogue_without_a_configuration_is_trained_with_those_of_others(
 
 def test_names_that_are_not_there_are_refused_with_those_that_are() -> None:
     names = ["ours", "ours, some products new"]
-    assert catalogues.chosen(None, names) == names
+    assert catalogues.chosen([], names) == names
     assert catalogues.chosen(["ours, some products new"], names) == ["ours, some products new"]
     with pytest.raises(
         SystemExit,

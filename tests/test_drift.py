@@ -73,7 +73,7 @@ def test_recall_is_that_of_comparing_with_every_living_product(root):
 def test_the_same_products_are_asked_wherever_their_rows_are(root):
     def asked():
         index = ProductIndex.open(root)
-        return index.ids(module._drawn(index.engine, index.id_table.alive())).tolist()
+        return index.ids(module._draw_rows(index.engine, index.id_table.alive())).tolist()
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "SAMPLE", 50)

@@ -139,7 +139,7 @@ def test_the_demo_runs_what_the_readme_shows() -> None:
 
     options = (ROOT / "Makefile").read_text(encoding="utf-8")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    by_hand = readme[readme.index("## The same by hand") : readme.index("## In Python")]
+    by_hand = readme[readme.index("## The demo by hand") : readme.index("## On a GPU")]
     assert len(commands(by_hand)) == 7
     assert commands(by_hand) <= commands(options)
 

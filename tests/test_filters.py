@@ -162,7 +162,7 @@ def naive(term, row):
         return None if value is None else not value
     if not isinstance(term, Test):
         values = [naive(inner, row) for inner in term.terms]
-        stops = type(term).__name__ == "Some"
+        stops = type(term).__name__ == "Or"
         return stops if stops in values else None if None in values else not stops
     attribute_type, value = ATTRIBUTE_TYPES[term.attribute], row.get(term.attribute)
     if isinstance(value, list):

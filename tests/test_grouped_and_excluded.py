@@ -247,7 +247,7 @@ def test_an_index_leaves_out_products_and_their_groups(index):
 def test_a_filter_on_an_index_is_checked(index):
     with pytest.raises(
         ValueError,
-        match=r"filter: no attribute 'color'; there are group, price, brand, at character 1: "
+        match=r"filter: no attribute 'color'; there are price, brand, group, at character 1: "
         r"\^color",
     ):
         index.search(QUERIES, 10, filter="color = red")

@@ -271,7 +271,7 @@ def _model_by_default(request, monkeypatch, folders):
 
     def read(path, query_type=None):
         manifest = original(path, query_type)
-        if manifest.query_type == "index":
+        if manifest.artefact_type == "index":
             manifest.meta["hints"]["model"] = str(folders / "model")
         return manifest
 

@@ -27,7 +27,7 @@ from tritower.towers.embed import embed
 from tritower.towers.embedding_shards import EmbedOptions
 from tritower.towers.encoder import Encoder
 from tritower.towers.hugging_face import HuggingFaceText
-from tritower.towers.image import ImageTower, TimmImage
+from tritower.towers.image import ImageTower, PictureOptions, TimmImage
 from tritower.towers.lexical import HashedNgrams
 from tritower.towers.model_folder import TOWERS, load_model, save_model
 from tritower.towers.open_clip_models import OpenClipImage, OpenClipText
@@ -68,10 +68,7 @@ def timm_image(weights: Path) -> Tower:
         TIMM,
         weights / "timm.pth",
         TIMM_ARGS,
-        48,
-        resize="crop",
-        interpolation="bilinear",
-        mean=[0.1, 0.2, 0.3],
+        PictureOptions(48, resize="crop", interpolation="bilinear", mean=[0.1, 0.2, 0.3]),
     )
 
 
@@ -253,7 +250,7 @@ def test_a_missing_file_is_named(folder: Path) -> None:
 
 
 def test_a_folder_that_is_no_model_is_refused(tiny_catalogue: Path, tmp_path: Path) -> None:
-    with pytest.raises(ArtefactError, match="kind 'catalogue'; expected 'model'"):
+    with pytest.raises(ArtefactError, match="of type 'catalogue'; expected 'model'"):
         load_model(tiny_catalogue)
     with pytest.raises(ArtefactError, match="no such folder"):
         load_model(tmp_path / "none")

@@ -133,7 +133,7 @@ def test_a_stand_in_scans_as_many_codes_as_the_index_would(
     engine = mock_index(tmp_path, trained, trained.encode(vectors[:3000]), 1_000_000)
     assert engine.lists == 400
     assert [engine.ivf.invlists.list_size(i) for i in (0, 17, 399)] == [2500 * (1 + spill)] * 3
-    assert (tmp_path / "mock index.bin").stat().st_size <= 200_000
+    assert (tmp_path / "mock-index.bin").stat().st_size <= 200_000
     _, rows = engine.search(vectors[:50], 10, Settings(8, 4.0))
     assert 0 <= rows.max() < engine.count
 

@@ -118,7 +118,7 @@ def test_ratio_counts_agreements_and_ignores_what_only_one_shows():
     unknown = np.full(3, UNKNOWN)
     codes = {fact: unknown for fact in SHARES}
     codes |= {
-        "type": np.array([1, 1, 2]),
+        "product_type": np.array([1, 1, 2]),
         "size": np.array([0, UNKNOWN, 0]),
         "brand": np.array([4, 4, 4]),
     }

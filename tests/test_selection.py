@@ -181,7 +181,7 @@ def test_a_selection_keeps_the_recall_of_a_search_among_all(
     """Also where the rows that may be found are far from the query, asked with the settings that
     suit all rows.
     """
-    monkeypatch.setattr(selected_lists, "COMPARED", compared)
+    monkeypatch.setattr(selected_lists, "COMPARED_LISTS", compared)
     engine = build("IVF64,PQ8x4fsr,Refine(SQ8)", spill)
     search, mask = SelectiveSearch(engine), masks()[name]
     everything = np.ones(COUNT, bool)
@@ -198,7 +198,7 @@ def test_a_selection_keeps_the_recall_of_a_search_among_all(
 
 @pytest.mark.parametrize("compared", [0, 6000])
 def test_a_query_is_answered_alone_as_among_others(build, many, monkeypatch, compared):
-    monkeypatch.setattr(selected_lists, "COMPARED", compared)
+    monkeypatch.setattr(selected_lists, "COMPARED_LISTS", compared)
     engine = build("IVF64,PQ8x4fsr,Refine(SQ8)", True)
     search = SelectiveSearch(engine)
     for mask in masks().values():
@@ -224,7 +224,7 @@ def test_blocks_of_queries_are_answered_as_one(build, many, monkeypatch):
     "name", ["random half", "one cluster", "half of the clusters", "three clusters and strays"]
 )
 def test_lists_found_through_groups_give_the_same(tmp_path, monkeypatch, many, name, compared):
-    monkeypatch.setattr(selected_lists, "COMPARED", compared)
+    monkeypatch.setattr(selected_lists, "COMPARED_LISTS", compared)
     for module in (clustering, mapped):
         monkeypatch.setattr(module, "FLAT_LISTS", 16)
     writer = EmbeddingWriter(tmp_path / "e", dim=DIM)

@@ -188,7 +188,7 @@ def test_garbage_is_never_taken_for_a_manifest(data):
 def test_killed_writers_leave_nothing_after_the_next_run(tmp_path):
     program = (
         "import sys, time; from tritower.artefacts import storage\n"
-        "with storage.new_folder(sys.argv[1], type='t') as f:\n"
+        "with storage.new_folder(sys.argv[1], artefact_type='t') as f:\n"
         "    (f / 'x').write_text('half'); print('ready', flush=True); time.sleep(60)"
     )
     process = subprocess.Popen(
@@ -336,7 +336,7 @@ def test_a_limit_on_the_size_of_files_is_named_and_nothing_stays(tmp_path):
     program = (
         "import resource, sys; from tritower.artefacts import storage\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, 3_000_000))\n"
-        "with storage.new_folder(sys.argv[1], type='t') as folder, storage.create(folder / 'big') "
+        "with storage.new_folder(sys.argv[1], artefact_type='t') as folder, storage.create(folder / 'big') "
         "as file:\n"
         "    for _ in range(10): file.write(bytes(1_000_000))"
     )

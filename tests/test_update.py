@@ -311,11 +311,11 @@ def test_an_update_killed_for_real_is_done_by_the_same_call(built, tmp_path):
         from tritower.retrieval.updating import update
         from tritower.retrieval.updating import next_version
         from tritower.retrieval.vectors.embeddings import EmbeddingReader
-        real = next_version.write_mapped
+        real = next_version.write_ivf_pq
         def half(*arguments, **options):
             real(*arguments, **options)
             os.kill(os.getpid(), signal.SIGKILL)
-        next_version.write_mapped = half
+        next_version.write_ivf_pq = half
         update.update_index({str(root)!r}, upsert=EmbeddingReader({str(tmp_path / "u")!r}))
     """
     done = subprocess.run(
@@ -625,10 +625,13 @@ def edited(catalogue, folder, edit):
 @pytest.fixture(scope="module")
 def of_catalogue(tiny_run, tiny_catalogue, tmp_path_factory):
     """An index of the tiny catalogue as the tiny model sees it."""
+    from tritower.towers.embed import EmbedOptions
     from tritower.towers.embed import embed as embed_catalogue
 
     folder = tmp_path_factory.mktemp("of-catalogue")
-    embed_catalogue(tiny_run / "model", tiny_catalogue, folder / "e", accelerator="cpu")
+    embed_catalogue(
+        tiny_run / "model", tiny_catalogue, folder / "e", options=EmbedOptions(accelerator="cpu")
+    )
     build_index(
         EmbeddingReader(folder / "e" / "products"),
         folder / "i",
@@ -667,6 +670,7 @@ def test_of_a_catalogue_only_what_has_changed_is_embedded(
     of_catalogue, tiny_run, tiny_catalogue, tmp_path, capsys, asked
 ):
     from tritower.commands import index as commands
+    from tritower.towers.embed import EmbedOptions
     from tritower.towers.embed import embed as embed_catalogue
 
     root = tmp_path / "i"
@@ -693,7 +697,9 @@ def test_of_a_catalogue_only_what_has_changed_is_embedded(
     asked.clear()
     report = run(changed)
     assert (report["added"], report["replaced"], report["unchanged"], len(asked)) == (1, 2, 118, 3)
-    embed_catalogue(tiny_run / "model", changed, tmp_path / "all", accelerator="cpu")
+    embed_catalogue(
+        tiny_run / "model", changed, tmp_path / "all", options=EmbedOptions(accelerator="cpu")
+    )
     index = ProductIndex.open(root)
     for batch in EmbeddingReader(tmp_path / "all" / "products").batches():
         for product, vector in zip(batch.ids.to_pylist(), batch.vectors, strict=True):

@@ -165,9 +165,9 @@ def evidence(listings: Sequence[Listing]) -> dict[str, Evidence]:
     }
     # Which facts each modality shows.
     shown = {
-        "text": {"type": everywhere, **written},
-        "image": {"type": pictured, "shape": pictured, "colorway": pictured},
-        "attribute": {"type": everywhere, "use": everywhere, "brand": branded},
+        "text": {"product_type": everywhere, **written},
+        "image": {"product_type": pictured, "shape": pictured, "colorway": pictured},
+        "attribute": {"product_type": everywhere, "use": everywhere, "brand": branded},
     }
     nothing = np.full(len(listings), np.nan)
     result = {}

@@ -38,7 +38,7 @@ SUBSETS = tuple(
 """The seven ways to look at a listing."""
 
 SHARES = {
-    "type": np.full(len(PRODUCT_TYPES), 1 / len(PRODUCT_TYPES)),
+    "product_type": np.full(len(PRODUCT_TYPES), 1 / len(PRODUCT_TYPES)),
     **{
         fact: np.full(CHOICES, 1 / CHOICES)
         for fact in ("shape", "colorway", "material", "size", "use")

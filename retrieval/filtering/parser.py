@@ -158,40 +158,40 @@ class _Parser:
 
     def parse_test(self) -> Term:
         position = self.token.position
-        parse_name = self.parse_name()
+        name = self.parse_name()
         # NAME is known, NAME != value, NAME < value ..., NAME [not] in (values) ...
         if self.accept_word("is"):
-            return self.parse_known_test(parse_name, position)
+            return self.parse_known_test(name, position)
         if self.accept_sign("!="):
-            return negated(Test(parse_name, "=", (self.parse_value(),), position))
+            return negated(Test(name, "=", (self.parse_value(),), position))
         for sign, comparison in COMPARISON_SIGNS.items():
             if self.accept_sign(sign):
-                return Test(parse_name, comparison, (self.parse_value(),), position)
+                return Test(name, comparison, (self.parse_value(),), position)
         holds = not self.accept_word("not")
-        parse_test = self.parse_word_test(parse_name, position, holds)
+        test = self.parse_word_test(name, position, holds)
         if holds:
-            return parse_test
-        return negated(parse_test)
+            return test
+        return negated(test)
 
-    def parse_known_test(self, parse_name: str, position: int) -> Term:
+    def parse_known_test(self, name: str, position: int) -> Term:
         """After `is`: `known`, `missing`, `not known` or `not missing`."""
         holds = not self.accept_word("not")
         is_known = self.accept_word("known")
         if not is_known and not self.accept_word("missing"):
             self.unexpected("missing or known")
-        parse_test = Test(parse_name, "known", (), position)
+        test = Test(name, "known", (), position)
         if is_known == holds:
-            return parse_test
-        return negated(parse_test)
+            return test
+        return negated(test)
 
-    def parse_word_test(self, parse_name: str, position: int, holds: bool) -> Test:
+    def parse_word_test(self, name: str, position: int, holds: bool) -> Test:
         """A test by `in`, `under` or `has`."""
         if self.accept_word("in"):
-            return Test(parse_name, "in", self.parse_values(), position)
+            return Test(name, "in", self.parse_values(), position)
         if self.accept_word("under"):
-            return Test(parse_name, "under", (self.parse_value(),), position)
+            return Test(name, "under", (self.parse_value(),), position)
         if self.accept_word("has"):
-            return Test(parse_name, "has", (self.parse_value(),), position)
+            return Test(name, "has", (self.parse_value(),), position)
         signs = "<, <=, >, >=, =, !=, in, under, has or is"
         self.unexpected(signs if holds else "in, under or has")
 

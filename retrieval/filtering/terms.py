@@ -72,8 +72,8 @@ class Test:
     Attributes:
         attribute: its name.
         operator: `=` and `in` for equal values, `under` for paths that begin so, `has` for sets and
-            levels of paths, `is_known` for any value.
-        values: one; several for `in`, none for `is_known`.
+            levels of paths, `known` for any value.
+        values: one; several for `in`, none for `known`.
         position: where it stands in the text, for messages.
     """
 
@@ -96,7 +96,7 @@ class Test:
         no = "" if holds else "not "
         values = ", ".join(map(_value_text, self.values))
         if self.operator == "known":
-            return f"{name} is {'is_known' if holds else 'missing'}"
+            return f"{name} is {'known' if holds else 'missing'}"
         if self.operator == "in":
             return f"{name} {no}in ({values})"
         if self.operator == "=":
@@ -191,7 +191,7 @@ def type_problem(test: Test, attribute_types: Mapping[str, AttributeType]) -> st
         # Suggest the names that look most alike.
         nearest = sorted(
             attribute_types,
-            key=lambda is_known: -SequenceMatcher(None, name.lower(), is_known.lower()).ratio(),
+            key=lambda other: -SequenceMatcher(None, name.lower(), other.lower()).ratio(),
         )
         if len(nearest) > SHOWN:
             more = f" and {len(nearest) - SHOWN} more"

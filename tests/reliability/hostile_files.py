@@ -69,29 +69,29 @@ def changed(name: str, data: bytes, chance: random.Random) -> bytes:
     if name == "lists.npy" and chance.random() < 0.5:
         return changed_array(data, chance)
     if name == "settings.json":
-        place = chance.index_spec([i for i, byte in enumerate(data) if chr(byte).isdigit()])
-        return data[:place] + chance.index_spec(TEXTS).encode() + data[place + 1 :]
+        place = chance.choice([i for i, byte in enumerate(data) if chr(byte).isdigit()])
+        return data[:place] + chance.choice(TEXTS).encode() + data[place + 1 :]
     head = min(len(data), 400)  # where the counts and sizes stand
     way = chance.randrange(7)
     if way <= 2:
-        size = chance.index_spec([4, 8])
+        size = chance.choice([4, 8])
         place = (
             chance.randrange(0, head, 4) if chance.random() < 0.7 else chance.randrange(len(data))
         )
-        new[place : place + size] = (chance.index_spec(NUMBERS) % 2 ** (8 * size)).to_bytes(
+        new[place : place + size] = (chance.choice(NUMBERS) % 2 ** (8 * size)).to_bytes(
             size, "little"
         )
     elif way == 3:
         known = [i for i in range(len(data) - 4) if data[i : i + 2] in (b"Ix", b"Iw")] or [0]
-        place = chance.index_spec(known)
-        new[place : place + 4] = chance.index_spec(NAMES)
+        place = chance.choice(known)
+        new[place : place + 4] = chance.choice(NAMES)
     elif way == 4:
         new[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
     elif way == 5:
         del new[chance.randrange(len(data)) :]
     else:
         place = chance.randrange(len(data))
-        new[place:place] = data[place : place + chance.index_spec([1, 4, 8, 64])]
+        new[place:place] = data[place : place + chance.choice([1, 4, 8, 64])]
     return bytes(new)
 
 
@@ -102,14 +102,14 @@ def changed_array(data: bytes, chance: random.Random) -> bytes:
     """
     way, end = chance.randrange(4), data.index(b"\n")
     if way == 0:
-        return data.replace(b"<i8", chance.index_spec([b"<f8", b"|O8", b">i8", b"<u8"]))
+        return data.replace(b"<i8", chance.choice([b"<f8", b"|O8", b">i8", b"<u8"]))
     if way == 1:
         return (
-            data[:end].replace(b"(8,)", chance.index_spec([b"(9,)", b"(0,)", b"()  ", b"(-1,)"]))
+            data[:end].replace(b"(8,)", chance.choice([b"(9,)", b"(0,)", b"()  ", b"(-1,)"]))
             + data[end:]
         )
     sizes = np.frombuffer(data[end + 1 :], np.int64).copy()
-    sizes[chance.randrange(len(sizes))] = chance.index_spec(NUMBERS) - 2**63
+    sizes[chance.randrange(len(sizes))] = chance.choice(NUMBERS) - 2**63
     if way == 3:
         sizes = np.roll(np.frombuffer(data[end + 1 :], np.int64), 1)
     return data[: end + 1] + sizes.tobytes()

@@ -361,7 +361,7 @@ def _after_crash(file: _File, chance: random.Random) -> bytes:
     garbage = bytearray(file.volatile)
     start = chance.randrange(size) if size else 0
     garbage[start : start + 512] = chance.randbytes(len(garbage[start : start + 512]))
-    return chance.index_spec(
+    return chance.choice(
         [
             file.durable,
             file.volatile,
