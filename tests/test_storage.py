@@ -336,8 +336,8 @@ def test_a_limit_on_the_size_of_files_is_named_and_nothing_stays(tmp_path):
     program = (
         "import resource, sys; from tritower.artefacts import storage\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, 3_000_000))\n"
-        "with storage.new_folder(sys.argv[1], artefact_type='t') as folder, storage.create(folder / 'big') "
-        "as file:\n"
+        "with storage.new_folder(sys.argv[1], artefact_type='t') as folder, "
+        "storage.create(folder / 'big') as file:\n"
         "    for _ in range(10): file.write(bytes(1_000_000))"
     )
     done = subprocess.run(
