@@ -168,6 +168,7 @@ def read_manifest(path: Path | str, artefact_type: str | None = None) -> Manifes
         wanted = f"a finished {artefact_type} folder"
     if not path.is_dir():
         raise ArtefactError(f"{path}: no such folder; expected {wanted}")
+    # The manifest is written last: a folder without one is unfinished.
     try:
         data = (path / MANIFEST).read_bytes()
     except FileNotFoundError:

@@ -76,6 +76,7 @@ def lock(path: Path, *, shared: bool = False, wait: bool = False) -> Lock | None
         wait: until whoever has it gives it back; else `held` tells.
     """
     # Windows has no flock: the lock is then unknown (None), and stale temporaries stay.
+    # Without fcntl (Windows) or on file systems without locks, nothing is known about other users.
     try:
         descriptor = files.system.open(Path(os.devnull) if fcntl is None else path, os.O_RDONLY)
     except FileNotFoundError:

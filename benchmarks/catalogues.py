@@ -1,23 +1,24 @@
-"""How good are embeddings of real catalogues.
+"""How good embeddings of real catalogues are.
 
-Traditional search, pretrained towers, trained towers, fused models.
+Search without training, pretrained towers, trained towers, fused models.
 
-    python -m benchmarks.catalogues --data DIR --weights DIR --json FILE [--quick] [--split
-    val|test]
+    python -m benchmarks.catalogues --data DIR --weights DIR --json FILE [--quick]
+        [--split val|test]
 
 `DIR` holds the catalogues of docs/data.md. Every arm is stored in FILE as it finishes; a second run
 makes the rest. The test split is read once: `benchmarks.ledger` keeps what was read, and refuses it
 a second time.
 
 Keys of FILE:
-    arms        "CATALOGUE/ARM/SEED" -> {"split", "splits", "command", "seconds", "query types"}
-                splits: salt of `benchmarks.splits`, null for the catalogue's own
-                query_types: {TYPE: {METRIC: [value, low, high]}}
-                METRIC: hit@1, hit@10, recall@10, best_recall@10, ndcg@10 by exact search;
-                    ann_vs_exact_recall@10 and
-                ann_hit@10 of the default index
-    missing     "CATALOGUE/ARM/SEED/SIDE without MODALITY" -> as in arms, for what is left of
-    products or queries machine     cores, memory, versions
+
+    arms      "CATALOGUE/ARM/SEED" -> split, splits, command, seconds, query_types
+              splits: salt of `benchmarks.splits`, null for the catalogue's own
+              query_types: query type -> metric -> [value, low, high]
+              metrics: hit@1, hit@10, recall@10, best_recall@10, ndcg@10 by exact search;
+              ann_vs_exact_recall@10 and ann_hit@10 of the default index
+    missing   "CATALOGUE/ARM/SEED/SIDE without MODALITY" -> as in arms, for what is left of
+              products or queries
+    machine   cores, memory, versions
 """
 
 from __future__ import annotations

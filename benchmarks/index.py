@@ -1,16 +1,19 @@
 """Our index beside exact search and its peers: same vectors, same threads, equal recall.
 
-    python -m benchmarks.index --json FILE [--quick] [--n 1000000] [--arms ours,hnsw,...] [--work
-    DIR] python -m benchmarks.index --growth FILE FILE ...
+    python -m benchmarks.index --json FILE [--quick] [--n N] [--arms ours,hnsw,...] [--work DIR]
+    python -m benchmarks.index --growth FILE FILE ...
 
 Each arm builds in a process of its own and is searched in another one, one after the other. `make
 bench-setup` installs the peers. The arms:
 
-    exact        faiss IndexFlatIP
-    ours         the default recipe; ours-spill: with a second list per vector; ours-target: built
-    for recall 0.95 ivfpq        faiss IVF{4 sqrt N},PQ{D/8}, no re-ranking; floor: faiss IVF{4 sqrt
-    N},PQ{D/2}x4fsr,Refine(SQ8) hnsw         faiss HNSW32 hnswlib, usearch, scann, autofaiss
-    with their defaults, or what they choose or advise
+    exact          faiss IndexFlatIP
+    ours           the default index
+    ours-spill     the default with a second list per vector
+    ours-target    built for recall 0.95
+    ivfpq          faiss IVF{4 sqrt N},PQ{D/8}, no re-ranking
+    floor          faiss IVF{4 sqrt N},PQ{D/2}x4fsr,Refine(SQ8)
+    hnsw           faiss HNSW32
+    hnswlib, usearch, scann, autofaiss    with their defaults, or what they choose or advise
 
 Vectors are `faiss.contrib`'s SyntheticDataset (256 dimensions, inner product, unit length), or
 those of an embeddings folder with noisy copies up to N (--real). Results of arms that are done are
@@ -19,28 +22,30 @@ same. DIR needs about 4 KB a vector while HNSW is measured, and 2.5 KB without i
 GiB of memory at 10 million vectors has the arms ours, ours-target, floor and exact.
 
 Keys of FILE, and a plot of recall and queries a second beside it:
-    data       n, dim, measured (queries), tuned_by (other queries), seed, real, noise, digest
-    machine    cpu, cores, threads, memory_bytes, python, faiss
-    arms       name -> status ("ok", "not installed", "failed"), error, and where it is ok:
-        build    settings, seconds (by stage), total_s, train_add_s, peak_rss_bytes (mapped pages of
-        files included),
-                 peak_anon_bytes (without them), disk_bytes, load before it; of ours also reason,
-                 predicted, candidates
-        search   open_s, hot_bytes (growth of RssAnon from before opening to after 2,000 searches),
-        file_bytes (growth
-                 of RssFile over the same), hot_at (their settings), lists, points, load before it
-        points   recall (recall@10 against exact search), qps (a batch on all threads), p50_ms and
-        p99_ms (one query at
-                 a time on one thread), lists_share, settings; only those that no other one beats
-        hot_per_vector, touched_per_vector (codes, rows and centers that searches touch, mapped or
-        not), disk_per_vector at       recall level -> qps, p50_ms, lists_share between the points
-        around it; bound: even the cheapest
-                 setting finds more, so qps is less than could be; point: the cheapest measured
-                 one that reaches it; of ours cold_p50_ms, cold_p99_ms, cold_first_ms, cold_faults
-                 of that point after the index's files were dropped from the page cache
-    ratios     recall level -> our arm -> other arm -> qps of ours over theirs
-    build_ratios   our arm -> other arm -> seconds of theirs (train and add) over ours
-    filters, updates   of our default index, where they are measured
+
+    data             n, dim, measured (queries), tuned_by (other queries), seed, real, noise, digest
+    machine          cpu, cores, threads, memory_bytes, python, faiss
+    arms             name -> status ("ok", "not installed", "failed"), error, and where it is ok:
+      build          settings, seconds (by stage), total_s, train_add_s, peak_rss_bytes (with pages
+                     of mapped files), peak_anon_bytes (without), disk_bytes, load before it; of
+                     ours also reason, predicted, candidates
+      search         open_s, resident_bytes (growth of RssAnon from before opening to after 2,000
+                     searches), file_bytes (growth of RssFile over the same), resident_at (their
+                     settings), lists, points, load before it
+      points         recall (recall@10 against exact search), qps (a batch on all threads), p50_ms
+                     and p99_ms (one query at a time on one thread), lists_share, settings; only
+                     those that no other one beats
+      resident_per_vector, disk_per_vector
+      touched_per_vector
+                     codes, rows and centroids that searches touch, mapped or not
+      at             recall level -> qps, p50_ms, lists_share between the points around it
+                     bound: even the cheapest setting finds more, so qps is less than could be
+                     point: the cheapest measured one that reaches it
+                     cold_p50_ms, cold_p99_ms, cold_first_ms, cold_faults: of ours, of that point
+                     after the index's files were dropped from the page cache
+    ratios           recall level -> our arm -> other arm -> qps of ours over other
+    build_ratios     our arm -> other arm -> seconds of other (train and add) over ours
+    filters, updates of our default index, where they are measured
 """
 
 from __future__ import annotations
@@ -326,7 +331,7 @@ def stage(run: Run, arm: str, name: str, options: dict[str, Any] | None = None) 
     """
     logs = run.data / "logs"
     logs.mkdir(exist_ok=True)
-    answer, asked, log = (logs / f"{arm}.{name}.{kind}" for kind in ("json", "task", "log"))
+    answer, task_file, log = (logs / f"{arm}.{name}.{suffix}" for suffix in ("json", "task", "log"))
     answer.unlink(missing_ok=True)
     task = Task(
         arm,
@@ -339,7 +344,7 @@ def stage(run: Run, arm: str, name: str, options: dict[str, Any] | None = None) 
         budget_s=run.budget_s,
         options=options,
     )
-    asked.write_text(json.dumps(task.to_json()), encoding="utf-8")
+    task_file.write_text(json.dumps(task.to_json()), encoding="utf-8")
     own = arm in ours.ARMS
     command = [
         str(run.interpreter(arm)),
@@ -348,7 +353,7 @@ def stage(run: Run, arm: str, name: str, options: dict[str, Any] | None = None) 
             if own
             else ["-I", str(Path(peers.__file__).resolve())]
         ),
-        str(asked.resolve()),
+        str(task_file.resolve()),
     ]
     names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
     # No arm uses a GPU here: benchmarks.gpu compares building with and without one.
@@ -387,7 +392,7 @@ def assemble(run: Run, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
     n = run.about["n"]
     arms = {name: figures_of(result, n) for name, result in results.items()}
     good = {name: arm for name, arm in arms.items() if arm["status"] == "ok"}
-    mine = [name for name in good if name in ours.ARMS]
+    our_arms = [name for name in good if name in ours.ARMS]
     others = [name for name in good if name not in ours.ARMS]
     extras = results.get("ours", {}).get("extras", {})
     return {
@@ -395,7 +400,9 @@ def assemble(run: Run, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
         "machine": machine(run.threads),
         "arms": arms,
         "ratios": {
-            str(level): {m: {o: qps_ratio(good[m], good[o], level) for o in others} for m in mine}
+            str(level): {
+                m: {o: qps_ratio(good[m], good[o], level) for o in others} for m in our_arms
+            }
             for level in LEVELS
         },
         "build_ratios": {
@@ -404,7 +411,7 @@ def assemble(run: Run, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
                 for o in others
                 if train_add(good[o])
             }
-            for m in mine
+            for m in our_arms
         },
         **{name: found for name, found in extras.items() if found is not None},
     }
@@ -431,7 +438,7 @@ def figures_of(result: dict[str, Any], n: int) -> dict[str, Any]:
         "status": "ok",
         "build": build,
         "search": search,
-        "hot_per_vector": round(search["resident_bytes"] / n, 1),
+        "resident_per_vector": round(search["resident_bytes"] / n, 1),
         "touched_per_vector": round(
             (touched if touched is not None else search["resident_bytes"]) / n, 1
         ),
@@ -440,9 +447,9 @@ def figures_of(result: dict[str, Any], n: int) -> dict[str, Any]:
     }
 
 
-def qps_ratio(mine: dict[str, Any], theirs: dict[str, Any], level: float) -> float | None:
-    """Queries a second of ours over theirs at a recall; None where either does not reach it."""
-    value = ratio(*(arm["at"].get(str(level), {}).get("qps") for arm in (mine, theirs)))
+def qps_ratio(our_arms: dict[str, Any], other: dict[str, Any], level: float) -> float | None:
+    """Queries a second of ours over other at a recall; None where either does not reach it."""
+    value = ratio(*(arm["at"].get(str(level), {}).get("qps") for arm in (our_arms, other)))
     if value is None:
         return None
     return round(value, 3)

@@ -1,18 +1,16 @@
-"""What a large batch costs in the loss alone.
-
-Memory beside its embeddings, and seconds, beside open_clip's loss.
+"""What a large batch costs in the loss alone: memory and seconds, beside open_clip's loss.
 
     python -m benchmarks.loss --json FILE [--sizes 1024,4096,16384,65536] [--dim 256]
 
 Each size and arm runs in a process of its own: random unit vectors, loss and gradients once.
-open_clip's ClipLoss holds all similarities; it is left out where they would need more than half of
-the free memory.
+open_clip's ClipLoss holds all scores; it is left out where they would need more than half of the
+free memory.
 
 Keys of FILE:
+
     machine   cores, threads, torch
-    rows      batch, arm ("tritower", "open_clip"), seconds, loss_bytes (growth of the process's
-    peak memory over that
-              with embeddings and their gradients), us_per_pair
+    rows      batch, arm ("tritower", "open_clip"), seconds, us_per_pair,
+              loss_bytes (growth of peak memory over that with embeddings and their gradients)
 """
 
 from __future__ import annotations

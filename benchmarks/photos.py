@@ -57,7 +57,7 @@ FOR_NEW = [
 """What finds products best that a model was never trained on."""
 
 SOME_NEW = ", some products new"
-"""Arms of this ending are trained without `NEW` products, and asked for them too."""
+"""Arms of this ending are trained without `NEW` products, and test_options for them too."""
 
 ARMS: dict[str, list[str]] = {
     "ours": [],
@@ -132,8 +132,8 @@ class Classifier(TwoTower):
 
 def classified(bench: Bench, arguments: list[str], run: Path, seed: int) -> dict[str, Any]:
     """Train the classifier and ask the split's photos."""
-    asked = [f"--data.validation.test_split={bench.split}", "--then_test=true"]
-    TrainingCLI.start(bench.fit_arguments(run, [*asked, *arguments], seed), model=Classifier)
+    test_options = [f"--data.validation.test_split={bench.split}", "--then_test=true"]
+    TrainingCLI.start(bench.fit_arguments(run, [*test_options, *arguments], seed), model=Classifier)
     figures = json.loads((run / "test.json").read_text(encoding="utf-8"))
     return {name: round(figures[f"test/{name}"], 4) for name in ("hit@1", "hit@10")}
 

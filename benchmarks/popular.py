@@ -4,9 +4,9 @@ No model, no features, no training.
 
     python -m benchmarks.popular --data DIR [--only luma] [--split val|test]
 
-After the mates of its family, a product's answers are those that the most products of its category
+After its own family, the products relevant to it are those that the most products of its category
 name. Counted over the judgements that training may use, and, as a bound of what categories tell,
-over all judgements but those of the asked product's own family.
+over all judgements but those of the query's own family.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ def shares(
 
 
 def ndcg(
-    score: NDArray[np.float64], grades: NDArray[np.float64], asked: NDArray[np.int64]
+    score: NDArray[np.float64], grades: NDArray[np.float64], query_rows: NDArray[np.int64]
 ) -> float:
-    """nDCG@10 of the products `asked`, which never find themselves; (N, N) scores and grades."""
+    """nDCG@10 of products as queries, which never find themselves; (N, N) scores and grades."""
     score = score.copy()
     np.fill_diagonal(score, -np.inf)
-    found = np.argsort(-score[asked], axis=1, kind="stable")[:, : min(10, len(grades) - 1)]
-    everything = np.broadcast_to(np.arange(len(grades)), (len(asked), len(grades)))
-    return ndcg_at_k(found, everything, grades[asked], found.shape[1])
+    found = np.argsort(-score[query_rows], axis=1, kind="stable")[:, : min(10, len(grades) - 1)]
+    everything = np.broadcast_to(np.arange(len(grades)), (len(query_rows), len(grades)))
+    return ndcg_at_k(found, everything, grades[query_rows], found.shape[1])
 
 
 def main(data: Path, only: str = "luma", split: Split = "val") -> None:
@@ -82,18 +82,17 @@ def main(data: Path, only: str = "luma", split: Split = "val") -> None:
         np.unique(values, return_inverse=True)[1] for values in (families, products["category"])
     )
     of_split = {name: np.array(products["split"]) == name for name in ("train", split)}
-    asked = np.flatnonzero(of_split[split] & (grades == grades.max()).any(1))
-    mates = family[:, None] == family
-    links = (grades > 0) & ~mates
+    query_rows = np.flatnonzero(of_split[split] & (grades == grades.max()).any(1))
+    same_family = family[:, None] == family
+    links = (grades > 0) & ~same_family
     known = np.outer(of_split["train"], of_split["train"])
-    print(f"{only}, {len(asked)} products of {split} ask, nDCG@10")
+    print(f"{only}, {len(query_rows)} query products of {split}, nDCG@10")
     for name, counted in (
         ("judgements of train", links & known),
         ("all judgements but the family's own", links),
     ):
-        print(
-            f"{name:36} {ndcg(10 * mates + shares(counted, category, family), grades, asked):.3f}"
-        )
+        score = 10 * same_family + shares(counted, category, family)
+        print(f"{name:36} {ndcg(score, grades, query_rows):.3f}")
 
 
 if __name__ == "__main__":

@@ -1,19 +1,19 @@
 """How long a training step takes: open_clip's own, ours, and ours with less to do.
 
-    python -m benchmarks.steps --json FILE [--model ViT-B-32] [--batch 1024] [--chunk N] [--steps
-    10] [--arms ...]
+    python -m benchmarks.steps --json FILE [--model ViT-B-32] [--batch 1024] [--chunk N]
+        [--steps 10] [--arms ...]
 
-A text tower asks for the pictures of the other side, on random tokens and pixels that are on the
-device already: no loading of data, all else (preprocessing on the device, forward, loss, backward,
-AdamW). On a GPU in bfloat16, on a CPU in float32. Untrained weights: time does not depend on them.
-Arms run one after another in this process.
+Text queries and picture products, on random tokens and pixels that are on the device already: no
+loading of data, all else (preprocessing on the device, forward, loss, backward, AdamW). On a GPU in
+bfloat16, on a CPU in float32. Untrained weights: time does not depend on them. Arms run one after
+another in this process.
 
 Keys of FILE:
+
     machine   device, threads, versions
-    rows      arm, model, batch, chunk, seconds (median of the steps), pairs_per_s, peak_bytes (of
-    the GPU; 0 on a CPU),
-              of_tuned (seconds over those of "tuned"), over_open_clip (pairs per second over
-              open_clip's)
+    rows      arm, model, batch, chunk, seconds (median of the steps), pairs_per_s,
+              peak_bytes (of the GPU; 0 on a CPU), of_tuned (seconds over those of "tuned"),
+              over_open_clip (pairs per second over open_clip's)
 """
 
 from __future__ import annotations
@@ -194,9 +194,9 @@ def of_ours(arm: str, model: str, batch: int, chunk: int | None) -> Callable[[],
 
     def step() -> Tensor:
         with torch.autocast(DEVICE, torch.bfloat16, enabled=DEVICE == "cuda"):
-            asked = two.encode_batch(two.query, query).embedding
+            query_embedding = two.encode_batch(two.query, query).embedding
             found = two.encode_batch(two.product, product).embedding
-        value: Tensor = two.loss(asked, found, whole)
+        value: Tensor = two.loss(query_embedding, found, whole)
         optimizer.zero_grad()
         value.backward()
         optimizer.step()

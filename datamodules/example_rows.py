@@ -40,7 +40,7 @@ class ExampleRows:
 
     @classmethod
     def join(cls, parts: Sequence[ExampleRows]) -> ExampleRows:
-        """All examples of all parts, ordered by product."""
+        """All examples of all parts, ordered by product: (E,) rows of the sum of their lengths."""
         columns = []
         for field in fields(cls):
             columns.append(np.concatenate([getattr(part, field.name) for part in parts]))
@@ -71,7 +71,7 @@ class JudgementOptions:
 
 
 def catalogue_examples(rows: np.ndarray) -> ExampleRows:
-    """One example for each of these rows of `products/`: two views of it, or of its group."""
+    """One example for each of (N,) int64 rows of `products/`: two views of it, or of its group."""
     no_row = np.full(len(rows), NO_ROW, np.int64)
     weight = np.ones(len(rows), np.float32)
     return ExampleRows(rows.astype(np.int64), no_row, no_row, weight, weight * np.nan)
@@ -84,7 +84,7 @@ def judgement_examples(
     split: str,
     options: JudgementOptions = JudgementOptions(),
 ) -> ExampleRows:
-    """The judgements whose query and product are both of this split.
+    """The judgements whose query and product are both of this split, as (E,) examples.
 
     Args:
         qrels: query_id, product_id, relevance.

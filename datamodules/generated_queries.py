@@ -55,7 +55,7 @@ class GeneratedQueries:
         return {"query_id": f"facets\0{text}", "text": text, "images": None}
 
     def examples(self, first: int, times: int, seed: int) -> ExampleRows:
-        """Each query `times` times with a product drawn at random.
+        """Each of Q queries `times` times with a product drawn at random: (Q x times,) examples.
 
         Queries are numbered from `first`.
         """
@@ -65,7 +65,7 @@ class GeneratedQueries:
         return self._example_rows(product, number + first)
 
     def pairs(self, first: int) -> ExampleRows:
-        """Each query with each of its products."""
+        """Each query with each of its products: (P,) examples."""
         number = np.repeat(np.arange(len(self)), [len(rows) for rows in self.products])
         product = np.concatenate([np.empty(0, np.int64), *self.products])
         return self._example_rows(product, number + first)
@@ -132,7 +132,7 @@ def generate_queries(
 
     Args:
         products: the catalogue.
-        rows: int64 rows that queries are made from and that match them, those of the train split.
+        rows: (N,) int64 rows that queries are made from and that match them: the train split.
         schema: of the catalogue.
         seed: of the draw.
         weight: 0 to 1, of a product.

@@ -110,7 +110,7 @@ class JudgedQueries(NamedTuple):
     threshold: float
 
     def select(self, kept: np.ndarray) -> JudgedQueries:
-        """Some of the queries."""
+        """Some of the queries: (n,) positions or a (Q,) bool mask."""
         return JudgedQueries(
             self.query[kept],
             self.query_product[kept],

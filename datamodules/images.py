@@ -213,6 +213,7 @@ def _is_cut(data: bytes) -> bool:
 
 
 def _known_start(data: bytes) -> bool:
+    # JPEG, PNG, GIF, BMP and TIFF begin so; WebP and AVIF name themselves after a length.
     starts = (
         b"\xff\xd8\xff",
         b"\x89PNG\r\n\x1a\n",

@@ -41,7 +41,7 @@ class SameGroup:
         self.last[alone] = self.first[alone]
 
     def one_per_group(self, rows: np.ndarray) -> np.ndarray:
-        """The rows that are alone, or the first of their group."""
+        """Of (N,) rows, those that are alone or the first of their group."""
         is_alone = self.first[rows] == self.last[rows]
         start = np.minimum(self.first[rows], max(len(self.members) - 1, 0))
         return rows[is_alone | (self.members[start] == rows)]

@@ -198,7 +198,7 @@ class ProductDataModule(L.LightningDataModule):
             file = Path(self.trainer.default_root_dir) / "negatives" / mined["file"]
             if not file.is_file():
                 raise FileNotFoundError(
-                    f"{file}: the negatives that this run had mined are gone; start it afresh."
+                    f"{file}: the hard negatives of this run are missing; start it afresh."
                 )
             self._negatives = Negatives(**{**mined, "file": file})
         # It is resumable: by its stream.

@@ -82,6 +82,7 @@ class BatchStream(Sampler[Draw]):
     ) -> None:
         if num_examples < 1:
             raise ValueError("num_examples=0: there is nothing to train on.")
+        # Each process takes an equal slice of the global batch.
         if batch_size % position.num_ranks:
             raise ValueError(
                 f"batch_size={batch_size} is not divisible by the {position.num_ranks} processes "
@@ -106,7 +107,7 @@ class BatchStream(Sampler[Draw]):
         return -(-self.num_examples // self.batch_size)
 
     def order(self, epoch: int) -> Iterator[np.ndarray]:
-        """All example numbers of an epoch, window by window."""
+        """All example numbers of an epoch, (n,) int64 window by window."""
         num_blocks = -(-self.num_examples // self.block_size)
         blocks = np.random.default_rng((self.seed, epoch)).permutation(num_blocks)
         for first in range(0, num_blocks, self.window_blocks):

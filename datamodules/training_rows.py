@@ -120,6 +120,7 @@ class TrainingRows:
         self._seed = seed
         self.split = np.flatnonzero(is_split(products, "train"))
         self.same_group = SameGroup(products, options.positives, self.split)
+        # Generated queries are numbered after the catalogue's own.
         generated = GeneratedQueries([], [])
         if "generated" in options.times:
             weight = options.generated_weight
@@ -146,18 +147,18 @@ class TrainingRows:
 
     def _examples(self) -> ExampleRows:
         parts = []
-        # Examples of each type, as often as asked for.
-        for kind, times in self._options.times.items():
-            if kind == "catalogue":
+        # Examples of each type, as often as configured.
+        for example_type, times in self._options.times.items():
+            if example_type == "catalogue":
                 rows = self.split
                 if self._options.one_per_group:
                     rows = self.same_group.one_per_group(rows)
                 parts += [catalogue_examples(rows)] * times
-            elif kind == "generated":
+            elif example_type == "generated":
                 first = self.queries.first_generated
                 parts.append(self.queries.generated.examples(first, times, self._seed))
             else:
-                parts += [self._judgements(labeled=kind == "labels")] * times
+                parts += [self._judgements(labeled=example_type == "labels")] * times
         if not sum(map(len, parts)):
             raise ValueError(
                 f"No training examples: the catalogue has {len(self.split)} "

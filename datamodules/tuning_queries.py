@@ -49,19 +49,19 @@ class TuningQueries:
 
     def __init__(self, products: Table, queries: Table | None) -> None:
         self._judged: frozenset[str] = frozenset()
-        asked = np.zeros(len(products), bool)
+        is_judged = np.zeros(len(products), bool)
         if queries is not None:
             texts = pc.drop_null(queries.column("text").unique()).to_pylist()
             self._judged = frozenset(_plain(text) for text in texts)
             sources = queries.column("source_product_id").unique()
-            asked = pc.is_in(products.column("product_id"), value_set=sources, skip_nulls=True)
-            asked = asked.to_numpy()
+            is_judged = pc.is_in(products.column("product_id"), value_set=sources, skip_nulls=True)
+            is_judged = is_judged.to_numpy()
         # Groups first, then rows of these: whole groups are read whatever few rows are wanted.
         rng = np.random.default_rng(SEED)
         starts = products.group_starts
         groups = rng.permutation(len(starts) - 1)[:ROW_GROUPS]
         near = np.concatenate([np.arange(starts[group], starts[group + 1]) for group in groups])
-        free = near[~asked[near]]
+        free = near[~is_judged[near]]
         count = min(MOST_PRODUCTS, math.ceil(SHARE * len(products)))
         self.rows = np.sort(rng.permutation(free)[:count]).astype(np.int64)
 

@@ -32,7 +32,7 @@ class IdTable:
         return len(self.column)
 
     def ids_of(self, rows: NDArray[np.int64]) -> NDArray[np.object_]:
-        """Ids of rows, in the same shape; None for -1, which in Python would be the last row."""
+        """Ids of (...) rows, as (...); None for -1, which in Python would be the last row."""
         flat = np.asarray(rows).ravel()
         if flat.size and (flat.max() >= len(self) or flat.min() < -1):
             raise ValueError(

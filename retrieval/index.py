@@ -205,7 +205,7 @@ class ProductIndex:
         return settings.checked(self.engine.lists)
 
     def ids(self, rows: NDArray[np.int64]) -> NDArray[np.object_]:
-        """Product ids of row numbers, in the same shape; None where the row is -1."""
+        """Product ids of (...) int64 rows, as (...) objects; None where the row is -1."""
         return self.id_table.ids_of(rows)
 
     def row_of(self, product_id: str) -> int:

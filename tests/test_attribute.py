@@ -94,7 +94,7 @@ def test_missing_differs_from_zero(tower: AttributeTower) -> None:
     assert not torch.allclose(rows[0], rows[1])
 
 
-def test_numbers_are_standardised_by_the_catalogue_after_the_log(tower: AttributeTower) -> None:
+def test_numbers_are_standardized_by_the_catalogue_after_the_log(tower: AttributeTower) -> None:
     value, price = 0.7, math.expm1(3.0 + 0.7 * 0.5)
     angle = 2 * math.pi * tower.frequency * value  # (2, k)
     periodic = torch.cat([angle.sin(), angle.cos()], -1)  # (2, 2 k)

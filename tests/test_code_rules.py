@@ -6,13 +6,16 @@ No code from data, and who may import whom.
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
 
 import pytest
 
-from tests.support.source_code import ROOT, imports, module_name, shipped_files
+from tests.support.source_code import ROOT, imports, module_name, shipped_files, tree
 
 UNSAFE_MODULES = {
     "pickle",
@@ -247,3 +250,116 @@ def test_config_starts_with_the_command_that_runs_it(path):
     assert any(line.startswith("python ") and command in line for line in comment), "\n".join(
         comment
     )
+
+
+# --- Size, shapes and words.
+
+ARRAY_TYPES = re.compile(r"\b(NDArray|ndarray|ArrayLike|Tensor|Vectors|Rows|Mask|Codes|LossRows)\b")
+SHAPE = re.compile(r"\((?:[A-Z0-9]\b|P x|Q x|[mn],|size,|count,|num_rows,|\.\.\.|\))")
+"""`(B, D)`, `(3, H, W)`, `(n,)`, `(...)`, and `()` for a scalar."""
+
+REJECTED_WORDS = frozenset(
+    "asked crowd facet facets fine finer gallery gauge gone hot_bytes mate mates of_logits "
+    "one_each one_per over_batches own_side pieces questions said similarities stand_in twins "
+    "verdict ways without_groups".split()
+)
+"""Names that the glossary replaces; see docs/architecture.md."""
+
+
+def signature(node: ast.FunctionDef) -> str:
+    """The annotations of a function, as text."""
+    arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+    annotations = [argument.annotation for argument in arguments] + [node.returns]
+    return " ".join(ast.unparse(one) for one in annotations if one is not None)
+
+
+def public_functions(node: ast.AST) -> Iterator[ast.FunctionDef]:
+    """Functions of a module and methods of its public classes; none inside of functions."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.ClassDef) and not child.name.startswith("_"):
+            yield from public_functions(child)
+        if isinstance(child, ast.FunctionDef) and not child.name.startswith("_"):
+            yield child
+
+
+def without_shapes(module: ast.Module) -> list[str]:
+    """Public functions on arrays whose docstring shows no shape."""
+    return [
+        f"line {node.lineno}: {node.name}"
+        for node in public_functions(module)
+        if ARRAY_TYPES.search(signature(node)) and not SHAPE.search(ast.get_docstring(node) or "")
+    ]
+
+
+@pytest.mark.parametrize("path", FILES)
+def test_public_functions_on_arrays_show_shapes(path):
+    assert not without_shapes(tree(path))
+
+
+def test_rule_sees_missing_shapes():
+    shown = 'def f(x: Tensor) -> int:\n    """(B, D) rows."""'
+    missing = 'class A:\n    def f(self, x: NDArray[np.int64]) -> int:\n        """All rows."""'
+    assert without_shapes(ast.parse(shown)) == []
+    assert without_shapes(ast.parse(missing)) == ["line 2: f"]
+
+
+def rejected_names(module: ast.Module) -> list[str]:
+    """Names of functions, classes, arguments and variables that the glossary replaces."""
+    found = []
+    for node in ast.walk(module):
+        match node:
+            case ast.Name(id=name) | ast.arg(arg=name) | ast.Attribute(attr=name):
+                pass
+            case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
+                pass
+            case _:
+                continue
+        if name.lstrip("_") in REJECTED_WORDS:
+            found.append(f"line {node.lineno}: {name}")
+    return found
+
+
+@pytest.mark.parametrize("path", FILES)
+def test_names_are_those_of_the_glossary(path):
+    assert not rejected_names(tree(path))
+
+
+def test_rule_sees_rejected_names():
+    assert rejected_names(ast.parse("def f(gauge):\n    return self._twins + fine_tuned")) == [
+        "line 1: gauge",
+        "line 2: _twins",
+    ]
+
+
+@pytest.mark.parametrize("path", FILES)
+def test_classes_and_functions_are_short(path):
+    long = []
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.ClassDef) and node.end_lineno - node.lineno >= 200:
+            long.append(f"class {node.name}")
+        if isinstance(node, ast.FunctionDef):
+            body = node.body[1:] if ast.get_docstring(node) else node.body
+            if body and node.end_lineno - body[0].lineno >= 60:
+                long.append(f"function {node.name}")
+    assert not long, "at most 200 lines a class, 60 a function's body"
+
+
+def test_test_files_import_no_test_file():
+    wrong = [
+        f"{path.name} imports {module}"
+        for path in sorted((ROOT / "tests").rglob("test_*.py"))
+        for module in modules_imported(path)
+        if module.split(".")[0] == "tests" and module.split(".")[-1].startswith("test_")
+    ]
+    assert not wrong
+
+
+def modules_imported(path: Path) -> list[str]:
+    """Modules of the import statements of a file, wherever they stand."""
+    modules = []
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            modules += [alias.name for alias in node.names]
+        if isinstance(node, ast.ImportFrom) and node.module:
+            modules += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return modules

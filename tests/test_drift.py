@@ -171,7 +171,7 @@ def test_verdicts_by_hand():
         new_refine_error=0.002,
     )
     said = recommendation(GOOD, worse)
-    assert "recall@10 on products asked fell from 0.970 to 0.910 (limit: 2 points)" in said
+    assert "recall@10 of products fell from 0.970 to 0.910 (limit: 2 points)" in said
     assert "imbalance of lists rose from 1.10 to 1.80 (limit: 1.5 times)" in said
     assert (
         "1.50 times as far from their lists' centers" in said

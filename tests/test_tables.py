@@ -223,7 +223,7 @@ def test_megabyte_cells_are_read_and_endless_ones_are_not(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("name", "content", "options", "message"),
     [
-        ("p.xlsx", b"", {}, r"unknown kind of file; its name must end in one of .csv"),
+        ("p.xlsx", b"", {}, r"unknown file type; its name must end in one of .csv"),
         ("p.csv", b"", {}, "is empty: a header line"),
         ("p.csv", b"id,id\n", {}, r"columns \['id'\] stand twice"),
         ("p.csv", b"id\n", {"encoding": "utf-9"}, "unknown --encoding 'utf-9'"),

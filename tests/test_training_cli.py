@@ -370,7 +370,7 @@ def test_queries_that_are_not_there_are_no_way_to_choose(
     mates = write_catalogue(tmp_path / "mates", num_groups=12, queries=False)
     monitor = "--checkpoint.monitor=val/product_queries/hit@1"
     assert fit(mates, tmp_path / "a", *FAST, monitor) == 1
-    assert "all val queries are of one kind here" in last_line(capsys)
+    assert "all val queries are of one type here" in last_line(capsys)
     pictures = (
         "--model.product.text=null",
         "--model.product.attribute=null",

@@ -824,7 +824,7 @@ def test_the_command_updates_and_says_what_it_did(built, tmp_path, capsys):
         commands.main(["update", "--index", str(root), "--delete", str(tmp_path / "gone.txt")]) == 0
     )
     printed = capsys.readouterr().out
-    assert "version 000003" in printed and "recall@10 on products asked" in printed
+    assert "version 000003" in printed and "recall@10 of products" in printed
     assert "no need to build anew" in printed
     assert commands.main(["update", "--index", str(root)]) == 1
     assert "nothing to do: give upsert, delete, attributes or compact" in capsys.readouterr().err

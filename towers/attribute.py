@@ -111,7 +111,7 @@ def warn_of_text(name: str) -> None:
 class AttributeTower(Tower):
     """Attributes as features: one learned vector for each attribute, joined by a small network.
 
-    Numbers are standardised by the statistics of the catalogue (after a logarithm where they are
+    Numbers are standardized by the statistics of the catalogue (after a logarithm where they are
     skewed) and take periodic embeddings (PLR, arXiv:2203.05556). Values of categories share one
     table of hash embeddings (arXiv:1709.03933), so that values never seen in training work; a path
     is the mean over its levels, a set the mean over its members. Each attribute has a learned
@@ -245,7 +245,7 @@ class AttributeTower(Tower):
         return vectors.sum(2) / there.sum(2).clamp(min=1)
 
     def hash_vectors(self, hashes: Tensor) -> Tensor:
-        """(...) hashes -> (..., d)."""
+        """Embeddings of hashes: (N,) int64 -> (N, d)."""
         rows = torch.stack(
             [bucket(hashes, i, self.num_buckets) for i in range(self.num_hashes)], -1
         )
@@ -273,7 +273,7 @@ MULTIPLIERS = (0x1E3779B97F4A7C15, 0x3C6EF372FE94F82B, 0x5A5A6B2D1F3C9E77, 0x7F4
 
 
 def bucket(value: Tensor, number: int, num_buckets: int) -> Tensor:
-    """The row that hash function `number` gives a 63-bit value.
+    """The table rows of 63-bit values under hash function `number`: (N,) int64 -> (N,) int64.
 
     Multiply-shift, with overflow wanted.
     """

@@ -93,6 +93,7 @@ class TrainingCLI(LightningCLI):
     @classmethod
     def start(cls, args: list[str] | None = None, model: type[TwoTower] = TwoTower) -> TrainingCLI:
         """Run a command on a model of this class; errors are raised."""
+        # Lightning's command line, with the defaults of this project.
         return cls(
             model,
             ProductDataModule,

@@ -62,7 +62,7 @@ class UntrainedOutputs:
 
 
 def rows_by_shard(table: Table, rows: Rows) -> dict[int, Rows]:
-    """Shard -> its part of ascending rows; shards without rows are left out."""
+    """Shard -> its part of (N,) ascending rows; shards without rows are left out."""
     parts = np.split(rows, np.searchsorted(rows, table.shard_starts[1:-1]))
     return {shard: part for shard, part in enumerate(parts) if len(part)}
 
@@ -83,7 +83,7 @@ def embed_rows(
         data: the items by row number.
         model: embeds them.
         table: the table of the rows.
-        rows: shard -> row numbers, ascending, at least one.
+        rows: shard -> (n,) int64 row numbers, ascending, at least one.
         writer: writes a shard at a time.
         hints: folders of the model and the catalogue.
         options: how the model runs.

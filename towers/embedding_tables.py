@@ -120,7 +120,7 @@ def numbered_by_query_type(
     preprocess: ItemPreprocess,
     view: ItemView,
 ) -> NumberedItems:
-    """Rows once for each query type, numbered `query_number(row, query_type)`."""
+    """(N,) rows, each once per query type, numbered `query_number(row, query_type)`."""
     numbers = []
     items = []
     for row in rows.tolist():

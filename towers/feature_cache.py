@@ -105,7 +105,7 @@ class FeatureCache:
         return torch.from_numpy(result)
 
     def add(self, digests: np.ndarray, features: np.ndarray) -> None:
-        """Add a part. The digests come last: a part without them does not exist."""
+        """Add (N,) digests with (N, F) features; digests come last and make the addition valid."""
         self.folder.mkdir(parents=True, exist_ok=True)
         number = uuid.uuid4().hex  # two runs may fill one cache
         for name, array in (

@@ -59,7 +59,7 @@ def check_monitors(trainer: Trainer, is_product_query: np.ndarray, split: str) -
         if "_queries/" in monitor:
             figure = monitor.rpartition("/")[2]
             raise ValueError(
-                f"monitor={monitor}: all {split} queries are of one kind here, and have no figures "
+                f"monitor={monitor}: all {split} queries are of one type here, and have no figures "
                 f"beside those of all: monitor val/{figure}."
             )
 
@@ -100,12 +100,12 @@ def other_model(error: RuntimeError) -> ValueError:
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """The norm of all gradients together, a scalar."""
+    """The norm of all gradients together, as a () tensor."""
     return nn.utils.get_total_norm(p.grad for p in parameters if p.grad is not None)
 
 
 def zero_loss_of_unused_towers(encoders: tuple[Encoder, Encoder], batch: Batch) -> Tensor:
-    """Zero, with a gradient for the weights that this batch does not use.
+    """A () zero with a gradient for the weights that this batch does not use.
 
     Under several processes each waits for the gradients of all weights.
 

@@ -109,7 +109,7 @@ class LossTerms(nn.Module):
     def forward(
         self, encoders: tuple[Encoder, Encoder], query: Encoded, product: Encoded, batch: Batch
     ) -> list[Tensor]:
-        """The weighted loss of each term, scalars.
+        """The weighted () loss of each term.
 
         Args:
             encoders: of queries and of products.
@@ -132,7 +132,7 @@ class LossTerms(nn.Module):
         product: Encoded,
         batch: Batch,
     ) -> Tensor:
-        """The loss of one term, a scalar; arguments as of `forward`."""
+        """The () loss of one term; arguments as of `forward`."""
         query_vectors, query_present = encoders[0].view(query, term.query)
         product_vectors, product_present = encoders[1].view(product, term.product)
         # A pair counts where both of its sides have the modality.

@@ -31,7 +31,7 @@ class HardNegatives(L.Callback):
     """Every few epochs, index the training products and give each one its hard negatives.
 
     What is as near as an answer may be one that nobody marked. So candidates begin at a rank, end
-    at another, and have to be less similar to the product than its own mates are (as NV-Retriever,
+    at another, and have to be less similar to the product than its own group is (as NV-Retriever,
     arXiv:2407.15831); whatever has an equal key is none. At the first times a part of the negatives
     is still drawn at random (as Etsy, arXiv:2306.04833).
 
@@ -75,6 +75,7 @@ class HardNegatives(L.Callback):
         self.first_rank = first_rank
         self.last_rank = last_rank
         self.max_similarity = max_similarity
+        # Products of these relations may be the same product, so they are never negatives.
         if related is not None:
             self.related: list[Relation] = related
         else:

@@ -55,6 +55,7 @@ def open_clip_config(model: str) -> dict[str, Any]:
         ValueError: no such built-in model.
     """
     # A local folder, a model of the hub, or a built-in name.
+    # A local folder, a repository of Hugging Face, or a name that open_clip knows.
     if model.startswith("local-dir:"):
         path = Path(model.removeprefix("local-dir:")) / "open_clip_config.json"
         return dict(json.loads(path.read_text(encoding="utf-8")))
@@ -182,6 +183,7 @@ class OpenClipImage(ImageTower):
         visual: Any = create_open_clip(model, pretrained).visual
         cfg = {**self_config.get("preprocess_cfg", {}), **visual.preprocess_cfg}
         if isinstance(cfg["size"], int):
+            # Pictures are square: the first of (height, width) is the size.
             size = cfg["size"]
         else:
             size = cfg["size"][0]

@@ -20,7 +20,7 @@ def log_step(
 
     Args:
         model: that is trained.
-        terms: loss of each term, scalars.
+        terms: () loss of each term.
         encoded: queries and products.
         size: B, number of queries.
     """

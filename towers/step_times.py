@@ -25,7 +25,7 @@ class StepTimes(L.Callback):
 
     Args:
         warn_above: share of a step, 0 to 1, that waiting for data may take.
-        steps: that are looked at before anything is said.
+        steps: that are observed before a warning.
     """
 
     def __init__(self, warn_above: float = 0.3, steps: int = 50) -> None:
@@ -63,7 +63,7 @@ class StepTimes(L.Callback):
     def on_before_backward(
         self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor
     ) -> None:
-        """The loss is there."""
+        """The () loss is computed: the forward pass ends here."""
         self._take("forward")
 
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -179,7 +179,7 @@ class TwoTower(HeldOutSearch):
         torch.manual_seed((self.seed * 1_000_003 + number) * 1_000 + self.global_rank)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The loss of one batch, a scalar."""
+        """The () loss of one batch."""
         query = self.encode_batch(self.query, batch.query)
         product = self.encode_batch(self.product, batch.product)
         with torch.autocast(self.device.type, enabled=False):

@@ -39,7 +39,7 @@ def measure_filters(index: ProductIndex, data: Path, k: int) -> list[dict[str, A
     filter is; `first_ms` is what making it takes.
 
     Returns:
-        For each kind and selectivity: rows, recall, p50_ms, p99_ms, first_ms, and ratio to the
+        For each filter and selectivity: rows, recall, p50_ms, p99_ms, first_ms, and ratio to the
           unfiltered p50.
     """
     vectors = np.load(data / "vectors.npy", mmap_mode="r")
@@ -53,7 +53,7 @@ def measure_filters(index: ProductIndex, data: Path, k: int) -> list[dict[str, A
         [part @ direction for part in np.array_split(vectors, max(1, len(vectors) // 100_000))]
     )
     report = []
-    for kind, order in (
+    for filter_name, order in (
         ("random", generator.permutation(len(vectors))),
         ("near one direction", np.argsort(-closeness)),
     ):
@@ -71,7 +71,7 @@ def measure_filters(index: ProductIndex, data: Path, k: int) -> list[dict[str, A
             found = selective.search(queries, k, settings, selection)[1]
             report.append(
                 {
-                    "filter": kind,
+                    "filter": filter_name,
                     "share": share,
                     "rows": len(rows),
                     "recall": round(

@@ -43,11 +43,11 @@ def cheapest(points: Sequence[OperatingPoint], level: float) -> OperatingPoint |
     return max((p for p in points if p["recall"] >= level), key=lambda p: p["qps"], default=None)
 
 
-def ratio(mine: float | None, theirs: float | None) -> float | None:
-    """How many times theirs mine is; None where either is missing."""
-    if mine is None or not theirs:
+def ratio(ours: float | None, other: float | None) -> float | None:
+    """How many times other ours is; None where either is missing."""
+    if ours is None or not other:
         return None
-    return mine / theirs
+    return ours / other
 
 
 def train_add(arm: Mapping[str, Any]) -> float | None:

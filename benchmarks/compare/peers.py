@@ -635,7 +635,7 @@ def measure(arm: Arm, task: Task) -> dict[str, Any]:
         "open_s": round(opened, 3),
         "resident_bytes": grown["RssAnon"],
         "file_bytes": grown["RssFile"],
-        "hot_at": usual,
+        "resident_at": usual,
         "lists": arm.lists,
         "points": points,
         "load": round(load, 2),

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from benchmarks.compare.figures import exponent, train_add
 
-COLUMNS = ("train+add s", "tune s", "build s", "peak MB", "disk B", "hot B", "touched B")
+COLUMNS = ("train+add s", "tune s", "build s", "peak MB", "disk B", "own B", "touched B")
 TUNING = ("choose", "measure")
 AT = ("recall", "queries/s", "p50 ms", "p99 ms", "cold p50", "cold p99", "lists %")
 
@@ -61,7 +61,7 @@ def _builds(report: dict[str, Any]) -> Table:
     table = _table(
         f"{data['n']:,} vectors of {data['dim']} dimensions, {machine['threads']} threads of "
         f"{machine['cpu']}",
-        "per vector: disk; hot = growth of anonymous memory; touched = with codes, rows and "
+        "per vector: disk; own = growth of anonymous memory; touched = with codes, rows and "
         "centers that are mapped. "
         "peak: all pages, those of mapped files too",
     )
@@ -79,21 +79,21 @@ def _builds(report: dict[str, Any]) -> Table:
             _number(sum(build["seconds"].get(name, 0.0) for name in TUNING) or None, ".1f"),
             f"{build['total_s']:,.1f}",
             f"{build['peak_rss_bytes'] / 1e6:,.0f}",
-            *(f"{arm[f'{what}_per_vector']:,.0f}" for what in ("disk", "hot", "touched")),
+            *(f"{arm[f'{what}_per_vector']:,.0f}" for what in ("disk", "resident", "touched")),
         ]
         table.add_row(name, *figures, build["settings"])
     return table
 
 
 def _searches(report: dict[str, Any], level: str) -> Table:
-    mine = list(report["ratios"][level])
+    our_arms = list(report["ratios"][level])
     table = _table(
         f"recall@10 {level}: the cheapest measured point that reaches it",
         "x: queries a second of our arms over the row's, both interpolated to the recall itself; "
         "<=: the row could be "
         "faster, even its cheapest setting finds more; - : not reached",
     )
-    for name in ("arm", *AT, *(f"{name} x" for name in mine), "settings"):
+    for name in ("arm", *AT, *(f"{name} x" for name in our_arms), "settings"):
         table.add_column(
             name,
             justify="left" if name in ("arm", "settings") else "right",
@@ -106,12 +106,12 @@ def _searches(report: dict[str, Any], level: str) -> Table:
         if at is None:
             best = max((point["recall"] for point in arm["search"]["points"]), default=0.0)
             table.add_row(
-                name, f"{best:.3f}", *["-"] * (len(AT) - 1 + len(mine)), "the most it reaches"
+                name, f"{best:.3f}", *["-"] * (len(AT) - 1 + len(our_arms)), "the most it reaches"
             )
             continue
         point = at["point"]
         share = point.get("lists_share")
-        ratios = [report["ratios"][level][m].get(name) for m in mine]
+        ratios = [report["ratios"][level][m].get(name) for m in our_arms]
         table.add_row(
             name,
             f"{point['recall']:.4f}",
@@ -173,7 +173,7 @@ GROWING: dict[str, Callable[[dict[str, Any]], float | None]] = {
     "build s": lambda arm: arm["build"]["total_s"],
     "p50 ms at 0.95": lambda arm: arm["at"].get("0.95", {}).get("p50_ms"),
     "peak MB": lambda arm: arm["build"]["peak_rss_bytes"] / 1e6,
-    "hot MB": lambda arm: arm["search"]["resident_bytes"] / 1e6,
+    "own MB": lambda arm: arm["search"]["resident_bytes"] / 1e6,
 }
 """What is followed over the number of vectors."""
 

@@ -64,10 +64,10 @@ class VectorSource:
 
     def describe(self) -> dict[str, Any]:
         """As plain JSON."""
-        said = asdict(self)
+        about = asdict(self)
         if self.real is None:
-            return said | {"real": None, "noise": None}
-        return said | {"real": str(self.real.resolve()), "dim": None}
+            return about | {"real": None, "noise": None}
+        return about | {"real": str(self.real.resolve()), "dim": None}
 
     def folder(self, work: Path) -> Path:
         """Its place in a work folder."""
@@ -89,12 +89,12 @@ def prepare(source: VectorSource, folder: Path) -> dict[str, Any]:
         np.save(folder / "queries.npy", queries)
         np.save(folder / "exact.npy", exact)
         _write_embeddings(folder / "tuning", iter([tuning]), len(tuning), "query_id", "q")
-        said = source.describe() | {
+        about = source.describe() | {
             "dim": queries.shape[1],
             "measured": len(queries),
             "tuned_by": len(tuning),
         }
-        storage.write_json(folder / DATA_FILE, said | {"digest": digest})
+        storage.write_json(folder / DATA_FILE, about | {"digest": digest})
     data: dict[str, Any] = json.loads((folder / DATA_FILE).read_text(encoding="utf-8"))
     return data
 
@@ -151,11 +151,13 @@ def jittered(source: VectorSource) -> tuple[Iterator[Vectors], Vectors, Vectors]
     base = _read(products)
     base = base[np.random.default_rng(source.seed).permutation(len(base))]
     if (source.real / "queries").is_dir():
-        asked = _read(source.real / "queries")
-        asked = asked[np.random.default_rng(source.seed).permutation(len(asked))[: source.queries]]
+        query_vectors = _read(source.real / "queries")
+        query_vectors = query_vectors[
+            np.random.default_rng(source.seed).permutation(len(query_vectors))[: source.queries]
+        ]
     else:
         random = np.random.default_rng([source.seed, source.n])
-        asked = _with_noise(
+        query_vectors = _with_noise(
             base[random.integers(0, len(base), source.queries)], source.noise, random
         )
 
@@ -168,7 +170,11 @@ def jittered(source: VectorSource) -> tuple[Iterator[Vectors], Vectors, Vectors]
             block[copies] = _with_noise(block[copies], source.noise, random)
             yield block
 
-    return blocks(), np.ascontiguousarray(asked[0::2]), np.ascontiguousarray(asked[1::2])
+    return (
+        blocks(),
+        np.ascontiguousarray(query_vectors[0::2]),
+        np.ascontiguousarray(query_vectors[1::2]),
+    )
 
 
 def _read(folder: Path) -> Vectors:

@@ -148,6 +148,7 @@ class Override:
 
 def _listed(names: object, role: Role, path: Path) -> list[str]:
     """The column names of one line of the file."""
+    # YAML gives a list, one name, or nothing.
     if isinstance(names, list):
         listed: list[object] = names
     elif names is None:

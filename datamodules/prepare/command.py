@@ -224,7 +224,7 @@ def prepare(
         with _problem_log(folder, output) as log:
             preparation = Preparation(folder, log, field_reader, policy, run.num_workers)
             split_plan = preparation.products(table, roles, rows)
-            query_splits = preparation.asked(split_plan.splits, *judged_tables)
+            query_splits = preparation.judged_queries(split_plan.splits, *judged_tables)
             if threshold is not None:
                 log.check(threshold)
         report = make_report(preparation, roles, split_plan, query_splits)

@@ -67,8 +67,10 @@ class Judgements:
                     builder.note("", record.fault)
                 yield builder.row(None)
                 continue
-            asked = (record.row, cells.asked()) if pairs else None
-            query = builder.read(parts.get("query_id", ""), self._query, builder.id, queries, asked)
+            row_and_digest = (record.row, cells.content_digest()) if pairs else None
+            query = builder.read(
+                parts.get("query_id", ""), self._query, builder.id, queries, row_and_digest
+            )
             product = builder.read(parts["product"], self._product, cells["product"], products)
             if "weight" in parts:
                 weight = builder.read(parts["weight"], parse_weight, cells["weight"])
@@ -89,15 +91,15 @@ class Judgements:
             self.weight.append(weight)
 
     @staticmethod
-    def _query(id: str, queries: QuerySet, asked: tuple[int, str] | None) -> int | None:
-        """The position of a query; `asked` is row number and digest of a pair."""
-        first = queries.first.get(id, asked)
-        if asked is not None and first is not None and first[1] != asked[1]:
+    def _query(id: str, queries: QuerySet, row_and_digest: tuple[int, str] | None) -> int | None:
+        """The position of a query; `row_and_digest` is row number and digest of a pair."""
+        first = queries.first.get(id, row_and_digest)
+        if row_and_digest is not None and first is not None and first[1] != row_and_digest[1]:
             raise BadValue(
                 "QUERY_CONFLICT", f"row {first[0]} asks something else under the id {excerpt(id)}"
             )
         if id not in queries.numbers:
-            if first == asked and asked is not None:
+            if first == row_and_digest and row_and_digest is not None:
                 # The first row of a rejected query: the reason is recorded already.
                 return None
             raise BadValue("UNKNOWN_QUERY", f"no query was accepted with the id {excerpt(id)}")
@@ -150,16 +152,16 @@ def query_splits(
 ) -> list[str]:
     """The split of every query.
 
-    That of its own row; else that of the product that it asks with; else that of one of its most
-    relevant products: the one whose hash with the query is smallest, so that a query with answers
-    in every split goes to each as often as its answers do. Without answers it goes to train, where
-    it does nothing.
+    That of its own row; else that of its own product; else that of one of its most relevant
+    products: the one whose hash with the query is smallest, so a query with relevant products in
+    every split goes to each as often as these do. Without any it goes to train, where it has no
+    effect.
 
     Args:
         queries: all queries.
         products: id -> number, in the order of the numbers.
         splits: of every product.
-        judged: query, product and weight of every judgement.
+        judged: query, product and weight of every judgement, (J,) each.
     """
     ids = list(products)
     best: dict[int, tuple[float, str, int]] = {}

@@ -154,7 +154,7 @@ class Preparation:
             self.folder / "schema.json"
         )
 
-    def asked(
+    def judged_queries(
         self, splits: list[str], pairs: Table | None, queries: Table | None, qrels: Table | None
     ) -> list[str]:
         """Read and write queries and judgements; returns the split of every query.
@@ -178,7 +178,9 @@ class Preparation:
         return query_split
 
     def _read_queries(self, table: Table, spool: Spool, pairs: bool) -> None:
+        # A query that occurs in several pairs is read once.
         if pairs:
+            # Pairs name a query by its content, so a query_id is optional there.
             parts = find_parts(table, ASKED)
         else:
             parts = find_parts(table, ASKED, ["query_id"])
@@ -187,6 +189,7 @@ class Preparation:
             records = self.queries.new_queries(table.records(), parts)
         else:
             records = table.records()
+        # Parsed by several processes where pictures have to be decoded.
         parser = QueryParser(table.path.name, parts, self.reader)
         workers = self.num_workers if "image" in parts else 0
         for row in show_progress(
@@ -213,6 +216,7 @@ class Preparation:
 
     def _write_queries(self, splits: list[str], spool: Spool) -> None:
         # Queries of one split lie together.
+        # By split, so that the queries of a split are in consecutive rows.
         order = sorted(
             range(len(splits)), key=lambda number: (SPLIT_NAMES.index(splits[number]), number)
         )

@@ -114,12 +114,14 @@ class Profile:
 
     def _add_text(self, text: str) -> None:
         self.lengths.add(len(text))
+        # Numbers: prices have currencies, codes have leading zeros.
         if _DIGIT.search(text) and is_number(text):
             self.numbers += 1
             self.fractions += not text.isdigit()
             self.currencies += re.fullmatch(r"[\d.,\s'’eE+−-]+", text) is None
             self.codes += text.isdigit() and len(text) > 1 and text[0] == "0"
         else:
+            # Texts: separators hint at lists and paths, file names at pictures.
             start = text[:2000]
             self.words += len(start.split()) + len(_WIDE.findall(start)) / 2
             self.bars += "|" in text

@@ -70,7 +70,7 @@ class PartCells:
             return self.cells.get(self.parts[part])
         return None
 
-    def asked(self) -> str:
+    def content_digest(self) -> str:
         """A digest of what is asked: equal for equal text, picture and product."""
         cells = [self[part] or None for part in ("type", *ASKED)]
         return hashlib.blake2b(
@@ -88,7 +88,7 @@ class PartCells:
                 return id
             return ""
         if any(self[part] for part in ASKED):
-            return f"q-{self.asked()}"
+            return f"q-{self.content_digest()}"
         return ""
 
 
@@ -117,7 +117,7 @@ class QueryParser:
             if "query_id" in self.parts:
                 missing = "a query needs an id"
             else:
-                missing = "nothing is asked"
+                missing = "it has no content"
             builder.note(self.parts.get("query_id", ""), BadValue("ID_MISSING", missing))
             return builder.row(None)
         # A query is a text, pictures, or a product.
@@ -164,7 +164,7 @@ class QuerySet:
         sources: the products that they ask with.
         contents: digests of text, pictures and product.
         numbers: id -> position in these lists.
-        first: of pairs, id -> row and digest of what is asked of the first row with this id.
+        first: of pairs, id -> row and content digest of the first row with this id.
     """
 
     ids: list[str] = field(default_factory=list)
@@ -185,7 +185,7 @@ class QuerySet:
             if not id:
                 yield record
             elif id not in self.first:
-                self.first[id] = (record.row, cells.asked())
+                self.first[id] = (record.row, cells.content_digest())
                 yield record
 
     def add(self, row: Row, products: Mapping[str, int]) -> Row:

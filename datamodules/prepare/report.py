@@ -179,6 +179,7 @@ def columns_grid(columns: Columns, rows: int) -> Grid:
 
 def files_grid(files: Mapping[str, Counts]) -> Grid:
     """Rows in, accepted and rejected of every file."""
+    # One line for each file of rows: table, queries, judgements.
     lines = []
     for file, counts in files.items():
         lines.append(

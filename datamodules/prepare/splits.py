@@ -16,7 +16,7 @@ from tritower.datamodules.prepare.tables import CatalogueError
 SPLIT_NAMES = ("train", "val", "test")
 
 EXAMPLES = 50
-"""Leaks of each kind that are listed; all are counted."""
+"""Leaks of each type that are listed; all are counted."""
 
 
 @dataclass
@@ -225,6 +225,7 @@ def product_leaks(members: Members, split_plan: SplitPlan) -> dict[str, dict[str
 
     Families are those that the rows name.
     """
+    # A leak is a group, family or picture with products in more than one split.
     rows = list(zip(split_plan.splits, members.ids, strict=True))
     return {
         "group": leaks(

@@ -72,7 +72,7 @@ def _is_skewed(values: np.ndarray) -> bool:
 
 
 def _skewness(values: np.ndarray) -> float:
-    """The third standardised moment; 0 where the values do not vary."""
+    """The third standardized moment; 0 where the values do not vary."""
     centered = values - values.mean()
     deviation = centered.std()
     if deviation > 0:

@@ -19,6 +19,7 @@ def make_report(
     """What report.json says; it depends on nothing but the input and the settings."""
     members = run.members
     counts = next(iter(run.log.files.values()))
+    # Products that joined another family because they share a picture.
     moved = sum(
         own != family for own, family in zip(members.families, split_plan.families, strict=True)
     )

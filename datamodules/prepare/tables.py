@@ -69,7 +69,7 @@ class Table:
         except KeyError:
             known = ", ".join(FORMATS)
             raise CatalogueError(
-                f"{self.path}: unknown kind of file; its name must end in one of {known}"
+                f"{self.path}: unknown file type; its name must end in one of {known}"
             ) from None
         except LookupError:
             raise CatalogueError(

@@ -226,6 +226,7 @@ def parse_list(cell: Cell, separator: str) -> list[str]:
         BadValue: `NOT_A_LIST`: a mapping, bytes, or a list that holds more than plain values.
     """
     # A JSON list, or text with separators.
+    # JSON lists from CSV cells, else texts with separators, else lists from JSONL and Parquet.
     if isinstance(cell, str):
         text = cell.strip()
         if text.startswith("[") and text.endswith("]"):

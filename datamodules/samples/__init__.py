@@ -199,6 +199,7 @@ class Picture(NamedTuple):
 def _pictures(
     listings: Sequence[Listing], queries: Sequence[Query], folder: Path, size: int, seed: int
 ) -> list[Picture]:
+    # One picture for each view of a listing; seeds make each the same in any order of drawing.
     pictures = [
         Picture(
             folder / name, listing.true_product, size, (seed, 2, number, view), second=view == 1
@@ -252,15 +253,17 @@ def oracle_report(
     listings: Sequence[Listing], queries: Sequence[Query], settings: Mapping[str, int]
 ) -> dict[str, Any]:
     """What `oracle.json` holds: the oracle's recall on the product queries of the test split."""
-    asked = np.array(
+    query_listings = np.array(
         [q.source for q in queries if q.type == "product" and q.split == "test"], np.int64
     )
-    recall = oracle(evidence(listings), np.array([listing.group for listing in listings]), asked, K)
+    recall = oracle(
+        evidence(listings), np.array([listing.group for listing in listings]), query_listings, K
+    )
     return {
         "task": "the query is one listing of a product; relevant are its other listings (grade 3), "
         "among the whole catalogue",
         "split": "test",
-        "queries": len(asked),
+        "queries": len(query_listings),
         f"recall@{K}": {"+".join(subset): value for subset, value in recall.items()},
         "settings": dict(settings),
     }

@@ -127,12 +127,14 @@ def _log_price(product_type: int, rng: np.random.Generator) -> float:
 def _listing(product_id: str, offer: Offer, rng: np.random.Generator) -> Listing:
     # Fields are missing at random, prices are noisy.
     true_product = offer.true_product
+    # Each field is missing with its own probability.
     missing = {field for field, share in MISSING.items() if rng.random() < share}
     use = PRODUCT_TYPES[true_product.product_type].uses[true_product.use].word
     pictures = [
         f"{product_id}.jpg",
         *([f"{product_id}_2.jpg"] if rng.random() < SECOND_VIEW else []),
     ]
+    # Sellers differ in price, and each lists a few of the features of the product's use.
     price = round(float(np.exp(true_product.log_price + PRICE_NOISE * rng.standard_normal())), 2)
     features = rng.permutation(FEATURES[use])[: rng.integers(1, 3)].tolist()
     return Listing(

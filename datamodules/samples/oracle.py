@@ -1,16 +1,13 @@
-"""How well anybody could do on the sample catalogue.
-
-The recall of a ranking that knows how it was made.
+"""The best recall that is possible on the sample catalogue: that of a ranking by its true model.
 
 For one listing, the oracle ranks all others by the likelihood ratio of "the same product" against
 "two products drawn independently", given the facts that both listings show in some modalities. A
-fact shown by only one of them says nothing. One that both show says `-log share` where they agree,
+fact shown by only one of them adds nothing. One that both show adds `-log share` where they agree,
 the share being how many products of that type have the value, and rules the pair out where they
-differ. Two log prices x, y of one type are jointly normal with correlation r = spread² / (spread² +
-noise²) if the product is the same, and independent if not::
+differ. Two standardized log prices x, y of one type are jointly normal with correlation
+r = spread² / (spread² + noise²) if the product is the same, and independent if not::
 
-    log ratio = -log(1 - r²) / 2 - (r² x² - 2 r x y + r² y²) / (2 (1 - r²))          (x, y
-    standardised)
+    log ratio = -log(1 - r²) / 2 - (r² x² - 2 r x y + r² y²) / (2 (1 - r²))
 
 Listings with equal ratios stand in random order, so recall is an expectation, and it is exact: of T
 equal listings with A above them, each is among the first k with chance min(1, max(0, (k - A) / T)).
@@ -56,7 +53,7 @@ class Evidence:
 
     Attributes:
         codes: fact -> (N,) int64 value, `UNKNOWN` where it is not shown.
-        price: (N,) float64 log price, standardised among the listings of a type; NaN where it is
+        price: (N,) float64 log price, standardized among the listings of a type; NaN where it is
             not shown.
     """
 
@@ -77,22 +74,22 @@ def log_ratio(evidence: Evidence, query: np.ndarray) -> np.ndarray:
 
     Args:
         evidence: of N listings.
-        query: (Q,) int64 positions of the listings that are asked.
+        query: (Q,) int64 positions of the query listings.
     """
     score = price_log_ratio(evidence.price[query][:, None], evidence.price[None])
     for fact, shares in SHARES.items():
-        asked = evidence.codes[fact][query][:, None]
+        query_codes = evidence.codes[fact][query][:, None]
         shown = evidence.codes[fact][None]
         score += np.where(
-            (asked == UNKNOWN) | (shown == UNKNOWN),
+            (query_codes == UNKNOWN) | (shown == UNKNOWN),
             0.0,
-            np.where(asked == shown, -np.log(shares[asked]), -np.inf),
+            np.where(query_codes == shown, -np.log(shares[query_codes]), -np.inf),
         )
     return score
 
 
 def price_log_ratio(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """The module's formula for standardised log prices, 0 where one of them is NaN."""
+    """The module's formula for (N,) standardized log prices, 0 where one of them is NaN."""
     r = PRICE_SPREAD**2 / (PRICE_SPREAD**2 + PRICE_NOISE**2)
     ratio = -np.log(1 - r**2) / 2 - ((r * x) ** 2 - 2 * r * x * y + (r * y) ** 2) / (2 * (1 - r**2))
     return np.nan_to_num(ratio, nan=0.0)

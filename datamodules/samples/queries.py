@@ -3,13 +3,13 @@
 A query asks for the facts that it shows, and its judgements cover the whole catalogue, also facts
 that a listing holds without saying so. Grade 3 is an answer in full:
 
-* **text**: all asked facts hold. With five or six asked, 2 = all but one, 1 = all but two; the type
-  must hold.
+* **text**: all facts of the query hold. With five or six facts, 2 = all but one, 1 = all but two;
+  the type must hold.
 * **image**, a new photo: same shape and colorway; 2 = the shape alone.
 * **product**, one listing: the same product from another seller; 2 = another variant of its style.
 
 A query belongs to the split of the product that it was made from, and no two text queries have the
-same full answers: what test asks was never asked in training.
+same fully relevant listings: no query of test occurs in training.
 """
 
 from __future__ import annotations

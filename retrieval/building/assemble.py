@@ -43,7 +43,7 @@ def write_ivf_pq(
     Args:
         folder: where to.
         trained: what encoded the vectors.
-        sources: the vectors, in the order of their rows.
+        sources: the vectors, (N, D) together, in the order of their rows.
         quiet: show no progress.
     """
     count = sum(

@@ -116,7 +116,7 @@ def _choose_spec(
 ) -> IndexSpec:
     """The named factory, else the default one; options about lists get an index with lists."""
     if options.factory != "auto":
-        return IndexSpec(options.factory, "asked for")
+        return IndexSpec(options.factory, "requested")
     needs_lists = target is not None or options.nprobe is not None or options.spill
     if needs_lists:
         return choose_lists(reader.count, reader.dim)

@@ -1,7 +1,7 @@
 """Choose among candidate indexes by what they are predicted to find and cost.
 
 A candidate is a number of lists, a size of codes, and whether vectors are in two lists. The
-cheapest one that is predicted to reach the recall asked for, within the memory asked for, for every
+cheapest one that is predicted to reach the requested recall within the requested memory for every
 query type, is then built over all vectors and measured: half of the tuning queries choose the
 search settings, the other half checks them.
 """
@@ -122,15 +122,15 @@ def candidates(count: int, dim: int, target: Target, refine: str = "SQ8") -> lis
         least = min(candidate.resident_bytes for candidate in result)
         raise ValueError(
             f"{count:,} vectors of {dim} dimensions need at least {decimal(least)} of memory to "
-            f"search, {decimal(target.memory or 0)} was asked for: allow more memory, or use "
+            f"search, {decimal(target.memory or 0)} was requested: allow more memory, or use "
             "embeddings of fewer dimensions"
         )
 
     # Codes of 8 dimensions find little: they compete only if memory allows no better ones.
-    fine = [candidate for candidate in result if candidate.spec.sub_quantizers > dim // 8]
-    if all(candidate.rejected_because for candidate in fine):
+    fine_codes = [candidate for candidate in result if candidate.spec.sub_quantizers > dim // 8]
+    if all(candidate.rejected_because for candidate in fine_codes):
         return result
-    return fine
+    return fine_codes
 
 
 def _shapes(count: int, dim: int) -> list[tuple[int, int, bool]]:

@@ -55,7 +55,7 @@ class IvfPqBuild:
     Attributes:
         reader: embeddings of the products.
         output: the place of the index.
-        spec: the factory string that is asked for or the default one.
+        spec: the factory string that was requested, or the default one.
         options: how to build it.
         target: what to reach; None for nothing.
         queries: real queries to choose and measure by.

@@ -1,11 +1,12 @@
-"""What a build has finished so far, beside the index: a killed build goes on where it stopped.
+"""What a build has finished so far, beside the index: an interrupted build continues from it.
 
 index.building/
-begun.json                  what is built from what: another build starts anew
-trained.faiss               index with empty lists
-finer.faiss                 ranges of the refine vectors, where there are any
-training.json               what the manifest will say of training, and digests of these two;
-written last of the three 000000-0000000000.parquet   encoded vectors, a block each
+  begun.json                     what is built from what: another build starts anew
+  trained.faiss                  index with empty lists
+  refine.faiss                   ranges of the refine vectors, where there are any
+  training.json                  what the manifest will hold of training, and digests of these
+                                 two; written last of the three
+  000000-0000000000.parquet      encoded vectors, a block each
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ class Workspace(WorkFolder):
         spill: bool,
     ) -> None:
         # Whatever decides the encoded vectors: with another value, a build starts anew.
+        # A build continues only where all of these are equal.
         identity = {
             "embeddings": reader.fingerprint or reader.stamp(),
             "factory": factory,

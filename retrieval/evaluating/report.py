@@ -218,6 +218,7 @@ def _plots(evaluation: Evaluation) -> list[dict[str, str]]:
     matplotlib.use("agg")
     from matplotlib import pyplot
 
+    # Drawn to PNG in memory, so the page needs no other file.
     plots = []
     for draw, caption in (
         (_draw_bars, "hit@10 for each query type, with 95 % intervals"),

@@ -66,9 +66,10 @@ def search_tasks(
     queries: EvaluationQueries,
     options: EvaluationOptions,
 ) -> TaskRows:
-    """Exact and approximate search, without each query's own source product."""
+    """Exact and approximate search: (Q, K) rows each, without a query's own source product."""
     # One more result than needed, in place of the source product. Where duplicates of it are left
     # out, too, search deeper until enough others remain.
+    # Excluded duplicates make room for more hits: search deeper until enough remain.
     extra = 1
     while True:
         exact = exact_search(products, index, queries.vectors, DEPTH + extra)
@@ -79,6 +80,7 @@ def search_tasks(
         extra *= 4
     ann = search_as_served(index, queries, extra, options)
 
+    # The query's own product, and duplicates where requested, are dropped from both rankings.
     kept_rows: list[NDArray[np.int64]] = []
     for rows in (exact.hits.rows, ann):
         kept = (rows != queries.source[:, None]) & (rows >= 0)

@@ -111,7 +111,7 @@ class UntrainedSearch:
         settings: LexicalSettings,
         k: int,
     ) -> Hits:
-        """The k products with the highest lexical scores; arguments as of `search`."""
+        """The k products with the highest lexical scores, (Q, k); arguments as of `search`."""
         hits = self._indexes.get(settings).search(queries.records, k + 1, settings.scoring)
         return without_source(hits, source, k)
 
@@ -233,7 +233,7 @@ def plain_weights(
 ) -> dict[str, float]:
     """Weight 1 for each pretrained tower and for the lexical model that the settings prefer.
 
-    This is the sum before any tuning of weights.
+    This is the sum before any tuning of weights. Blocks are (Q, N) float32 scores.
     """
     preferred = preferred_model(settings)
     weights = {}
@@ -284,7 +284,7 @@ def top_hits(scores: NDArray[np.float32], source: NDArray[np.int64], k: int) -> 
 
 
 def without_source(hits: Hits, source: NDArray[np.int64], k: int) -> Hits:
-    """The first k hits of each query that are not its own source product."""
+    """The first k hits, (Q, k), of each query that are not its own source product, (Q,) int64."""
     is_other = (hits.rows != source[:, None]) & (hits.rows >= 0)
     return hits.keep_first(is_other, k)
 

@@ -95,12 +95,14 @@ class SelectedLists:
             nprobe: lists that a search among all rows visits.
             k: results wanted.
         """
+        # Rows drawn independently of their vectors: proportionally more lists hold as many of them.
         if self.unrelated:
             return _compact(*self._nearest(queries, stepped(nprobe / self._mean_weight)))
         few = len(self._held) <= COMPARED_LISTS
         found = self._nearest(
             queries, nprobe if few else max(nprobe, stepped(1.5 * nprobe / self._mean_weight))
         )
+        # The scores of the first nprobe lists show how far an unfiltered search would reach.
         own = found[1][:, :nprobe]
         best = own[:, :1]
         span = own[:, :1] - np.where(own > NOTHING, own, np.inf).min(axis=1, keepdims=True)
@@ -109,6 +111,7 @@ class SelectedLists:
             needed, done = self._needed(*found, best, span, nprobe, k)
         if done.all():
             return _compact(*found, needed)
+        # Queries whose reach is not covered yet look at all lists of the selection.
         left = ~done
         lists, scores = self._ranked(queries[left])
         further = _compact(
@@ -119,7 +122,7 @@ class SelectedLists:
         return _merged(done, _compact(found[0][done], found[1][done], needed[done]), further)
 
     def all(self, queries: Vectors) -> Lists:
-        """All lists that hold rows of the selection, for each query."""
+        """All lists that hold rows of the selection, for each of the (Q, D) queries."""
         return self._ranked(queries)
 
     def _needed(

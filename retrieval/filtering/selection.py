@@ -308,10 +308,10 @@ def sub_index(engine: Engine, rows: Rows) -> Any:
 
     Args:
         engine: holds all rows.
-        rows: ascending.
+        rows: (n,) int64, ascending.
 
     Raises:
-        ValueError: the index gives no vectors back.
+        ValueError: the index does not keep vectors.
     """
     refine = engine.refine
     part = None

@@ -5,7 +5,7 @@
 
 Logic is that of SQL: what is unknown is matched neither by a test nor by its opposite. A product
 without a price matches neither `price < 50` nor `not price < 50`, only `price is missing`. So rows
-are asked two questions: where a term surely holds and where it surely does not; `not` exchanges the
+are evaluated twice: where a term surely holds and where it surely does not; `not` exchanges the
 two.
 """
 
@@ -263,7 +263,7 @@ def _match_texts(test: Test, column: Texts, attribute_type: AttributeType, holds
         if holds:
             return column.codes >= 0
         return column.codes < 0
-    # The vocabulary is asked, and the rows look its answers up; the last one is for code -1.
+    # The test runs on the vocabulary, and rows look up its results; the last one is for code -1.
     is_match = np.zeros(len(column.vocabulary) + 1, np.bool_)
     is_match[:-1] = _match_vocabulary(test, column.vocabulary, attribute_type) == holds
     return np.take(is_match, column.codes, mode="wrap")

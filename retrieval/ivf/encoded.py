@@ -64,7 +64,7 @@ class EncodedSource(Protocol):
 def to_table(
     ids: pa.Array, encoded: EncodedVectors, contents: NDArray[np.int64] | None = None
 ) -> pa.Table:
-    """Encoded vectors with ids and content digests, as a table that `Blocks` reads."""
+    """(N,) encoded vectors with ids and content digests, as a table that `Blocks` reads."""
     # One column of lists and one of codes for each list that a vector is in.
     list_columns = {f"list{i}": pa.array(column) for i, column in enumerate(encoded.lists.T)}
     codes = {f"code{i}": _binary(codes) for i, codes in enumerate(encoded.codes)}
@@ -161,6 +161,7 @@ def grouped_lists(
     """
     # As many lists at a time as fit the budget: read their entries from all sources, sort them by
     # list and row, and yield list after list.
+    # As many whole lists at a time as fit the budget, at least one.
     budget = max(1, GROUPING_BYTES // (code_size + 16))
     ends = np.cumsum(sizes)
     first = 0
@@ -172,6 +173,7 @@ def grouped_lists(
             for entries in source.entries(first, end):
                 parts.append(_moved(entries, moved))
         lists, rows, codes = (np.concatenate(column) for column in zip(*parts, strict=True))
+        # Within a list, rows ascend.
         order = np.lexsort((rows, lists))
         bounds = np.searchsorted(lists[order], np.arange(first, end + 1))
         for start, stop in pairwise(bounds):

@@ -53,6 +53,7 @@ def nearest(
         (B, count) float32 inner products, descending, and (B, count) int64 numbers of centers.
     """
     # A GPU that fails once is not used again in this process.
+    # A GPU that fails is given up for the rest of the run; the CPU gives the same lists.
     if in_use():
         try:
             found: Any = faiss.knn_gpu(

@@ -1,9 +1,9 @@
-"""The lists of an index as one file that is mapped, not read.
+"""The lists of an index as one file that is memory-mapped, not read.
 
-List after list, its codes and then its rows.
+All lists one after another, each with its codes and then its rows.
 
-    lists.bin    | codes of list 0, in blocks of 32 | rows of list 0 | padding | codes of list 1 |
-    ... lists.npy    (L,) sizes of the lists; where each begins follows from them
+    lists.bin    | codes of list 0, in blocks of 32 | rows of list 0 | padding | codes of list 1 ...
+    lists.npy    (L,) sizes of the lists; where each begins follows from them
 
 FAISS scans 4-bit codes in blocks of 32 and keeps them in memory of its own. Laid out this way, its
 on-disk lists hand the same blocks to the same scan: opening takes no time, processes share one
@@ -71,7 +71,7 @@ def extents(sizes: NDArray[np.int64], code_size: int) -> NDArray[np.uint64]:
 
 
 def file_bytes(sizes: NDArray[np.int64], code_size: int) -> int:
-    """Bytes of the file of lists of these sizes."""
+    """Bytes of the file of L lists of these (L,) sizes."""
     return int(_bytes_of(sizes, code_size).sum())
 
 

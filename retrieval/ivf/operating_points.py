@@ -1,6 +1,6 @@
 """Operating points of an index.
 
-What each way of searching it finds and costs, per query type; and what is asked.
+Recall and cost of settings per query type, and the settings that a request selects.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class Tuning:
     Attributes:
         k: of recall@k.
         points: query type -> points, cheapest first, each with more recall than those before.
-        queries: query type -> how many were asked.
+        queries: query type -> how many were measured.
     """
 
     k: int

@@ -85,6 +85,7 @@ class CatalogueProvider:
         self.name = str(catalogue.path)
         self._files = catalogue.product_files()
         self._fields: dict[str, str | None] = {GROUP: None, FAMILY: None}
+        # Every other column is guessed, or ignored with a reason.
         self.attribute_types: dict[str, AttributeType] = {GROUP: "category", FAMILY: "category"}
         self.ignored: dict[str, str] = {}
         # An attribute that is called like a grouping gets a longer name.
@@ -155,6 +156,7 @@ class FileProvider:
         if repeated := sorted({name for name in schema.names if schema.names.count(name) > 1}):
             raise ValueError(f"{path}: the column {repeated[0]!r} is there more than once")
         self._id = find_column(schema, id_column, is_id, ID_COLUMNS, f"{path}: column of ids")
+        # Types and columns that the caller names have to exist.
         named = {
             name: checked_attribute_type(attribute_type, name)
             for name, attribute_type in (attribute_types or {}).items()
@@ -233,6 +235,7 @@ class FileProvider:
         """The type of a column, or why it is no attribute."""
         types = pa.types
         type_ = field.type
+        # Dictionaries count as their values.
         if types.is_dictionary(type_):
             type_ = type_.value_type
         if field.name in GROUPINGS:

@@ -142,14 +142,14 @@ class AttributeTable:
         return self._codes(FAMILY)
 
     def rows_of_group(self, code: int) -> NDArray[np.int64]:
-        """The rows of a group, ascending; none for -1."""
+        """The (n,) rows of a group, ascending; none for -1."""
         codes = self.group_codes()
         if codes is not None and code >= 0:
             return np.flatnonzero(codes == code)
         return np.empty(0, np.int64)
 
     def decoded(self, name: str, rows: NDArray[np.int64]) -> pa.Array:
-        """The values of some rows, as they are stored: numbers, or texts; null where unknown."""
+        """The values of (n,) rows, as they are stored: numbers, or texts; null where unknown."""
         column = self.column(name)
         if isinstance(column, Numbers):
             values = column.values[rows]

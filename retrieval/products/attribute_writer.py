@@ -53,6 +53,7 @@ def write_attributes(
     # Each column waits in a temporary file, so memory holds one column of one batch at a time.
     attribute_types = _common_attribute_types(providers)
     places, report = _join(list(ids), providers)
+    # Columns are written to disk one at a time, then read back mapped: memory holds one of them.
     with tempfile.TemporaryFile(dir=work) as waiting:
         columns = [
             _waiting(providers, name, attribute_type, places, waiting)

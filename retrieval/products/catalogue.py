@@ -121,6 +121,7 @@ class PreparedCatalogue:
 
     def records(self) -> Iterator[tuple[list[str], list[Record], NDArray[np.float64]]]:
         """Per shard: B product ids, their records, and (B, A) numbers, NaN where missing."""
+        # One shard at a time, and only the columns that words and numbers come from.
         title = self.text_fields[0] if self.text_fields else ""
         for file in self._shards("products"):
             there = pq.read_schema(file).names

@@ -42,7 +42,7 @@ class Hits(NamedTuple):
         return cls(scores, rows)
 
     def select_queries(self, queries: NDArray[np.int64]) -> Hits:
-        """The hits of some queries."""
+        """The (n, K) hits of some queries: (n,) positions, or a (Q,) bool mask."""
         return Hits(self.scores[queries], self.rows[queries])
 
     def keep_first(self, kept: NDArray[np.bool_], k: int) -> Hits:

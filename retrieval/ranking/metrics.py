@@ -21,7 +21,7 @@ NO_ROW = -1
 
 
 def hit_at_k(retrieved: ArrayLike, relevant: ArrayLike, k: int) -> float:
-    """Share of queries with at least one relevant product in the first k results.
+    """Share of queries with at least one relevant product in the first k of (Q, K) results.
 
     See `hit_at_k_per_query`.
     """
@@ -29,7 +29,7 @@ def hit_at_k(retrieved: ArrayLike, relevant: ArrayLike, k: int) -> float:
 
 
 def recall_at_k(retrieved: ArrayLike, relevant: ArrayLike, k: int) -> float:
-    """Mean over queries of the share of relevant products found in the first k.
+    """Mean over queries of the share of relevant products in the first k of (Q, K) results.
 
     See `recall_at_k_per_query`.
     """
@@ -37,7 +37,7 @@ def recall_at_k(retrieved: ArrayLike, relevant: ArrayLike, k: int) -> float:
 
 
 def best_recall_at_k(relevant: ArrayLike, k: int) -> float:
-    """The recall@k of a perfect ranking.
+    """The recall@k of a perfect ranking, of (Q, R) relevant products.
 
     Below 1 where a query has more than k relevant products.
     """
@@ -45,17 +45,17 @@ def best_recall_at_k(relevant: ArrayLike, k: int) -> float:
 
 
 def mrr(retrieved: ArrayLike, relevant: ArrayLike) -> float:
-    """Mean reciprocal rank of the first relevant product. See `mrr_per_query`."""
+    """Mean reciprocal rank of the first relevant of (Q, K) results. See `mrr_per_query`."""
     return float(mrr_per_query(retrieved, relevant).mean())
 
 
 def average_precision(retrieved: ArrayLike, relevant: ArrayLike) -> float:
-    """Mean average precision (mAP). See `average_precision_per_query`."""
+    """Mean average precision (mAP) of (Q, K) results. See `average_precision_per_query`."""
     return float(average_precision_per_query(retrieved, relevant).mean())
 
 
 def ndcg_at_k(retrieved: ArrayLike, relevant: ArrayLike, grades: ArrayLike, k: int) -> float:
-    """Mean normalized discounted cumulative gain of the first k results.
+    """Mean normalized discounted cumulative gain of the first k of (Q, K) results.
 
     See `ndcg_at_k_per_query`.
     """
@@ -82,7 +82,7 @@ def hit_at_k_per_query(retrieved: ArrayLike, relevant: ArrayLike, k: int) -> NDA
 
 
 def recall_at_k_per_query(retrieved: ArrayLike, relevant: ArrayLike, k: int) -> NDArray[np.float64]:
-    """The share of each query's relevant products found in its first k results.
+    """(Q,) float64, the share of each query's relevant products in its first k results.
 
     Arguments as `hit_at_k_per_query`.
     """
@@ -92,7 +92,7 @@ def recall_at_k_per_query(retrieved: ArrayLike, relevant: ArrayLike, k: int) -> 
 
 
 def best_recall_at_k_per_query(relevant: ArrayLike, k: int) -> NDArray[np.float64]:
-    """The recall@k of a perfect ranking, for each query: min(k, relevant) / relevant."""
+    """(Q,) float64, the recall@k of a perfect ranking: min(k, relevant) / relevant."""
     count = _num_relevant(relevant)
     return np.asarray(np.minimum(_checked_k(k, None), count) / count)
 
@@ -108,12 +108,10 @@ def mrr_per_query(retrieved: ArrayLike, relevant: ArrayLike) -> NDArray[np.float
 
 
 def average_precision_per_query(retrieved: ArrayLike, relevant: ArrayLike) -> NDArray[np.float64]:
-    """Mean, over a query's relevant products, of the precision at the rank of each.
+    """Mean precision at the ranks of a query's relevant products, 0 for those not retrieved.
 
-    0 for those not retrieved.
-
-    Only K results are seen: with more than K relevant products even a perfect ranking stays below
-      1.
+    Returns (Q,) float64. Only K results are seen: with more than K relevant products even a perfect
+    ranking stays below 1. Arguments as `hit_at_k_per_query`.
     """
     found = _found(retrieved, relevant)
     rank = np.arange(1, found.shape[1] + 1)

@@ -32,9 +32,9 @@ class SearchResult:
 
     Attributes:
         index: what was searched.
-        query: what was asked.
+        query: the query as shown.
         hits: of this one query: (1, K).
-        wanted: the number of hits that were asked for.
+        wanted: the number of hits that were requested.
         settings: how it was searched.
         catalogue: tells titles and pictures; None where it is not known.
         matching: number of products that the filter matches; None without a filter.
@@ -81,6 +81,7 @@ class SearchResult:
     def table(self) -> Table:
         """Rank, score, id, and title and telling attributes where the catalogue is known."""
         hits = self.hits_with_cards()
+        # Columns: the first attributes that the hits have.
         names = list(
             dict.fromkeys(name for hit in hits for name, _ in facts_of(hit.card.attributes, 3))
         )[:3]
@@ -214,7 +215,7 @@ def describe_candidates(manifest: Manifest) -> Table:
         "p50 ms",
         "p99 ms",
         "QPS",
-        "hot B",
+        "resident B",
         "disk B",
         "s",
         "",
@@ -321,7 +322,7 @@ def describe_update(report: UpdateReport) -> Table:
     if report.before is not None and report.after is not None:
         table.add_section()
         names = {
-            "recall": "recall@10 on products asked",
+            "recall": "recall@10 of products",
             "imbalance": "imbalance of lists",
             "list_error": "distance to lists' centers",
             "new_list_error": "the same of new products",

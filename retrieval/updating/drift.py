@@ -50,8 +50,8 @@ class Drift:
 
     Attributes:
         count: products.
-        recall: recall@10 of products asked with the index's own settings, against comparing with
-            every product.
+        recall: recall@10 of products as queries, with the index's own settings, against exact
+            search.
         imbalance: L x sum(size^2) / (sum of sizes)^2 of its lists: 1 where all are equal, and how
             many times longer than that a search takes.
         list_error: distance of products to the center of the nearest list.
@@ -134,7 +134,7 @@ def imbalance_of(sizes: NDArray[np.int64]) -> float:
 def _draw_rows(engine: Engine, alive: NDArray[np.bool_]) -> NDArray[np.int64]:
     """Up to SAMPLE rows that hold a product, drawn by what the vectors are.
 
-    So the same products are asked before and after, wherever their rows are: chance does not look
+    So the same products are queries before and after, wherever their rows are: chance does not look
     like a change.
     """
     rows = np.flatnonzero(alive)
@@ -247,13 +247,14 @@ def recommendation(built: Drift, now: Drift) -> str:
         now: its state now.
     """
     # One reason for each limit that is passed.
+    # Each limit that is exceeded is a reason; they are in the order of what users notice.
     reasons = []
     if (
         built.recall is not None
         and now.recall is not None
         and built.recall - now.recall > RECALL_LIMIT
     ):
-        fall = f"recall@{K} on products asked fell from {built.recall:.3f} to {now.recall:.3f}"
+        fall = f"recall@{K} of products fell from {built.recall:.3f} to {now.recall:.3f}"
         reasons.append(f"{fall} (limit: {100 * RECALL_LIMIT:g} points)")
     if now.imbalance > IMBALANCE_LIMIT * built.imbalance:
         rise = f"the imbalance of lists rose from {built.imbalance:.2f} to {now.imbalance:.2f}"

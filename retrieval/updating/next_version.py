@@ -82,6 +82,7 @@ class NextVersion:
         self.meta = meta
         self.plan = plan
         self.work = work
+        # A product replaced by the update leaves its old row empty, as a deleted one does.
         self.alive = index.id_table.alive()
         self.deleted_rows = plan.deleted_rows | ~self.alive
         self.count = int((~self.deleted_rows).sum()) + plan.num_new_rows
@@ -176,6 +177,7 @@ class NextVersion:
             before = Drift.from_json(known["after"])
         else:
             built = before = measure_drift(index.engine, index.settings, self.alive, index.metric)
+        # Compacting closes the empty rows, so all remaining rows hold products.
         if self.compacted:
             kept = np.ones(self.rows - self.plan.num_new_rows, bool)
         else:

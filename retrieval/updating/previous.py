@@ -36,18 +36,18 @@ class VersionVectors:
 
     def __init__(self, index: ProductIndex, deleted: NDArray[np.bool_]) -> None:
         self._index = index
-        self._gone = deleted
+        self._is_deleted = deleted
         self._file = index.version / LISTS_FILE
         self._sizes: NDArray[np.int64] = np.load(index.version / SIZES_FILE, allow_pickle=False)
 
     @property
     def count(self) -> int:
         """Number of rows, empty ones included."""
-        return len(self._gone)
+        return len(self._is_deleted)
 
     def sizes(self, num_lists: int, kept: NDArray[np.bool_] | None = None) -> NDArray[np.int64]:
-        """See `EncodedSource`."""
-        is_present = ~self._gone if kept is None else kept & ~self._gone
+        """(L,) int64 sizes of the lists; see `EncodedSource`."""
+        is_present = ~self._is_deleted if kept is None else kept & ~self._is_deleted
         lists = read_rows(self._file, self._sizes, self._index.engine.ivf.code_size)
         return np.fromiter(
             (np.count_nonzero(is_present[rows]) for rows in lists), np.int64, num_lists
@@ -59,17 +59,17 @@ class VersionVectors:
         for number, (codes, rows) in enumerate(
             read_lists(self._file, ivf, self._sizes, first, end), first
         ):
-            is_present = ~self._gone[rows]
+            is_present = ~self._is_deleted[rows]
             yield Entries(
                 np.full(np.count_nonzero(is_present), number), rows[is_present], codes[is_present]
             )
 
     def products(self) -> Iterator[pa.Table]:
         """See `EncodedSource`."""
-        return product_tables(self._index, self._gone)
+        return product_tables(self._index, self._is_deleted)
 
     def refine(self) -> Iterator[NDArray[np.uint8]]:
-        """See `EncodedSource`."""
+        """(n, B) uint8 refine codes, block by block; see `EncodedSource`."""
         return refine_code_blocks(self._index.engine.refine)
 
 

@@ -20,7 +20,7 @@ vector of `as_queries`.
 NORM_TOLERANCE = 0.01
 """Lengths this close to 1 count as rounding (float16) and are made exact.
 
-Others are refused or normalized if asked. So do sums of probabilities.
+Others are refused, or normalized on request. The same holds for sums of probabilities.
 """
 
 EXACT = 1e-6
@@ -149,7 +149,7 @@ def checked_queries(
 
 
 def as_queries(products: NDArray[np.float32], metric: Metric) -> NDArray[np.float32]:
-    """Vectors of products that ask for products.
+    """Turn products' vectors into queries.
 
     Args:
         products: (..., D) float32, as an index or an embeddings folder holds them.
@@ -164,7 +164,7 @@ def as_queries(products: NDArray[np.float32], metric: Metric) -> NDArray[np.floa
 
 
 def probabilities(logits: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
-    """(..., D) -> (..., D) float32, softmax over the last axis."""
+    """Softmax over the last axis: (..., D) -> (..., D) float32."""
     exponential = np.exp(logits - logits.max(axis=-1, keepdims=True))
     result: NDArray[np.float32] = (exponential / exponential.sum(axis=-1, keepdims=True)).astype(
         np.float32

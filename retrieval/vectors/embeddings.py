@@ -237,6 +237,7 @@ class EmbeddingReader:
             ValueError: a row without id, or what `checked_vectors` refuses; the message names
                 shard, row and id.
         """
+        # Checked as they are read, so an error names the shard and row.
         row = 0
         for raw in part.batches(batch_size):
             ids = _checked_ids(raw.ids, part.name, row)
@@ -271,6 +272,7 @@ class EmbeddingReader:
             ValueError: naming such an id and how often it appears.
         """
         # Sort the hashes, then compare only the ids whose hashes occur twice.
+        # Hashes fit in memory where ids may not; only ids with equal hashes are compared.
         hashes = [np.fromiter(map(hash, ids.to_pylist()), np.int64, len(ids)) for ids in self.ids()]
         values, counts = np.unique(np.concatenate(hashes), return_counts=True)
         suspects = set(values[counts > 1].tolist())

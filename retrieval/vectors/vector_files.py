@@ -136,6 +136,7 @@ class ParquetPart:
     ) -> None:
         self.name = str(file)
         self.files = [file]
+        # Memory-mapped: only the rows of a batch are read.
         try:
             with _open(file) as opened:
                 schema = opened.schema_arrow
@@ -165,6 +166,7 @@ class ParquetPart:
             self._embedding,
             *(name for name in (self._query_type, self._content) if name),
         ]
+        # Content digests are used only where every row of the batch has one.
         row = 0
         with _open(self.files[0]) as file:
             for batch in file.iter_batches(batch_size, columns=columns):

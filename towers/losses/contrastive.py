@@ -70,7 +70,7 @@ class ContrastiveLoss(Loss):
 
     @property
     def scale(self) -> Tensor:
-        """1 / temperature, a scalar, within its bound."""
+        """1 / temperature, a () tensor, within its bound."""
         return self.logit_scale.clamp(max=self.max_logit_scale).exp()
 
     def clamp(self) -> None:

@@ -51,7 +51,7 @@ class CrossBatchMemory(nn.Module):
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
     def extend(self, queries: LossRows, products: LossRows) -> tuple[LossRows, LossRows]:
-        """The rows with the remembered ones behind them; in training, remember the rows too."""
+        """(B, D) rows to (B + memory, D): remembered ones are appended; training adds to them."""
         longer_queries = self._with_remembered("query", queries)
         longer_products = self._with_remembered("product", products)
         if self.training:

@@ -90,7 +90,7 @@ class InfoNCE(ContrastiveLoss):
             self.memory.allocate(dim)
 
     def forward(self, query: Tensor, product: Tensor, batch: Batch) -> Tensor:
-        """The loss of this process's rows; see `Loss.forward`."""
+        """The () loss of this process's (B, D) rows; see `Loss.forward`."""
         weight = batch.weight.float()  # (B,)
         queries, products = make_rows(query, product, batch, self._product_offset(batch))
 
@@ -140,26 +140,26 @@ class InfoNCE(ContrastiveLoss):
         self_column: Tensor,
         columns: LossRows,
         target_column: Tensor,
-        own_side: LossRows,
+        same_side_rows: LossRows,
     ) -> Tensor:
         """(B,) losses of one direction.
 
         Args:
             rows: B rows of this process.
-            self_column: (B,) int64, their positions in `own_side`.
+            self_column: (B,) int64, their positions in `same_side_rows`.
             columns: rows of the other side, of all processes.
             target_column: (B,) int64, the column that is each row's own positive.
-            own_side: rows of the same side, of all processes.
+            same_side_rows: rows of the same side, of all processes.
         """
         vectors = columns.vectors  # (P, D)
         keys = columns.keys  # (P, R)
         offset = columns.offset  # (P,)
         present = columns.present  # (P,)
         if self.same_side:
-            vectors = torch.cat([vectors, own_side.vectors])
-            keys = torch.cat([keys, own_side.keys])
-            offset = torch.cat([offset, own_side.offset])
-            present = torch.cat([present, own_side.present])
+            vectors = torch.cat([vectors, same_side_rows.vectors])
+            keys = torch.cat([keys, same_side_rows.keys])
+            offset = torch.cat([offset, same_side_rows.offset])
+            present = torch.cat([present, same_side_rows.present])
 
         def block_losses(scale: Tensor, vectors: Tensor, *block: Tensor) -> Tensor:
             """(b,) losses of a block of rows."""

@@ -33,7 +33,7 @@ class PairLoss(Loss):
         self.margin = margin
 
     def forward(self, query: Tensor, product: Tensor, batch: Batch) -> Tensor:
-        """The mean over the labeled pairs of all processes; see `Loss.forward`."""
+        """The () mean over the labeled pairs of all processes' (B, D) rows; see `Loss.forward`."""
         cosine, label = labeled_pairs(query, product, batch)
         attraction = label * (1 - cosine) ** 2
         repulsion = (1 - label) * (cosine - self.margin).clamp(min=0) ** 2
@@ -61,7 +61,7 @@ class CoSENT(Loss):
         self.temperature = temperature
 
     def forward(self, query: Tensor, product: Tensor, batch: Batch) -> Tensor:
-        """The loss over the labeled pairs of all processes; see `Loss.forward`."""
+        """The () loss over the labeled pairs of all processes' (B, D) rows; see `Loss.forward`."""
         cosine, label = labeled_pairs(query, product, batch, gather=True)
         difference = (cosine[:, None] - cosine[None, :]) / self.temperature  # (n, n)
         should_be_below = label[:, None] < label[None, :]

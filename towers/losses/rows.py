@@ -32,7 +32,7 @@ class LossRows(NamedTuple):
     judgement_weights: Tensor
 
     def gather(self) -> LossRows:
-        """The rows of all processes, in float32, with gradient."""
+        """The rows of all processes, (B, D) -> (P x B, D) float32, with gradient."""
         judged = self.judged_products
         weights = self.judgement_weights
         # Products have no judgements: there is nothing to send.
@@ -53,7 +53,7 @@ class LossRows(NamedTuple):
         )
 
     def head(self, count: int) -> LossRows:
-        """The first `count` rows."""
+        """The first `count` rows, (count, D)."""
         return LossRows(*(tensor[:count] for tensor in self))
 
 

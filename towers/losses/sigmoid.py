@@ -44,7 +44,7 @@ class SigmoidLoss(ContrastiveLoss):
         self.bias = nn.Parameter(torch.tensor(bias))
 
     def forward(self, query: Tensor, product: Tensor, batch: Batch) -> Tensor:
-        """The loss of this process's rows; see `Loss.forward`."""
+        """The () loss of this process's (B, D) rows; see `Loss.forward`."""
         queries, products = make_rows(query, product, batch)
         all_products = products.gather()
 

@@ -42,6 +42,7 @@ def embed(model: Path, catalogue: Path, output: Path, options: EmbedOptions) -> 
         output: folder to make, with products/, queries/ and tuning/ in it.
         options: how the model runs
     """
+    # Imported here: torch takes seconds, and the help needs none of it.
     from tritower.towers import embedding_shards
     from tritower.towers.embed import embed as embed_catalogue
 

@@ -79,6 +79,7 @@ def evaluate(
         catalogue: prepared catalogue: judgements, splits and texts; the one that was embedded when
             not given.
     """
+    # Imported here, so the help starts at once.
     from tritower.retrieval.evaluating import evaluate as evaluating
     from tritower.retrieval.evaluating.comparison_table import below_floor, terminal_table
     from tritower.retrieval.evaluating.gates import failed_gates

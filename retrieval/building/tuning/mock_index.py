@@ -38,7 +38,7 @@ def mock_index(
     Args:
         folder: for its files.
         trained: what the index would be made with.
-        encoded: some vectors, which all lists are filled with.
+        encoded: (n,) codes and refine vectors, which all lists are filled with.
         count: N.
     """
     index = faiss.clone_index(trained.index)

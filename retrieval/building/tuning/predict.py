@@ -50,7 +50,7 @@ class Prediction:
 
     Attributes:
         trained: quantizers trained on the sample.
-        points: query type -> the cheapest operating points that reach the recall asked for, one for
+        points: query type -> the cheapest operating points that reach the requested recall, one for
             each number of candidates re-ranked.
         best: query type -> the highest recall with any number of lists and of candidates.
         seconds: predicted to encode all vectors.
