@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from tritower.towers.model_folder import load_model
     from tritower.towers.two_tower import TwoTower
 
-__version__ = "0.2.0.dev0"
+__version__ = "0.2.0"
 
 _MODULES = {
     "EmbeddingReader": "tritower.retrieval.vectors.embeddings",

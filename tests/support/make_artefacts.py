@@ -1,6 +1,6 @@
 """Make tests/artefacts: an embeddings folder, two indexes of it, queries and their hits.
 
-    python -m tests.support.make_artefacts
+    python -m tests.support.make_artefacts FOLDER
 
 What is in tests/artefacts was made by version 0.2.0, and opens for ever. Run this for a new format
 alone, into a folder of its own.
