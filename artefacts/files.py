@@ -157,7 +157,7 @@ class _Descriptor(io.RawIOBase):
 class _Writer(io.BufferedWriter):
     """A buffer before a `_Descriptor`, which is closed whatever happens.
 
-    Short writes go on where they stopped.
+    Short writes continue where they stopped.
     """
 
     raw: _Descriptor

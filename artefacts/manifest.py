@@ -24,7 +24,7 @@ class ArtefactError(Exception):
 
 @dataclass(frozen=True)
 class FileEntry:
-    """What the manifest says of one file.
+    """One file in the manifest.
 
     Attributes:
         bytes: its size.

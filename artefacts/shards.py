@@ -1,6 +1,6 @@
 """A folder filled shard after shard, over several runs if need be.
 
-A killed job goes on where it stopped.
+An interrupted job continues where it stopped.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class ShardFolder:
 
     `finish` makes it an artefact folder.
 
-    Opening a folder that an earlier run began goes on with it, provided that both make the same
+    Opening a folder that an earlier run began continues it, provided that both make the same
     thing.
 
     Args:
@@ -147,7 +147,7 @@ class ShardFolder:
 
 
 def _leaves(schema: pa.Schema) -> list[str]:
-    """Names of columns as Parquet knows them: that of a list goes on to its elements."""
+    """Parquet's names of columns: that of a list includes its elements."""
     result = []
     for field in schema:
         result.append(

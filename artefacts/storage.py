@@ -77,7 +77,7 @@ def new_folder(
 
     Args:
         path: the folder to make; its parents are made when missing.
-        artefact_type: what the folder is; whoever opens it asks for this word.
+        artefact_type: type of the folder, required again when it is opened.
         meta: facts to store in the manifest, read when the block ends: counts may be filled in
             until then.
         overwrite: replace a finished folder of the same type, in one step; the old one is removed
@@ -194,7 +194,7 @@ def verify(path: Path | str, artefact_type: str | None = None, *, fast: bool = F
             exchanged or partly lost, not each flipped bit.
 
     Raises:
-        ArtefactError: naming the file, what the manifest says and what is there.
+        ArtefactError: naming the file, its entry in the manifest and its actual state.
     """
     path = Path(path)
     manifest = read_manifest(path, artefact_type)

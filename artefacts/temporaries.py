@@ -73,7 +73,7 @@ def lock(path: Path, *, shared: bool = False, wait: bool = False) -> Lock | None
     Args:
         path: what to lock.
         shared: with others who share it; else alone.
-        wait: until whoever has it gives it back; else `held` tells.
+        wait: until its holder releases it; else see `held`.
     """
     # Windows has no flock: the lock is then unknown (None), and stale temporaries stay.
     # Without fcntl (Windows) or on file systems without locks, nothing is known about other users.
@@ -132,7 +132,7 @@ def temporary(path: Path, *, folder: bool) -> Iterator[Temporary]:
 
 
 def temporary_name(path: Path) -> Path:
-    """A new name beside `path` that `sweep` knows."""
+    """A new name beside `path` that `sweep` recognizes."""
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
 
 

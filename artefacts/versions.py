@@ -73,7 +73,7 @@ def publish(
 
     Args:
         root: the place of all versions; made when missing.
-        artefact_type: what a version is; whoever opens it asks for this word.
+        artefact_type: type of a version, required again when it is opened.
         meta: facts to store in the manifest, read when the block ends.
         base: name of the version that this work started from; None = the one in use when the block
             begins. If another one is in use when the block ends, nothing is published.
@@ -162,7 +162,7 @@ def open_version(root: Path | str, read: Callable[[Path], T], fall_back: bool = 
         root: the place of all versions, or one artefact folder such as a version.
         read: opens what it needs, and raises ArtefactError or OSError where that is damaged.
         fall_back: whether an older version is better than none; the note, also logged as a warning,
-            says why.
+            names the reason.
 
     Raises:
         ArtefactError: as `read` and `current` do, where nothing else reads well.

@@ -1,4 +1,4 @@
-"""Folders for what is unfinished of an artefact: a killed run goes on where it stopped."""
+"""Folders for unfinished artefacts: an interrupted run continues where it stopped."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Task = Literal["build", "update"]
 class WorkFolder:
     """A folder beside an artefact for what is unfinished of it. One process at a time works there.
 
-    What is finished stays when a run is killed, and the next run goes on with it, provided that it
+    Finished parts stay when a run is killed, and the next run continues with them, provided that it
     makes the same.
 
     Args:
@@ -78,7 +78,7 @@ class WorkFolder:
         self._keep_only_same()
 
     def worth_keeping(self) -> bool:
-        """Whether there is something to go on with."""
+        """Whether there are finished parts to continue with."""
         return any(
             file.name != BEGUN and not is_temporary(file.name) for file in self.path.iterdir()
         )

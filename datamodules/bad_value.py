@@ -7,7 +7,7 @@ class BadValue(ValueError):
     """A value that cannot be used.
 
     Attributes:
-        code: stable and machine-readable, e.g. `PRICE_AMBIGUOUS`; all of them stand in
+        code: stable and machine-readable, e.g. `PRICE_AMBIGUOUS`; all are listed in
             docs/catalogue.md.
         reason: for a person, with an excerpt of the value.
     """

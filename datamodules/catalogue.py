@@ -125,7 +125,7 @@ def product_digests(shard: Path) -> np.ndarray:
 
 
 def query_item(row: Mapping[str, Any]) -> Item:
-    """A row of `queries/` as an item; one that asks by product has nothing of its own."""
+    """A row of `queries/` as an item; a product query has no content of its own."""
     return Item(
         text={"query": row["text"]} if row["text"] else {}, images=tuple(row["images"] or ())
     )
@@ -134,7 +134,7 @@ def query_item(row: Mapping[str, Any]) -> Item:
 def product_keys(row: Mapping[str, Any]) -> list[int]:
     """The keys of a row of `products/`, one for each of `RELATIONS`.
 
-    It answers no query by itself.
+    No query finds it by itself.
     """
     text = row.get("text") or {}
     images = row.get("images")

@@ -25,7 +25,7 @@ Other readers are not worth the risk on strangers' bytes.
 
 WHITE = (255, 255, 255)
 
-# Our limits are stricter, raise instead of warn, and name the picture; damaged EXIF says nothing
+# Our limits are stricter, raise instead of warn, and name the picture; damaged EXIF means nothing
 # about pixels.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImagePlugin")
@@ -52,7 +52,7 @@ LIMITS = Limits()
 
 
 class ImageError(BadValue):
-    """A picture that cannot be used; `code` says why, e.g. `TRUNCATED_IMAGE`."""
+    """A picture that cannot be used, with the reason as `code`, e.g. `TRUNCATED_IMAGE`."""
 
 
 def decode(
@@ -70,7 +70,7 @@ def decode(
         max_side: shrink so that the longer side is at most this; never enlarges.
         draft: sides of so many pixels are enough: a larger JPEG is decoded at a half, a quarter or
             an eighth.
-        background: RGB that stands behind transparent pixels.
+        background: RGB behind transparent pixels.
         limits: what is refused before decoding.
 
     Raises:
@@ -234,7 +234,7 @@ def _orientation(image: Image.Image) -> int:
     """The EXIF orientation, 1 to 8; 1 (upright) where there is none or it cannot be read."""
     try:
         value = image.getexif().get(0x0112, 1)
-    except Exception:  # damaged EXIF says nothing about the pixels
+    except Exception:  # damaged EXIF means nothing about the pixels
         return 1
     if isinstance(value, int) and 1 <= value <= 8:
         return value

@@ -25,10 +25,10 @@ def stable_hash(text: str | bytes) -> int:
 
 
 class TextPreprocess(Protocol):
-    """What a tower of texts or of words asks of its input."""
+    """The preprocessing of a text tower or a lexical tower."""
 
     def render(self, item: Item, side: Side) -> str:
-        """The text that stands for this item on this side; empty where it has none."""
+        """The text of an item on this side; empty where it has none."""
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """(B, L) int64 token ids or hashes, or (B, F) float32 features.
@@ -38,7 +38,7 @@ class TextPreprocess(Protocol):
 
 
 class ImagePreprocess(Protocol):
-    """What an image tower asks of its input."""
+    """The preprocessing of an image tower."""
 
     def __call__(
         self, images: Sequence[bytes], rngs: Sequence[np.random.Generator] | None = None
@@ -50,7 +50,7 @@ class ImagePreprocess(Protocol):
 
 
 class AttributePreprocess(Protocol):
-    """What an attribute tower asks of its input."""
+    """The preprocessing of an attribute tower."""
 
     def __call__(
         self, attributes: Sequence[Mapping[str, str | float | Sequence[str]]]

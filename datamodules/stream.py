@@ -1,7 +1,7 @@
 """Which examples are in which batch: a pure function of (seed, epoch, step).
 
-The number of loader workers and of ranks never changes the global batch, and a resumed run goes on
-at its step.
+The number of loader workers and of ranks never changes the global batch, and a resumed run
+continues at its step.
 """
 
 from __future__ import annotations

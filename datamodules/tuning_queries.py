@@ -1,7 +1,8 @@
 """Queries to tune an index by, made of some products of a catalogue: nobody has judged them.
 
-Judged queries measure an index, so they must not choose how it is searched. Here products ask as a
-whole and by one modality alone, and by a few words of their title, as somebody would type them.
+Judged queries measure an index, so they must not choose how it is searched. Here products are
+queries as a whole and by one modality alone, and by a few words of their title, as somebody would
+type them.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from tritower.datamodules.batch import Item
 from tritower.datamodules.catalogue import Table
 
 MOST_PRODUCTS = 1000
-"""Products that ask: a recall of .98 is then known to less than half a point."""
+"""Number of products as queries: a recall of .98 is then known to less than half a point."""
 
 SHARE = 0.1
-"""Of the products of a small catalogue, so many ask.
+"""Share of a small catalogue's products that are queries.
 
 Embedding them must not take longer than the products.
 """
@@ -36,7 +37,7 @@ SEED = 0
 
 
 class TuningQueries:
-    """Which products ask, and what somebody would type for them.
+    """Products as tuning queries, and the texts that somebody would type for them.
 
     Args:
         products: the catalogue.
@@ -44,7 +45,7 @@ class TuningQueries:
             typed there is not typed here.
 
     Attributes:
-        rows: (T,) int64 rows of the products that ask, ascending.
+        rows: (T,) int64 rows of these products, ascending.
     """
 
     def __init__(self, products: Table, queries: Table | None) -> None:
@@ -66,7 +67,7 @@ class TuningQueries:
         self.rows = np.sort(rng.permutation(free)[:count]).astype(np.int64)
 
     def typed(self, row: int, item: Item) -> Item | None:
-        """One to three words of a product's title, in its order; None where that says nothing new.
+        """One to three words of a product's title, in its order; None where they occur elsewhere.
 
         Args:
             row: of the product; decides which words.

@@ -57,7 +57,8 @@ def bulk_search(
 
     Query_id, product_id, rank (from 1), score, and query type if queries have.
 
-    Each block of queries is written as a shard of its own; the same call goes on after a kill.
+    Each block of queries is written as a shard of its own; after an interruption the same call
+    continues.
 
     Args:
         index: what is searched.
@@ -163,7 +164,7 @@ def _search(
 
 
 def _join(parts: Path, output: Path) -> None:
-    """All shards as one file; the shards go when it stands."""
+    """All shards as one file; the shards are deleted when it is complete."""
     shards = sorted(parts.glob("*.parquet"))
     with (
         storage.write_file(output) as temporary,

@@ -79,7 +79,7 @@ class ProductIndex:
 
         Args:
             path: folder of an index with its versions, or of one version.
-            fall_back: if the version in use is damaged, open an older one; `note` says why.
+            fall_back: if the version in use is damaged, open an older one; `note` names the reason.
 
         Raises:
             ArtefactError: no index, a damaged one, or files that do not belong together.

@@ -45,7 +45,7 @@ def parse_weighted_product(
 
     Args:
         text: as typed.
-        is_whole: whether a text is an id as it stands.
+        is_whole: whether a whole text is an id.
         sign: -1 for what is not wanted.
 
     Raises:
@@ -104,6 +104,6 @@ def combined(
 
 
 def centered(part: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(D,) with the mean 0: what probabilities tell of their logits."""
+    """(D,) with the mean 0: logits are known from their probabilities up to a constant."""
     center: NDArray[np.float64] = part - part.mean()
     return center

@@ -225,7 +225,7 @@ def test_megabyte_cells_are_read_and_endless_ones_are_not(tmp_path: Path) -> Non
     [
         ("p.xlsx", b"", {}, r"unknown file type; its name must end in one of .csv"),
         ("p.csv", b"", {}, "is empty: a header line"),
-        ("p.csv", b"id,id\n", {}, r"columns \['id'\] stand twice"),
+        ("p.csv", b"id,id\n", {}, r"columns \['id'\] appear twice"),
         ("p.csv", b"id\n", {"encoding": "utf-9"}, "unknown --encoding 'utf-9'"),
         ("p.csv", b"id\n", {"delimiter": ",,"}, "--delimiter ',,' must be one character"),
         ("p.csv", "idé\n".encode("latin-1"), {}, "ENCODING_ERROR: the header"),

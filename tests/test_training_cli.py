@@ -454,7 +454,7 @@ def test_help_explains_the_options(capsys: pytest.CaptureFixture[str]) -> None:
     assert stopped.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     for words in (
-        "go on from the run's newest valid checkpoint",
+        "continue from the run's newest valid checkpoint",
         "learning rate of pretrained towers",
         "whose views may be the query of a product",
         "items that are encoded at once",

@@ -35,11 +35,11 @@ def value_hash(name: str, value: str) -> int:
 
 
 def levels(attribute: Attribute, value: Value) -> list[str]:
-    """The values that stand for an attribute.
+    """The values of an attribute as texts.
 
     For a path one for each level, so that relatives share the upper ones.
 
-    A size may be 38 or 38.0, and is "38" in both cases. Empty values stand for nothing.
+    A size may be 38 or 38.0, and is "38" in both cases. Empty values are left out.
     """
     if not isinstance(value, Sequence):
         if math.isnan(value):
@@ -123,10 +123,10 @@ class AttributeTower(Tower):
         num_buckets: rows of the table of hash embeddings, a power of two.
         num_hashes: rows of the table that are summed for one value.
         num_frequencies: of the periodic embeddings of a number.
-        frequency_scale: standard deviation of the initial frequencies; higher tells closer numbers
-            apart.
+        frequency_scale: standard deviation of the initial frequencies; higher separates closer
+            numbers apart.
         exact_numbers: whether a number has a hash embedding of its exact value, too: that two
-            prices are the same to the cent says more than that they are close.
+            prices are equal to the cent is stronger evidence than that they are close.
         dropout: of the vectors of attributes, 0 to 1.
     """
 

@@ -93,7 +93,7 @@ class FeatureCache:
         result = np.zeros(
             (len(contents), self._parts[0].shape[1] if self._parts else 0), np.float32
         )
-        # Empty contents have no features: zeros stand for them.
+        # Empty contents have no features: they are zeros.
         for i, position in enumerate(positions):
             if position >= 0:
                 part = int(np.searchsorted(self._starts, position, side="right")) - 1
@@ -170,7 +170,7 @@ def fingerprint(tower: Tower) -> str:
 
 
 def text_views(item: Item, preprocess: ItemPreprocess, every_view: bool) -> set[str]:
-    """The texts that may stand for an item.
+    """The possible texts of an item.
 
     Of all its fields and of its title, or with `every_view` of any of them.
     """

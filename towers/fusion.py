@@ -2,7 +2,7 @@
 
 All take vectors (B, M, D) and present (B, M) and return the fused (B, D) and the share (B, M) that
 each modality had in it; shares of a row add up to 1. A modality that is absent is replaced by a
-learned token before fusion (see `tritower.towers.encoder`), so what stood in its place never
+learned token before fusion (see `tritower.towers.encoder`), so its input never
 matters.
 """
 
@@ -29,7 +29,7 @@ class MeanFusion(nn.Module):
 
 
 class GatedFusion(nn.Module):
-    """A weighted mean of the modalities that are there, plus what only their combination tells.
+    """A weighted mean of the modalities that are there, plus a term of their combination.
 
     The gates see all vectors and the mask; the residual is a small network over the concatenation.
     Both start as nothing, so training starts from the mean.

@@ -30,7 +30,7 @@ SHARD = 131_072
 class HardNegatives(L.Callback):
     """Every few epochs, index the training products and give each one its hard negatives.
 
-    What is as near as an answer may be one that nobody marked. So candidates begin at a rank, end
+    What is as near as a positive may be an unmarked positive. So candidates begin at a rank, end
     at another, and have to be less similar to the product than its own group is (as NV-Retriever,
     arXiv:2407.15831); whatever has an equal key is none. At the first times a part of the negatives
     is still drawn at random (as Etsy, arXiv:2306.04833).
@@ -41,7 +41,7 @@ class HardNegatives(L.Callback):
         first_rank: of the candidates among a product's neighbors, from 1.
         last_rank: likewise; as many neighbors are searched.
         max_similarity: candidates more similar than this share of the similarity to the least
-            similar mate (to itself: 1, where it has none) are suspected to be answers, and left
+            similar mate (to itself: 1, where it has none) are suspected positives, and left
             out.
         related: products with an equal key of these relations are no candidates.
         ramp: times of mining until the mined ones make up all extra negatives: 3 takes a third
@@ -91,7 +91,7 @@ class HardNegatives(L.Callback):
     ) -> None:
         """After the last step of an epoch, mine for the next one.
 
-        Before any checkpoint that the run may go on from.
+        Before any checkpoint that the run may resume from.
         """
         epoch = trainer.current_epoch + 1
         if not self.every_n_epochs or batch_idx + 1 < trainer.num_training_batches:
@@ -114,7 +114,7 @@ class HardNegatives(L.Callback):
     def _mine(self, data: Any, work: Path, file: Path) -> float:
         """Write the candidates of every embedded product.
 
-        Returns the share of suspected answers among them.
+        Returns the share of suspected positives among them.
         """
         from tritower.retrieval.building.build import build_index
         from tritower.retrieval.index import ProductIndex

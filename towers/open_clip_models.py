@@ -55,7 +55,7 @@ def open_clip_config(model: str) -> dict[str, Any]:
         ValueError: no such built-in model.
     """
     # A local folder, a model of the hub, or a built-in name.
-    # A local folder, a repository of Hugging Face, or a name that open_clip knows.
+    # A local folder, a repository of Hugging Face, or a name of open_clip.
     if model.startswith("local-dir:"):
         path = Path(model.removeprefix("local-dir:")) / "open_clip_config.json"
         return dict(json.loads(path.read_text(encoding="utf-8")))

@@ -15,7 +15,7 @@ class RunOptions:
 
     Attributes:
         run: folder of checkpoints, logs and the exported model.
-        resume: go on from the run's newest valid checkpoint.
+        resume: continue from the run's newest valid checkpoint.
         replan: a resumed run may have another number of steps than planned.
         checkpoint_every_steps: save a checkpoint to resume from after so many steps, not only at
             validations.

@@ -28,7 +28,7 @@ class Template:
     `"{title}. {description}"`; None joins all fields like that.
 
     A field that an item lacks takes the characters in front of it with it. A typed query
-    (`{"query": ...}`) stands for itself, whatever the template says.
+    (`{"query": ...}`) is taken as it is, without the template.
     """
 
     template: str | None = None
@@ -117,7 +117,7 @@ class TextPreprocess:
         return self.tokenizer(texts)
 
     def check(self, texts: Sequence[str]) -> dict[str, float]:
-        """Shares of texts that are cut and of tokens that stand for unknown text.
+        """Shares of texts that are cut and of tokens for unknown text.
 
         Warns where they are high.
         """
@@ -190,7 +190,7 @@ def padded(rows: Sequence[Sequence[int] | np.ndarray]) -> Tensor:
 
 @dataclass(frozen=True)
 class HashedWords:
-    """Words by hash (see `split_words`): needs no vocabulary and knows every language."""
+    """Words by hash (see `split_words`): needs no vocabulary and reads every language."""
 
     num_buckets: int = 16_384
     max_length: int = 48

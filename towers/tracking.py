@@ -17,7 +17,7 @@ FINISH_TIMEOUT_S = 60
 
 
 class PatientWandbLogger(WandbLogger):
-    """Logs as long as it works; the first failure is named, and training goes on without it."""
+    """Logs until the first failure, which is reported; training continues without it."""
 
     broken = False
 
@@ -59,7 +59,7 @@ def wandb_logger(folder: Path, project: str, *, offline: bool) -> list[Logger]:
 
     # As a variable, older releases ignore it.
     os.environ.setdefault("WANDB_FINISH_TIMEOUT", str(FINISH_TIMEOUT_S))
-    # Without network or key, log offline; without a disk, not at all. Training goes on.
+    # Without network or key, log offline; without a disk, not at all. Training continues.
     for mode in ("offline",) if offline else ("online", "offline"):
         try:
             folder.mkdir(parents=True, exist_ok=True)

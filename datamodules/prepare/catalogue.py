@@ -203,7 +203,7 @@ def _split(cell: Cell) -> str:
 
 
 class _Cells:
-    """The cells of a record, also those that stand in JSON objects."""
+    """The cells of a record, those in JSON objects included."""
 
     def __init__(self, record: Record, columns: Columns, builder: RowBuilder) -> None:
         self.cells = record.cells
@@ -244,7 +244,7 @@ def parse_attribute(
         decimal: the decimal sign of numbers.
 
     Raises:
-        ValueError: empty, or no number where the attribute is one; says what is expected.
+        ValueError: empty, or no number where the attribute is one, with what is expected.
     """
     if attribute.attribute_type in ("path", "set"):
         parts = parse_list(text, ">" if attribute.attribute_type == "path" else "|")

@@ -1,4 +1,4 @@
-"""Which column of a user's table is what, and the small YAML file that says so."""
+"""The role of each column of a user's table, and the small YAML file that sets it."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Column:
 
     Attributes:
         name: in the prepared catalogue.
-        column: where it stands in the user's table.
+        column: its name in the user's table.
         key: of the JSON objects in `column`; None for the column itself.
         role: what it is.
         why: the reason, for the user.
@@ -61,7 +61,7 @@ class Column:
 class Columns:
     """The columns of a table with their roles.
 
-    Text fields stand in the order in which they are joined.
+    Text fields are in the order in which they are joined.
     """
 
     columns: tuple[Column, ...]
@@ -94,7 +94,7 @@ class Columns:
 
 @dataclass(frozen=True)
 class Override:
-    """What a user's YAML file says.
+    """The content of a user's YAML file.
 
     The roles of the columns that it names; every other column is guessed.
 

@@ -283,7 +283,7 @@ def _problem_log(folder: Path, output: Path) -> Iterator[ProblemLog]:
             _show(files_grid(log.files), "", problems_grid(log), "")
             shutil.copyfile(folder / "problems.csv", beside)
             raise CatalogueError(
-                f"{error}. Nothing was published; the problems stand in {beside}"
+                f"{error}. Nothing was published; the problems are listed in {beside}"
             ) from None
         raise
     beside.unlink(missing_ok=True)

@@ -95,7 +95,7 @@ def guess_columns(
         table: the user's file.
         profiles: of its columns and of the keys of its JSON objects.
         rows: records of the file.
-        override: what the user says.
+        override: the user's choices.
 
     Raises:
         CatalogueError: COLUMN_MISSING: no column for the id, or the override names one that is not
@@ -107,7 +107,7 @@ def guess_columns(
     missing = [name for name in override.roles if name not in found]
     if missing:
         raise _column_missing(table, f"column {missing}, which --columns names", found)
-    roles: dict[str, Guess] = {name: (role, "as you say") for name, role in override.roles.items()}
+    roles: dict[str, Guess] = {name: (role, "as given") for name, role in override.roles.items()}
     others = [profile for profile in profiles if profile.name not in roles]
     # Roles that only one column has: by name, and the id by its values.
     for role in SINGLE:

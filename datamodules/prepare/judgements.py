@@ -1,4 +1,4 @@
-"""Judged answers to queries: pairs, or a file of judgements beside a file of queries."""
+"""Judgements of products for queries: pairs, or a file of judgements beside a file of queries."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _WEIGHT = re.compile(r"\d+(?:\.\d+)?(?:[eE][-+]?\d+)?")
 
 
 class Judgements:
-    """Which product answers which query how well, as columns of numbers.
+    """The relevance of products to queries, as columns of numbers.
 
     Attributes:
         query: positions in a `QuerySet`.
         product: numbers of products.
-        weight: graded relevance; 0 says that the product is no answer.
+        weight: graded relevance; 0 means judged irrelevant.
         irrelevant: judgements of weight 0.
         repeated: judgements that were there already; the highest weight counts.
     """
@@ -76,12 +76,14 @@ class Judgements:
                 weight = builder.read(parts["weight"], parse_weight, cells["weight"])
             else:
                 weight = 1.0
-            # Both ends must exist, and a product is no answer to itself.
+            # Both ends must exist, and a product is not judged for itself.
             if query is None or product is None or weight is None:
                 yield builder.row(None)
                 continue
             if queries.sources[query] == cells["product"]:
-                builder.note("", BadValue("SELF_JUDGEMENT", "a product is no answer to itself"))
+                builder.note(
+                    "", BadValue("SELF_JUDGEMENT", "a product cannot be judged for itself")
+                )
                 yield builder.row(None)
                 continue
             yield builder.row(Item())
@@ -96,7 +98,7 @@ class Judgements:
         first = queries.first.get(id, row_and_digest)
         if row_and_digest is not None and first is not None and first[1] != row_and_digest[1]:
             raise BadValue(
-                "QUERY_CONFLICT", f"row {first[0]} asks something else under the id {excerpt(id)}"
+                "QUERY_CONFLICT", f"row {first[0]} has other content under the id {excerpt(id)}"
             )
         if id not in queries.numbers:
             if first == row_and_digest and row_and_digest is not None:

@@ -27,7 +27,7 @@ class PictureReader:
         root: the folder that picture files lie in; nothing outside of it is opened.
         max_side: of the stored pictures, in pixels.
         separator: between several pictures in one cell.
-        background: RGB that stands behind transparent pixels.
+        background: RGB behind transparent pixels.
         limits: what is refused before decoding.
     """
 

@@ -1,6 +1,6 @@
 """The steps of a run of prepare.
 
-Products are read, arranged and written; then queries and their judged answers.
+Products are read, arranged and written; then queries and their judgements.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What stands in the columns of a table.
+"""Statistics of the columns of a table.
 
 Counted in one pass, so that their roles can be guessed and explained.
 """
@@ -26,7 +26,7 @@ SPLITS = {
     "test": "test",
     "testing": "test",
 }
-"""What a split column may say -> the name of the split."""
+"""Value of a split column -> name of the split."""
 
 _PICTURE = re.compile(
     r"[^\s].*\.(?:jpe?g|jfif|png|gif|webp|bmp|tiff?|avif)(?:[|\"].*)?", re.IGNORECASE | re.DOTALL
@@ -39,11 +39,11 @@ _WIDE = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")
 
 @dataclass
 class Profile:
-    """What stands in one column, or under one key of a column of JSON objects.
+    """Statistics of one column, or of one key in a column of JSON objects.
 
     Attributes:
         name: the column's name; a key's own name, or `column.key` where that is taken.
-        column: where it stands.
+        column: its name.
         key: of the JSON objects in `column`; None for the column itself.
         filled: rows that have a value.
         seen: of these, how many were looked at; all other counts are of them.

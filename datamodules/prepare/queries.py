@@ -1,4 +1,4 @@
-"""Queries: a file of them, or the asking half of pairs. Pairs that ask the same are one query."""
+"""Queries: a file of them, or the query half of pairs. Pairs of equal content are one query."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ class QueryParser:
     reader: FieldReader
 
     def __call__(self, record: Record) -> Row:
-        """One query; the product that it asks with, if any, is the row's `source`."""
+        """One query; its own product, if any, is the row's `source`."""
         cells = PartCells(self.parts, record)
         builder = RowBuilder(self.file, record, "" if record.fault else cells.id())
         if record.fault is not None:
@@ -129,9 +129,7 @@ class QueryParser:
         else:
             split = None
         if not (item.text or item.images or source):
-            builder.note(
-                "", BadValue("NOTHING_USABLE", "no text, no picture and no product to ask with")
-            )
+            builder.note("", BadValue("NOTHING_USABLE", "no text, no picture and no product"))
             return builder.row(None)
         if builder.fails(self.reader.strict):
             return builder.row(None)
@@ -161,7 +159,7 @@ class QuerySet:
     Attributes:
         ids: of the queries, verbatim.
         splits: that their rows name.
-        sources: the products that they ask with.
+        sources: the products that are queries.
         contents: digests of text, pictures and product.
         numbers: id -> position in these lists.
         first: of pairs, id -> row and content digest of the first row with this id.

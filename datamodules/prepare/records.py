@@ -36,7 +36,7 @@ class Record(NamedTuple):
     Attributes:
         row: its number, from 1; blank lines do not count.
         line: its first physical line, from 1; 0 in Parquet.
-        cells: column -> value; where there is a fault they only tell the id, if that.
+        cells: column -> value; of a faulty record only the id, if that.
         fault: `UNREADABLE_ROW`, `COLUMN_COUNT` or `ENCODING_ERROR` with a reason.
     """
 
@@ -177,7 +177,7 @@ def _parquet_values(array: pa.Array) -> list[Cell]:
 
 
 def _as_cell(value: Any) -> Cell:
-    """A value of Parquet as a string that says the same.
+    """A value of Parquet as an equivalent string.
 
     Whole floats have no `.0`, NaN is a missing value.
     """

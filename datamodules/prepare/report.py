@@ -152,7 +152,7 @@ def console(stderr: bool = False) -> Console:
 
 
 def columns_grid(columns: Columns, rows: int) -> Grid:
-    """The role of every column, aligned; keys that are too rare stand in one line."""
+    """The role of every column, aligned; keys that are too rare share one line."""
     lines = []
     rare = [column for column in columns.of("ignore") if column.why.startswith("in fewer than")]
     for column in columns.columns:

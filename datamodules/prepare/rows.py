@@ -27,8 +27,8 @@ class Problem(NamedTuple):
         row: number of the record, from 1.
         line: its first physical line, from 1; 0 in Parquet.
         id: of the record, empty where unknown.
-        column: where it stands, empty for the record as a whole.
-        code: stable and machine-readable; all of them stand in docs/catalogue.md.
+        column: its name, empty for the record as a whole.
+        code: stable and machine-readable; all are listed in docs/catalogue.md.
         reason: for a person.
     """
 
@@ -53,7 +53,7 @@ class Row(NamedTuple):
         group: the same thing, for example from another seller.
         family: variants of one style.
         split: train, val, test or None.
-        source: the product that a query asks with.
+        source: a query's own product.
         problems: what could not be used.
     """
 

@@ -40,7 +40,7 @@ def product_columns(text: Sequence[str], attributes: Sequence[Attribute]) -> pa.
         ("family", pa.string()),
         ("split", pa.string()),
     ]
-    # Arrow knows no struct without fields: leave it out.
+    # Arrow has no struct without fields: leave it out.
     if text:
         fields.append(("text", pa.struct([(name, pa.string()) for name in text])))
     fields.append(("images", pa.list_(pa.binary())))

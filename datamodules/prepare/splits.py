@@ -198,7 +198,7 @@ def _splits(members: Members, roots: Sequence[int], policy: SplitPolicy) -> list
 
 
 def leaks(entries: Iterable[tuple[Hashable, str, str]]) -> dict[str, object]:
-    """Keys that stand in more than one split, as plain data for the report.
+    """Keys in more than one split, as plain data for the report.
 
     Args:
         entries: key, split and id of every product or query.
@@ -221,7 +221,7 @@ def leaks(entries: Iterable[tuple[Hashable, str, str]]) -> dict[str, object]:
 
 
 def product_leaks(members: Members, split_plan: SplitPlan) -> dict[str, dict[str, object]]:
-    """Groups, families and pictures that stand in more than one split.
+    """Groups, families and pictures in more than one split.
 
     Families are those that the rows name.
     """

@@ -16,7 +16,7 @@ Report = dict[str, Any]
 def make_report(
     run: Preparation, columns: Columns, split_plan: SplitPlan, query_splits: list[str]
 ) -> Report:
-    """What report.json says; it depends on nothing but the input and the settings."""
+    """The content of report.json; it depends only on the input and the settings."""
     members = run.members
     counts = next(iter(run.log.files.values()))
     # Products that joined another family because they share a picture.

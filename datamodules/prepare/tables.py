@@ -161,12 +161,12 @@ def _names(names: Sequence[str], path: Path) -> list[str]:
     cleaned = [clean_name(name) or f"column_{number}" for number, name in enumerate(names, 1)]
     twice = sorted({name for name in cleaned if cleaned.count(name) > 1})
     if twice:
-        raise CatalogueError(f"{path}: columns {twice} stand twice; found {cleaned}")
+        raise CatalogueError(f"{path}: columns {twice} appear twice; found {cleaned}")
     return cleaned
 
 
 def _encoding_of(path: Path, encoding: str) -> str:
-    """The encoding, with what a byte order mark says."""
+    """The encoding, by the byte order mark where there is one."""
     with path.open("rb") as stream:
         start = stream.read(4)
     if start.startswith(codecs.BOM_UTF8) and codecs.lookup(encoding).name == "utf-8":

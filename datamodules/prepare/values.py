@@ -1,6 +1,6 @@
 """One cell of a user's table.
 
-What it says, or why it cannot be used. Nothing is guessed, nothing repaired silently.
+A parsed value, or the reason why there is none. Nothing is guessed or repaired silently.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Number(str):
 def parse_number(
     text: str, decimal: Decimal = "auto", role: Literal["number", "price"] = "number"
 ) -> float:
-    """The number that a cell says.
+    """The number in a cell.
 
     Currency signs, spaces and apostrophes between groups of digits, thousands separators of either
     role and an exponent are understood. With `decimal="auto"` a text with two readings is refused:
@@ -250,7 +250,7 @@ def parse_json(text: str) -> Cell:
     """JSON with its scalars as strings, exactly as they are written; null is None.
 
     Raises:
-        ValueError: not JSON, nested too deep, or a key that stands twice in one object.
+        ValueError: not JSON, nested too deep, or a key twice in one object.
     """
     try:
         value: Cell = json.loads(
@@ -269,7 +269,7 @@ def _once(pairs: list[tuple[str, Cell]]) -> dict[str, Cell]:
     result = dict(pairs)
     if len(result) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"key {excerpt(next(k for k in keys if keys.count(k) > 1))} stands twice")
+        raise ValueError(f"key {excerpt(next(k for k in keys if keys.count(k) > 1))} appears twice")
     return result
 
 

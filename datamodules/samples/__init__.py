@@ -32,7 +32,7 @@ from tritower.datamodules.samples.text import STYLES
 from tritower.terminal.commands import call, exit_code, make_command_parser
 
 K = 10
-"""The oracle tells recall@K."""
+"""The oracle computes recall@K."""
 
 
 def write_samples(
@@ -52,7 +52,7 @@ def write_samples(
         seed: of everything random.
         image_size: side of the pictures in pixels.
         num_workers: processes that draw pictures.
-        overwrite: replace a sample catalogue that stands there.
+        overwrite: replace an existing sample catalogue.
 
     Returns:
         Subset of modalities, e.g. `text+image` -> the oracle's recall@10 on the product queries of
@@ -105,7 +105,7 @@ def _write(
 
 
 def _refuse(output: Path, overwrite: bool) -> None:
-    """Raise if something stands at `output` that must stay."""
+    """Raise if `output` holds something that must stay."""
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     if not overwrite:
@@ -173,7 +173,7 @@ def query_row(query: Query, listings: Sequence[Listing]) -> Sequence[str]:
 
 
 def qrel_rows(queries: Iterable[Query], listings: Sequence[Listing]) -> Iterator[Sequence[str]]:
-    """The judgements in the order of `QREL_COLUMNS`, best answers of a query first."""
+    """The judgements in the order of `QREL_COLUMNS`, highest grades of a query first."""
     for query in queries:
         for position in np.argsort(-query.grades, kind="stable")[: np.count_nonzero(query.grades)]:
             yield query.query_id, listings[position].product_id, str(query.grades[position])

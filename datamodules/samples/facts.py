@@ -3,7 +3,7 @@
 Which facts a product has, and where each of them can be seen.
 
 A *product* is what somebody makes; a *listing* is one seller's offer of it, one row of the
-catalogue. Every fact of a product stands in one modality only, but for its type, which all three
+catalogue. Every fact of a product is in one modality only, except its type, which all three
 show::
 
     picture     shape, colorway (a hue with a pattern)
@@ -46,7 +46,7 @@ class ProductType:
         path: upper levels of its category, root first; the use is the last level.
         shapes: names of silhouettes in `pictures.SILHOUETTES`.
         materials: keys of `MATERIALS`.
-        uses: what the leaves of the category are called; their features stand in `FEATURES`.
+        uses: what the leaves of the category are called; their features are in `FEATURES`.
         price: the typical price in USD.
     """
 
@@ -220,7 +220,7 @@ class TrueProduct(NamedTuple):
         return SPLITS[self.family % len(SPLITS)]
 
     def words(self) -> Mapping[str, Words]:
-        """The words of the facts that people ask for: fact -> words, the type first."""
+        """The words of the facts that queries may hold: fact -> words, the type first."""
         product_type = PRODUCT_TYPES[self.product_type]
         hue, pattern = colorway(self.product_type, self.shape, self.colorway)
         return {

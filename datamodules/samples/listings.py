@@ -41,8 +41,8 @@ class Listing(NamedTuple):
         seller: position in `text.STYLES`.
         text: title and description.
         pictures: file names under `images/`, the main one first.
-        brand: None where the seller does not say.
-        price: USD; None where the seller does not say.
+        brand: None where the seller gives none.
+        price: USD; None where the seller gives none.
         features: what the product is praised for, chosen from those of its use.
     """
 
@@ -58,7 +58,7 @@ class Listing(NamedTuple):
 
     @property
     def category(self) -> tuple[str, str, str]:
-        """Three levels, root first; the last one tells the use."""
+        """Three levels, root first; the last one is the use."""
         product_type = PRODUCT_TYPES[self.true_product.product_type]
         use = product_type.uses[self.true_product.use].word.capitalize()
         return (*product_type.path, f"{use} {product_type.noun.word}s")

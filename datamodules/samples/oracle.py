@@ -9,7 +9,7 @@ r = spread² / (spread² + noise²) if the product is the same, and independent 
 
     log ratio = -log(1 - r²) / 2 - (r² x² - 2 r x y + r² y²) / (2 (1 - r²))
 
-Listings with equal ratios stand in random order, so recall is an expectation, and it is exact: of T
+Listings with equal ratios are in random order, so recall is an expectation, and it is exact: of T
 equal listings with A above them, each is among the first k with chance min(1, max(0, (k - A) / T)).
 """
 
@@ -96,7 +96,7 @@ def price_log_ratio(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def expected_recall(scores: np.ndarray, relevant: np.ndarray, k: int) -> np.ndarray:
-    """(Q,) float64 expected recall@k where equal scores stand in random order.
+    """(Q,) float64 expected recall@k where equal scores are in random order.
 
     Args:
         scores: (Q, N) float64; listings that are no hits at all (the query itself) have NaN.

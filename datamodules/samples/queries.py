@@ -1,7 +1,7 @@
-"""What customers of the sample catalogue ask, and which listings answer how well.
+"""Queries of the sample catalogue, with the grades of all listings.
 
-A query asks for the facts that it shows, and its judgements cover the whole catalogue, also facts
-that a listing holds without saying so. Grade 3 is an answer in full:
+A query shows some facts, and its judgements cover the whole catalogue, also facts
+that a listing has without showing them. Grade 3 is fully relevant:
 
 * **text**: all facts of the query hold. With five or six facts, 2 = all but one, 1 = all but two;
   the type must hold.
@@ -23,7 +23,7 @@ from tritower.datamodules.samples.listings import Listing
 from tritower.datamodules.samples.text import write_query
 
 ASKED = {"hue": 0.3, "pattern": 0.2, "material": 0.2, "size": 0.15, "use": 0.15}
-"""Facts that people ask for besides the type, and how often they come to mind."""
+"""Facts of text queries besides the type, and how often they occur."""
 
 ASKED_COUNT = {2: 0.3, 3: 0.4, 4: 0.2, 5: 0.1}
 """How many of them a query names."""
@@ -82,7 +82,7 @@ def text_queries(listings: Sequence[Listing], count: int, rng: np.random.Generat
             *rng.choice(list(ASKED), number, replace=False, p=list(ASKED.values())).tolist(),
         ]
         grades = text_grades({fact: truth[fact] == words[source][fact].word for fact in facts})
-        # Queries with equal answers, or too many, tell nothing new.
+        # Queries with the same relevant listings, or too many, add nothing.
         answers = (grades == 3).tobytes()
         if answers in answered_before or (grades == 3).sum() > MOST_ANSWERS:
             continue

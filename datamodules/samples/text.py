@@ -25,7 +25,7 @@ class Style(NamedTuple):
 
     Attributes:
         language: `en`, `zh`, or `zh-en` for a title in both.
-        order: facts and `extra`, a few words that say nothing.
+        order: facts and `extra`, a few words without meaning.
         separator: between them.
         capitals: the seller shouts.
     """

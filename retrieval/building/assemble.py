@@ -91,11 +91,11 @@ def write_products(file: Path, parts: Iterable[pa.Table]) -> None:
 def attach_attributes(folder: Path, providers: Sequence[AttributeProvider]) -> dict[str, Any]:
     """Write what is known of the products whose ids were written.
 
-    Returns what the manifest says of it.
+    Returns the manifest's entry for it.
 
     Args:
         folder: of the version.
-        providers: where attributes come from; the last one that knows a product describes it.
+        providers: where attributes come from; of several with a product, the last one counts.
 
     Raises:
         ValueError: see `write_attributes`.

@@ -177,7 +177,7 @@ def choose(predictor: Predictor) -> ChosenIndex:
         compared.append(candidate)
     compared.sort(key=lambda candidate: -candidate.queries_per_second)
     if winner is None or winner.point is None or trained is None:
-        # Nothing reaches the target: tell how near the best candidate comes.
+        # Nothing reaches the target: report how near the best candidate comes.
         known = [candidate.best for candidate in compared if candidate.best is not None]
         if target.latency_ms is None:
             latency = ""

@@ -126,7 +126,7 @@ class IvfPqBuild:
         return f"{self.options.factory} for {self.target} by {origin}"
 
     def _train(self) -> tuple[TrainedQuantizers, dict[str, Any]]:
-        """Choose the index if a target asks for it, and train it.
+        """Choose the index if there is a target, and train it.
 
         Returns:
             The trained quantizers, and what the manifest keeps of the choice and the training.

@@ -1,4 +1,4 @@
-"""What a build will need, told before it starts, and what this machine has."""
+"""What a build will need, predicted before it starts, and what this machine has."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def predict(
         dim: D.
         spec: the index.
         sample: training vectors; None for the usual number.
-        spill: every vector stands in two lists.
+        spill: every vector is stored in two lists.
         block: vectors encoded at a time.
         grouping: bytes of codes regrouped at a time.
     """

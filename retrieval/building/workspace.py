@@ -95,7 +95,7 @@ class Workspace(WorkFolder):
     ) -> tuple[TrainedQuantizers, dict[str, Any]]:
         """What an earlier run has learned, else what `train` learns.
 
-        And what the manifest says of the training.
+        And the manifest's entry for the training.
         """
         if self._read_training() is None:
             for block in self.path.glob("*.parquet"):  # of another training
@@ -128,7 +128,7 @@ class Workspace(WorkFolder):
         return TrainedQuantizers(index, refine, centroids_of(index), spill), training
 
     def _read_training(self) -> dict[str, Any] | None:
-        """What training.json says; None where that or a file it names is missing or damaged.
+        """The content of training.json; None where it or a file it names is missing or damaged.
 
         A folder that is being removed when its process is killed loses its files in any order.
         """

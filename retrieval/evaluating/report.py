@@ -246,7 +246,7 @@ def _draw_bars(axes: Any, evaluation: Evaluation) -> None:
     }
     width = 0.8 / len(series)
     for number, (name, figures) in enumerate(series.items()):
-        # Bars of one search stand side by side with those of the others.
+        # Bars of the searches are side by side.
         places = []
         values = []
         for place, query_type in enumerate(query_types):

@@ -151,7 +151,7 @@ def untrained_report(
         for name, rows in rankings.items():
             baselines.setdefault(name, {})[query_type] = ranking_metrics(rows, of_type)
 
-        # The hybrid contains the model, so it stands on the trained side of the comparison.
+        # The hybrid contains the model, so it is on the trained side of the comparison.
         without_training = dict(rankings)
         with_training = {name: rows[positions] for name, rows in trained.items()}
         if HYBRID in without_training:

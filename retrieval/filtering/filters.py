@@ -8,7 +8,7 @@ r"""Which products may be found: `price<50 and brand in (Acme, Zed) and category
                   | name ["not"] ( "under" | "has" ) value
                   | name "is" ["not"] ( "missing" | "known" )
 
-Names and values are words or stand in quotes, '...' or "...", where \\ \" \' \n \t \r are escapes.
+Names and values are words or in quotes, '...' or "...", where \\ \" \' \n \t \r are escapes.
 A number without quotes is a number. Keywords may be written in capitals; names and values are
 compared exactly.
 """

@@ -1,4 +1,4 @@
-"""From the text of a filter to its terms; the grammar stands in retrieval/filtering/filters.py."""
+"""From the text of a filter to its terms; the grammar is in retrieval/filtering/filters.py."""
 
 from __future__ import annotations
 

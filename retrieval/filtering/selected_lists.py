@@ -10,7 +10,7 @@ some rows takes more:
 * Where it has, a query may be far from all that may be found. It sees those rows at about the same
   distance, so that its neighbors spread over many lists. Lists are visited too, then, that are not
   much further away than those where the first rows were met. The further these are from where the
-  query stands, the further it goes; the unit is the distance that its own P nearest lists span.
+  query is, the further it goes; the unit is the distance that its own P nearest lists span.
 """
 
 from __future__ import annotations
@@ -198,10 +198,10 @@ class SelectedLists:
 def lists_of_rows(engine: Engine) -> NDArray[Any]:
     """(S, N) unsigned integers.
 
-    The lists that each row stands in; L, the number of lists, for none.
+    The lists of each row; L, the number of lists, for none.
 
     Args:
-        engine: has L lists; a row stands in S of them at most.
+        engine: has L lists; a row is in S of them at most.
     """
     total = int(engine.ivf.nlist)
     found = np.full((2 if engine.spill else 1, engine.count), total, np.min_scalar_type(total))

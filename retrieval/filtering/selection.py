@@ -43,7 +43,7 @@ BLOCK_BYTES = 32 << 20
 WIDER = 4
 """Times as many candidates where a selection has to do with the vectors.
 
-Codes hardly tell rows apart that are all far away.
+Codes hardly distinguish rows that are all far away.
 """
 
 CACHED = 8

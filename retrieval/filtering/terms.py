@@ -74,7 +74,7 @@ class Test:
         operator: `=` and `in` for equal values, `under` for paths that begin so, `has` for sets and
             levels of paths, `known` for any value.
         values: one; several for `in`, none for `known`.
-        position: where it stands in the text, for messages.
+        position: its position in the text, for messages.
     """
 
     __test__ = False  # pytest takes it for a test otherwise

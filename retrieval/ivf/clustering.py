@@ -5,9 +5,9 @@ about 2 x sqrt(L) x (vectors) x D: first sqrt(L) groups, then each group's share
 it, as in FAISS's baseline for a billion vectors (big-ann-benchmarks, NeurIPS'21). Vectors find
 their lists through the same groups.
 
-A vector may stand in a second list, so that queries on either side of a border find it. The second
-list is chosen by SOAR (arXiv:2404.00774): its residual should point elsewhere than the first one,
-since a query that misses a vector in its first list does so along that residual.
+A vector may be stored in a second list, so that queries on either side of a border find it. The
+second list is chosen by SOAR (arXiv:2404.00774): its residual should point elsewhere than the first
+one, since a query that misses a vector in its first list does so along that residual.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ Vectors = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Centroids:
-    """Centres of lists, of unit length, in groups that stand close together.
+    """Centres of lists, of unit length, in groups that are close together.
 
     Attributes:
         vectors: (L, D) float32.

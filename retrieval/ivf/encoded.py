@@ -1,6 +1,6 @@
 """Encoded vectors on their way into an index.
 
-Written block by block, so that a killed build goes on, then regrouped.
+Written block by block, so that an interrupted build continues, then regrouped.
 
 Blocks come in the order of products; lists need the order of lists. Both fit on disk, not in
 memory: the regrouping reads the codes of as many lists at a time as fit a budget.
@@ -25,7 +25,7 @@ GROUPING_BYTES = 512 << 20
 
 
 class Entries(NamedTuple):
-    """What stands in some lists.
+    """The entries of some lists.
 
     Attributes:
         lists: (E,) int64 list numbers.
@@ -52,7 +52,7 @@ class EncodedSource(Protocol):
         """
 
     def entries(self, first: int, end: int) -> Iterator[Entries]:
-        """What stands in lists first to end - 1, in as many parts as is convenient."""
+        """The entries of lists first to end - 1, in parts of any size."""
 
     def products(self) -> Iterator[pa.Table]:
         """product_id and content row by row, nulls for a deleted row."""
@@ -122,7 +122,7 @@ class Blocks:
         return sizes
 
     def entries(self, first: int, end: int) -> Iterator[Entries]:
-        """What stands in lists first to end - 1."""
+        """The entries of lists first to end - 1."""
         row = 0
         for file, count in zip(self.files, self._counts, strict=True):
             for i in range(self._num_lists_per_row):

@@ -1,6 +1,6 @@
 """The FAISS side of an opened index.
 
-Rows and scores; knows neither product ids nor what a query means.
+Rows and scores only: product ids and query types are not known here.
 
 FAISS is given only what has been checked: it takes a wrong dimension, NaN or k without a word.
 """
@@ -63,7 +63,7 @@ class Engine:
     Args:
         index: what is searched.
         count: number of rows.
-        spill: rows stand in two lists, so they may be found twice.
+        spill: rows are in two lists, so they may be found twice.
         keep: what must live as long as the index: FAISS holds only pointers to its parts.
 
     Attributes:
@@ -94,7 +94,7 @@ class Engine:
 
     @classmethod
     def open(cls, folder: Path, meta: Mapping[str, Any]) -> Engine:
-        """Open the FAISS files of an index folder whose manifest says `meta`.
+        """Open the FAISS files of an index folder with `meta` in its manifest.
 
         Lists and refine vectors are mapped.
 
@@ -241,7 +241,7 @@ def drop_repeated_rows(found: Hits, k: int, *, adjacent: bool) -> Hits:
     is_first = rows >= 0
     is_first[:, 1:] &= ~same_row
 
-    # Comparing neighbors is enough, unless another row with the same score stands in between.
+    # Comparing neighbors is enough, unless another row with the same score is between them.
     between = (same_score & ~same_row & (rows[:, 1:] >= 0)).any(axis=1)
     if adjacent:
         unsure = np.flatnonzero(between)

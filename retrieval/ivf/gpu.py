@@ -1,6 +1,6 @@
 """Nearest centroids on a GPU where FAISS sees one, in bounded memory of it.
 
-What is stored never knows of GPUs.
+Stored indexes do not depend on GPUs.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def in_use() -> bool:
 
 
 def give_up(problem: Exception) -> None:
-    """Work on the CPU from now on, and say why."""
+    """Work on the CPU from now on, and log the reason."""
     if not _broken:
         logger.warning(
             "faiss cannot use the GPU it sees (%s): on the CPU from here on",

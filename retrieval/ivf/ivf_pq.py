@@ -43,7 +43,7 @@ class EncodedVectors:
     """B vectors as an index keeps them.
 
     Attributes:
-        lists: (B, S) int32, the lists a vector stands in; -1 for none.
+        lists: (B, S) int32, the lists of a vector; -1 for none.
         codes: (S, B, C) uint8, its code in each of them.
         refine: (B, F) uint8, the vector to re-rank by; F = 0 for none.
     """
@@ -61,7 +61,7 @@ class TrainedQuantizers:
         index: IndexIVFPQFastScan with empty lists.
         refine: IndexScalarQuantizer without vectors, or None.
         centroids: of the lists.
-        spill: whether a vector stands in two lists.
+        spill: whether a vector is in two lists.
     """
 
     index: Any
@@ -219,7 +219,7 @@ def quantizer_parameters(index: Any, nprobe: int) -> Any:
     lists_per_group = index.nlist / groups
     visited = min(groups, math.ceil(groups / 8 + 8 * nprobe / lists_per_group))
     inner = make.SearchParametersIVF(nprobe=visited)
-    # By their codes, the nearest few are hard to tell.
+    # Codes cannot separate the nearest few.
     factor = min(1.5 + 8 / nprobe, index.nlist / nprobe)
     return make.IndexRefineSearchParameters(k_factor=factor, base_index_params=inner)
 

@@ -46,7 +46,7 @@ class IvfPqSpec:
 
 
 def parse_ivf_pq(factory: str) -> IvfPqSpec | None:
-    """What a factory string says, where it is one whose lists are mapped; None for any other."""
+    """The spec in a factory string of mapped lists; None for any other."""
     match = re.fullmatch(r"IVF(\d+),PQ(\d+)x4fs(r?)(?:,Refine\((SQ8|SQfp16)\))?", factory)
     if match is None or int(match[1]) < 1 or int(match[2]) < 1:
         return None

@@ -29,7 +29,7 @@ The languages have a Snowball stemmer of the same name.
 """
 
 MIN_STOP_WORD_SHARE = 0.02
-"""A catalogue with fewer stop words among its tokens has no language that we could tell."""
+"""A catalogue with fewer stop words among its tokens has no language that can be detected."""
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ class LexicalIndex:
     """An inverted index of product records.
 
     Args:
-        records: of N products; an empty one stands for a row without a product and counts nowhere.
+        records: of N products; an empty one is a row without a product and counts nowhere.
         analyzer: maps tokens to terms, of products and of queries.
         neighbors: pairs of neighboring words are terms, too.
     """

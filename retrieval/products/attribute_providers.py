@@ -127,8 +127,8 @@ class FileProvider:
 
     Numbers are numbers, lists of texts are sets, texts are categories, or paths where a value holds
     " > "; in a CSV file a column that holds nothing but numbers is one of numbers. `group` and
-    `family` (also with _id) are what their names say. Other columns, and long texts, are no
-    attributes; `ignored` says why.
+    `family` (also with _id) have their names' roles. Other columns, and long texts, are no
+    attributes; `ignored` names the reasons.
 
     Args:
         path: where it is.

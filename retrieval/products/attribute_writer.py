@@ -1,4 +1,4 @@
-"""Write the attributes of an index's rows, from whatever knows the products.
+"""Write the attributes of an index's rows, from catalogues and files.
 
 Joined by id, never by order.
 """
@@ -105,7 +105,7 @@ def _join(
     rows = pa.chunked_array([batch.cast(TEXT) for batch in ids], TEXT)
     places = np.full(len(rows), -1, np.int64)
     start = unused = 0
-    # The last provider that knows a product describes it.
+    # Of several providers with a product, the last one counts.
     for provider in providers:
         keys = pa.chunked_array(list(provider.ids()), TEXT).combine_chunks()
         _check_distinct(keys, provider.name)
@@ -182,7 +182,7 @@ def _numbers(batches: Iterator[pa.Array], places: NDArray[np.int64]) -> NDArray[
 
 
 def _codes(batches: Iterator[pa.Array], places: NDArray[np.int64]) -> tuple[NDArray[Any], pa.Array]:
-    """(N,) int32 codes, and the texts they stand for."""
+    """(N,) int32 codes, and their texts."""
     dictionaries = [batch.dictionary_encode() for batch in batches]
     encoded = pa.chunked_array(dictionaries, pa.dictionary(pa.int32(), TEXT)).unify_dictionaries()
     chunks = []

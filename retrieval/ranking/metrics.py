@@ -4,7 +4,7 @@ hit@k and recall@k are two things: the share of queries with at least one releva
 first k, and the mean share of a query's relevant products there. With the exact top k as
 "relevant", recall@k is the recall of an approximate index.
 
-Each metric is the mean of its `..._per_query` values; `bootstrap_interval` says how sure that mean
+Each metric is the mean of its `..._per_query` values; `bootstrap_interval` shows how certain it
 is.
 """
 

@@ -18,13 +18,13 @@ def reciprocal_rank_fusion(
 
     A product at rank r of a ranking gets 1 / (constant + r) points (Cormack, SIGIR 2009).
 
-    Equal scores share the mean of their ranks, so where one ranking cannot tell products apart, as
-    words cannot tell variants, the others decide.
+    Equal scores share the mean of their ranks, so where one ranking cannot separate products, as
+    words cannot separate variants, the others decide.
 
     Args:
         rankings: of Q queries each.
         weights: of the rankings' points; None for 1 each.
-        constant: the larger it is, the less the first ranks stand out.
+        constant: the larger it is, the less the first ranks count.
 
     Returns:
         (Q, K) rows, most points first, equal points by row; -1 padded.

@@ -36,7 +36,7 @@ class SearchResult:
         hits: of this one query: (1, K).
         wanted: the number of hits that were requested.
         settings: how it was searched.
-        catalogue: tells titles and pictures; None where it is not known.
+        catalogue: has titles and pictures; None where it is not known.
         matching: number of products that the filter matches; None without a filter.
     """
 
@@ -67,7 +67,7 @@ class SearchResult:
         return f"{count} of {self.wanted} hits found in {lists} lists: visit more with nprobe"
 
     def hits_with_cards(self, images: bool = False) -> list[Hit]:
-        """The hits with what the catalogue knows of them."""
+        """The hits with their titles, pictures and attributes."""
         scored = self.scored()
         if self.catalogue:
             cards = self.catalogue.products({i for i, _ in scored}, images=images)
@@ -223,7 +223,7 @@ def describe_candidates(manifest: Manifest) -> Table:
     for name in names:
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
     count = manifest.meta["count"]
-    # The first candidate was chosen; the others say what they lack.
+    # The first candidate was chosen; the others show why they were not.
     for place, one in enumerate(manifest.meta["candidates"]):
         spec = parse_ivf_pq(one["factory"])
         point = one["point"]

@@ -1,7 +1,7 @@
 """Does an index still suit the products that it holds? It was trained on those of another day.
 
 Products are known as the index keeps them, by its refine vectors; where it keeps none, only the
-sizes of its lists and what is new can tell.
+only the sizes of lists and new products are measured.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Drift:
         imbalance: L x sum(size^2) / (sum of sizes)^2 of its lists: 1 where all are equal, and how
             many times longer than that a search takes.
         list_error: distance of products to the center of the nearest list.
-        code_error: distance of products to what their codes say.
+        code_error: distance of products to their decoded codes.
         new_list_error: `list_error` of the products that the last update has brought.
         new_code_error: `code_error` of these.
         new_refine_error: their distance to their refine vectors: ranges of these are those of

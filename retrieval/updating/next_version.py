@@ -136,9 +136,9 @@ class NextVersion:
             self.attributes.append(new)
 
     def publish(self, measure: bool) -> dict[str, Any]:
-        """Write it; returns what its manifest says.
+        """Write it; returns the entries for its manifest.
 
-        With `measure`, that tells the drift where lists are mapped.
+        With `measure`, they hold the drift where lists are mapped.
         """
         index = self.index
         meta = {

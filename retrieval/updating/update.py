@@ -57,7 +57,7 @@ class Catalogue(Protocol):
 
     @property
     def meta(self) -> Mapping[str, Any]:
-        """What embeddings of it say.
+        """The metadata of its embeddings.
 
         `model` and `catalogue`, the fingerprints of both, and `hints`, where they lie.
         """
@@ -67,7 +67,7 @@ class Catalogue(Protocol):
 
         Args:
             index: what is to be updated.
-            folder: for the embeddings; the same call goes on with what is there.
+            folder: for the embeddings; the same call continues with finished shards.
         """
 
 
@@ -122,14 +122,14 @@ def update_index(
 ) -> UpdateReport:
     """Publish a new version of an index with products added, changed and taken out.
 
-    A killed update leaves the old version in use; the same call goes on where it stopped.
+    A killed update leaves the old version in use; the same call continues where it stopped.
 
     Args:
         root: the place of the index.
         upsert: products that are new or may have changed: their embeddings, or a catalogue of which
             those are embedded that the index does not hold as they are.
         delete: ids of products to take out.
-        attributes: what filters ask for, of some products or of all: a prepared catalogue, or a
+        attributes: for filters, of some products or of all: a prepared catalogue, or a
             Parquet or CSV file with a column of ids; None for the catalogue that the products are
             from, where it is there and still the same. Products that it does not know keep what
             they have.

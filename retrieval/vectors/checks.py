@@ -13,7 +13,7 @@ Metric = Literal["cosine", "inner_product", "kl"]
 
 cosine: unit vectors. inner_product: vectors as they are; longer ones score higher. kl: a query's
 probabilities and a product's log-probabilities plus log D, so products of the least
-Kullback-Leibler divergence from the query come first. Sides differ: a product that asks takes the
+Kullback-Leibler divergence from the query come first. Sides differ: a product as a query takes the
 vector of `as_queries`.
 """
 
@@ -106,7 +106,7 @@ def checked_vectors(
     # Divide by the length, unless that is 1 up to float32's rounding.
     if ((length < 1e-30) | (length > 1e30)).any():  # outside float32's range
         return np.divide(array, length[:, None], out=np.empty_like(array), casting="same_kind")
-    length[np.abs(np.square(length) - 1) <= EXACT] = 1  # as they are, whatever stands beside them
+    length[np.abs(np.square(length) - 1) <= EXACT] = 1  # unchanged, whatever is beside them
     # An array that was made here may be overwritten.
     into = None if np.shares_memory(array, given) else array
     return np.divide(array, length.astype(np.float32)[:, None], out=into)

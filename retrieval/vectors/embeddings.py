@@ -123,7 +123,7 @@ class EmbeddingWriter:
 
         Args:
             shards: names of all shards of the catalogue.
-            hints: paths of the model and the catalogue, so that later commands need not be told
+            hints: paths of the model and the catalogue, so that later commands find them
                 again.
         """
         return self._folder.finish(shards, {"hints": dict(hints or {})})
@@ -169,14 +169,14 @@ class EmbeddingReader:
             name.
         id_column: for Parquet: the column of ids; guessed when None.
         embedding_column: for Parquet: the column of vectors; guessed when None.
-        metric: what the vectors are compared by; what the folder says when None, else cosine.
+        metric: what the vectors are compared by; the folder's when None, else cosine.
         normalize: bring vectors of any length to length 1.
         asks: the vectors are queries: those of a folder of products become what `as_queries` makes
             of them.
 
     Raises:
         ArtefactError: an embeddings folder that is unfinished or damaged.
-        ValueError: nothing readable there, or the columns cannot be told.
+        ValueError: nothing readable there, or the columns are ambiguous.
     """
 
     def __init__(
@@ -216,7 +216,7 @@ class EmbeddingReader:
                 )
 
     def stamp(self) -> list[list[str | int]]:
-        """What tells vectors of unknown origin apart.
+        """Identifies vectors of unknown origin.
 
         What is read of which files, their sizes and times of change.
         """

@@ -18,11 +18,11 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 ID_COLUMNS = ("product_id", "query_id", "id")
-"""Columns taken for ids without being told, in this order."""
+"""Columns taken for ids by default, in this order."""
 
 
 class RawBatch(NamedTuple):
-    """B rows as they stand in a file.
+    """B rows of a file, unchecked.
 
     Ids (large_string), (B, D) floating point vectors, query types and contents or None.
     """
@@ -249,7 +249,7 @@ def read_ids(file: Path, count: int) -> pa.Array:
 
     Args:
         file: where they are.
-        count: how many are expected: tells whether a .csv file has a header.
+        count: expected number: decides whether a .csv file has a header.
     """
     if file.suffix == ".npy":
         array = np.load(file, allow_pickle=False)

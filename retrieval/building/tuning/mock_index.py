@@ -2,7 +2,7 @@
 
 One of the full size, whose lists hold codes of other vectors.
 
-A small index would tell too little: its codes and vectors stay in the processor's caches, where
+A small index would mislead: its codes and vectors stay in the processor's caches, where
 those of millions come from memory. A mock index has the very lists of the index that is to be
 built, as long as they will be. All of them lie in the same 32 MiB, and all refine vectors in the
 same 128 MiB: more than caches hold, and written in a moment whatever the size of the index.
