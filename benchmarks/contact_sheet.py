@@ -88,4 +88,4 @@ def _picture(card: Card) -> Image.Image:
 
 
 if __name__ == "__main__":
-    run(main)
+    run("benchmarks.contact_sheet", main, __doc__ or "")

@@ -33,11 +33,11 @@ from typing import Any
 
 import faiss
 import numpy as np
-from jsonargparse import ArgumentParser
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.command import run
 from benchmarks.compare.vectors import VectorSource, prepare
 from tritower.artefacts import storage
 from tritower.retrieval.building.build import build_index
@@ -49,29 +49,24 @@ from tritower.retrieval.vectors.embeddings import EmbeddingReader
 NPROBES = (32, 64, 128, 256)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command; returns its exit code."""
-    parser = ArgumentParser(
-        prog="python -m benchmarks.gpu", description=__doc__, allow_abbrev=False
-    )
-    parser.add_argument("--json", type=Path, required=True, help="file of the figures")
-    parser.add_argument("--n", type=int, default=1_000_000, help="number of vectors")
-    parser.add_argument("--queries", type=int, default=2000, help="number of queries")
-    parser.add_argument(
-        "--work", type=Path, default=None, help="folder for vectors and indexes (2 GB per million)"
-    )
-    options = parser.parse_args(arguments)
+def gpu(json: Path, n: int = 1_000_000, queries: int = 2000, work: Path | None = None) -> None:
+    """Measure builds on a GPU and without one.
+
+    Args:
+        json: file of the figures.
+        n: number of vectors.
+        queries: number of queries.
+        work: folder for vectors and indexes (2 GB per million).
+    """
     if faiss.get_num_gpus() == 0:
-        print("error: faiss sees no GPU here; nothing was measured", file=sys.stderr)
-        return 1
-    work = Path(tempfile.mkdtemp(prefix="gpu-", dir=options.work))
+        raise SystemExit("error: faiss sees no GPU here; nothing was measured")
+    folder = Path(tempfile.mkdtemp(prefix="gpu-", dir=work))
     try:
-        report = measure(options.n, options.queries, work)
+        report = measure(n, queries, folder)
     finally:
-        shutil.rmtree(work)
-    storage.write_json(options.json, report)
+        shutil.rmtree(folder)
+    storage.write_json(json, report)
     show(report)
-    return 0
 
 
 def measure(n: int, num_queries: int, work: Path) -> dict[str, Any]:
@@ -157,4 +152,4 @@ def show(report: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run("benchmarks.gpu", gpu, "Builds on a GPU beside builds without.")

@@ -1,6 +1,6 @@
 """What a large batch costs in the loss alone: memory and seconds, beside open_clip's loss.
 
-    python -m benchmarks.loss --json FILE [--sizes 1024,4096,16384,65536] [--dim 256]
+    python -m benchmarks.loss --json FILE [--sizes 1024 4096] [--dim 256]
 
 Each size and arm runs in a process of its own: random unit vectors, loss and gradients once.
 open_clip's ClipLoss holds all scores; it is left out where they would need more than half of the
@@ -26,52 +26,49 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import ArgumentParser
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.command import run
 from tritower.artefacts import storage
 from tritower.datamodules.batch import MODALITIES, NO_KEY, RELATIONS, Batch, Items
 from tritower.towers.losses.info_nce import InfoNCE
 
+SIZES = [1024, 4096, 16_384, 65_536]
+STANDARD: list[int] = []
+"""Default of the batch sizes: `SIZES`."""
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command; returns its exit code."""
-    parser = ArgumentParser(
-        prog="python -m benchmarks.loss", description=__doc__, allow_abbrev=False
-    )
-    parser.add_argument("--json", type=Path, required=True, help="file of the figures")
-    parser.add_argument(
-        "--sizes", default="1024,4096,16384,65536", help="batch sizes, comma-separated"
-    )
-    parser.add_argument("--dim", type=int, default=256, help="size of an embedding")
-    options = parser.parse_args(arguments)
+
+def loss(json: Path, sizes: list[int] = STANDARD, dim: int = 256) -> None:
+    """Measure the loss of large batches.
+
+    Args:
+        json: file of the figures.
+        sizes: batch sizes.
+        dim: size of an embedding.
+    """
     rows = []
-    for size in map(int, options.sizes.split(",")):
+    for size in sizes or SIZES:
         for arm in ARMS:
             held = 4 * 8 * size**2  # two directions, their softmax and the gradients of both
             if (
                 arm == "open_clip"
                 and held > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") / 2
             ):
-                print(
-                    f"{arm} at {size:,}: left out, its similarities would need {held / 2**30:.0f} "
-                    "GiB"
-                )
+                print(f"{arm} at {size:,}: left out, its scores would need {held / 2**30:.0f} GiB")
                 continue
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-                rows.append(pool.submit(measure, arm, size, options.dim).result())
+                rows.append(pool.submit(measure, arm, size, dim).result())
     machine = {
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
-    storage.write_json(options.json, {"machine": machine, "rows": rows})
+    storage.write_json(json, {"machine": machine, "rows": rows})
     show(rows)
-    return 0
 
 
 def measure(arm: str, size: int, dim: int) -> dict[str, Any]:
@@ -140,4 +137,4 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run("benchmarks.loss", loss, "What a large batch costs in the loss.")

@@ -30,12 +30,12 @@ from typing import Any
 
 import open_clip
 import torch
-from jsonargparse import ArgumentParser
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks.command import ALL, chosen, run
 from tritower.artefacts import storage
 from tritower.datamodules.batch import MODALITIES, NO_KEY, RELATIONS, Batch, Items
 from tritower.towers.encoder import Encoder
@@ -53,30 +53,28 @@ LESS = {
 }
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command; returns its exit code."""
-    parser = ArgumentParser(
-        prog="python -m benchmarks.steps", description=__doc__, allow_abbrev=False
-    )
-    parser.add_argument("--json", type=Path, required=True, help="file of the figures")
-    parser.add_argument(
-        "--model", default="ViT-B-32", help="name of a model of open_clip with a picture of patches"
-    )
-    parser.add_argument("--batch", type=int, default=1024, help="pairs of a step")
-    parser.add_argument(
-        "--chunk", type=int, default=None, help="items encoded at once (ours); all where left out"
-    )
-    parser.add_argument(
-        "--steps", type=int, default=10, help="that are timed, after two that are not"
-    )
-    parser.add_argument(
-        "--arms", type=list[str], default=list(ARMS[:-1]), help=f"some of {', '.join(ARMS)}"
-    )
-    options = parser.parse_args(arguments)
+def steps(
+    json: Path,
+    model: str = "ViT-B-32",
+    batch: int = 1024,
+    chunk: int | None = None,
+    steps: int = 10,
+    arms: list[str] = ALL,
+) -> None:
+    """Time training steps.
+
+    Args:
+        json: file of the figures.
+        model: name of a model of open_clip with a picture of patches.
+        batch: pairs of a step.
+        chunk: items encoded at once (ours); all where left out.
+        steps: timed steps, after two that are not.
+        arms: which arms run; all but the compiled one where none is named.
+    """
     logging.disable(logging.WARNING)  # that the weights are random is meant
     rows = []
-    for arm in options.arms:
-        rows.append(measure(arm, options.model, options.batch, options.chunk, options.steps))
+    for arm in chosen(arms, ARMS) if arms else ARMS[:-1]:
+        rows.append(measure(arm, model, batch, chunk, steps))
         print(f"{arm}: {rows[-1]['seconds']:.3f} s a step", flush=True)
     seconds = {row["arm"]: row["seconds"] for row in rows}
     for row in rows:
@@ -96,9 +94,8 @@ def main(arguments: list[str] | None = None) -> int:
         "threads": torch.get_num_threads(),
         **versions,
     }
-    storage.write_json(options.json, {"machine": machine, "rows": rows})
+    storage.write_json(json, {"machine": machine, "rows": rows})
     show(rows)
-    return 0
 
 
 def measure(arm: str, model: str, batch: int, chunk: int | None, steps: int) -> dict[str, Any]:
@@ -227,4 +224,4 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run("benchmarks.steps", steps, "How long a training step takes.")

@@ -16,9 +16,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from tritower.retrieval.filtering.terms import UNSIGNED_NUMBER
 from tritower.retrieval.vectors.checks import Metric, probabilities
 
-NUMBER = r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"
 SHORTEST = 1e-6
 """A sum of unit vectors that is shorter is rounding, and points nowhere."""
 
@@ -51,7 +51,7 @@ def parse_weighted_product(
     Raises:
         ValueError: nothing before the weight, or a weight that is not above 0 and finite.
     """
-    match = re.fullmatch(rf"(.*)=({NUMBER})", text, re.DOTALL)
+    match = re.fullmatch(rf"(.*)=({UNSIGNED_NUMBER})", text, re.DOTALL)
     if match is None or is_whole(text):
         return WeightedProduct(text, float(sign))
     weight = float(match[2])

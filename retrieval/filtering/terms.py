@@ -49,7 +49,8 @@ ADVICE: dict[AttributeType, str] = {
     "set": "a set: use has, one for each value",
 }
 KEYWORDS = frozenset({"and", "or", "not", "in", "under", "has", "is"})
-NUMBER = r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"
+UNSIGNED_NUMBER = r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"
+NUMBER = rf"[+-]?{UNSIGNED_NUMBER}"
 WORD = r"""[^\s()<>=!,"'`;|{}\[\]\\“”„‟‘’‚‛≤≥≠]+"""
 SHOWN = 12
 """Names of attributes in a message at most."""
