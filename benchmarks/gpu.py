@@ -22,7 +22,6 @@ import os
 import resource
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -34,7 +33,6 @@ from typing import Any
 import faiss
 import numpy as np
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks.command import run
@@ -45,6 +43,7 @@ from tritower.retrieval.evaluating.latency import measure_latency
 from tritower.retrieval.index import ProductIndex
 from tritower.retrieval.ranking import metrics
 from tritower.retrieval.vectors.embeddings import EmbeddingReader
+from tritower.terminal import tables
 
 NPROBES = (32, 64, 128, 256)
 
@@ -148,7 +147,7 @@ def show(report: dict[str, Any]) -> None:
         table.add_row(
             name, f"{arm['train_s']:.1f}", f"{arm['build_s']:.1f}", recalls, arm["gpu_mb"] or ""
         )
-    Console(width=None if sys.stdout.isatty() else 100).print(table)
+    tables.show(table)
 
 
 if __name__ == "__main__":

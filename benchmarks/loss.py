@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import os
 import resource
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -27,7 +26,6 @@ from typing import Any
 
 import torch
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
@@ -35,6 +33,7 @@ from torch.nn import functional as F
 from benchmarks.command import run
 from tritower.artefacts import storage
 from tritower.datamodules.batch import MODALITIES, NO_KEY, RELATIONS, Batch, Items
+from tritower.terminal import tables
 from tritower.towers.losses.info_nce import InfoNCE
 
 SIZES = [1024, 4096, 16_384, 65_536]
@@ -133,7 +132,7 @@ def show(rows: list[dict[str, Any]]) -> None:
             f"{row['us_per_pair']:,.1f}",
         )
         table.add_row(f"{row['batch']:,}", row["arm"], *figures)
-    Console(width=None if sys.stdout.isatty() else 100).print(table)
+    tables.show(table)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ import gc
 import logging
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -31,13 +30,13 @@ from typing import Any
 import open_clip
 import torch
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from benchmarks.command import ALL, chosen, run
 from tritower.artefacts import storage
 from tritower.datamodules.batch import MODALITIES, NO_KEY, RELATIONS, Batch, Items
+from tritower.terminal import tables
 from tritower.towers.encoder import Encoder
 from tritower.towers.encoding import EncodingOptions
 from tritower.towers.open_clip_models import OpenClipImage, OpenClipText
@@ -220,7 +219,7 @@ def show(rows: list[dict[str, Any]]) -> None:
         table.add_row(
             row["arm"], f"{row['seconds']:.3f}", f"{row['pairs_per_s']:,.0f}", *ratios, peak
         )
-    Console(width=None if sys.stdout.isatty() else 100).print(table)
+    tables.show(table)
 
 
 if __name__ == "__main__":

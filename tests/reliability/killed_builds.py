@@ -17,7 +17,7 @@ from forks import ended, forked, kill
 
 import tritower.retrieval.building.build
 import tritower.retrieval.building.candidates
-import tritower.retrieval.showing.present  # noqa: F401
+import tritower.retrieval.showing.search_result  # noqa: F401
 from tritower.artefacts import storage, versions
 from tritower.commands import index
 from tritower.retrieval.ivf import ivf_pq as mapped

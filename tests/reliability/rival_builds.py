@@ -15,7 +15,7 @@ from forks import ended, forked
 
 import tritower.retrieval.building.build
 import tritower.retrieval.building.candidates
-import tritower.retrieval.showing.present  # noqa: F401
+import tritower.retrieval.showing.search_result  # noqa: F401
 from tritower.commands import index
 
 

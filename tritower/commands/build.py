@@ -111,13 +111,13 @@ def build(
     from tritower.retrieval.building.build import build_index
     from tritower.retrieval.building.options import BuildOptions
     from tritower.retrieval.building.resources import parse_bytes
-    from tritower.retrieval.showing.present import (
+    from tritower.retrieval.showing.index_tables import (
         describe_candidates,
         describe_index,
         describe_points,
-        show,
     )
     from tritower.retrieval.vectors.embeddings import EmbeddingReader
+    from tritower.terminal.tables import show
 
     target = goal.target()
     products = one_side(embeddings, "products")

@@ -87,8 +87,9 @@ def evaluate(
     from tritower.retrieval.evaluating.search_tasks import EvaluationOptions
     from tritower.retrieval.evaluating.untrained_readers import open_tower_features
     from tritower.retrieval.index import ProductIndex
-    from tritower.retrieval.showing.present import find_catalogue, show
+    from tritower.retrieval.index_origins import find_catalogue
     from tritower.retrieval.vectors.embeddings import EmbeddingReader
+    from tritower.terminal.tables import show
 
     opened = ProductIndex.open(index)
     texts = find_catalogue(opened, catalogue)

@@ -121,7 +121,7 @@ def parse_item(index: ProductIndex, options: QueryOptions) -> Item:
     from tritower.datamodules.batch import Item
     from tritower.datamodules.prepare.catalogue import parse_attribute
     from tritower.datamodules.schema import Schema
-    from tritower.retrieval.showing.present import find_model
+    from tritower.retrieval.index_origins import find_model
 
     schema = Schema.load(find_model(index, options.model) / "schema.json")
     by_name = {attribute.name: attribute for attribute in schema.attributes}
@@ -139,7 +139,7 @@ def parse_item(index: ProductIndex, options: QueryOptions) -> Item:
 
 def encode(index: ProductIndex, model: Path | None, items: list[Item]) -> list[np.ndarray]:
     """The vectors of query items, each (D,) float32."""
-    from tritower.retrieval.showing.present import find_model
+    from tritower.retrieval.index_origins import find_model
 
     folder = find_model(index, model)
 

@@ -113,7 +113,8 @@ def _search_one(
 
     from tritower.retrieval.filtering.filtered_search import Exclusion
     from tritower.retrieval.index import checked_k
-    from tritower.retrieval.showing.present import SearchResult, find_catalogue
+    from tritower.retrieval.index_origins import find_catalogue
+    from tritower.retrieval.showing.search_result import SearchResult
 
     catalogue = find_catalogue(index, output.catalogue)
     parsed = parse_query(index, query, catalogue)

@@ -76,8 +76,9 @@ def update(
             those of the products' catalogue when not given.
     """
     from tritower.retrieval.index import ProductIndex
-    from tritower.retrieval.showing.present import describe_update, show
+    from tritower.retrieval.showing.index_tables import describe_update
     from tritower.retrieval.updating.update import read_ids_to_delete, update_index
+    from tritower.terminal.tables import show
 
     if upsert is None and delete is None and attributes is None and not options.compact:
         raise ValueError("nothing to do: give upsert, delete, attributes or compact")
@@ -110,7 +111,7 @@ def _open_products(
 ) -> EmbeddingReader | Catalogue:
     """The products of an update: a catalogue to embed, or files of vectors."""
     from tritower.artefacts import storage
-    from tritower.retrieval.showing.present import find_model
+    from tritower.retrieval.index_origins import find_model
 
     has_manifest = (path / storage.MANIFEST).exists()
     if not has_manifest or storage.read_manifest(path).artefact_type != "catalogue":
