@@ -77,7 +77,7 @@ def test_judgements_of_other_splits_count_in_the_bound_alone(
             writer.writerows(of)
     popular.main(tmp_path, "shop", "val")
     first, *figures = capsys.readouterr().out.splitlines()
-    assert first.startswith("shop, 1 products of val ask")
+    assert first.startswith("shop, 1 query products of val")
     # after w: s is named and t is not, so it comes last, fifth; with all judgements both are named
     # once, t is third
     best = 3 + 2 / math.log2(3)
