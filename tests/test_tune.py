@@ -192,7 +192,7 @@ def test_the_command_builds_to_a_target_and_searches_at_a_recall(
     ]
     assert commands.main([*arguments, "--recall", "0.9", "--memory", "1GiB"]) == 0
     said = capsys.readouterr().out
-    assert all(word in said for word in ("chosen", "0.9 *", "text", "resident", "predicted"))
+    assert all(word in said for word in ("chosen", "0.9 *", "text", "RAM B", "predicted"))
     vector = tmp_path / "v.npy"
     np.save(vector, stored(products)[0])
     assert (

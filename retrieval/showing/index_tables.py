@@ -57,7 +57,7 @@ def describe_candidates(manifest: Manifest) -> Table:
         "p50 ms",
         "p99 ms",
         "QPS",
-        "resident B",
+        "RAM B",
         "disk B",
         "s",
         "",
