@@ -28,7 +28,7 @@ def main(*, demo: Path = Path("demo"), output: Path = Path("docs/pictures/search
         demo: the folder that `make demo` has written.
         output: the picture, PNG.
     """
-    catalogue = PreparedCatalogue.open(demo / "catalogue")
+    catalogue = PreparedCatalogue(demo / "catalogue")
     index = ProductIndex.open(demo / "index")
     model = load_model(demo / "fused" / "model")
 
