@@ -424,7 +424,10 @@ def figures_of(result: dict[str, Any], n: int) -> dict[str, Any]:
     build = result["build"]
     search = result["search"]
     points = result["search"]["points"]
-    touched = build.get("predicted", {}).get("hot")
+    # Our builds predict the bytes that searches touch; peers are measured by memory growth.
+    touched = search["resident_bytes"]
+    if "predicted" in build:
+        touched = build["predicted"]["resident"]
     at: dict[str, Any] = {}
     for level in LEVELS:
         figures = {
@@ -439,17 +442,15 @@ def figures_of(result: dict[str, Any], n: int) -> dict[str, Any]:
         "build": build,
         "search": search,
         "resident_per_vector": round(search["resident_bytes"] / n, 1),
-        "touched_per_vector": round(
-            (touched if touched is not None else search["resident_bytes"]) / n, 1
-        ),
+        "touched_per_vector": round(touched / n, 1),
         "disk_per_vector": round(build["disk_bytes"] / n, 1),
         "at": at,
     }
 
 
-def qps_ratio(our_arms: dict[str, Any], other: dict[str, Any], level: float) -> float | None:
-    """Queries a second of ours over other at a recall; None where either does not reach it."""
-    value = ratio(*(arm["at"].get(str(level), {}).get("qps") for arm in (our_arms, other)))
+def qps_ratio(our_arm: dict[str, Any], other_arm: dict[str, Any], level: float) -> float | None:
+    """Queries per second of our arm over another at a recall; None where either does not reach it."""
+    value = ratio(*(arm["at"].get(str(level), {}).get("qps") for arm in (our_arm, other_arm)))
     if value is None:
         return None
     return round(value, 3)

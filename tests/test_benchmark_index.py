@@ -160,6 +160,8 @@ def test_report_has_every_figure(
     assert sum(ours["build"]["seconds"].values()) == pytest.approx(
         ours["build"]["total_s"], abs=0.5
     )
+    touched = ours["build"]["predicted"]["resident"] / report["data"]["n"]
+    assert ours["touched_per_vector"] == round(touched, 1)
     assert ours["touched_per_vector"] > 16 / 2  # codes of a 4-bit PQ of 8 sub-quantizers at least
     expected = ours["at"]["0.95"]["qps"] / exact["at"]["0.95"]["qps"]
     assert report["ratios"]["0.95"]["ours"]["exact"] == pytest.approx(expected, abs=0.001)
