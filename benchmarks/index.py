@@ -449,7 +449,7 @@ def figures_of(result: dict[str, Any], n: int) -> dict[str, Any]:
 
 
 def qps_ratio(our_arm: dict[str, Any], other_arm: dict[str, Any], level: float) -> float | None:
-    """Queries per second of our arm over another at a recall; None where either does not reach it."""
+    """Queries per second of our arm over another at a recall; None where one misses it."""
     value = ratio(*(arm["at"].get(str(level), {}).get("qps") for arm in (our_arm, other_arm)))
     if value is None:
         return None
