@@ -107,6 +107,18 @@ class AttributeTensors(NamedTuple):
     category: Tensor
 
 
+class TermTensors(NamedTuple):
+    """The index terms of B items, before they are weighted (`tritower.towers.sparse_terms`).
+
+    Attributes:
+        term: (B, G) int64 numbers of different terms, 0 = padding.
+        value: (B, G) float32, how often an item has the term, damped; 0 where padded.
+    """
+
+    term: Tensor
+    value: Tensor
+
+
 class Items(NamedTuple):
     """B items as tensors. A modality that no item has is None, and its tower does not run.
 
@@ -122,7 +134,8 @@ class Items(NamedTuple):
             knows no modality.
         part: (B, M) bool, some of those that are there, for a second embedding of each item in
             training; None elsewhere.
-        lexical: (B, G) int64 hashes of different n-grams, 0 = padding.
+        lexical: (B, G) int64 hashes of different n-grams, 0 = padding; or weighted terms, see
+            `TermTensors`.
     """
 
     text: Tensor | None
@@ -131,7 +144,7 @@ class Items(NamedTuple):
     attribute: AttributeTensors | None
     present: Tensor
     part: Tensor | None = None
-    lexical: Tensor | None = None
+    lexical: Tensor | TermTensors | None = None
 
     def rows(self, start: int, stop: int) -> Items:
         """Items `start` to `stop` (exclusive) as views of the same tensors."""
@@ -155,8 +168,16 @@ class Items(NamedTuple):
             else AttributeTensors(*(t[start:stop] for t in self.attribute)),
             present=self.present[start:stop],
             part=None if self.part is None else self.part[start:stop],
-            lexical=None if self.lexical is None else self.lexical[start:stop],
+            lexical=_rows_of_terms(self.lexical, start, stop),
         )
+
+
+def _rows_of_terms(
+    terms: Tensor | TermTensors | None, start: int, stop: int
+) -> Tensor | TermTensors | None:
+    if isinstance(terms, TermTensors):
+        return TermTensors(terms.term[start:stop], terms.value[start:stop])
+    return None if terms is None else terms[start:stop]
 
 
 class Batch(NamedTuple):

@@ -11,7 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tritower.datamodules.batch import MODALITIES, AttributeTensors, Item, Items, Side
+from tritower.datamodules.batch import (
+    MODALITIES,
+    AttributeTensors,
+    Item,
+    Items,
+    Side,
+    TermTensors,
+)
 
 
 def stable_hash(text: str | bytes) -> int:
@@ -25,16 +32,27 @@ def stable_hash(text: str | bytes) -> int:
 
 
 class TextPreprocess(Protocol):
-    """The preprocessing of a text tower or a lexical tower."""
+    """The preprocessing of a text tower."""
 
     def render(self, item: Item, side: Side) -> str:
         """The text of an item on this side; empty where it has none."""
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
-        """(B, L) int64 token ids or hashes, or (B, F) float32 features.
+        """(B, L) int64 token ids, or (B, F) float32 features.
 
         An empty text is a row like any other.
         """
+
+
+class LexicalPreprocess(Protocol):
+    """The preprocessing of a lexical tower."""
+
+    reads_attributes: bool
+
+    def __call__(
+        self, items: Sequence[Item], side: Side
+    ) -> tuple[Tensor | TermTensors | None, np.ndarray]:
+        """The words of B items, None where no item has any; and (B,) bool, which have."""
 
 
 class ImagePreprocess(Protocol):
@@ -69,14 +87,19 @@ class ItemPreprocess:
     text: TextPreprocess | None = None
     image: ImagePreprocess | None = None
     attribute: AttributePreprocess | None = None
-    lexical: TextPreprocess | None = None
+    lexical: LexicalPreprocess | None = None
 
     def readable(self, item: Item) -> Item:
         """The item without the modalities that this encoder has no tower for."""
+        lexical = self.lexical
+        reads_text = self.text is not None or lexical is not None
+        reads_attributes = self.attribute is not None or (
+            lexical is not None and lexical.reads_attributes
+        )
         return Item(
-            text=item.text if self.text is not None or self.lexical is not None else {},
+            text=item.text if reads_text else {},
             images=item.images if self.image is not None else (),
-            attributes=item.attributes if self.attribute is not None else {},
+            attributes=item.attributes if reads_attributes else {},
         )
 
     def __call__(
@@ -92,8 +115,10 @@ class ItemPreprocess:
         """
         present = np.zeros((len(items), len(MODALITIES)), bool)
         image = image_row = attribute = None
-        text, present[:, 0] = self._written(self.text, items)
-        lexical, present[:, 3] = self._written(self.lexical, items)
+        text, present[:, 0] = self._written(items)
+        lexical = None
+        if self.lexical is not None:
+            lexical, present[:, 3] = self.lexical(items, self.side)
         # Pictures of all items in one tensor, with the item of each.
         if self.image is not None:
             counts = [len(item.images) for item in items]
@@ -133,22 +158,17 @@ class ItemPreprocess:
             lexical,
         )
 
-    def _written(
-        self, tower: TextPreprocess | None, items: Sequence[Item]
-    ) -> tuple[Tensor | None, np.ndarray]:
-        """The input of a tower that reads texts, None where no item has one.
+    def _written(self, items: Sequence[Item]) -> tuple[Tensor | None, np.ndarray]:
+        """The input of the text tower, None where no item has a text.
 
-        (B,) bool, which have.
+        And (B,) bool, which have.
         """
-        if tower is None:
-            texts = []
-        else:
-            texts = [tower.render(item, self.side) for item in items]
-        if texts:
-            there = np.array([text != "" for text in texts])
-        else:
-            there = np.zeros(len(items), bool)
-        return (tower(texts) if tower is not None and there.any() else None), there
+        has_text = np.zeros(len(items), bool)
+        if self.text is None:
+            return None, has_text
+        texts = [self.text.render(item, self.side) for item in items]
+        has_text[:] = [text != "" for text in texts]
+        return (self.text(texts) if has_text.any() else None), has_text
 
 
 def part_of(present: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -24,6 +24,7 @@ from tritower.datamodules.collate import collate
 from tritower.datamodules.held_out_rows import QueryRows
 from tritower.datamodules.preprocess import ItemPreprocess
 from tritower.towers.attribute import AttributeTower
+from tritower.towers.embedded import Embedded
 from tritower.towers.encoder import Encoder
 from tritower.towers.encoding import EncodingOptions
 from tritower.towers.hugging_face import HuggingFaceText
@@ -343,7 +344,7 @@ def test_exact_search_equals_sorting_all_and_never_finds_the_asked_product(block
         rng.normal(size=(20, 5)).astype(np.float32),
     )
     own = np.array([-1, 3, 0, -1, 19, 3, -1])
-    found = exact_search(query, product, own, k=6, block=block)
+    found = exact_search(Embedded(query), Embedded(product), own, k=6, block=block)
     for i in range(7):
         order = [row for row in np.argsort(-(product @ query[i])) if row != own[i]]
         assert found[i].tolist() == order[:6]
@@ -351,12 +352,16 @@ def test_exact_search_equals_sorting_all_and_never_finds_the_asked_product(block
 
 def test_a_small_gallery_is_padded() -> None:
     product = np.eye(3, dtype=np.float32)
-    assert exact_search(product[:1], product, np.array([1]), k=5).tolist() == [[0, 2, -1, -1, -1]]
+    products = Embedded(product)
+    query = Embedded(product[:1])
+    assert exact_search(query, products, np.array([1]), k=5).tolist() == [[0, 2, -1, -1, -1]]
 
 
 def test_zero_vectors_are_no_products() -> None:
     product = np.array([[1, 0], [0, 0], [-1, 0]], np.float32)
-    assert exact_search(product[:1], product, np.array([-1]), k=3).tolist() == [[0, 2, -1]]
+    products = Embedded(product)
+    query = Embedded(product[:1])
+    assert exact_search(query, products, np.array([-1]), k=3).tolist() == [[0, 2, -1]]
 
 
 def test_the_best_score_is_that_of_the_exported_model(tiny_run: Path, tiny_catalogue: Path) -> None:

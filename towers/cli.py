@@ -23,6 +23,8 @@ from tritower.artefacts.storage import ArtefactError, write_json
 from tritower.datamodules.batch import Side
 from tritower.datamodules.products import ProductDataModule
 from tritower.retrieval.evaluating.comparison_table import TABLE_WIDTH, below_floor, terminal_table
+from tritower.towers.block_encoder import BlockEncoder
+from tritower.towers.block_weights import choose_between_start_and_end
 from tritower.towers.checkpoints import (
     RunCheckpoint,
     check_monitor,
@@ -240,12 +242,15 @@ def export_best_model(
     if best.best_model_path:
         checkpoint = torch.load(best.best_model_path, weights_only=True, map_location="cpu")
         model.load_state_dict(checkpoint["state_dict"])
+        model.start_state = checkpoint.get("start_state", {})
     else:
         logger.warning(
             "No validation was run, so no best model is known: exporting the last weights."
         )
     if not trainer.is_global_zero:
         return
+    if model.start_state:
+        choose_between_start_and_end(model, model.data, model.start_state)
     meta = {}
     if best.best_model_score is not None:
         meta[str(best.monitor)] = float(best.best_model_score)

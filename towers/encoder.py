@@ -31,6 +31,9 @@ class Encoded(NamedTuple):
         alone: (B, M, D), unit vectors of each modality by itself; the absent token where it is not
             there.
         present: (B, M) bool.
+        terms: (B, F) hashed words of the record, of unit length, of `BlockEncoder`; else None.
+        start: (B, Mp, D) projected blocks as they were before training, of `BlockEncoder`; else
+            None.
     """
 
     embedding: Tensor
@@ -38,6 +41,22 @@ class Encoded(NamedTuple):
     part: Tensor
     alone: Tensor
     present: Tensor
+    terms: Tensor | None = None
+    start: Tensor | None = None
+
+
+def towers_by_modality(
+    text: Tower | None, image: Tower | None, attribute: Tower | None, lexical: Tower | None
+) -> nn.ModuleDict:
+    """The towers that are not None, in the order of modalities.
+
+    Raises:
+        ValueError: there is none.
+    """
+    towers = dict(zip(MODALITIES, (text, image, attribute, lexical), strict=True))
+    if all(tower is None for tower in towers.values()):
+        raise ValueError("An encoder needs at least one tower: text, image, attribute or lexical.")
+    return nn.ModuleDict({name: tower for name, tower in towers.items() if tower is not None})
 
 
 class Encoder(nn.Module):
@@ -66,19 +85,7 @@ class Encoder(nn.Module):
         feature_dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        towers: dict[str, Tower | None] = {
-            "text": text,
-            "image": image,
-            "attribute": attribute,
-            "lexical": lexical,
-        }
-        self.towers = nn.ModuleDict(
-            {name: tower for name in MODALITIES if (tower := towers[name]) is not None}
-        )
-        if not self.towers:
-            raise ValueError(
-                "An encoder needs at least one tower: text, image, attribute or lexical."
-            )
+        self.towers = towers_by_modality(text, image, attribute, lexical)
         if embed_dim < 1:
             raise ValueError(f"embed_dim={embed_dim}: choose at least 1.")
         if fusion not in FUSIONS:
@@ -88,7 +95,6 @@ class Encoder(nn.Module):
         self.embed_dim = embed_dim
         self.fusion_name = fusion
         self.feature_dropout = feature_dropout
-        self.columns = [MODALITIES.index(name) for name in self.towers]
         self.projections = nn.ModuleDict(
             {
                 name: projection(tower.out_dim, embed_dim)
@@ -99,6 +105,11 @@ class Encoder(nn.Module):
         self.fusion = FUSIONS[fusion](len(self.towers), embed_dim)
         # Sets the towers' batch norms to evaluation; Lightning never calls it.
         self.train()
+
+    @property
+    def columns(self) -> list[int]:
+        """The towers' places on the modality axis."""
+        return [MODALITIES.index(name) for name in self.towers]
 
     @property
     def named_towers(self) -> dict[str, Tower]:

@@ -73,7 +73,10 @@ def encode_in_chunks(encoder: Encoder, items: Items, chunk_size: int | None) -> 
         parts = [checkpoint(encoder, chunk, use_reentrant=False) for chunk in chunks]
     else:
         parts = [encoder(chunk) for chunk in chunks]
-    return Encoded(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+    joined = []
+    for tensors in zip(*parts, strict=True):
+        joined.append(None if tensors[0] is None else torch.cat(tensors))
+    return Encoded(*joined)
 
 
 def to_device(items: Items, device: torch.device) -> Items:

@@ -30,28 +30,15 @@ from tritower.retrieval.evaluating.untrained_inputs import (
     query_number_features,
 )
 from tritower.retrieval.lexical.records import Record, record_of, typed_record, visible_record
+from tritower.towers.embedded import Embedded
 from tritower.towers.encoding import to_device
-from tritower.towers.metric import to_score_space
+from tritower.towers.queries_by_type import QueryOfType, evaluation_queries_of, queries_by_type
 from tritower.towers.two_tower import TwoTower
 from tritower.towers.untrained import UntrainedTowers, untrained_features
 from tritower.towers.validation import exact_search
 
 ENCODED_AT_ONCE = 256
 """Items per forward pass."""
-
-
-class TypedQuery(NamedTuple):
-    """A held-out query as one of its query types.
-
-    Attributes:
-        number: of the held-out query.
-        query_type: one of `tritower.retrieval.evaluating.evaluation_queries.QUERY_TYPES`.
-        item: the modalities that this query type contains.
-    """
-
-    number: int
-    query_type: str
-    item: Item
 
 
 def floor_report(
@@ -86,15 +73,15 @@ def floor_report(
 
     # Queries: each one in every query type that it can have.
     rows = QueryRows(data.products, data.queries, held_out, data.preprocess.query)
-    queries = list(_typed_queries(rows))
+    queries = list(queries_by_type(rows))
     query_items = [query.item for query in queries]
     encoded = _encode(model, "query", data.preprocess.query, query_items, towers["query"])
-    is_encoded = np.asarray(encoded.embedding.any(axis=1), bool)
+    is_encoded = ~encoded.embedding.is_empty
     queries = [queries[position] for position in np.flatnonzero(is_encoded)]
     query_features = {name: values[is_encoded] for name, values in encoded.features.items()}
-    embedding = encoded.embedding[is_encoded]
+    embedding = encoded.embedding.select(is_encoded)
 
-    evaluation_queries = _evaluation_queries(queries, embedding, held_out)
+    evaluation_queries = evaluation_queries_of(queries, embedding.dense, held_out)
     trained = exact_search(embedding, products.embedding, evaluation_queries.source, k=DEPTH)
     query_inputs = _query_inputs(queries, evaluation_queries, product_inputs, query_features)
     compared = ComparedQueries(evaluation_queries, query_inputs, trained)
@@ -116,7 +103,7 @@ def floor_report(
 
 
 class _EncodedItems(NamedTuple):
-    embedding: NDArray[np.float32]  # (n, D), zeros where the model encodes nothing of an item
+    embedding: Embedded  # zeros where the model encodes nothing of an item
     features: dict[str, NDArray[Any]]  # name of a tower -> (n, F)
 
 
@@ -132,21 +119,18 @@ def _encode(
     encoder = model.query if side == "query" else model.product
     for tower in towers.values():
         tower.to(model.device).eval()
-    embeddings = [np.zeros((0, model.embed_dim), np.float32)]
+    embeddings: list[Embedded] = []
     features: dict[str, list[NDArray[Any]]] = {name: [] for name in towers}
     stream = iter(items)
     # The features of a tower that was not trained are those of the encoder's own forward pass.
     while batch := list(islice(stream, ENCODED_AT_ONCE)):
         tensors = to_device(preprocess(batch), model.device)
         tensors, untrained = untrained_features(encoder, towers, tensors)
-        encoded = encoder(tensors)
-        vectors = to_score_space(encoded.embedding.float(), side, model.metric)
-        has_any = encoded.present.any(1, keepdim=True)
-        embeddings.append((vectors * has_any).cpu().numpy())
+        embeddings.append(model.embed_batch(tensors, side))
         for name, values in untrained.items():
             features[name].append(values.cpu().numpy())
     joined = {name: np.concatenate(parts) for name, parts in features.items() if parts}
-    return _EncodedItems(np.concatenate(embeddings), joined)
+    return _EncodedItems(Embedded.concatenate(embeddings), joined)
 
 
 def _records(
@@ -160,52 +144,8 @@ def _records(
     return records, np.array(numbers, np.float64).reshape(len(items), len(names))
 
 
-def _typed_queries(rows: QueryRows) -> Iterator[TypedQuery]:
-    """Every held-out query in each of its query types; types without content are left out."""
-    for number in range(len(rows.held_out)):
-        item = rows.item(number)
-        # A query of its own, or a product in all the ways that it can be a query.
-        if rows.held_out.own[number] < 0:
-            if item.text and item.images:
-                query_type = "fused"
-            elif item.images:
-                query_type = "image"
-            else:
-                query_type = "text"
-            yield TypedQuery(number, query_type, item)
-            continue
-        yield TypedQuery(number, "fused", item)
-        parts = {
-            "product:text": Item(text=item.text),
-            "product:image": Item(images=item.images),
-            "product:attribute": Item(attributes=item.attributes),
-        }
-        for query_type, part in parts.items():
-            if any(part):
-                yield TypedQuery(number, query_type, part)
-
-
-def _evaluation_queries(
-    queries: Sequence[TypedQuery], embedding: NDArray[np.float32], held_out: HeldOut
-) -> EvaluationQueries:
-    """The queries with their embeddings and judgements."""
-    number = np.array([query.number for query in queries])
-    judged = held_out.judged[number]
-    grades = np.where(judged >= 0, held_out.grade[number], 0.0)
-    return EvaluationQueries(
-        ids=np.array([str(query.number) for query in queries], object),
-        query_types=np.array([query.query_type for query in queries], object),
-        vectors=embedding,
-        source=held_out.own[number],
-        relevant=held_out.relevant[number],
-        judged=judged,
-        grades=grades.astype(np.float64),
-        threshold=held_out.threshold,
-    )
-
-
 def _query_inputs(
-    queries: Sequence[TypedQuery],
+    queries: Sequence[QueryOfType],
     evaluation_queries: EvaluationQueries,
     products: UntrainedInputs,
     features: Mapping[str, NDArray[Any]],

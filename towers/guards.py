@@ -11,7 +11,9 @@ from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
 from tritower.datamodules.batch import Batch, Item
+from tritower.towers.block_encoder import BlockEncoder
 from tritower.towers.encoder import Encoder
+from tritower.towers.metric import Metric
 from tritower.towers.text import TextTower
 
 CHECKED_ITEMS = 1000
@@ -24,6 +26,22 @@ def check_same_dim(query: Encoder, product: Encoder) -> None:
         raise ValueError(
             f"The query encoder's embed_dim={query.embed_dim} differs from the product encoder's "
             f"embed_dim={product.embed_dim}: their embeddings could not be compared."
+        )
+
+
+def check_blocks(
+    encoders: tuple[Encoder, Encoder], metric: Metric, keep_similarities: float
+) -> None:
+    """Refuse options that suit only a `BlockEncoder`, or do not suit it."""
+    has_blocks = [isinstance(encoder, BlockEncoder) for encoder in encoders]
+    if (metric == "inner_product") != all(has_blocks) or any(has_blocks) != all(has_blocks):
+        raise ValueError(
+            f"metric={metric!r} with {type(encoders[1]).__name__}: BlockEncoder needs "
+            "metric=inner_product, and other encoders cosine or kl."
+        )
+    if keep_similarities < 0 or (keep_similarities and not all(has_blocks)):
+        raise ValueError(
+            f"keep_similarities={keep_similarities}: choose at least 0, and 0 without BlockEncoder."
         )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from torch import Tensor
@@ -41,19 +41,25 @@ class NgramPreprocess:
     max_ngram: int
     max_length: int
     typed: bool
+    reads_attributes: ClassVar[bool] = False
 
-    def render(self, item: Item, side: Side) -> str:
+    def render(self, item: Item) -> str:
         """The text of an item; empty where it has none, or is a typed query that is not read."""
         if "query" in item.text and not self.typed:
             return ""
         return self.template.render(item)
 
-    def __call__(self, texts: Sequence[str]) -> Tensor:
-        """(B, G) int64 hashes of the different n-grams of each text, 0 = padding.
+    def __call__(self, items: Sequence[Item], side: Side) -> tuple[Tensor | None, np.ndarray]:
+        """(B, G) int64 hashes of the different n-grams of each item, 0 = padding; None for none.
 
-        At least one column.
+        And (B,) bool, which items have a text.
         """
-        return padded([ngram_hashes(text, self.max_ngram, self.max_length) for text in texts])
+        texts = [self.render(item) for item in items]
+        has_text = np.array([text != "" for text in texts], bool)
+        if not has_text.any():
+            return None, has_text
+        hashes = [ngram_hashes(text, self.max_ngram, self.max_length) for text in texts]
+        return padded(hashes), has_text
 
 
 class HashedNgrams(Tower):

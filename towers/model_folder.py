@@ -24,11 +24,14 @@ from tritower.artefacts.storage import ArtefactError, new_folder, verify
 from tritower.datamodules.batch import Side
 from tritower.datamodules.schema import Schema
 from tritower.towers.attribute import AttributeTower
+from tritower.towers.block_encoder import BlockEncoder
 from tritower.towers.encoder import Encoder
 from tritower.towers.hugging_face import HuggingFaceText
 from tritower.towers.image import TimmImage
 from tritower.towers.lexical import HashedNgrams
+from tritower.towers.number_waves import NumberWaves
 from tritower.towers.open_clip_models import OpenClipImage, OpenClipText
+from tritower.towers.sparse_terms import SparseTerms
 from tritower.towers.text import BiLSTM
 from tritower.towers.tower import Tower
 from tritower.towers.two_tower import TwoTower
@@ -49,6 +52,8 @@ TOWERS: dict[str, type[Tower]] = {
         OpenClipImage,
         AttributeTower,
         HashedNgrams,
+        NumberWaves,
+        SparseTerms,
     )
 }
 
@@ -206,6 +211,8 @@ def _describe(encoder: Encoder, folder: Path) -> dict[str, Any]:
             "frozen": tower.frozen,
             "pretrained": tower.pretrained,
         }
+    if isinstance(encoder, BlockEncoder):
+        return {"block_dim": encoder.block_dim, "fusion": encoder.fusion_name, "towers": towers}
     return {"embed_dim": encoder.embed_dim, "fusion": encoder.fusion_name, "towers": towers}
 
 
@@ -220,4 +227,12 @@ def _rebuild(parts: dict[str, Any], assets: Path, folder: Path) -> Encoder:
         towers[name] = TOWERS[tower["class"]].rebuild(tower["arguments"], assets / name)
         towers[name].frozen = tower["frozen"]
         towers[name].pretrained = tower.get("pretrained", False)
+    if parts["fusion"] == "blocks":
+        return BlockEncoder(
+            parts["block_dim"],
+            text=towers.get("text"),
+            image=towers.get("image"),
+            numbers=towers.get("attribute"),
+            terms=towers.get("lexical"),
+        )
     return Encoder(parts["embed_dim"], **towers, fusion=parts["fusion"])

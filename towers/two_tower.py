@@ -15,6 +15,9 @@ from tritower.datamodules.batch import Batch, Item, Items, Side
 from tritower.datamodules.preprocess import Preprocess
 from tritower.datamodules.schema import Schema
 from tritower.towers import guards
+from tritower.towers.block_encoder import BlockEncoder, change_since_start
+from tritower.towers.block_start import count_terms, start_blocks
+from tritower.towers.embedded import Embedded
 from tritower.towers.encoder import Encoded, Encoder
 from tritower.towers.encoding import (
     EncodingOptions,
@@ -54,7 +57,10 @@ class TwoTower(HeldOutSearch):
         optimizer: learning rates, decay and warm-up.
         encoding: chunks, cached features and compilation.
         seed: of dropout; every step follows from it and the step's number, also after resuming.
-        metric: measure that embeddings are compared by; `kl` suits contrastive losses only.
+        metric: measure that embeddings are compared by; `kl` suits contrastive losses only,
+            `inner_product` is that of `BlockEncoder`.
+        keep_similarities: weight of the mean squared change of the blocks' similarities since the
+            start, of `BlockEncoder`.
     """
 
     def __init__(
@@ -67,17 +73,21 @@ class TwoTower(HeldOutSearch):
         encoding: EncodingOptions = DEFAULT_ENCODING,
         seed: int = 0,
         metric: Metric = "cosine",
+        keep_similarities: float = 0.0,
     ) -> None:
         super().__init__()
         self.product = product
         self.own_query = query
         guards.check_same_dim(*self.encoders)
+        guards.check_blocks(self.encoders, metric, keep_similarities)
         terms = [LossTerm()] if loss_terms is None else loss_terms
         self.loss_terms = LossTerms(terms, loss, self.encoders, metric)
         self.optimizer_options = optimizer
         self.encoding = encoding
         self.seed = seed
         self.metric = metric
+        self.keep_similarities = keep_similarities
+        self.start_state: dict[str, Tensor] = {}
         self.schema: Schema | None = None
         self.planned_steps: int | None = None
         self.replan = False
@@ -134,18 +144,20 @@ class TwoTower(HeldOutSearch):
         encoder = self.query if side == "query" else self.product
         tensors = encoder.preprocess(side)(items)
         check_items(items, tensors, encoder)
-        embedding = encoder(to_device(tensors, self.device)).embedding.float()
-        return to_score_space(embedding, side, self.metric).cpu().numpy()
+        return self.embed_batch(to_device(tensors, self.device), side).dense
 
     def encode_batch(self, encoder: Encoder, items: Items) -> Encoded:
         """Items as tensors, encoded in chunks."""
         return encode_in_chunks(encoder, items, self.encoding.chunk_size)
 
-    def embed_batch(self, items: Items, side: Side) -> Tensor:
-        """(B, D) vectors whose inner product is the score; zeros where nothing can be read."""
-        encoded = self.encode_batch(self.query if side == "query" else self.product, items)
+    def embed_batch(self, items: Items, side: Side) -> Embedded:
+        """Vectors whose inner product is the score; zeros where nothing can be read."""
+        encoder = self.query if side == "query" else self.product
+        if isinstance(encoder, BlockEncoder):
+            return Embedded.of(encoder.vectors(items, side))
+        encoded = self.encode_batch(encoder, items)
         vectors = to_score_space(encoded.embedding.float(), side, self.metric)
-        return vectors * encoded.present.any(1, keepdim=True)
+        return Embedded((vectors * encoded.present.any(1, keepdim=True)).cpu().numpy())
 
     def query_towers(self) -> list[str]:
         """Names of the query encoder's towers."""
@@ -161,6 +173,7 @@ class TwoTower(HeldOutSearch):
     def setup(self, stage: str) -> None:
         """The one exchange with the data: its schema comes in, the preprocessing goes out."""
         self.configure_model()
+        count_terms(self.encoders, self.data)
         exchange_with_data(self, self.data, check_texts=stage == "fit")
 
     def on_fit_start(self) -> None:
@@ -168,6 +181,8 @@ class TwoTower(HeldOutSearch):
         held_out = self.data.held_out[self.data.val_split]
         guards.check_monitors(self.trainer, held_out.own >= 0, self.data.val_split)
         compile_towers(all_towers(self.encoders), self.encoding.compile_backend)
+        if self.trainer.ckpt_path is None:
+            self.start_state = start_blocks(self, self.data)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Seed the batch by its number, so that a resumed run equals one that never stopped."""
@@ -185,6 +200,9 @@ class TwoTower(HeldOutSearch):
         with torch.autocast(self.device.type, enabled=False):
             terms = self.loss_terms(self.encoders, query, product, batch)
             loss = torch.stack(terms).sum()
+            loss = loss + self.keep_similarities * change_since_start(
+                self.encoders, (query, product)
+            )
         if not torch.isfinite(loss):
             raise self.not_finite(f"The loss is {loss.item()}", self.data.product_ids(batch))
         if num_processes() > 1:
@@ -221,10 +239,12 @@ class TwoTower(HeldOutSearch):
         assert self.schema is not None
         checkpoint["schema"] = asdict(self.schema)
         checkpoint["planned_steps"] = self.planned_steps
+        checkpoint["start_state"] = self.start_state
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Create the parameters that depend on the schema before their weights are loaded."""
         self.planned_steps = checkpoint.get("planned_steps")
+        self.start_state = checkpoint.get("start_state", {})
         schema = Schema.from_dict(checkpoint["schema"])
         if self.schema is None:
             self.set_schema(schema)

@@ -16,6 +16,7 @@ from torch import Tensor
 from tritower.datamodules.batch import Items, NumberedItems, Side
 from tritower.datamodules.held_out import HeldOut
 from tritower.retrieval.ranking.metrics import hit_at_k, mrr, ndcg_at_k, recall_at_k
+from tritower.towers.embedded import Embedded
 from tritower.towers.losses.gather import num_processes
 
 if TYPE_CHECKING:
@@ -28,10 +29,9 @@ K = 10
 
 
 Rows = NDArray[np.int64]
-Vectors = NDArray[np.float32]
 Mask = NDArray[np.bool_]
-Part = tuple[Rows, Vectors]
-"""(B,) rows and their (B, D) vectors."""
+Part = tuple[Rows, Embedded]
+"""(B,) rows and their B vectors."""
 
 
 class HeldOutEmbeddings:
@@ -43,29 +43,25 @@ class HeldOutEmbeddings:
     def __init__(self) -> None:
         self.batches: tuple[list[Part], list[Part]] = ([], [])
 
-    def add(self, side: int, rows: NDArray[np.int64], vectors: NDArray[np.float32]) -> None:
+    def add(self, side: int, rows: NDArray[np.int64], vectors: Embedded) -> None:
         """Add a batch.
 
         Args:
             side: 0 for queries, 1 for products.
             rows: (B,) positions among the held-out queries or products.
-            vectors: (B, D) float32; zeros for an item without a modality that the model reads.
+            vectors: of B items; zeros for an item without a modality that the model reads.
         """
         self.batches[side].append((rows, vectors))
 
-    def gather(self, side: int, num_rows: int, dim: int) -> tuple[Vectors, Mask]:
-        """(num_rows, D) float32 of all processes, and (num_rows,) bool: which were encoded."""
+    def gather(self, side: int) -> tuple[Rows, Embedded]:
+        """(n,) ascending rows that any process encoded, and their vectors; at least one."""
         gathered: list[list[Part]] = [self.batches[side]]
         if num_processes() > 1:
             gathered = [[]] * num_processes()
             torch.distributed.all_gather_object(gathered, self.batches[side])
-        vectors = np.zeros((num_rows, dim), np.float32)
-        is_encoded = np.zeros(num_rows, bool)
-        for batches in gathered:
-            for rows, embeddings in batches:
-                vectors[rows] = embeddings
-                is_encoded[rows] = True
-        return vectors, is_encoded
+        parts = [part for batches in gathered for part in batches]
+        rows, first = np.unique(np.concatenate([rows for rows, _ in parts]), return_index=True)
+        return rows, Embedded.concatenate([vectors for _, vectors in parts]).select(first)
 
 
 class HeldOutSearch(L.LightningModule, ABC):
@@ -80,8 +76,8 @@ class HeldOutSearch(L.LightningModule, ABC):
         self._warned_splits: set[str] = set()
 
     @abstractmethod
-    def embed_batch(self, items: Items, side: Side) -> Tensor:
-        """(B, D) vectors whose inner product is the score; zeros where nothing can be read."""
+    def embed_batch(self, items: Items, side: Side) -> Embedded:
+        """Vectors whose inner product is the score; zeros where nothing can be read."""
 
     @abstractmethod
     def query_towers(self) -> list[str]:
@@ -110,7 +106,7 @@ class HeldOutSearch(L.LightningModule, ABC):
     ) -> None:
         """Embed held-out queries or products."""
         vectors = self.embed_batch(batch.items, "query" if dataloader_idx == 0 else "product")
-        self.held_out.add(dataloader_idx, batch.row.cpu().numpy(), vectors.cpu().numpy())
+        self.held_out.add(dataloader_idx, batch.row.cpu().numpy(), vectors)
 
     def on_validation_epoch_end(self) -> None:
         """Log the figures of exact search."""
@@ -131,40 +127,42 @@ class HeldOutSearch(L.LightningModule, ABC):
 
     def _figures(self, prefix: str, split: str) -> dict[str, float]:
         queries = self.data.held_out[split]
-        query, is_encoded = self.held_out.gather(0, len(queries), self.embed_dim)
-        product, _ = self.held_out.gather(1, len(queries.candidates), self.embed_dim)
+        query_rows, query = self.held_out.gather(0)
+        product_rows, product = self.held_out.gather(1)
         # A model that diverged must not be chosen.
-        if not (np.isfinite(query).all() and np.isfinite(product).all()):
+        if not (np.isfinite(query.dense).all() and np.isfinite(product.dense).all()):
             raise self.not_finite("Embeddings of held-out queries or products are not numbers")
-        is_unread = np.asarray(~query.any(axis=1), bool)
-        message = unreadable_queries(queries, split, self.query_towers(), is_unread, is_encoded)
+        is_encoded = np.zeros(len(queries), bool)
+        is_encoded[query_rows] = True
+        message = unreadable_queries(
+            queries, split, self.query_towers(), query.is_empty, is_encoded
+        )
         if message and self.trainer.is_global_zero and split not in self._warned_splits:
             self._warned_splits.add(split)
             logger.warning(message)
-        return held_out_figures(
-            prefix,
-            queries.select(is_encoded),
-            query[is_encoded],
-            product,
-            is_unread[is_encoded],
-        )
+        own = queries.select(is_encoded)
+        return held_out_figures(prefix, own, query, product_rows, product)
 
 
 def held_out_figures(
-    prefix: str, queries: HeldOut, query: Vectors, product: Vectors, is_unread: Mask
+    prefix: str, queries: HeldOut, query: Embedded, product_rows: Rows, product: Embedded
 ) -> dict[str, float]:
     """Figures of exact search, over all queries and by type where there are both.
 
     Args:
         prefix: of the figures' names, `val` or `test`.
         queries: Q queries that were encoded.
-        query: (Q, D) float32.
-        product: (G, D) float32.
-        is_unread: (Q,) bool, the model reads nothing of the query.
+        query: their vectors.
+        product_rows: (n,) ascending positions of the products that were encoded.
+        product: their vectors.
     """
-    hits = exact_search(query, product, queries.own, k=K)  # (Q, K)
+    # A query whose own product was not encoded needs to leave none out.
+    place = np.searchsorted(product_rows, queries.own).clip(max=len(product_rows) - 1)
+    own = np.where((queries.own >= 0) & (product_rows[place] == queries.own), place, -1)
+    found = exact_search(query, product, own, k=K)  # (Q, K)
+    hits = np.where(found >= 0, product_rows[found], -1)
     # A query that the model cannot read finds nothing.
-    hits[is_unread] = -1
+    hits[query.is_empty] = -1
     is_product_query = queries.own >= 0
     # Products as queries and other queries are different tasks: each has its own figures.
     subsets = {prefix: np.full(len(hits), True)}
@@ -184,7 +182,7 @@ def held_out_figures(
 
 
 def unreadable_queries(
-    queries: HeldOut, split: str, towers: Sequence[str], is_unread: Mask, is_encoded: Mask
+    queries: HeldOut, split: str, towers: Sequence[str], unread: Mask, is_encoded: Mask
 ) -> str:
     """A warning of held-out queries of which the model reads nothing; empty where there are none.
 
@@ -192,7 +190,7 @@ def unreadable_queries(
         queries: all queries of the split.
         split: its name.
         towers: names of the query encoder's towers.
-        is_unread: (Q,) bool, the model reads nothing of the query.
+        unread: (E,) bool of the encoded queries, the model reads nothing of the query.
         is_encoded: (Q,) bool; a sanity check encodes the first batches alone.
 
     Raises:
@@ -200,7 +198,6 @@ def unreadable_queries(
     """
     names = ", ".join(towers)
     # Nothing readable at all is an error, some unreadable queries a warning.
-    unread = is_unread[is_encoded]
     if unread.all() and is_encoded.all():
         raise ValueError(
             f"None of the {len(queries)} {split} queries ({queries.origin}) has anything that this "
@@ -237,15 +234,15 @@ def ranking_figures(
 
 
 def exact_search(
-    query: Vectors, product: Vectors, own: Rows, k: int, block: int = 1024
+    query: Embedded, product: Embedded, own: Rows, k: int, block: int = 1024
 ) -> NDArray[np.int64]:
-    """The k products with the highest inner product, best first, without the query's own product.
+    """The k products with the highest score, best first, without the query's own product.
 
-    In torch, so that training needs no FAISS.
+    Training needs no FAISS for it.
 
     Args:
-        query: (Q, D) float32.
-        product: (G, D) float32; zero vectors are never found.
+        query: Q queries.
+        product: G products; empty ones are never found.
         own: (Q,) int64 position of the query's own product, -1 for none.
         k: number of hits.
         block: queries at a time.
@@ -254,10 +251,10 @@ def exact_search(
         (Q, k) int64 positions, -1 where there are fewer products.
     """
     result = np.full((len(query), k), -1, np.int64)
-    products = torch.from_numpy(product)
-    is_empty = torch.from_numpy(~product.any(1))  # (G,)
+    is_empty = torch.from_numpy(product.is_empty)  # (G,)
     for start in range(0, len(query), block):
-        scores = torch.from_numpy(query[start : start + block]) @ products.T  # (b, G)
+        rows = np.arange(start, min(start + block, len(query)))
+        scores = torch.from_numpy(query.select(rows).scores(product))  # (b, G)
         own_column = torch.from_numpy(own[start : start + block])
         row = (own_column >= 0).nonzero().flatten()
         # A product is never its own hit, and an empty item is never found.

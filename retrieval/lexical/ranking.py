@@ -18,8 +18,8 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from tritower.retrieval.lexical.analyzer import Analyzer
-from tritower.retrieval.lexical.records import EXACT_FIELDS, FIELDS, QUERY, Record
-from tritower.retrieval.lexical.tokenizer import is_cjk
+from tritower.retrieval.lexical.records import FIELDS, QUERY, Record
+from tritower.retrieval.lexical.terms import TermReader
 from tritower.retrieval.ranking.hits import Hits
 
 LexicalModel = Literal["bm25", "tfidf"]
@@ -78,13 +78,10 @@ class LexicalIndex:
     def __init__(
         self, records: Sequence[Record], analyzer: Analyzer, neighbors: bool = False
     ) -> None:
-        self.analyzer = analyzer
-        self.neighbors = neighbors
+        self._reader = TermReader(analyzer, neighbors)
         self.num_products = len(records)
         self._count = sum(map(bool, records))
         self._columns: dict[str, int] = {}  # term -> column
-        self._term_of: dict[str, str | None] = {}  # token -> term, None for a stop word
-        self._cjk: set[str] = set()  # terms that are a character
         self._last_queries: tuple[Sequence[Record], dict[str, sp.csr_array]] | None = None
 
         # Postings: each (term, product) that occurs in any field once, with its count in every
@@ -165,7 +162,7 @@ class LexicalIndex:
         if scoring.model == "bm25":
             weights = idf * counts / (scoring.k1 + counts)
         else:
-            weights = idf * _damped(counts)
+            weights = idf * damped(counts)
             length = np.sqrt(np.bincount(self._products, weights**2, minlength=self.num_products))
             weights = weights / length.clip(1e-12)[self._products]
         shape = (len(self._columns), self.num_products)
@@ -182,7 +179,7 @@ class LexicalIndex:
             # 1 for a term that occurs once.
             weights.data *= (scoring.k1 + 1) / (scoring.k1 + weights.data)
             return weights
-        weights.data = _damped(weights.data) * self._idf(scoring)[weights.indices]
+        weights.data = damped(weights.data) * self._idf(scoring)[weights.indices]
         length = np.sqrt(weights.multiply(weights).sum(axis=1)).clip(1e-12)
         weights.data /= np.repeat(length, np.diff(weights.indptr))
         return weights
@@ -199,7 +196,7 @@ class LexicalIndex:
                 columns: list[int] = []
                 starts = [0]
                 for query in queries:
-                    terms = self._terms(query.get(name, ()), name)
+                    terms = self._reader.read(query.get(name, ()), name)
                     columns += [self._columns[term] for term in terms if term in self._columns]
                     starts.append(len(columns))
                 if columns:
@@ -228,32 +225,11 @@ class LexicalIndex:
         lengths = array("q")
         known = self._columns
         for record in records:
-            terms = self._terms(record.get(name, ()), name)
+            terms = self._reader.read(record.get(name, ()), name)
             columns.extend([known.setdefault(term, len(known)) for term in terms])
             lengths.append(len(terms))
         products = np.repeat(np.arange(len(records)), np.array(lengths, np.int64))
         return np.array(columns, np.int64) * self.num_products + products
-
-    def _terms(self, tokens: Sequence[str], name: str) -> list[str]:
-        """The terms of a field, and pairs of neighbors.
-
-        Chinese, Japanese and Korean characters always form pairs: a single one is hardly a word.
-        """
-        if name in EXACT_FIELDS:
-            return list(tokens)
-        term_of = self._term_of
-        # Terms are looked up once for each distinct token.
-        for token in tokens:
-            if token not in term_of:
-                term_of[token] = self.analyzer.term(token)
-                if is_cjk(token):
-                    self._cjk.add(token)
-        terms = [term for token in tokens if (term := term_of[token]) is not None]
-        if not self.neighbors and self._cjk.isdisjoint(terms):
-            return terms
-        # Pairs of neighbors, as "a b".
-        pairs = [f"{a} {b}" for a, b in pairwise(terms) if self.neighbors or {a, b} <= self._cjk]
-        return terms + pairs
 
 
 def top_positions(
@@ -274,6 +250,6 @@ def top_positions(
     return candidates[order]
 
 
-def _damped(counts: NDArray[np.float32]) -> NDArray[np.float32]:
+def damped(counts: NDArray[np.float32]) -> NDArray[np.float32]:
     """1 + log(count), and the count itself below 1, as weights may make it."""
     return np.where(counts < 1, counts, 1 + np.log(counts.clip(1)))
