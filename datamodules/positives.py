@@ -46,6 +46,10 @@ class SameGroup:
         start = np.minimum(self.first[rows], max(len(self.members) - 1, 0))
         return rows[is_alone | (self.members[start] == rows)]
 
+    def with_relatives(self, rows: np.ndarray) -> np.ndarray:
+        """Of (N,) rows, those whose group has another product."""
+        return rows[self.last[rows] - self.first[rows] > 1]
+
     def others(self, row: int) -> np.ndarray:
         """(m,) int64 rows of the other products of a product's group."""
         members = self.members[self.first[row] : self.last[row]]

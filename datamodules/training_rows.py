@@ -44,6 +44,8 @@ class ExampleOptions:
             group or family and not of itself.
         one_per_group: `catalogue` takes one product of each group or family alone, the first one;
             so no batch holds two that belong together.
+        relatives_only: `catalogue` takes only products that have others of their group or family:
+            a product and itself teach little where pretrained features are kept.
         generated_weight: 0 to 1, of a generated query, beside 1 of a product's view. Such queries
             draw together products with equal attributes: the more they weigh, the less sets one
             product apart.
@@ -58,6 +60,7 @@ class ExampleOptions:
     positives: GroupRelation = "family"
     group_share: float = 0.5
     one_per_group: bool = False
+    relatives_only: bool = False
     generated_weight: float = 0.02
     relevance_power: float = 1.0
     max_pairs_per_query: int | None = None
@@ -151,6 +154,8 @@ class TrainingRows:
         for example_type, times in self._options.times.items():
             if example_type == "catalogue":
                 rows = self.split
+                if self._options.relatives_only:
+                    rows = self.same_group.with_relatives(rows)
                 if self._options.one_per_group:
                     rows = self.same_group.one_per_group(rows)
                 parts += [catalogue_examples(rows)] * times

@@ -27,6 +27,9 @@ from tritower.towers.number_waves import NumberWaves
 from tritower.towers.sparse_terms import BUCKETS, SparseTerms
 from tritower.towers.text import TextTower
 
+TERM_DECAY = 1e-3
+"""Price of the squares of the terms' log weights."""
+
 
 class HybridVectors(NamedTuple):
     """Dense and sparse vectors of B items; a score is the sum of both inner products.
@@ -52,6 +55,8 @@ class BlockEncoder(Encoder):
         image: tower of pictures; null leaves pictures out.
         numbers: prices and other numbers; null leaves them to the words.
         terms: words of the whole record; null leaves them out.
+        keep_similarities: how much of the loss is the mean squared change of the blocks'
+            similarities since the start; 0 lets go of the pretrained features.
     """
 
     query_factors: Tensor
@@ -63,6 +68,7 @@ class BlockEncoder(Encoder):
         image: ImageTower | None = None,
         numbers: NumberWaves | None = None,
         terms: SparseTerms | None = None,
+        keep_similarities: float = 10.0,
     ) -> None:
         nn.Module.__init__(self)
         self.towers = towers_by_modality(text, image, numbers, terms)
@@ -76,7 +82,7 @@ class BlockEncoder(Encoder):
             )
         self.block_dim = block_dim
         self.embed_dim = block_dim * len(self.dense)
-        self.fusion_name = "blocks"
+        self.keep_similarities = keep_similarities
         self.feature_dropout = 0.0
         # Projections begin as isometries (`set_start`), whose similarities training is to keep.
         self.projections = nn.ModuleDict()
@@ -116,17 +122,22 @@ class BlockEncoder(Encoder):
         return Encoded(embedding, shares, part, alone, present, terms, start)
 
     def change(self, encoded: Encoded) -> Tensor:
-        """The () mean squared change of similarities within the batch since the start.
+        """The () price of what has changed since the start.
 
-        Relational distillation (Park et al., CVPR 2019) from the pretrained features.
+        The mean squared change of similarities within the batch (relational distillation, Park et
+        al., CVPR 2019), and the squares of the terms' log weights.
         """
         total = encoded.embedding.new_zeros(())
+        terms = self.named_towers.get("lexical")
+        if isinstance(terms, SparseTerms):
+            total = total + TERM_DECAY * terms.log_weight.square().sum()
         if encoded.start is None:
             return total
         for number, name in enumerate(self.projections):
             now = encoded.alone[:, self.dense.index(name)]  # (B, D)
             before = encoded.start[:, number]  # (B, D)
-            total = total + (now @ now.T - before @ before.T).square().mean()
+            change = (now @ now.T - before @ before.T).square().mean()
+            total = total + self.keep_similarities * change
         return total
 
     def join(self, alone: Tensor, present: Tensor) -> Tensor:

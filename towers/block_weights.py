@@ -121,9 +121,7 @@ class HeldOutBlocks:
         kinds = [encoder.query_kinds(items).numpy() for items in self._query_items]
         self.kinds: NDArray[np.int64] = np.concatenate(kinds)  # (Q,)
 
-    def _tensors(
-        self, data: ProductDataModule, side: Side, items: Sequence[Item]
-    ) -> list[Items]:
+    def _tensors(self, data: ProductDataModule, side: Side, items: Sequence[Item]) -> list[Items]:
         sides = data.model_preprocess
         preprocess = sides.query if side == "query" else sides.product
         starts = range(0, len(items), BATCH)
@@ -162,9 +160,7 @@ class HeldOutBlocks:
         scores = {}
         for name in names:
             if name == "lexical":
-                sparse = (
-                    Embedded(part.dense[:, :0], part.sparse) for part in (queries, products)
-                )
+                sparse = (Embedded(part.dense[:, :0], part.sparse) for part in (queries, products))
                 query, product = sparse
                 scores[name] = query.scores(product)
             else:
@@ -188,7 +184,7 @@ def choose_start_weights(model: TwoTower, data: ProductDataModule) -> None:
     held_out = HeldOutBlocks(model, data)
     figures = held_out.choose()
     set_weights(held_out.encoder, figures, start=True)
-    for kind, own in figures.items():
+    for own in figures.values():
         blocks = " + ".join(f"{weight:g} {name}" for name, weight in own.weights.items() if weight)
         logger.info("%s: nDCG@10 %.3f before training", f"{blocks}, {own.count} queries", own.ndcg)
 
@@ -223,9 +219,7 @@ def set_weights(
         encoder.query_factors[kind] = factors
 
 
-def _whole_weights(
-    names: list[str], figures: Mapping[int, KindFigures]
-) -> Mapping[str, float]:
+def _whole_weights(names: list[str], figures: Mapping[int, KindFigures]) -> Mapping[str, float]:
     """Weights of the kind with the most blocks; of several the one with the most queries."""
     if not figures:
         return dict.fromkeys(names, 1.0)

@@ -23,7 +23,7 @@ from tritower.artefacts.storage import ArtefactError, write_json
 from tritower.datamodules.batch import Side
 from tritower.datamodules.products import ProductDataModule
 from tritower.retrieval.evaluating.comparison_table import TABLE_WIDTH, below_floor, terminal_table
-from tritower.towers.block_encoder import BlockEncoder
+from tritower.towers.automatic import with_recipe
 from tritower.towers.block_weights import choose_between_start_and_end
 from tritower.towers.checkpoints import (
     RunCheckpoint,
@@ -78,12 +78,12 @@ class TrainingCLI(LightningCLI):
         """Run a command; returns the exit code."""
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
         quiet_lightning()
-        if args is None:
-            # Into sys.argv, where the processes of other devices find them, too.
-            sys.argv[1:] = configs.resolve(sys.argv[1:])
-        else:
-            args = configs.resolve(args)
         try:
+            if args is None:
+                # Into sys.argv, where the processes of other devices find them, too.
+                sys.argv[1:] = configs.resolve(with_recipe(sys.argv[1:]))
+            else:
+                args = configs.resolve(with_recipe(args))
             cls.start(args)
         except USER_ERRORS as error:
             if os.environ.get("TRITOWER_TRACEBACK"):

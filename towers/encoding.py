@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -73,7 +73,7 @@ def encode_in_chunks(encoder: Encoder, items: Items, chunk_size: int | None) -> 
         parts = [checkpoint(encoder, chunk, use_reentrant=False) for chunk in chunks]
     else:
         parts = [encoder(chunk) for chunk in chunks]
-    joined = []
+    joined: list[Any] = []
     for tensors in zip(*parts, strict=True):
         joined.append(None if tensors[0] is None else torch.cat(tensors))
     return Encoded(*joined)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from tritower.datamodules.batch import Item, Side
 from tritower.datamodules.catalogue import product_item
-from tritower.datamodules.held_out import HeldOut
 from tritower.datamodules.held_out_rows import QueryRows
 from tritower.datamodules.preprocess import ItemPreprocess
 from tritower.datamodules.products import ProductDataModule

@@ -29,19 +29,13 @@ def check_same_dim(query: Encoder, product: Encoder) -> None:
         )
 
 
-def check_blocks(
-    encoders: tuple[Encoder, Encoder], metric: Metric, keep_similarities: float
-) -> None:
-    """Refuse options that suit only a `BlockEncoder`, or do not suit it."""
-    has_blocks = [isinstance(encoder, BlockEncoder) for encoder in encoders]
-    if (metric == "inner_product") != all(has_blocks) or any(has_blocks) != all(has_blocks):
+def check_blocks(encoders: tuple[Encoder, Encoder], metric: Metric) -> None:
+    """Refuse a metric that does not suit the encoders."""
+    has_blocks = {isinstance(encoder, BlockEncoder) for encoder in encoders}
+    if has_blocks != {metric == "inner_product"}:
         raise ValueError(
             f"metric={metric!r} with {type(encoders[1]).__name__}: BlockEncoder needs "
             "metric=inner_product, and other encoders cosine or kl."
-        )
-    if keep_similarities < 0 or (keep_similarities and not all(has_blocks)):
-        raise ValueError(
-            f"keep_similarities={keep_similarities}: choose at least 0, and 0 without BlockEncoder."
         )
 
 

@@ -29,9 +29,9 @@ def to_score_space(embedding: Tensor, side: Side, metric: Metric) -> Tensor:
         metric: of the model.
 
     Returns:
-        (B, D): the same under cosine and inner_product. Under kl float32: probabilities p of queries, log q + log D
-        of products; then the score p (log q + log D) is log D minus the entropy of p, which all
-        products share, minus KL(p || q).
+        (B, D): the same under cosine and inner_product. Under kl float32: probabilities p of
+        queries, log q + log D of products; then the score p (log q + log D) is log D minus the
+        entropy of p, which all products share, minus KL(p || q).
     """
     if metric != "kl":
         return embedding

@@ -42,6 +42,9 @@ FORMAT = 2
 
 Models of cosine are written as 1, which older releases read.
 """
+BLOCKS = "blocks"
+"""In place of a fusion: the model's encoders are of blocks (`BlockEncoder`)."""
+
 TOWERS: dict[str, type[Tower]] = {
     tower.__name__: tower
     for tower in (
@@ -212,7 +215,7 @@ def _describe(encoder: Encoder, folder: Path) -> dict[str, Any]:
             "pretrained": tower.pretrained,
         }
     if isinstance(encoder, BlockEncoder):
-        return {"block_dim": encoder.block_dim, "fusion": encoder.fusion_name, "towers": towers}
+        return {"block_dim": encoder.block_dim, "fusion": BLOCKS, "towers": towers}
     return {"embed_dim": encoder.embed_dim, "fusion": encoder.fusion_name, "towers": towers}
 
 
@@ -227,7 +230,7 @@ def _rebuild(parts: dict[str, Any], assets: Path, folder: Path) -> Encoder:
         towers[name] = TOWERS[tower["class"]].rebuild(tower["arguments"], assets / name)
         towers[name].frozen = tower["frozen"]
         towers[name].pretrained = tower.get("pretrained", False)
-    if parts["fusion"] == "blocks":
+    if parts["fusion"] == BLOCKS:
         return BlockEncoder(
             parts["block_dim"],
             text=towers.get("text"),

@@ -7,7 +7,7 @@ score. Before training it is TF-IDF for products that are queries, and BM25 for 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from typing import Any, ClassVar
 
@@ -59,8 +59,12 @@ class TermOptions:
         typed: of typed queries; scored by BM25.
     """
 
-    record: LexicalSettings = LexicalSettings(Analyzer(), scoring=Scoring("tfidf"))
-    typed: LexicalSettings = LexicalSettings(Analyzer(), scoring=Scoring("bm25"))
+    record: LexicalSettings = field(
+        default_factory=lambda: LexicalSettings(Analyzer(), scoring=Scoring("tfidf"))
+    )
+    typed: LexicalSettings = field(
+        default_factory=lambda: LexicalSettings(Analyzer(), scoring=Scoring("bm25"))
+    )
 
     def __post_init__(self) -> None:
         """Refuse scorings that are not those of their side.
@@ -97,9 +101,7 @@ class TermPreprocess:
 
     reads_attributes: ClassVar[bool] = True
 
-    def __init__(
-        self, options: TermOptions, title: str, mean_lengths: Mapping[str, float]
-    ) -> None:
+    def __init__(self, options: TermOptions, title: str, mean_lengths: Mapping[str, float]) -> None:
         self.options = options
         self.title = title
         self.mean_lengths = dict(mean_lengths)
@@ -157,9 +159,9 @@ class TermPreprocess:
         settings = self.options.record
         reader = _reader(settings.analyzer, settings.neighbors)
         counts: dict[int, float] = {}
-        for field, weight in settings.scoring.weights.items():
+        for name, weight in settings.scoring.weights.items():
             if weight:
-                for term in reader.read(record.get(field, ()), field):
+                for term in reader.read(record.get(name, ()), name):
                     number = 1 + term_number(term)
                     counts[number] = counts.get(number, 0.0) + weight
         return {
@@ -173,12 +175,12 @@ class TermPreprocess:
         scoring = settings.scoring
         reader = _reader(settings.analyzer, settings.neighbors)
         counts: dict[int, float] = {}
-        for field, weight in scoring.weights.items():
-            tokens = record.get(field, ())
+        for name, weight in scoring.weights.items():
+            tokens = record.get(name, ())
             if weight and tokens:
-                length = len(tokens) / max(self.mean_lengths.get(field, 0.0), 1e-9)
+                length = len(tokens) / max(self.mean_lengths.get(name, 0.0), 1e-9)
                 own = weight / max(1 - scoring.b + scoring.b * length, 1e-6)
-                for term in reader.read(tokens, field):
+                for term in reader.read(tokens, name):
                     number = BUCKETS + term_number(term)
                     counts[number] = counts.get(number, 0.0) + own
         return {number: count / (scoring.k1 + count) for number, count in counts.items()}
@@ -222,7 +224,7 @@ class SparseTerms(Tower):
         self._title = ""
 
     @property
-    def preprocess(self) -> TermPreprocess:  # type: ignore[override]
+    def preprocess(self) -> TermPreprocess:
         """Items to numbered terms."""
         lengths = dict(zip(FIELDS, self.mean_lengths.tolist(), strict=True))
         return TermPreprocess(self.options, self._title, lengths)

@@ -59,8 +59,6 @@ class TwoTower(HeldOutSearch):
         seed: of dropout; every step follows from it and the step's number, also after resuming.
         metric: measure that embeddings are compared by; `kl` suits contrastive losses only,
             `inner_product` is that of `BlockEncoder`.
-        keep_similarities: weight of the mean squared change of the blocks' similarities since the
-            start, of `BlockEncoder`.
     """
 
     def __init__(
@@ -73,20 +71,18 @@ class TwoTower(HeldOutSearch):
         encoding: EncodingOptions = DEFAULT_ENCODING,
         seed: int = 0,
         metric: Metric = "cosine",
-        keep_similarities: float = 0.0,
     ) -> None:
         super().__init__()
         self.product = product
         self.own_query = query
         guards.check_same_dim(*self.encoders)
-        guards.check_blocks(self.encoders, metric, keep_similarities)
+        guards.check_blocks(self.encoders, metric)
         terms = [LossTerm()] if loss_terms is None else loss_terms
         self.loss_terms = LossTerms(terms, loss, self.encoders, metric)
         self.optimizer_options = optimizer
         self.encoding = encoding
         self.seed = seed
         self.metric = metric
-        self.keep_similarities = keep_similarities
         self.start_state: dict[str, Tensor] = {}
         self.schema: Schema | None = None
         self.planned_steps: int | None = None
@@ -200,9 +196,7 @@ class TwoTower(HeldOutSearch):
         with torch.autocast(self.device.type, enabled=False):
             terms = self.loss_terms(self.encoders, query, product, batch)
             loss = torch.stack(terms).sum()
-            loss = loss + self.keep_similarities * change_since_start(
-                self.encoders, (query, product)
-            )
+            loss = loss + change_since_start(self.encoders, (query, product))
         if not torch.isfinite(loss):
             raise self.not_finite(f"The loss is {loss.item()}", self.data.product_ids(batch))
         if num_processes() > 1:

@@ -11,7 +11,6 @@ import lightning as L
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from tritower.datamodules.batch import Items, NumberedItems, Side
 from tritower.datamodules.held_out import HeldOut
