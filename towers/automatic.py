@@ -50,9 +50,16 @@ from tritower.towers.sparse_terms import TermOptions
 
 logger = logging.getLogger(__name__)
 
-EPOCHS = 15
 BATCH_SIZE = 384
+
+MAX_EPOCHS = 15
+"""More hardly help where pretrained features are kept."""
+
+MAX_STEPS = 300
+"""Steps of a training; large catalogues are shown fewer times."""
+
 VALIDATIONS = 5
+"""Validations of a training, of which the best one is kept."""
 
 MAX_PRODUCTS = 5_000
 """Products on which words are tuned: all that are judged, and others."""
@@ -376,8 +383,11 @@ def _choose_examples(recipe: Recipe, data: ProductDataModule) -> None:
     examples: dict[str, Any] = {"positives": "family", "group_share": 1.0}
     if types:
         examples |= {"types": types, "relatives_only": True}
-        recipe.trainer["max_epochs"] = EPOCHS
-        recipe.trainer["check_val_every_n_epoch"] = EPOCHS // VALIDATIONS
+        steps = -(-count // recipe.data["batch_size"])
+        epochs = int(np.clip(round(MAX_STEPS / steps), 1, MAX_EPOCHS))
+        recipe.trainer["max_epochs"] = epochs
+        recipe.trainer["check_val_every_n_epoch"] = max(1, epochs // VALIDATIONS)
+        recipe.explain("training", f"{epochs} epochs of {steps} steps", f"about {MAX_STEPS} steps")
         recipe.explain(
             "learned from",
             ", ".join(types),

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -230,7 +230,7 @@ def _whole_weights(names: list[str], figures: Mapping[int, KindFigures]) -> Mapp
 @torch.no_grad()
 def choose_between_start_and_end(
     model: TwoTower, data: ProductDataModule, start: Mapping[str, Tensor]
-) -> dict[float, dict[int, KindFigures]]:
+) -> dict[str, Any]:
     """Give the model the best parameters between its start and its end, and weights for them.
 
     Args:
@@ -239,7 +239,8 @@ def choose_between_start_and_end(
         start: the trained parameters before training.
 
     Returns:
-        Share of the way -> kind of query -> weights and figures.
+        Plain JSON: `share` of the way that was chosen, mean nDCG@10 over the kinds of query there
+        (`ndcg`) and at the `start`, and all figures by share and kind.
     """
     held_out = HeldOutBlocks(model, data)
     parameters = {name: p for name, p in model.named_parameters() if name in start}
@@ -249,7 +250,7 @@ def choose_between_start_and_end(
         for name, parameter in parameters.items():
             parameter.copy_(torch.lerp(start[name], end[name], share))
 
-    figures = {}
+    figures: dict[float, dict[int, KindFigures]] = {}
     for share in SHARES:
         move_to(share)
         figures[share] = held_out.choose()
@@ -257,7 +258,23 @@ def choose_between_start_and_end(
     move_to(best)
     set_weights(held_out.encoder, figures[best])
     logger.info("exporting the point at %d %% of the way from start to end", round(100 * best))
-    return figures
+    return {
+        "share": best,
+        "start": _mean_ndcg(figures[0.0]),
+        "ndcg": _mean_ndcg(figures[best]),
+        "figures": {
+            str(share): {
+                " + ".join(held_out.encoder.kind_blocks(kind))
+                + (", typed" if kind >= 2 ** len(held_out.encoder.towers) else ""): asdict(own)
+                for kind, own in of_share.items()
+            }
+            for share, of_share in figures.items()
+        },
+    }
+
+
+def _mean_ndcg(figures: Mapping[int, KindFigures]) -> float:
+    return float(np.mean([own.ndcg for own in figures.values()])) if figures else 0.0
 
 
 def best_share(figures: Mapping[float, Mapping[int, KindFigures]]) -> float:

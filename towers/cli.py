@@ -250,7 +250,8 @@ def export_best_model(
     if not trainer.is_global_zero:
         return
     if model.start_state:
-        choose_between_start_and_end(model, model.data, model.start_state)
+        figures = choose_between_start_and_end(model, model.data, model.start_state)
+        write_json(folder.parent / "blocks.json", figures)
     meta = {}
     if best.best_model_score is not None:
         meta[str(best.monitor)] = float(best.best_model_score)
