@@ -41,6 +41,7 @@ from tritower.datamodules.preprocess import stable_hash
 from tritower.retrieval.vectors.embeddings import EmbeddingReader
 from tritower.towers.cli import TrainingCLI
 from tritower.towers.embed import embed
+from tritower.towers.embedded import Embedded
 from tritower.towers.encoder import features_of, mean_by_row
 from tritower.towers.quiet import quiet_lightning
 from tritower.towers.two_tower import TwoTower
@@ -127,7 +128,9 @@ class Classifier(TwoTower):
             found = F.one_hot(
                 batch.row, self.embed_dim
             )  # the gallery is the whole catalogue, in order
-        self.held_out[dataloader_idx].append((batch.row.numpy(), found.float().numpy()))
+        self.held_out.add(
+            dataloader_idx, batch.row.numpy(), Embedded(found.float().numpy())
+        )
 
 
 def classified(bench: Bench, arguments: list[str], run: Path, seed: int) -> dict[str, Any]:

@@ -18,8 +18,14 @@ from tritower.towers.text import BiLSTM
 DESCRIPTION = Item({"title": "Mug", "description": "A red mug, a RED lid"})
 
 
+def hashes_of(tower: HashedNgrams, *texts: str) -> torch.Tensor:
+    hashes, _ = tower.preprocess([Item({"description": text}) for text in texts], "product")
+    assert hashes is not None
+    return hashes
+
+
 def features(tower: HashedNgrams, *texts: str) -> torch.Tensor:
-    return tower(tower.preprocess(texts))
+    return tower(hashes_of(tower, *texts))
 
 
 def test_each_different_ngram_is_hashed_once() -> None:
@@ -34,8 +40,8 @@ def test_each_different_ngram_is_hashed_once() -> None:
         "mug a",
         "red lid",
     ]  # "a red" stands there twice
-    assert tower.preprocess.render(DESCRIPTION, "product") == "A red mug, a RED lid"
-    hashes = tower.preprocess(["A red mug, a RED lid", "", "mug"])
+    assert tower.preprocess.render(DESCRIPTION) == "A red mug, a RED lid"
+    hashes = hashes_of(tower, "A red mug, a RED lid", "", "mug")
     assert hashes.shape == (3, len(ngrams)) and hashes.dtype == torch.int64
     assert hashes[0].tolist() == sorted(map(stable_hash, ngrams))
     assert hashes[1].tolist() == [0] * 8
@@ -44,7 +50,7 @@ def test_each_different_ngram_is_hashed_once() -> None:
 
 def test_the_longest_ngram_and_the_number_of_words_are_limited() -> None:
     def count(**limits: int) -> int:
-        return HashedNgrams(**limits).preprocess(["one two three four"]).shape[1]
+        return hashes_of(HashedNgrams(**limits), "one two three four").shape[1]
 
     assert (count(max_ngram=1), count(max_ngram=2), count(max_ngram=3), count(max_ngram=9)) == (
         4,

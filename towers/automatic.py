@@ -67,6 +67,12 @@ MAX_PRODUCTS = 5_000
 MAX_QUERIES = 200
 """Queries of each type on which words are tuned."""
 
+TEXT_MODEL = "all-MiniLM-L6-v2"
+"""A Hugging Face folder, for English; multilingual-e5-small for other languages."""
+
+IMAGE_MODEL = "tf_efficientnet_lite0.safetensors"
+"""Weights of a timm model, named by the model."""
+
 SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600}
 
 
@@ -304,8 +310,7 @@ def _choose_towers(
         }
         recipe.explain("text tower", text.name, "frozen: its features are cached")
     elif data.schema.text:
-        where = "no folder of weights" if weights is None else f"none in {weights}"
-        recipe.explain("text tower", "none", f"no Hugging Face folder of a text model: {where}")
+        recipe.explain("text tower", "none", f"{_missing(weights)} a folder such as {TEXT_MODEL}/")
     image = _image_weights(weights)
     if data.schema.images and image is not None:
         blocks["image"] = {
@@ -314,8 +319,7 @@ def _choose_towers(
         }
         recipe.explain("image tower", image.stem, "frozen: its features are cached")
     elif data.schema.images:
-        where = "no folder of weights" if weights is None else f"none in {weights}"
-        recipe.explain("image tower", "none", f"no weights of a timm model: {where}")
+        recipe.explain("image tower", "none", f"{_missing(weights)} a file such as {IMAGE_MODEL}")
     if data.schema.numbers:
         blocks["numbers"] = {
             "class_path": "tritower.towers.number_waves.NumberWaves",
@@ -324,11 +328,6 @@ def _choose_towers(
         names = ", ".join(attribute.name for attribute in data.schema.numbers)
         recipe.explain("numbers", names, "close numbers are similar")
     blocks["terms"] = recipe.model.pop("terms")
-    if len(blocks) == 2:
-        raise ValueError(
-            "the catalogue has no numbers, and there are no pretrained weights for its texts and "
-            "pictures: name a folder of weights (--weights), or a configuration (--config)"
-        )
     recipe.model = {
         "product": {
             "class_path": "tritower.towers.block_encoder.BlockEncoder",
@@ -336,6 +335,12 @@ def _choose_towers(
         },
         "metric": "inner_product",
     }
+
+
+def _missing(weights: Path | None) -> str:
+    if weights is None:
+        return "there is no folder of weights: make weights/ (or name --weights) with"
+    return f"{weights} has no weights for it: add"
 
 
 def _text_weights(weights: Path | None, language: str | None) -> Path | None:

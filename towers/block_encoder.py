@@ -23,12 +23,17 @@ from tritower.towers.encoder import (
     towers_by_modality,
 )
 from tritower.towers.image import ImageTower
+from tritower.towers.metric import Metric, to_score_space
 from tritower.towers.number_waves import NumberWaves
-from tritower.towers.sparse_terms import BUCKETS, SparseTerms
+from tritower.towers.sparse_terms import BUCKETS, SparseTerms, hashed
 from tritower.towers.text import TextTower
 
 TERM_DECAY = 1e-3
 """Price of the squares of the terms' log weights."""
+
+
+EMPTY_LENGTH = 1e-4
+"""Length of the embedding of an item of which nothing can be read."""
 
 
 class HybridVectors(NamedTuple):
@@ -55,6 +60,9 @@ class BlockEncoder(Encoder):
         image: tower of pictures; null leaves pictures out.
         numbers: prices and other numbers; null leaves them to the words.
         terms: words of the whole record; null leaves them out.
+        words_dim: dimensions of an embedding that hold the words, hashed. More have fewer
+            collisions; 0 leaves words out of embeddings. Held-out queries are compared by the
+            exact words in any case.
         keep_similarities: how much of the loss is the mean squared change of the blocks'
             similarities since the start; 0 lets go of the pretrained features.
     """
@@ -68,20 +76,27 @@ class BlockEncoder(Encoder):
         image: ImageTower | None = None,
         numbers: NumberWaves | None = None,
         terms: SparseTerms | None = None,
+        words_dim: int = 1024,
         keep_similarities: float = 10.0,
     ) -> None:
         nn.Module.__init__(self)
         self.towers = towers_by_modality(text, image, numbers, terms)
         self.dense = [name for name in self.towers if name != "lexical"]
-        if not self.dense:
-            raise ValueError("BlockEncoder needs a dense block: text, image or numbers.")
         if numbers is not None and numbers.out_dim != block_dim:
             raise ValueError(
                 f"numbers.out_dim={numbers.out_dim} differs from block_dim={block_dim}: a block of "
                 "numbers is not projected."
             )
         self.block_dim = block_dim
-        self.embed_dim = block_dim * len(self.dense)
+        if words_dim < 0:
+            raise ValueError(f"words_dim={words_dim}: choose at least 0.")
+        self.words_dim = words_dim if terms is not None else 0
+        self.embed_dim = block_dim * len(self.dense) + self.words_dim
+        if not self.embed_dim:
+            raise ValueError(
+                "BlockEncoder has no embedding: give it text, image or numbers, or terms with "
+                "words_dim above 0."
+            )
         self.keep_similarities = keep_similarities
         self.feature_dropout = 0.0
         # Projections begin as isometries (`set_start`), whose similarities training is to keep.
@@ -107,7 +122,7 @@ class BlockEncoder(Encoder):
         """B items as tensors -> their blocks and embeddings."""
         present = items.present[:, self.columns]  # (B, M)
         blocks = [self._block(name, items) for name in self.dense]
-        alone = torch.stack([block for block, _ in blocks], 1)  # (B, Md, D)
+        alone = self._stacked([block for block, _ in blocks], len(present))  # (B, Md, D)
         before = [start for _, start in blocks if start is not None]
         embedding = self.join(alone, present)
         part = embedding
@@ -168,15 +183,31 @@ class BlockEncoder(Encoder):
         if side == "query":
             # Each kind of query has factors of its own, chosen after training.
             weights = weights * self.query_factors[self.query_kinds(items)]
-        dense = blocks.dense.unflatten(1, (len(self.dense), self.block_dim))
+        dense = blocks.dense.view(-1, len(self.dense), self.block_dim)
         weighted = (dense * self._dense(weights).unsqueeze(-1)).flatten(1)
         if "lexical" in self.towers:
             return HybridVectors(weighted, blocks.term, blocks.weight * weights[:, -1:])
         return HybridVectors(weighted, blocks.term, blocks.weight)
 
+    def embed(self, items: Items, side: Side) -> Tensor:
+        """(B, E) float32 embeddings: dense blocks beside the hashed words.
+
+        An item of which nothing can be read is a vector of nearly no length: an index refuses
+        zeros.
+        """
+        vectors = self.vectors(items, side)
+        embedding = vectors.dense
+        if self.words_dim:
+            words = hashed(vectors.term, vectors.weight, self.words_dim)
+            embedding = torch.cat([embedding, words], 1)
+        is_empty = ~embedding.any(1)
+        embedding[is_empty, 0] = EMPTY_LENGTH
+        return embedding
+
     def blocks(self, items: Items, side: Side) -> HybridVectors:
         """Dense and sparse vectors of B items without weights of blocks."""
-        dense = torch.cat([self._block(name, items)[0] for name in self.dense], 1).float()
+        blocks = [self._block(name, items)[0] for name in self.dense]
+        dense = self._stacked(blocks, len(items.present)).flatten(1).float()  # (B, Md * D)
         terms = items.lexical
         if not isinstance(terms, TermTensors):
             term = items.present.new_zeros(len(dense), 1, dtype=torch.int64)
@@ -232,6 +263,12 @@ class BlockEncoder(Encoder):
         now = F.normalize(self.projections[name](features), dim=-1)
         return now, F.normalize(self.start[name](features), dim=-1)
 
+    def _stacked(self, blocks: list[Tensor], count: int) -> Tensor:
+        """(B, Md, D) of Md blocks (B, D); there may be none."""
+        if not blocks:
+            return self.absent.new_zeros(count, 0, self.block_dim)
+        return torch.stack(blocks, 1)
+
     def _dense(self, blocks: Tensor) -> Tensor:
         """(B, M) -> (B, Md): the columns of dense blocks; words come last."""
         return blocks[:, : len(self.dense)]
@@ -246,3 +283,10 @@ def change_since_start(
         if isinstance(encoder, BlockEncoder):
             total = total + encoder.change(items) / len(encoders)
     return total
+
+
+def served_vectors(encoder: Encoder, items: Items, side: Side, metric: Metric) -> Tensor:
+    """(B, D) float32 vectors as an index holds them; D is the encoder's `embed_dim`."""
+    if isinstance(encoder, BlockEncoder):
+        return encoder.embed(items, side)
+    return to_score_space(encoder(items).embedding.float(), side, metric)

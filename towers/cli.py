@@ -32,7 +32,7 @@ from tritower.towers.checkpoints import (
     last_checkpoints,
     newest_valid_checkpoint,
 )
-from tritower.towers.floor import floor_report
+from tritower.towers.floor import CompareOptions, floor_report
 from tritower.towers.losses.contrastive import Loss
 from tritower.towers.losses.cross_batch_memory import CrossBatchMemory
 from tritower.towers.losses.info_nce import InfoNCE
@@ -193,7 +193,8 @@ class TrainingCLI(LightningCLI):
 
     def _show_floor(self, untrained: dict[Side, dict[str, Tower]]) -> None:
         """Write floor.json and show the model beside the best untrained search."""
-        report = floor_report(self.model, self.datamodule, self.datamodule.val_split, untrained)
+        options = CompareOptions(self.datamodule.val_split)
+        report = floor_report(self.model, self.datamodule, options, untrained)
         write_json(self.options.run / "floor.json", report)
         Console(width=max(TABLE_WIDTH, Console().width)).print(terminal_table(report))
         for line in below_floor(report):

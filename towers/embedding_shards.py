@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tritower.datamodules.batch import NumberedItems, Side
 from tritower.datamodules.catalogue import Table, product_digests
 from tritower.retrieval.vectors.embeddings import EmbeddingWriter
+from tritower.towers.block_encoder import served_vectors
 from tritower.towers.embedding_tables import Rows, rows_and_types
-from tritower.towers.metric import to_score_space
 from tritower.towers.quiet import quiet_lightning
 from tritower.towers.two_tower import TwoTower
 from tritower.towers.untrained import UntrainedTowers, as_modules, untrained_features
@@ -201,7 +201,7 @@ class _Encode(L.LightningModule):
     def predict_step(self, batch: NumberedItems, batch_idx: int) -> Prediction:
         is_encoded = batch.items.present[:, self.encoder.columns].any(1)
         items, untrained = untrained_features(self.encoder, self.towers, batch.items)
-        embedding = to_score_space(self.encoder(items).embedding.float(), self.side, self.metric)
+        embedding = served_vectors(self.encoder, items, self.side, self.metric)
         return Prediction(
             batch.row.cpu().numpy(),
             embedding.cpu().numpy(),

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from tritower.datamodules.batch import Item, Side
 from tritower.datamodules.catalogue import product_item
+from tritower.datamodules.held_out import HeldOut
 from tritower.datamodules.held_out_rows import QueryRows
 from tritower.datamodules.preprocess import ItemPreprocess
 from tritower.datamodules.products import ProductDataModule
@@ -40,8 +41,24 @@ ENCODED_AT_ONCE = 256
 """Items per forward pass."""
 
 
+class CompareOptions(NamedTuple):
+    """On what a model is compared with untrained search.
+
+    Attributes:
+        split: the queries that are measured, "val" or "test".
+        choosing: the queries that untrained search is tuned on; None for each half of the measured
+            ones, tuned on the other half.
+    """
+
+    split: str
+    choosing: str | None = None
+
+
 def floor_report(
-    model: TwoTower, data: ProductDataModule, split: str, towers: Mapping[Side, UntrainedTowers]
+    model: TwoTower,
+    data: ProductDataModule,
+    options: CompareOptions,
+    towers: Mapping[Side, UntrainedTowers],
 ) -> dict[str, Any]:
     """Metrics of a model and of untrained search, by exact search on a split.
 
@@ -49,56 +66,80 @@ def floor_report(
 
     Args:
         model: the trained model.
-        data: its held-out queries of the split are set up.
-        split: "val" or "test".
+        data: its held-out queries of the splits are set up.
+        options: which splits.
         towers: the pretrained towers of each side before training.
 
     Returns:
         A report as `tritower.retrieval.evaluating.evaluate` makes it: queries, tasks (exact only),
         baselines, differences, chosen.
     """
-    held_out = data.held_out[split]
-    assert data.preprocess is not None
     model.eval()
-
-    # Products: embeddings of the model, and what untrained search reads of them.
-    items = [product_item(data.products.row(row)) for row in held_out.candidates.tolist()]
-    products = _encode(model, "product", data.preprocess.product, items, towers["product"])
-    records, numbers = _records(items, data)
-    features = dict(products.features)
-    if numbers.size:
-        features[NUMBERS] = number_features(numbers)
-    product_inputs = UntrainedInputs(records, features)
-
-    # Queries: each one in every query type that it can have.
-    rows = QueryRows(data.products, data.queries, held_out, data.preprocess.query)
-    queries = list(queries_by_type(rows))
-    query_items = [query.item for query in queries]
-    encoded = _encode(model, "query", data.preprocess.query, query_items, towers["query"])
-    is_encoded = ~encoded.embedding.is_empty
-    queries = [queries[position] for position in np.flatnonzero(is_encoded)]
-    query_features = {name: values[is_encoded] for name, values in encoded.features.items()}
-    embedding = encoded.embedding.select(is_encoded)
-
-    evaluation_queries = evaluation_queries_of(queries, embedding.dense, held_out)
-    trained = exact_search(embedding, products.embedding, evaluation_queries.source, k=DEPTH)
-    query_inputs = _query_inputs(queries, evaluation_queries, product_inputs, query_features)
-    compared = ComparedQueries(evaluation_queries, query_inputs, trained)
-    untrained = search_untrained(product_inputs, compared, None)
+    products = _encode_products(model, data, data.held_out[options.split], towers["product"])
+    measured = _compared(model, data, options.split, products, towers["query"])
+    choosing = None
+    if options.choosing is not None:
+        other = data.held_out[options.choosing]
+        if not np.array_equal(other.candidates, data.held_out[options.split].candidates):
+            raise ValueError("both splits must be searched among the same products")
+        choosing = _compared(model, data, options.choosing, products, towers["query"])
+    untrained = search_untrained(products.inputs, measured, choosing)
+    queries = measured.queries
     counts = {}
     exact = {}
-    for query_type in evaluation_queries.distinct_types:
-        positions = evaluation_queries.positions_of_type(query_type)
-        of_type = evaluation_queries.select(positions)
+    for query_type in queries.distinct_types:
+        positions = queries.positions_of_type(query_type)
+        of_type = queries.select(positions)
         counts[query_type] = {"count": len(positions)}
-        exact[query_type] = ranking_metrics(trained[positions], of_type)
+        exact[query_type] = ranking_metrics(measured.trained[positions], of_type)
     return {
         "queries": counts,
-        "origin": held_out.origin,
-        "split": split,
+        "origin": data.held_out[options.split].origin,
+        "split": options.split,
         "tasks": {"exact": exact},
-        **untrained_report(evaluation_queries, untrained, {"exact": trained}),
+        **untrained_report(queries, untrained, {"exact": measured.trained}),
     }
+
+
+class _EncodedProducts(NamedTuple):
+    embedding: Embedded
+    inputs: UntrainedInputs
+
+
+def _encode_products(
+    model: TwoTower, data: ProductDataModule, held_out: HeldOut, towers: UntrainedTowers
+) -> _EncodedProducts:
+    """Embeddings of the candidates, and what untrained search reads of them."""
+    items = [product_item(data.products.row(row)) for row in held_out.candidates.tolist()]
+    encoded = _encode(model, "product", data.model_preprocess.product, items, towers)
+    records, numbers = _records(items, data)
+    features = dict(encoded.features)
+    if numbers.size:
+        features[NUMBERS] = number_features(numbers)
+    return _EncodedProducts(encoded.embedding, UntrainedInputs(records, features))
+
+
+def _compared(
+    model: TwoTower,
+    data: ProductDataModule,
+    split: str,
+    products: _EncodedProducts,
+    towers: UntrainedTowers,
+) -> ComparedQueries:
+    """The queries of a split in every type, and what the model finds for them."""
+    held_out = data.held_out[split]
+    preprocess = data.model_preprocess.query
+    queries = list(queries_by_type(QueryRows(data.products, data.queries, held_out, preprocess)))
+    items = [query.item for query in queries]
+    encoded = _encode(model, "query", preprocess, items, towers)
+    is_encoded = ~encoded.embedding.is_empty
+    queries = [queries[position] for position in np.flatnonzero(is_encoded)]
+    features = {name: values[is_encoded] for name, values in encoded.features.items()}
+    embedding = encoded.embedding.select(is_encoded)
+    evaluation_queries = evaluation_queries_of(queries, embedding.dense, held_out)
+    trained = exact_search(embedding, products.embedding, evaluation_queries.source, k=DEPTH)
+    inputs = _query_inputs(queries, evaluation_queries, products.inputs, features)
+    return ComparedQueries(evaluation_queries, inputs, trained)
 
 
 class _EncodedItems(NamedTuple):

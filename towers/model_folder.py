@@ -215,7 +215,12 @@ def _describe(encoder: Encoder, folder: Path) -> dict[str, Any]:
             "pretrained": tower.pretrained,
         }
     if isinstance(encoder, BlockEncoder):
-        return {"block_dim": encoder.block_dim, "fusion": BLOCKS, "towers": towers}
+        return {
+            "block_dim": encoder.block_dim,
+            "words_dim": encoder.words_dim,
+            "fusion": BLOCKS,
+            "towers": towers,
+        }
     return {"embed_dim": encoder.embed_dim, "fusion": encoder.fusion_name, "towers": towers}
 
 
@@ -237,5 +242,6 @@ def _rebuild(parts: dict[str, Any], assets: Path, folder: Path) -> Encoder:
             image=towers.get("image"),
             numbers=towers.get("attribute"),
             terms=towers.get("lexical"),
+            words_dim=parts["words_dim"],
         )
     return Encoder(parts["embed_dim"], **towers, fusion=parts["fusion"])

@@ -260,11 +260,7 @@ class SparseTerms(Tower):
 
     def forward(self, terms: TermTensors) -> Tensor:
         """(B, G) terms -> (B, F) features of records, of unit length or zero."""
-        weight = self._record_weights(terms)
-        place = terms.term % self.out_dim
-        sign = 1 - 2 * (terms.term // self.out_dim % 2)
-        features = weight.new_zeros(len(weight), self.out_dim)
-        return features.scatter_add(1, place, sign * weight)
+        return hashed(terms.term, self._record_weights(terms), self.out_dim)
 
     def weights(self, terms: TermTensors, side: Side) -> Tensor:
         """(B, G) float32 weights of the terms: the values of the sparse vectors.
@@ -297,3 +293,22 @@ class SparseTerms(Tower):
         """See `Tower.rebuild`."""
         options = TermOptions.from_dict(architecture["options"])
         return cls(options, architecture["hashed_dim"])
+
+
+def hashed(term: Tensor, weight: Tensor, dim: int) -> Tensor:
+    """Sparse vectors as dense ones of a fixed size.
+
+    Inner products are kept up to collisions, whose signs make them noise around zero (Weinberger
+    et al., ICML 2009).
+
+    Args:
+        term: (B, G) int64 dimensions of the sparse vectors.
+        weight: (B, G) float32 values there.
+        dim: F.
+
+    Returns:
+        (B, F) float32.
+    """
+    sign = 1 - 2 * (term // dim % 2)
+    features = weight.new_zeros(len(weight), dim)
+    return features.scatter_add(1, term % dim, sign * weight)

@@ -15,7 +15,7 @@ from tritower.datamodules.batch import Batch, Item, Items, Side
 from tritower.datamodules.preprocess import Preprocess
 from tritower.datamodules.schema import Schema
 from tritower.towers import guards
-from tritower.towers.block_encoder import BlockEncoder, change_since_start
+from tritower.towers.block_encoder import BlockEncoder, change_since_start, served_vectors
 from tritower.towers.block_start import count_terms, start_blocks
 from tritower.towers.embedded import Embedded
 from tritower.towers.encoder import Encoded, Encoder
@@ -140,7 +140,8 @@ class TwoTower(HeldOutSearch):
         encoder = self.query if side == "query" else self.product
         tensors = encoder.preprocess(side)(items)
         check_items(items, tensors, encoder)
-        return self.embed_batch(to_device(tensors, self.device), side).dense
+        tensors = to_device(tensors, self.device)
+        return served_vectors(encoder, tensors, side, self.metric).cpu().numpy()
 
     def encode_batch(self, encoder: Encoder, items: Items) -> Encoded:
         """Items as tensors, encoded in chunks."""
