@@ -128,9 +128,7 @@ class Classifier(TwoTower):
             found = F.one_hot(
                 batch.row, self.embed_dim
             )  # the gallery is the whole catalogue, in order
-        self.held_out.add(
-            dataloader_idx, batch.row.numpy(), Embedded(found.float().numpy())
-        )
+        self.held_out.add(dataloader_idx, batch.row.numpy(), Embedded(found.float().numpy()))
 
 
 def classified(bench: Bench, arguments: list[str], run: Path, seed: int) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from tests.support.encoders import ITEMS
 from tests.support.tiny_models import TIMM, TIMM_ARGS
 from tritower.datamodules.batch import AttributeTensors, Item
 from tritower.datamodules.schema import Attribute, Schema
-from tritower.towers.block_encoder import BlockEncoder
+from tritower.towers.block_encoder import BlockEncoder, change_since_start
 from tritower.towers.block_weights import KindFigures, best_share, set_weights
 from tritower.towers.embedded import Embedded
 from tritower.towers.image import PictureOptions, TimmImage
@@ -83,7 +83,7 @@ def test_a_score_is_the_weighted_sum_of_the_blocks_cosines(model: TwoTower) -> N
 def test_an_item_scores_with_itself_the_share_of_the_blocks_that_it_has(model: TwoTower) -> None:
     encoder = model.product
     assert isinstance(encoder, BlockEncoder)
-    squares = encoder.weights.square()
+    squares = encoder.weights.square().detach()
     whole = embed(model, [ITEMS[0]], "query").scores(embed(model, [ITEMS[0]], "product"))
     assert whole[0, 0] == pytest.approx(1, abs=1e-5)
     picture = Item(images=ITEMS[0].images)
@@ -94,9 +94,15 @@ def test_an_item_scores_with_itself_the_share_of_the_blocks_that_it_has(model: T
 def test_factors_weigh_the_blocks_of_their_kind_of_query_alone(model: TwoTower) -> None:
     encoder = model.product
     assert isinstance(encoder, BlockEncoder)
-    kinds = encoder.query_kinds(encoder.preprocess("query")([ITEMS[1], Item({"query": "lamp"})]))
+    kinds = encoder.query_factors.kinds(
+        encoder.preprocess("query")([ITEMS[1], Item({"query": "lamp"})])
+    )
     title, typed = kinds.tolist()
-    assert encoder.kind_blocks(title) == encoder.kind_blocks(typed) == ["text", "lexical"]
+    assert (
+        encoder.query_factors.blocks(title)
+        == encoder.query_factors.blocks(typed)
+        == ["text", "lexical"]
+    )
     assert title != typed
     figures = {typed: KindFigures({"text": 0.25, "lexical": 1.0}, 0.5, 30)}
     before = embed(model, [ITEMS[1]], "query").scores(embed(model, PRODUCTS, "product"))
@@ -129,11 +135,16 @@ def test_a_start_is_an_isometry_whose_change_costs(model: TwoTower) -> None:
     assert isinstance(encoder, BlockEncoder)
     encoder.set_start("text", torch.eye(16, encoder.named_towers["text"].out_dim))
     items = encoder.preprocess("product")(PRODUCTS)
+
+    def price() -> float:
+        encoded = encoder(items)
+        return change_since_start((encoder, encoder), (encoded, encoded)).item()
+
     unchanged = {name: layer.weight.clone() for name, layer in encoder.projections.items()}
-    assert float(encoder.change(encoder(items))) == pytest.approx(0, abs=1e-12)
+    assert price() == pytest.approx(0, abs=1e-12)
     with torch.no_grad():
         encoder.projections["text"].weight += 1.0  # type: ignore[operator]
-    assert float(encoder.change(encoder(items))) > 1e-4
+    assert price() > 1e-4
     assert not torch.equal(unchanged["text"], encoder.projections["text"].weight)
 
 

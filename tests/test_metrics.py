@@ -193,3 +193,15 @@ def test_metrics_equal_the_definitions(case):
     )
     means = [f(retrieved, relevant, k) for f in (m.hit_at_k, m.recall_at_k)]
     assert np.allclose(means, got[:, :2].mean(axis=0), atol=1e-12)
+
+
+def test_prepared_ndcg_equals_ndcg_of_the_same_rankings():
+    generator = np.random.default_rng(0)
+    judged = np.stack([generator.permutation(30)[:6] for _ in range(20)])
+    judged[:10, 4:] = -1
+    grades = generator.uniform(0.1, 3, judged.shape) * (judged >= 0)
+    prepared = m.PreparedNdcg(judged, grades, 25, k=10)  # rows from 25 on are never found
+    for _ in range(3):
+        rows = np.stack([generator.permutation(25)[:12] for _ in range(20)])
+        rows[0, 5:] = -1
+        assert prepared.mean(rows) == pytest.approx(m.ndcg_at_k(rows, judged, grades, 10))

@@ -35,7 +35,7 @@ from tritower.datamodules.positives import SameGroup
 from tritower.datamodules.preprocess import ItemPreprocess
 from tritower.datamodules.products import ProductDataModule
 from tritower.retrieval.evaluating.evaluation_queries import EvaluationQueries
-from tritower.retrieval.evaluating.untrained_search import MIN_CHOOSING, mean_ndcg, without_source
+from tritower.retrieval.evaluating.untrained_search import MIN_CHOOSING, without_source
 from tritower.retrieval.lexical.analyzer import Analyzer
 from tritower.retrieval.lexical.ranking import Scoring
 from tritower.retrieval.lexical.records import Record, record_of, typed_record, visible_record
@@ -45,6 +45,7 @@ from tritower.retrieval.lexical.tuning import (
     choose_settings,
     language_of,
 )
+from tritower.retrieval.ranking.metrics import PreparedNdcg
 from tritower.towers.queries_by_type import evaluation_queries_of, queries_by_type
 from tritower.towers.sparse_terms import TermOptions
 
@@ -55,7 +56,7 @@ BATCH_SIZE = 384
 MAX_EPOCHS = 15
 """More hardly help where pretrained features are kept."""
 
-MAX_STEPS = 300
+MAX_STEPS = 150
 """Steps of a training; large catalogues are shown fewer times."""
 
 VALIDATIONS = 5
@@ -222,6 +223,7 @@ class _Sample:
         self.records = [self._record(item) for item in products]
         self.indexes = LexicalIndexes(self.records)
         judged = judged.restricted_to(sample)
+        self.ndcg_of: dict[str, PreparedNdcg] = {}
         # Query type -> its judgements and the records of the queries.
         self.queries: dict[str, tuple[EvaluationQueries, list[Record]]] = {}
         for query_type in judged.distinct_types:
@@ -235,6 +237,7 @@ class _Sample:
                     text = next(iter(queries[position].item.text.values()), "")
                     records.append(typed_record(text))
             self.queries[query_type] = (own, records)
+            self.ndcg_of[query_type] = PreparedNdcg(own.judged, own.grades, len(sample))
 
     def _record(self, item: Item) -> Record:
         return record_of(item.text, item.attributes, self.title)
@@ -247,7 +250,7 @@ class _Sample:
             judged, records = self.queries[query_type]
             hits = index.search(records, 11, settings.scoring)
             rows: NDArray[np.int64] = without_source(hits, judged.source, 10).rows
-            figures.append(mean_ndcg(rows, judged))
+            figures.append(self.ndcg_of[query_type].mean(rows))
         return float(np.mean(figures))
 
     def types(self, wanted: Sequence[str]) -> list[str]:

@@ -25,7 +25,8 @@ from tritower.towers.encoder import (
 from tritower.towers.image import ImageTower
 from tritower.towers.metric import Metric, to_score_space
 from tritower.towers.number_waves import NumberWaves
-from tritower.towers.sparse_terms import BUCKETS, SparseTerms, hashed
+from tritower.towers.query_factors import QueryFactors
+from tritower.towers.sparse_terms import SparseTerms, hashed
 from tritower.towers.text import TextTower
 
 TERM_DECAY = 1e-3
@@ -67,8 +68,6 @@ class BlockEncoder(Encoder):
             similarities since the start; 0 lets go of the pretrained features.
     """
 
-    query_factors: Tensor
-
     def __init__(
         self,
         block_dim: int = 256,
@@ -108,9 +107,8 @@ class BlockEncoder(Encoder):
                 self.projections[name] = layer
         self.start = copy.deepcopy(self.projections).requires_grad_(False)
         self.absent = nn.Parameter(torch.zeros(len(self.dense), block_dim), requires_grad=False)
-        num_blocks = len(self.towers)
-        self.log_weights = nn.Parameter(torch.zeros(num_blocks))
-        self.register_buffer("query_factors", torch.ones(2 ** (num_blocks + 1), num_blocks))
+        self.log_weights = nn.Parameter(torch.zeros(len(self.towers)))
+        self.query_factors = QueryFactors(list(self.towers), self.columns)
         self.train()
 
     @property
@@ -136,32 +134,16 @@ class BlockEncoder(Encoder):
         start = torch.stack(before, 1) if before else None  # (B, Mp, D)
         return Encoded(embedding, shares, part, alone, present, terms, start)
 
-    def change(self, encoded: Encoded) -> Tensor:
-        """The () price of what has changed since the start.
-
-        The mean squared change of similarities within the batch (relational distillation, Park et
-        al., CVPR 2019), and the squares of the terms' log weights.
-        """
-        total = encoded.embedding.new_zeros(())
-        terms = self.named_towers.get("lexical")
-        if isinstance(terms, SparseTerms):
-            total = total + TERM_DECAY * terms.log_weight.square().sum()
-        if encoded.start is None:
-            return total
-        for number, name in enumerate(self.projections):
-            now = encoded.alone[:, self.dense.index(name)]  # (B, D)
-            before = encoded.start[:, number]  # (B, D)
-            change = (now @ now.T - before @ before.T).square().mean()
-            total = total + self.keep_similarities * change
-        return total
-
     def join(self, alone: Tensor, present: Tensor) -> Tensor:
         """(B, Md, D) dense blocks, (B, M) bool -> (B, Md * D), weighted, zeros where missing."""
         weighted = self._dense(present) * self._dense(self.weights.expand(len(present), -1))
         return (alone * weighted.unsqueeze(-1)).flatten(1).float()
 
     def view(self, encoded: Encoded, name: str) -> tuple[Tensor, Tensor]:
-        """As `Encoder.view`; `whole` is the dense blocks beside the hashed words."""
+        """As `Encoder.view`: (B, D') vectors and (B,) bool.
+
+        `whole` is the dense blocks beside the hashed words.
+        """
         if name in self.dense:
             column = list(self.towers).index(name)
             return encoded.alone[:, self.dense.index(name)].float(), encoded.present[:, column]
@@ -182,7 +164,7 @@ class BlockEncoder(Encoder):
         weights = self.weights.expand(len(items.present), -1)  # (B, M)
         if side == "query":
             # Each kind of query has factors of its own, chosen after training.
-            weights = weights * self.query_factors[self.query_kinds(items)]
+            weights = weights * self.query_factors(items)
         dense = blocks.dense.view(-1, len(self.dense), self.block_dim)
         weighted = (dense * self._dense(weights).unsqueeze(-1)).flatten(1)
         if "lexical" in self.towers:
@@ -215,20 +197,6 @@ class BlockEncoder(Encoder):
         tower = self.towers["lexical"]
         assert isinstance(tower, SparseTerms)
         return HybridVectors(dense, terms.term, tower.weights(terms, side))
-
-    def query_kinds(self, items: Items) -> Tensor:
-        """(B,) int64 kinds of queries: which blocks they have, and whether they were typed."""
-        present = items.present[:, self.columns]  # (B, M)
-        places = 2 ** torch.arange(present.shape[1], device=present.device)
-        kinds = (present * places).sum(1)
-        if isinstance(items.lexical, TermTensors):
-            is_typed = (items.lexical.term >= BUCKETS).any(1)
-            kinds = kinds + is_typed * 2 ** present.shape[1]
-        return kinds
-
-    def kind_blocks(self, kind: int) -> list[str]:
-        """The blocks of a kind of query."""
-        return [name for place, name in enumerate(self.towers) if kind >> place & 1]
 
     @torch.no_grad()
     def set_start(self, name: str, components: Tensor) -> None:
@@ -277,11 +245,30 @@ class BlockEncoder(Encoder):
 def change_since_start(
     encoders: tuple[Encoder, Encoder], encoded: tuple[Encoded, Encoded]
 ) -> Tensor:
-    """The () mean over both sides of `BlockEncoder.change`; 0 for other encoders."""
+    """The () price of what has changed since the start, the mean over both sides.
+
+    The mean squared change of similarities within the batch (relational distillation, Park et al.,
+    CVPR 2019), and the squares of the terms' log weights; 0 for encoders without blocks.
+    """
     total = encoded[0].embedding.new_zeros(())
     for encoder, items in zip(encoders, encoded, strict=True):
         if isinstance(encoder, BlockEncoder):
-            total = total + encoder.change(items) / len(encoders)
+            total = total + _change(encoder, items) / len(encoders)
+    return total
+
+
+def _change(encoder: BlockEncoder, encoded: Encoded) -> Tensor:
+    total = encoded.embedding.new_zeros(())
+    terms = encoder.named_towers.get("lexical")
+    if isinstance(terms, SparseTerms):
+        total = total + TERM_DECAY * terms.log_weight.square().sum()
+    if encoded.start is None:
+        return total
+    for number, name in enumerate(encoder.projections):
+        now = encoded.alone[:, encoder.dense.index(name)]  # (B, D)
+        before = encoded.start[:, number]  # (B, D)
+        change = (now @ now.T - before @ before.T).square().mean()
+        total = total + encoder.keep_similarities * change
     return total
 
 

@@ -49,7 +49,8 @@ def start_blocks(model: TwoTower, data: ProductDataModule) -> dict[str, Tensor]:
     """Begin projections as isometries, and weights as what finds most on val without training.
 
     Returns:
-        The trained parameters at the start, by name, on the CPU; empty without `BlockEncoder`.
+        Name -> trained parameter at the start, of its own shape, such as (D, F) of a projection,
+        on the CPU; empty without `BlockEncoder`.
     """
     encoders = block_encoders(model.encoders)
     for encoder in encoders:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,10 +25,10 @@ from tritower.retrieval.evaluating.evaluation_queries import EvaluationQueries
 from tritower.retrieval.evaluating.untrained_search import (
     MIN_CHOOSING,
     choose_weights,
-    mean_ndcg,
     top_hits,
     weighted_sum,
 )
+from tritower.retrieval.ranking.metrics import PreparedNdcg
 from tritower.towers.block_encoder import BlockEncoder
 from tritower.towers.embedded import Embedded
 from tritower.towers.encoding import to_device
@@ -46,9 +47,6 @@ MAX_PRODUCTS = 5_000
 
 MIN_WEIGHT = 0.02
 """A block begins with at least this weight: from 0 no gradient would reach it."""
-
-TYPED_WEIGHTS = {"lexical": 1.0, "text": 0.5}
-"""Of typed queries, where there are too few to choose on."""
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Points between the start of training (0) and its end (1) that are compared."""
@@ -118,7 +116,7 @@ class HeldOutBlocks:
         self._product_items = self._tensors(
             data, "product", [product_item(data.products.row(row)) for row in candidates]
         )
-        kinds = [encoder.query_kinds(items).numpy() for items in self._query_items]
+        kinds = [encoder.query_factors.kinds(items).cpu().numpy() for items in self._query_items]
         self.kinds: NDArray[np.int64] = np.concatenate(kinds)  # (Q,)
 
     def _tensors(self, data: ProductDataModule, side: Side, items: Sequence[Item]) -> list[Items]:
@@ -137,18 +135,12 @@ class HeldOutBlocks:
             if kind == 0 or len(positions) < MIN_CHOOSING:
                 continue
             own = self.queries.select(positions)
-            names = self.encoder.kind_blocks(kind)
+            names = self.encoder.query_factors.blocks(kind)
             scores = self._block_scores(names, queries.select(positions), products)
 
-            def figure(
-                weights: Mapping[str, float],
-                scores: Mapping[str, NDArray[np.float32]] = scores,
-                own: EvaluationQueries = own,
-            ) -> float:
-                hits = top_hits(weighted_sum(scores, weights), own.source, 10)
-                return mean_ndcg(hits.rows, own)
-
-            weights, ndcg = choose_weights(names, figure)
+            ndcg_of = PreparedNdcg(own.judged, own.grades, len(products))
+            measure = partial(_ndcg_of_sum, scores, own.source, ndcg_of)
+            weights, ndcg = choose_weights(names, measure)
             result[kind] = KindFigures(weights, ndcg, len(positions))
         return result
 
@@ -179,6 +171,15 @@ class HeldOutBlocks:
         return Embedded.concatenate(parts)
 
 
+def _ndcg_of_sum(
+    scores: Mapping[str, NDArray[np.float32]],
+    source: NDArray[np.int64],
+    ndcg_of: PreparedNdcg,
+    weights: Mapping[str, float],
+) -> float:
+    return ndcg_of.mean(top_hits(weighted_sum(scores, weights), source, 10).rows)
+
+
 def choose_start_weights(model: TwoTower, data: ProductDataModule) -> None:
     """Begin with the weights that find most on val, for each kind of query."""
     held_out = HeldOutBlocks(model, data)
@@ -197,7 +198,7 @@ def set_weights(
 
     Args:
         encoder: whose weights are set.
-        figures: kind -> chosen weights; others take those of whole products, or `TYPED_WEIGHTS`.
+        figures: kind -> chosen weights.
         start: set the weights of the blocks by the kind with the most blocks.
     """
     names = list(encoder.towers)
@@ -205,18 +206,8 @@ def set_weights(
         whole = _whole_weights(names, figures)
         values = [max(whole.get(name, 0.0), MIN_WEIGHT) for name in names]
         encoder.log_weights.copy_(torch.tensor(values).log() / 2)
-    squares = encoder.weights.square().cpu()
-    typed = 2 ** len(names)
-    for kind in range(2 * typed):
-        factors = torch.ones(len(names))
-        weights = figures[kind].weights if kind in figures else None
-        if weights is None and kind >= typed:
-            weights = TYPED_WEIGHTS
-        if weights is not None:
-            wanted = torch.tensor([weights.get(name, 0.0) for name in names])
-            factors = wanted / squares
-            factors = factors / factors.max().clamp(min=1e-9)
-        encoder.query_factors[kind] = factors
+    chosen = {kind: own.weights for kind, own in figures.items()}
+    encoder.query_factors.set(chosen, encoder.weights)
 
 
 def _whole_weights(names: list[str], figures: Mapping[int, KindFigures]) -> Mapping[str, float]:
@@ -236,7 +227,8 @@ def choose_between_start_and_end(
     Args:
         model: as it was trained; changed in place.
         data: its held-out queries of the val split are set up.
-        start: the trained parameters before training.
+        start: name -> the trained parameter before training, of its own shape, such as (D, F) of
+            a projection.
 
     Returns:
         Plain JSON: `share` of the way that was chosen, mean nDCG@10 over the kinds of query there
@@ -258,18 +250,15 @@ def choose_between_start_and_end(
     move_to(best)
     set_weights(held_out.encoder, figures[best])
     logger.info("exporting the point at %d %% of the way from start to end", round(100 * best))
+    label = held_out.encoder.query_factors.label
+    by_share: dict[str, dict[str, Any]] = {}
+    for share, kinds in figures.items():
+        by_share[str(share)] = {label(kind): asdict(own) for kind, own in kinds.items()}
     return {
         "share": best,
         "start": _mean_ndcg(figures[0.0]),
         "ndcg": _mean_ndcg(figures[best]),
-        "figures": {
-            str(share): {
-                " + ".join(held_out.encoder.kind_blocks(kind))
-                + (", typed" if kind >= 2 ** len(held_out.encoder.towers) else ""): asdict(own)
-                for kind, own in of_share.items()
-            }
-            for share, of_share in figures.items()
-        },
+        "figures": by_share,
     }
 
 

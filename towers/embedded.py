@@ -10,7 +10,11 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from tritower.towers.block_encoder import HybridVectors
+from tritower.datamodules.batch import Items, Side
+from tritower.towers.block_encoder import BlockEncoder, HybridVectors
+from tritower.towers.encoder import Encoder
+from tritower.towers.encoding import encode_in_chunks
+from tritower.towers.metric import Metric, to_score_space
 from tritower.towers.sparse_terms import NUM_TERMS
 
 
@@ -48,7 +52,7 @@ class Embedded:
         return cls(dense, sp.vstack(sparse, format="csr") if sparse else None)
 
     def select(self, rows: NDArray[np.integer] | NDArray[np.bool_]) -> Embedded:
-        """The items at some rows."""
+        """The items at (R,) rows, or where a (n,) mask is True."""
         return Embedded(self.dense[rows], None if self.sparse is None else self.sparse[rows])
 
     @property
@@ -71,3 +75,22 @@ class Embedded:
         """(T, n): the items of each term."""
         assert self.sparse is not None
         return self.sparse.T.tocsr()
+
+
+def embed_items(
+    encoder: Encoder, items: Items, side: Side, metric: Metric, chunk_size: int | None
+) -> Embedded:
+    """B items as they are compared exactly; zeros where nothing can be read.
+
+    Args:
+        encoder: of that side.
+        items: B items.
+        side: `query` or `product`.
+        metric: of the model.
+        chunk_size: items that are encoded at once; None for all.
+    """
+    if isinstance(encoder, BlockEncoder):
+        return Embedded.of(encoder.vectors(items, side))
+    encoded = encode_in_chunks(encoder, items, chunk_size)
+    vectors = to_score_space(encoded.embedding.float(), side, metric)
+    return Embedded((vectors * encoded.present.any(1, keepdim=True)).cpu().numpy())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from itertools import islice
 
@@ -11,8 +12,10 @@ from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
 from tritower.datamodules.batch import Batch, Item
+from tritower.datamodules.schema import Schema
 from tritower.towers.block_encoder import BlockEncoder
 from tritower.towers.encoder import Encoder
+from tritower.towers.losses.contrastive import ContrastiveLoss, Loss
 from tritower.towers.metric import Metric
 from tritower.towers.text import TextTower
 
@@ -77,16 +80,19 @@ def check_monitors(trainer: Trainer, is_product_query: np.ndarray, split: str) -
 
 
 def not_finite(
-    problem: str, step: int, temperature: float, product_ids: Iterable[str] = ()
+    problem: str, step: int, loss: Loss, product_ids: Iterable[str] = ()
 ) -> FloatingPointError:
     """The error of a loss, gradient or embedding that is not a number.
 
     Args:
         problem: "The loss is nan".
         step: number of the step.
-        temperature: of the loss.
+        loss: whose temperature is named.
         product_ids: some products of the batch.
     """
+    temperature = math.nan
+    if isinstance(loss, ContrastiveLoss):
+        temperature = (1 / loss.scale).item()
     products = ", ".join(islice(product_ids, 8))
     where = f"at step {step} (temperature {temperature:.4f}"
     if products:
@@ -95,6 +101,18 @@ def not_finite(
         f"{problem} {where}). Lower model.optimizer.lr, or train with trainer.precision=bf16-mixed "
         "or 32. Checkpoints so far are untouched."
     )
+
+
+def check_same_catalogue(own: Schema | None, stored: Schema) -> None:
+    """Refuse a checkpoint of another catalogue's schema.
+
+    Raises:
+        ValueError: the schemas differ.
+    """
+    if own != stored:
+        raise ValueError(
+            "The checkpoint was trained on another catalogue: its schema differs from this one's."
+        )
 
 
 def other_model(error: RuntimeError) -> ValueError:

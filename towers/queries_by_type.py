@@ -56,7 +56,7 @@ def queries_by_type(rows: QueryRows) -> Iterator[QueryOfType]:
 def evaluation_queries_of(
     queries: Sequence[QueryOfType], embedding: NDArray[np.float32], held_out: HeldOut
 ) -> EvaluationQueries:
-    """The queries with their embeddings and judgements."""
+    """The Q queries with their (Q, D) embeddings and their judgements."""
     number = np.array([query.number for query in queries])
     judged = held_out.judged[number]
     grades = np.where(judged >= 0, held_out.grade[number], 0.0)

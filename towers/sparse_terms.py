@@ -210,7 +210,7 @@ class SparseTerms(Tower):
             sparse vectors, up to collisions.
     """
 
-    def __init__(self, options: TermOptions | None = None, hashed_dim: int = 1 << 13) -> None:
+    def __init__(self, options: TermOptions | None = None, hashed_dim: int = 1 << 12) -> None:
         super().__init__()
         if hashed_dim < 1:
             raise ValueError(f"hashed_dim={hashed_dim}: choose at least 1.")

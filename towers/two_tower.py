@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -15,9 +14,9 @@ from tritower.datamodules.batch import Batch, Item, Items, Side
 from tritower.datamodules.preprocess import Preprocess
 from tritower.datamodules.schema import Schema
 from tritower.towers import guards
-from tritower.towers.block_encoder import BlockEncoder, change_since_start, served_vectors
+from tritower.towers.block_encoder import change_since_start, served_vectors
 from tritower.towers.block_start import count_terms, start_blocks
-from tritower.towers.embedded import Embedded
+from tritower.towers.embedded import Embedded, embed_items
 from tritower.towers.encoder import Encoded, Encoder
 from tritower.towers.encoding import (
     EncodingOptions,
@@ -31,7 +30,7 @@ from tritower.towers.encoding import (
 from tritower.towers.loss_terms import LossTerm, LossTerms
 from tritower.towers.losses.contrastive import ContrastiveLoss, Loss
 from tritower.towers.losses.gather import num_processes
-from tritower.towers.metric import Metric, to_score_space
+from tritower.towers.metric import Metric
 from tritower.towers.optimizer import (
     OptimizerOptions,
     make_optimizer,
@@ -150,11 +149,7 @@ class TwoTower(HeldOutSearch):
     def embed_batch(self, items: Items, side: Side) -> Embedded:
         """Vectors whose inner product is the score; zeros where nothing can be read."""
         encoder = self.query if side == "query" else self.product
-        if isinstance(encoder, BlockEncoder):
-            return Embedded.of(encoder.vectors(items, side))
-        encoded = self.encode_batch(encoder, items)
-        vectors = to_score_space(encoded.embedding.float(), side, self.metric)
-        return Embedded((vectors * encoded.present.any(1, keepdim=True)).cpu().numpy())
+        return embed_items(encoder, items, side, self.metric, self.encoding.chunk_size)
 
     def query_towers(self) -> list[str]:
         """Names of the query encoder's towers."""
@@ -216,18 +211,14 @@ class TwoTower(HeldOutSearch):
 
     def not_finite(self, problem: str, product_ids: Sequence[str] = ()) -> FloatingPointError:
         """The error of a loss, gradient or embedding that is not a number."""
-        temperature = math.nan
-        if isinstance(self.loss, ContrastiveLoss):
-            temperature = (1 / self.loss.scale).item()
-        return guards.not_finite(problem, self.global_step, temperature, product_ids)
+        return guards.not_finite(problem, self.global_step, self.loss, product_ids)
 
     def configure_optimizers(self) -> Any:
         """AdamW with warm-up and a cosine schedule over the planned steps."""
         estimated = self.trainer.estimated_stepping_batches
-        steps = plan_steps(estimated, self.planned_steps, replan=self.replan)
-        self.planned_steps = steps
+        self.planned_steps = plan_steps(estimated, self.planned_steps, replan=self.replan)
         groups = parameter_groups(self, self.encoders, self.optimizer_options)
-        return make_optimizer(groups, self.optimizer_options, steps)
+        return make_optimizer(groups, self.optimizer_options, self.planned_steps)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add plain data only, so that checkpoints load in torch's safe mode."""
@@ -243,11 +234,7 @@ class TwoTower(HeldOutSearch):
         schema = Schema.from_dict(checkpoint["schema"])
         if self.schema is None:
             self.set_schema(schema)
-        elif self.schema != schema:
-            raise ValueError(
-                "The checkpoint was trained on another catalogue: its schema differs from this "
-                "one's."
-            )
+        guards.check_same_catalogue(self.schema, schema)
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False

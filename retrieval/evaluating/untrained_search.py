@@ -20,7 +20,7 @@ from tritower.retrieval.lexical.analyzer import Analyzer
 from tritower.retrieval.lexical.ranking import LexicalModel, Scoring, top_positions
 from tritower.retrieval.lexical.tuning import LexicalIndexes, LexicalSettings, choose_settings
 from tritower.retrieval.ranking.hits import Hits
-from tritower.retrieval.ranking.metrics import ndcg_at_k
+from tritower.retrieval.ranking.metrics import PreparedNdcg, ndcg_at_k
 
 MAX_CELLS = 40_000_000
 """Scores held at a time; queries are searched in blocks of this many scores."""
@@ -158,6 +158,8 @@ class UntrainedSearch:
         if len(queries) < MIN_CHOOSING:
             return default
 
+        ndcg_of = PreparedNdcg(judgements.judged, judgements.grades, len(self.products))
+
         # Lexical settings first, for each model alone.
         lexical = {}
         figures = {}
@@ -165,7 +167,7 @@ class UntrainedSearch:
 
             def ndcg_of_lexical(settings: LexicalSettings) -> float:
                 hits = self.search_lexical(queries, judgements.source, settings, 10)
-                return mean_ndcg(hits.rows, judgements)
+                return ndcg_of.mean(hits.rows)
 
             lexical[model], figures[model] = choose_settings(start, ndcg_of_lexical)
 
@@ -176,7 +178,7 @@ class UntrainedSearch:
 
         def ndcg_of_sum(weights: Mapping[str, float]) -> float:
             hits = top_hits(weighted_sum(blocks, weights), judgements.source, 10)
-            return mean_ndcg(hits.rows, judgements)
+            return ndcg_of.mean(hits.rows)
 
         best_weights: dict[str, float] = {}
         best_figure = -1.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import bm25s.stopwords as lists
 import Stemmer
@@ -56,6 +57,10 @@ class Analyzer:
         if self.stem and token.isalpha():
             return self._stemmer.stemWord(token)
         return token
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the stemmer, which cannot be pickled."""
+        return {name: value for name, value in self.__dict__.items() if name != "_stemmer"}
 
     @cached_property
     def _stemmer(self) -> Stemmer.Stemmer:

@@ -251,5 +251,5 @@ def top_positions(
 
 
 def damped(counts: NDArray[np.float32]) -> NDArray[np.float32]:
-    """1 + log(count), and the count itself below 1, as weights may make it."""
+    """(P,) counts -> (P,) 1 + log(count), and the count itself below 1, as weights may make it."""
     return np.where(counts < 1, counts, 1 + np.log(counts.clip(1)))

@@ -150,6 +150,37 @@ def ndcg_at_k_per_query(
     return (got @ discount) / (ideal @ discount[: ideal.shape[1]])
 
 
+class PreparedNdcg:
+    """nDCG@k of the same queries for many rankings, such as those of settings that are compared.
+
+    Equals `ndcg_at_k`; judgements are checked and sorted once.
+
+    Args:
+        relevant: (Q, R) int rows of all judged products, -1 padded.
+        grades: (Q, R) float, aligned with `relevant`.
+        num_products: N; judged rows from N on are never found.
+        k: hits that count.
+    """
+
+    def __init__(
+        self, relevant: ArrayLike, grades: ArrayLike, num_products: int, k: int = 10
+    ) -> None:
+        judged = _as_ids(relevant, "relevant")
+        gain = _checked_grades(judged, np.asarray(grades, np.float64))  # (Q, R)
+        self.k = k
+        self.gain = np.zeros((len(judged), num_products + 1), np.float32)  # last column: no hit
+        query, column = np.nonzero((judged >= 0) & (judged < num_products))
+        self.gain[query, judged[query, column]] = gain[query, column]
+        self.discount = 1.0 / np.log2(np.arange(2, k + 2))
+        ideal = -np.sort(-gain, axis=1)[:, :k]
+        self.ideal = ideal @ self.discount[: ideal.shape[1]]  # (Q,)
+
+    def mean(self, rows: NDArray[np.int64]) -> float:
+        """The mean over queries; `rows` are (Q, K) hits, best first, -1 padded."""
+        found = np.take_along_axis(self.gain, rows[:, : self.k], axis=1)
+        return float(((found @ self.discount[: found.shape[1]]) / self.ideal).mean())
+
+
 def bootstrap_interval(
     values: ArrayLike, *, level: float = 0.95, samples: int = 1000, seed: int = 0
 ) -> NDArray[np.float64]:
