@@ -1,7 +1,7 @@
 """The recipe that `fit` chooses by itself, on catalogues that nobody tuned it for.
 
-    python -m benchmarks.any_catalogue --folders.data DIR --folders.weights DIR --folders.json FILE
-        [--reading.split test] [--quick] [--only NAME ...]
+    python -m benchmarks.any_catalogue --data DIR --weights DIR --json FILE
+        [--split test] [--quick] [--only NAME ...]
 
 Each catalogue is prepared and given to `train.py fit --data.catalogue DIR --run DIR`, with nothing
 said about it. Its queries of all types are then compared, by exact search, with everything that

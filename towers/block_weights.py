@@ -48,6 +48,9 @@ MAX_PRODUCTS = 5_000
 MIN_WEIGHT = 0.02
 """A block begins with at least this weight: from 0 no gradient would reach it."""
 
+START_WEIGHTS = {"lexical": 1.0, "image": 0.5, "text": 0.25, "attribute": 0.05}
+"""Of whole products, where there are too few queries to choose on."""
+
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Points between the start of training (0) and its end (1) that are compared."""
 
@@ -213,7 +216,7 @@ def set_weights(
 def _whole_weights(names: list[str], figures: Mapping[int, KindFigures]) -> Mapping[str, float]:
     """Weights of the kind with the most blocks; of several the one with the most queries."""
     if not figures:
-        return dict.fromkeys(names, 1.0)
+        return {name: START_WEIGHTS[name] for name in names}
     most = max(figures, key=lambda kind: (kind.bit_count(), figures[kind].count))
     return figures[most].weights
 
