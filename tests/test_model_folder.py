@@ -115,7 +115,8 @@ def modality(tower: Tower) -> str:
 
 def test_every_tower_is_tried() -> None:
     texts, pictures = {"BiLSTM", "HuggingFaceText", "OpenClipText"}, {"TimmImage", "OpenClipImage"}
-    assert set(TOWERS) == {*texts, *pictures, "AttributeTower", "HashedNgrams"}
+    of_blocks = {"NumberWaves", "SparseTerms"}  # tests/test_block_encoder.py
+    assert set(TOWERS) == {*texts, *pictures, *of_blocks, "AttributeTower", "HashedNgrams"}
 
 
 @pytest.mark.parametrize("name", list(MAKERS))

@@ -19,6 +19,7 @@ from torch import nn
 from tritower.datamodules.catalogue import Table
 from tritower.datamodules.prepare.command import JudgedFiles, prepare
 from tritower.retrieval.vectors.embeddings import EmbeddingWriter
+from tritower.towers.validation import HeldOutEmbeddings
 
 photos = importlib.import_module("benchmarks.photos")
 
@@ -99,9 +100,10 @@ def test_a_classifiers_embeddings_are_logits_and_classes() -> None:
     model.class_of = {10: 0, 11: 1, 12: 2}
     logits = torch.tensor([[0.1, 0.7, 0.2], [0.5, 0.3, 0.2]])
     model.logits = lambda items: logits
-    model.held_out = ([], [])
+    model.held_out = HeldOutEmbeddings()
     for loader, rows in enumerate((torch.tensor([0, 1]), torch.tensor([2, 0, 1]))):
         model.validation_step(SimpleNamespace(items=None, row=rows), 0, loader)
-    (_, queries), (order, classes) = model.held_out[0][0], model.held_out[1][0]
-    assert model.embed_dim == 3
-    torch.testing.assert_close(torch.from_numpy(queries @ classes.T), logits[:, order])
+    _, queries = model.held_out.gather(0)
+    order, classes = model.held_out.gather(1)
+    assert model.embed_dim == 3 and order.tolist() == [0, 1, 2]
+    torch.testing.assert_close(torch.from_numpy(queries.scores(classes)), logits)

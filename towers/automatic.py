@@ -17,6 +17,7 @@ from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -300,7 +301,9 @@ def _choose_towers(
 ) -> None:
     blocks: dict[str, Any] = {"block_dim": 256}
     text = _text_weights(weights, language)
-    if data.schema.text and text is not None:
+    if text is not None and find_spec("transformers") is None:
+        recipe.explain("text tower", "none", f"{text.name} needs: pip install 'tritower[hf]'")
+    elif data.schema.text and text is not None:
         blocks["text"] = {
             "class_path": "tritower.towers.hugging_face.HuggingFaceText",
             "init_args": {
