@@ -90,6 +90,16 @@ def test_records_and_typed_texts_meet_in_dimensions_of_their_own(tower: SparseTe
     assert (product_query.sparse.indices < BUCKETS).all()
 
 
+def test_typed_parts_of_products_are_as_long_as_their_records(tower: SparseTerms) -> None:
+    vectors = sparse(tower, PRODUCTS[:4], "product").sparse
+    assert vectors is not None
+    squares = vectors.power(2)
+    records = np.sqrt(squares[:, :BUCKETS].sum(axis=1))
+    typed = np.sqrt(squares[:, BUCKETS:].sum(axis=1))
+    np.testing.assert_allclose(records, 1, rtol=1e-5)
+    assert typed.mean() == pytest.approx(1, rel=1e-5)
+
+
 def test_hashed_features_have_nearly_the_inner_products_of_the_sparse_vectors(
     tower: SparseTerms,
 ) -> None:

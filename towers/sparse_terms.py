@@ -35,6 +35,9 @@ NUM_TERMS = 2 * BUCKETS
 LEARNING_RATE_FACTOR = 3.0
 """Term weights learn faster than projections: their gradients are rare."""
 
+SCALE_ITEMS = 1_000
+"""Products whose vectors decide how long typed parts are."""
+
 KEPT_ITEMS = 1 << 16
 """Items whose terms are kept, because a small catalogue is read every epoch."""
 
@@ -219,8 +222,12 @@ class SparseTerms(Tower):
         self.log_weight = nn.Parameter(torch.zeros(BUCKETS))
         self.idf: Tensor
         self.mean_lengths: Tensor
+        self.typed_scale: Tensor
         self.register_buffer("idf", torch.ones(NUM_TERMS))
         self.register_buffer("mean_lengths", torch.ones(len(FIELDS)))
+        # Of typed parts, so that they are about as long as records: in an embedding of hashed words
+        # the longer one would drown the other.
+        self.register_buffer("typed_scale", torch.ones(()))
         self._title = ""
 
     @property
@@ -243,11 +250,14 @@ class SparseTerms(Tower):
         frequency = np.zeros(NUM_TERMS, np.int64)
         lengths = np.zeros(len(FIELDS), np.int64)
         num_products = 0
+        sample: list[Item] = []
         for item in items:
             record = preprocess.record(item)
             if not any(record.values()):
                 continue
             num_products += 1
+            if len(sample) < SCALE_ITEMS:
+                sample.append(item)
             lengths += [len(record.get(field, ())) for field in FIELDS]
             frequency[list(preprocess._count(record, "product"))] += 1
         idf = np.empty(NUM_TERMS)
@@ -257,6 +267,11 @@ class SparseTerms(Tower):
         idf[BUCKETS:] = np.log1p((num_products - typed_frequency + 0.5) / (typed_frequency + 0.5))
         self.idf.copy_(torch.from_numpy(idf))
         self.mean_lengths.copy_(torch.from_numpy(lengths / max(1, num_products)))
+        self.typed_scale.fill_(1.0)
+        terms, _ = self.preprocess(sample, "product")
+        if terms is not None:
+            typed = self.weights(terms, "product") * (terms.term >= BUCKETS)
+            self.typed_scale.copy_(1 / typed.norm(dim=1).mean().clamp(min=1e-6))
 
     def forward(self, terms: TermTensors) -> Tensor:
         """(B, G) terms -> (B, F) features of records, of unit length or zero."""
@@ -273,7 +288,9 @@ class SparseTerms(Tower):
         if side == "query":
             # The idf counts once, on the side of products.
             best = typed.sum(1, keepdim=True).clamp(min=1e-6)
-            typed = terms.value * is_typed / best
+            typed = terms.value * is_typed / (best * self.typed_scale)
+        else:
+            typed = typed * self.typed_scale
         return self._record_weights(terms) + typed
 
     def _record_weights(self, terms: TermTensors) -> Tensor:
