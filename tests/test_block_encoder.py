@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -17,6 +18,9 @@ from tritower.towers.block_encoder import BlockEncoder, change_since_start
 from tritower.towers.block_weights import KindFigures, best_share, set_weights
 from tritower.towers.embedded import Embedded
 from tritower.towers.image import PictureOptions, TimmImage
+from tritower.towers.losses.cross_batch_memory import CrossBatchMemory
+from tritower.towers.losses.info_nce import InfoNCE
+from tritower.towers.mining import HardNegatives
 from tritower.towers.model_folder import load_model, save_model
 from tritower.towers.number_waves import NumberWaves
 from tritower.towers.sparse_terms import SparseTerms
@@ -176,6 +180,14 @@ def test_other_metrics_and_encoders_are_refused(model: TwoTower) -> None:
         BlockEncoder(terms=SparseTerms(), words_dim=0)
     with pytest.raises(ValueError, match=r"numbers\.out_dim=8 differs from block_dim=16"):
         BlockEncoder(16, numbers=NumberWaves(8))
+
+
+def test_what_needs_embeddings_of_one_size_is_refused(model: TwoTower) -> None:
+    loss = InfoNCE(negatives=CrossBatchMemory(8))
+    with pytest.raises(ValueError, match="CrossBatchMemory keeps embeddings of one size"):
+        TwoTower(model.product, loss=loss, metric="inner_product")
+    with pytest.raises(ValueError, match="negatives cannot be mined for BlockEncoder"):
+        HardNegatives(every_n_epochs=1).on_fit_start(L.Trainer(logger=False), model)
 
 
 # ---------------------------------------------------------------- numbers

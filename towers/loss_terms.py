@@ -162,6 +162,11 @@ def _check_metric(loss: Loss, metric: Metric) -> None:
             "a pair or compares within a side: choose metric=cosine, or InfoNCE or SigmoidLoss "
             "without same_side."
         )
+    if metric == "inner_product" and getattr(loss, "memory", None) is not None:
+        raise ValueError(
+            "CrossBatchMemory keeps embeddings of one size, and the blocks of BlockEncoder differ "
+            "in size: leave loss.negatives out, or choose SogCLRNormalizer."
+        )
 
 
 def _check_views(term: LossTerm, encoders: tuple[Encoder, Encoder]) -> None:

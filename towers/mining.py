@@ -81,6 +81,15 @@ class HardNegatives(L.Callback):
         else:
             self.related = ["product", "group", "family", "title", "picture"]
 
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Refuse a model whose embeddings are not those that its loss compares."""
+        assert isinstance(pl_module, TwoTower)
+        if self.every_n_epochs and pl_module.metric == "inner_product":
+            raise ValueError(
+                f"hard_negatives.every_n_epochs={self.every_n_epochs}: negatives cannot be mined "
+                "for BlockEncoder: leave it out"
+            )
+
     def on_train_batch_end(
         self,
         trainer: L.Trainer,
