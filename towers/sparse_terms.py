@@ -38,8 +38,12 @@ LEARNING_RATE_FACTOR = 3.0
 SCALE_ITEMS = 1_000
 """Products whose vectors decide how long typed parts are."""
 
-KEPT_ITEMS = 1 << 16
-"""Items whose terms are kept, because a small catalogue is read every epoch."""
+KEPT_TERMS = 20_000_000
+"""Terms of items that are kept, because a small catalogue is read every epoch; 8 bytes each."""
+
+
+TermCounts = tuple[NDArray[np.int32], NDArray[np.float32]]
+"""(G,) numbers of an item's terms, and their (G,) damped counts."""
 
 
 @lru_cache(maxsize=1 << 20)
@@ -108,10 +112,11 @@ class TermPreprocess:
         self.options = options
         self.title = title
         self.mean_lengths = dict(mean_lengths)
-        self._kept: dict[Any, dict[int, float]] = {}
+        self._kept: dict[Any, TermCounts] = {}
+        self._num_kept = 0
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": {}}
+        return {**self.__dict__, "_kept": {}, "_num_kept": 0}
 
     def record(self, item: Item) -> Record:
         """The record of an item; that of a typed query has the one field `QUERY`."""
@@ -124,28 +129,33 @@ class TermPreprocess:
     ) -> tuple[TermTensors | None, NDArray[np.bool_]]:
         """The terms of B items, None where no item has any; and (B,) bool, which have."""
         counted = [self._terms(item, side) for item in items]
-        has_terms = np.array([bool(terms) for terms in counted], bool)
+        lengths = [len(numbers) for numbers, _ in counted]
+        has_terms = np.array(lengths) > 0
         if not has_terms.any():
             return None, has_terms
-        width = max(map(len, counted))
-        numbers = np.zeros((len(items), width), np.int64)  # (B, G)
-        values = np.zeros((len(items), width), np.float32)  # (B, G)
-        for row, terms in enumerate(counted):
-            numbers[row, : len(terms)] = list(terms)
-            values[row, : len(terms)] = list(terms.values())
+        numbers = np.zeros((len(items), max(lengths)), np.int64)  # (B, G)
+        values = np.zeros((len(items), max(lengths)), np.float32)  # (B, G)
+        for row, (own_numbers, own_values) in enumerate(counted):
+            numbers[row, : lengths[row]] = own_numbers
+            values[row, : lengths[row]] = own_values
         return TermTensors(torch.from_numpy(numbers), torch.from_numpy(values)), has_terms
 
-    def _terms(self, item: Item, side: Side) -> dict[int, float]:
-        """Number of a term -> its damped count, in the order of numbers."""
+    def _terms(self, item: Item, side: Side) -> TermCounts:
+        """The numbers of an item's terms, ascending, and their damped counts."""
         attributes = [
             (name, value if isinstance(value, str | float | int) else tuple(value))
             for name, value in item.attributes.items()
         ]
         key = (side, tuple(item.text.items()), tuple(attributes))
         if key not in self._kept:
-            if len(self._kept) >= KEPT_ITEMS:
+            if self._num_kept >= KEPT_TERMS:
                 self._kept.clear()
-            self._kept[key] = dict(sorted(self._count(self.record(item), side).items()))
+                self._num_kept = 0
+            counts = dict(sorted(self._count(self.record(item), side).items()))
+            numbers = np.fromiter(counts.keys(), np.int32, len(counts))
+            values = np.fromiter(counts.values(), np.float32, len(counts))
+            self._kept[key] = (numbers, values)
+            self._num_kept += len(counts)
         return self._kept[key]
 
     def _count(self, record: Record, side: Side) -> dict[int, float]:
